@@ -1,0 +1,172 @@
+"""Matrix times a batch of vectors: the prefill kernels.
+
+Sixteen packed rows at a time are unpacked into a tile that a register-tiled integer micro-kernel multiplies with
+all vectors of the batch: the same int16 products and integer sums as in `gemv`, so both give the same numbers up to
+the order of the float additions over the groups.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels.layout import GROUP_SIZE, PAIRS
+from cpu_kernels.simd import FLOAT, HALF, I16, I32, I64, Vectors, vector
+from cpu_kernels.unpack import unpack_row_1, unpack_row_2, unpack_row_3, unpack_row_4
+
+TILE_ROWS = 16
+_TOKENS_8, _TOKENS_4, _TOKENS_1 = ((0,) * 8, (0,) * 4, (0,))  # tokens of one micro-kernel call, as a type
+
+
+@intrinsic
+def _tile_dot(typing_context, isa, tokens, tile, tile_steps, pairs, offsets, scales, out, groups):
+    """Emit a tile of 16 rows times `len(tokens)` vectors; addresses as integers.
+
+    tile int16 [groups, 8, 16, 2], tile_steps float32 [groups, 16], pairs int16 [tokens, 8, groups, 2], offsets int32
+    with 4 * groups from token to token, scales float32 [tokens, groups], out float32 [tokens, 16].
+    """
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        tile, tile_steps, pairs, offsets, scales, out, groups = arguments[2:]
+        totals = [cgutils.alloca_once(builder, vector(FLOAT, TILE_ROWS)) for _ in range(tokens.count)]
+        for total in totals:
+            builder.store(vectors.constant(FLOAT, 0.0, TILE_ROWS), total)
+        quad_bytes = builder.mul(groups, I64(4))
+        with cgutils.for_range(builder, groups) as loop:
+            group_bytes = builder.mul(loop.index, I64(4))
+            tile_group = builder.add(tile, builder.mul(loop.index, I64(PAIRS * TILE_ROWS * 4)))
+            sums = []
+            for token in range(tokens.count):
+                row = builder.add(builder.mul(quad_bytes, I64(4 * token)), group_bytes)
+                sums.append(vectors.splat(builder.add(offsets, row), I32, TILE_ROWS))
+            for pair in range(PAIRS):
+                weights = vectors.load(tile_group, I16, 2 * TILE_ROWS, offset=pair * TILE_ROWS * 4)
+                for token in range(tokens.count):
+                    plane = builder.mul(quad_bytes, I64(PAIRS * token + pair))
+                    both = vectors.splat(builder.add(pairs, builder.add(plane, group_bytes)), I32, TILE_ROWS)
+                    x = builder.bitcast(both, vector(I16, 2 * TILE_ROWS))
+                    sums[token] = vectors.dot_pairs(sums[token], weights, x)
+            steps = vectors.load(
+                builder.add(tile_steps, builder.mul(loop.index, I64(4 * TILE_ROWS))), FLOAT, TILE_ROWS
+            )
+            for token, total in enumerate(totals):
+                address = builder.add(scales, builder.add(builder.mul(quad_bytes, I64(token)), group_bytes))
+                scale = builder.fmul(steps, vectors.splat(address, FLOAT, TILE_ROWS))
+                builder.store(vectors.fma(vectors.to_float(sums[token]), scale, builder.load(total)), total)
+        for token, total in enumerate(totals):
+            vectors.store(builder.load(total), out, offset=token * TILE_ROWS * 4)
+        return context.get_dummy_value()
+
+    return types.void(isa, tokens, *[types.intp] * 7), generate
+
+
+@intrinsic
+def _widen_halves(typing_context, isa, source, target, count):
+    """Emit the conversion of `count` float16 at `source` to float32 at `target`."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        source, target, count = arguments[1:]
+        for lanes, start, end in (
+            (16, I64(0), builder.and_(count, I64(-16))),
+            (1, builder.and_(count, I64(-16)), count),
+        ):
+            with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
+                halves = vectors.load(builder.add(source, builder.mul(index, I64(2))), HALF, lanes)
+                floats = builder.fpext(halves, vector(FLOAT, lanes))
+                vectors.store(floats, builder.add(target, builder.mul(index, I64(4))))
+        return context.get_dummy_value()
+
+    return types.void(isa, *[types.intp] * 3), generate
+
+
+@numba.njit(cache=True)
+def _fill_tile(words, row_words, rows, kind, steps, levels, indices, tile, tile_steps):
+    """Unpack up to 16 rows into a tile; rows that are missing keep a step of zero."""
+    groups = len(indices)
+    tile_steps[:] = np.float32(0.0)
+    for r in range(rows):
+        row = words[r * row_words : (r + 1) * row_words]
+        if kind == 1:
+            unpack_row_1(row, levels, indices)
+        elif kind == 2:
+            unpack_row_2(row, levels, indices)
+        elif kind == 3:
+            unpack_row_3(row, levels, indices)
+        else:
+            unpack_row_4(row, levels, indices)
+        for g in range(groups):
+            tile_steps[g, r] = steps[indices[g]]
+            for j in range(PAIRS):
+                tile[g, j, r, 0] = levels[g, j]
+                tile[g, j, r, 1] = levels[g, j + PAIRS]
+
+
+@numba.njit(cache=True)
+def _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column, rows):
+    """Multiply one tile with all tokens: y[:, first_column : first_column + rows]."""
+    tokens, groups = scales.shape
+    t = 0
+    while t < tokens:
+        count = 8 if tokens - t >= 8 else (4 if tokens - t >= 4 else 1)
+        p, o, s = (pairs[t].ctypes.data, offsets[t, kind - 1].ctypes.data, scales[t].ctypes.data)
+        if count == 8:
+            _tile_dot(
+                isa, _TOKENS_8, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
+            )
+        elif count == 4:
+            _tile_dot(
+                isa, _TOKENS_4, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
+            )
+        else:
+            _tile_dot(
+                isa, _TOKENS_1, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
+            )
+        for k in range(count):
+            for r in range(rows):
+                y[t + k, first_column + r] = out[k, r]
+        t += count
+
+
+@numba.njit(cache=True, parallel=True)
+def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_column, threads):
+    groups = scales.shape[1]
+    row_words = len(words) // rows
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for thread in numba.prange(threads):
+        levels = np.empty((groups, GROUP_SIZE), np.uint8)
+        indices = np.empty(groups, np.uint8)
+        tile = np.zeros((groups, PAIRS, TILE_ROWS, 2), np.int16)
+        tile_steps = np.empty((groups, TILE_ROWS), np.float32)
+        out = np.empty((8, TILE_ROWS), np.float32)
+        for number in range(tiles * thread // threads, tiles * (thread + 1) // threads):
+            first = number * TILE_ROWS
+            count = min(TILE_ROWS, rows - first)
+            part = words[first * row_words : (first + count) * row_words]
+            _fill_tile(part, row_words, count, kind, steps, levels, indices, tile, tile_steps)
+            _multiply_tile(
+                isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count
+            )
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+def _dot(a, b):
+    total = np.float32(0.0)
+    for k in range(len(a)):
+        total += a[k] * b[k]
+    return total
+
+
+@numba.njit(cache=True, parallel=True)
+def half_gemm(isa, halves, rows, x, y, first_column, threads):
+    columns = x.shape[1]
+    for thread in numba.prange(threads):
+        row = np.empty(columns, np.float32)
+        for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+            _widen_halves(isa, halves[r * columns : (r + 1) * columns].ctypes.data, row.ctypes.data, columns)
+            for t in range(len(x)):
+                y[t, first_column + r] = _dot(row, x[t])

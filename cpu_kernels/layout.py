@@ -1,0 +1,25 @@
+"""Constants of the packed row, shared by the kernels; `docs/format.md` sections 1 to 3 specify them.
+
+A row of K weights is K / 16 groups, in planes of little-endian 16-bit words; every word holds ten trits as the
+fixed-point fraction ceil(code * 65536 / 3**10), read most significant trit first.
+
+    depth 1   A (2 words a group)
+    depth 2   A (2 words a group), B (1 a group), C (1 for two groups)
+    depth 3   A0, A1 (2 words a group each), B (1 a group), D (1 for four groups)
+    depth 4   A0, A1, A2 (2 words a group each), C (1 for two groups), D (1 for four groups)
+"""
+
+from __future__ import annotations
+
+GROUP_SIZE = 16
+PAIRS = GROUP_SIZE // 2  # weights p and p + 8 of a group sit in neighbouring 16-bit lanes
+CODEBOOK_SIZE = 27
+TABLE_SIZE = 32  # the step table is padded to two vectors of 16 floats
+BLOCK_SIZE = 64
+WORDS_PER_BLOCK = {1: 8, 2: 14, 3: 21, 4: 27}
+TRIT_CODES = 3**10
+
+
+def level_offset(depth: int) -> int:
+    """Return h, the level of the largest weight: levels run from -h to h and are stored as level + h."""
+    return (3**depth - 1) // 2

@@ -1,0 +1,82 @@
+"""The four trit tensor types: their ids, their sizes and their registration with gguf-py.
+
+`docs/format.md` is the specification; the numbers below are its section 1.
+"""
+
+from __future__ import annotations
+
+import enum
+
+DEPTHS = (1, 2, 3, 4)
+GROUP_SIZE = 16
+BLOCK_SIZE = 64
+CODEBOOK_SIZE = 27
+SCALE_DEPTH = 3
+FORMAT_VERSION = 1
+
+KEY_VERSION = "trit.version"
+KEY_CODEC = "trit.codec"
+KEY_ENCODER = "trit.encoder"
+KEY_GROUP_SIZE = "trit.group_size"
+KEY_SCALE_DEPTH = "trit.scale_depth"
+CODEC_NAME = "tritllm-v2"
+
+_FIRST_TYPE_ID = 10001
+_BLOCK_BYTES = {1: 16, 2: 28, 3: 42, 4: 54}
+
+
+class TritType(enum.IntEnum):
+    """The ggml type ids of the trit tensors, far above every id that upstream or a fork uses."""
+
+    TRIT1 = 10001
+    TRIT2 = 10002
+    TRIT3 = 10003
+    TRIT4 = 10004
+
+    @property
+    def depth(self) -> int:
+        """Trits per weight."""
+        return self.value - _FIRST_TYPE_ID + 1
+
+    @classmethod
+    def of_depth(cls, depth: int) -> TritType:
+        """Return the type of a depth from 1 to 4."""
+        return cls(_FIRST_TYPE_ID + depth - 1)
+
+
+def is_trit_type(type_id: int) -> bool:
+    """Tell whether a ggml type id is one of the four trit types."""
+    return type_id in TritType._value2member_map_
+
+
+def block_bytes(depth: int) -> int:
+    """Bytes of a block of 64 weights."""
+    return _BLOCK_BYTES[depth]
+
+
+def row_bytes(depth: int, columns: int) -> int:
+    """Bytes of one row of `columns` weights; `columns` is a multiple of 64."""
+    return columns // BLOCK_SIZE * _BLOCK_BYTES[depth]
+
+
+def codebook_key(tensor_name: str) -> str:
+    """Return the metadata key under which a tensor's 27 scales are stored."""
+    return f"trit.codebook.{tensor_name}"
+
+
+def register_with_gguf() -> None:
+    """Teach gguf-py the four types, so that its reader, its dumper and its sizes know them.
+
+    Upstream's enum is closed, so pseudo-members are added to its lookup tables. Safe to call twice.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for trit_type in TritType:
+        if trit_type.value in GGMLQuantizationType._value2member_map_:
+            continue
+        member = int.__new__(GGMLQuantizationType, trit_type.value)
+        member._name_ = trit_type.name
+        member._value_ = trit_type.value
+        GGMLQuantizationType._member_map_[trit_type.name] = member
+        GGMLQuantizationType._value2member_map_[trit_type.value] = member
+        GGML_QUANT_SIZES[member] = (BLOCK_SIZE, _BLOCK_BYTES[trit_type.depth])
