@@ -45,29 +45,35 @@ def quantize_row(x, pairs, offsets, scales):
         offsets[3, g] = -40 * total
 
 
-@numba.njit(cache=True, parallel=True)
-def quantize_rows(x, pairs, offsets, scales):
-    """Quantize a batch: `quantize_row` for every row, with a leading dimension [tokens]."""
-    if len(x) == 1:
-        quantize_row(x[0], pairs[0], offsets[0], scales[0])
-    else:
-        for t in numba.prange(len(x)):
-            quantize_row(x[t], pairs[t], offsets[t], scales[t])
-
-
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
-def _normalize_row(x, weight, epsilon, out):
+def normalize_row(x, residual, weight, epsilon, out):
+    """Add `residual` to `x` in place, then out = weight * x / root mean square of x; all float32 [columns]."""
     total = np.float32(0.0)
     for k in range(len(x)):
+        x[k] += residual[k]
         total += x[k] * x[k]
     factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
     for k in range(len(x)):
         out[k] = weight[k] * (x[k] * factor)
 
 
-@numba.njit(cache=True, parallel=True)
-def normalize(x, residual, weight, epsilon, out, pairs, offsets, scales):
-    """Add a residual, then root-mean-square normalize and quantize.
+@numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
+def gate_row(gate, up, out):
+    """SwiGLU: out = silu(gate) * up; all float32 [columns]."""
+    for k in range(len(out)):
+        out[k] = gate[k] / (np.float32(1.0) + np.exp(-gate[k])) * up[k]
+
+
+@numba.njit(cache=True, nogil=True)
+def quantize_rows(x, pairs, offsets, scales, thread, threads):
+    """Quantize a thread's share of a batch: `quantize_row`, with a leading dimension [tokens]."""
+    for t in range(thread, len(x), threads):
+        quantize_row(x[t], pairs[t], offsets[t], scales[t])
+
+
+@numba.njit(cache=True, nogil=True)
+def normalize_rows(x, residual, weight, epsilon, out, pairs, offsets, scales, thread, threads):
+    """Add a residual, normalize and quantize a thread's share of a batch.
 
     Args:
         x: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
@@ -78,28 +84,14 @@ def normalize(x, residual, weight, epsilon, out, pairs, offsets, scales):
         pairs, offsets, scales: as in `quantize_rows`, out.
 
     """
-    if len(x) == 1:
-        x[0] += residual[0]
-        _normalize_row(x[0], weight, epsilon, out[0])
-        quantize_row(out[0], pairs[0], offsets[0], scales[0])
-    else:
-        for t in numba.prange(len(x)):
-            x[t] += residual[t]
-            _normalize_row(x[t], weight, epsilon, out[t])
-            quantize_row(out[t], pairs[t], offsets[t], scales[t])
+    for t in range(thread, len(x), threads):
+        normalize_row(x[t], residual[t], weight, epsilon, out[t])
+        quantize_row(out[t], pairs[t], offsets[t], scales[t])
 
 
-@numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
-def _gate_row(gate_up, out):
-    width = len(out)
-    for k in range(width):
-        gate = gate_up[k]
-        out[k] = gate / (np.float32(1.0) + np.exp(-gate)) * gate_up[width + k]
-
-
-@numba.njit(cache=True, parallel=True)
-def gate(gate_up, out, pairs, offsets, scales):
-    """SwiGLU, then quantize: silu(gate) * up.
+@numba.njit(cache=True, nogil=True)
+def gate_rows(gate_up, out, pairs, offsets, scales, thread, threads):
+    """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
@@ -107,10 +99,7 @@ def gate(gate_up, out, pairs, offsets, scales):
         pairs, offsets, scales: as in `quantize_rows`, out.
 
     """
-    if len(out) == 1:
-        _gate_row(gate_up[0], out[0])
-        quantize_row(out[0], pairs[0], offsets[0], scales[0])
-    else:
-        for t in numba.prange(len(out)):
-            _gate_row(gate_up[t], out[t])
-            quantize_row(out[t], pairs[t], offsets[t], scales[t])
+    columns = out.shape[1]
+    for t in range(thread, len(out), threads):
+        gate_row(gate_up[t, :columns], gate_up[t, columns:], out[t])
+        quantize_row(out[t], pairs[t], offsets[t], scales[t])

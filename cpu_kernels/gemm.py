@@ -132,25 +132,38 @@ def _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, 
         t += count
 
 
-@numba.njit(cache=True, parallel=True)
-def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_column, threads):
+@numba.njit(cache=True, nogil=True)
+def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_column, thread, threads):
+    """Compute a thread's share of a packed matrix times a batch.
+
+    Args:
+        isa: the instruction set.
+        words: uint16, the packed rows.
+        rows: how many.
+        kind: their depth.
+        steps: float32 [32], codebook / h, padded.
+        pairs, offsets, scales: int16 [tokens, 8, groups, 2], int32 [tokens, 4, groups], float32 [tokens, groups].
+        y: float32 [tokens, ...], out, from column `first_column` on.
+        first_column: where this matrix's results begin.
+        thread, threads: which of how many shares of the rows to compute.
+
+    """
     groups = scales.shape[1]
     row_words = len(words) // rows
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for thread in numba.prange(threads):
-        levels = np.empty((groups, GROUP_SIZE), np.uint8)
-        indices = np.empty(groups, np.uint8)
-        tile = np.zeros((groups, PAIRS, TILE_ROWS, 2), np.int16)
-        tile_steps = np.empty((groups, TILE_ROWS), np.float32)
-        out = np.empty((8, TILE_ROWS), np.float32)
-        for number in range(tiles * thread // threads, tiles * (thread + 1) // threads):
-            first = number * TILE_ROWS
-            count = min(TILE_ROWS, rows - first)
-            part = words[first * row_words : (first + count) * row_words]
-            _fill_tile(part, row_words, count, kind, steps, levels, indices, tile, tile_steps)
-            _multiply_tile(
-                isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count
-            )
+    levels = np.empty((groups, GROUP_SIZE), np.uint8)
+    indices = np.empty(groups, np.uint8)
+    tile = np.zeros((groups, PAIRS, TILE_ROWS, 2), np.int16)
+    tile_steps = np.empty((groups, TILE_ROWS), np.float32)
+    out = np.empty((8, TILE_ROWS), np.float32)
+    for number in range(tiles * thread // threads, tiles * (thread + 1) // threads):
+        first = number * TILE_ROWS
+        count = min(TILE_ROWS, rows - first)
+        part = words[first * row_words : (first + count) * row_words]
+        _fill_tile(part, row_words, count, kind, steps, levels, indices, tile, tile_steps)
+        _multiply_tile(
+            isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count
+        )
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
@@ -161,12 +174,21 @@ def _dot(a, b):
     return total
 
 
-@numba.njit(cache=True, parallel=True)
-def half_gemm(isa, halves, rows, x, y, first_column, threads):
+@numba.njit(cache=True, nogil=True)
+def half_gemm(isa, halves, rows, x, y, first_column, thread, threads):
+    """Compute a thread's share of a float16 matrix times a batch.
+
+    Args:
+        isa: the instruction set.
+        halves: uint16 [rows * columns], the float16 weights.
+        rows: how many.
+        x: float32 [tokens, columns].
+        y, first_column, thread, threads: as in `trit_gemm`.
+
+    """
     columns = x.shape[1]
-    for thread in numba.prange(threads):
-        row = np.empty(columns, np.float32)
-        for r in range(rows * thread // threads, rows * (thread + 1) // threads):
-            _widen_halves(isa, halves[r * columns : (r + 1) * columns].ctypes.data, row.ctypes.data, columns)
-            for t in range(len(x)):
-                y[t, first_column + r] = _dot(row, x[t])
+    row = np.empty(columns, np.float32)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        _widen_halves(isa, halves[r * columns : (r + 1) * columns].ctypes.data, row.ctypes.data, columns)
+        for t in range(len(x)):
+            y[t, first_column + r] = _dot(row, x[t])

@@ -103,17 +103,9 @@ def _half_row_dot(typing_context, isa, row, x, columns):
 def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, first, last):
     """Compute rows `first` to `last` of one packed matrix."""
     row = address + first * row_bytes
+    x, offsets, units, table = pairs.ctypes.data, sums.ctypes.data, scales.ctypes.data, steps.ctypes.data
     for r in range(first, last):
-        y[r] = _trit_row_dot(
-            depth,
-            isa,
-            row,
-            pairs.ctypes.data,
-            sums.ctypes.data,
-            scales.ctypes.data,
-            steps.ctypes.data,
-            len(scales),
-        )
+        y[r] = _trit_row_dot(depth, isa, row, x, offsets, units, table, len(scales))
         row += row_bytes
 
 
@@ -126,72 +118,53 @@ def _half_rows(isa, address, x, y, first, last):
         row += len(x) * 2
 
 
-@numba.njit(cache=True, parallel=True)
-def gemv(isa, addresses, rows, kinds, steps, x, pairs, offsets, scales, y, threads):
+@numba.njit(cache=True)
+def multiply_rows(isa, address, kind, steps, activations, y, first, last):
+    """Compute rows `first` to `last` of one matrix times one vector.
+
+    Args:
+        isa: the instruction set, see `instruction_set.as_type`.
+        address: where the matrix's first row lies.
+        kind: HALVES or a depth.
+        steps: float32 [32], codebook / h, padded.
+        activations: x float32 [columns], pairs int16 [8, groups, 2], offsets int32 [4, groups], scales float32
+            [groups], as `quantize_row` makes them.
+        y: float32 [rows of the matrix], out.
+        first, last: the rows to compute.
+
+    """
+    x, pairs, offsets, scales = activations
     blocks = len(scales) // 4
-    for thread in numba.prange(threads):
-        low, high = y.size * thread // threads, y.size * (thread + 1) // threads
-        start = 0
-        for m in range(len(rows)):
-            first, last = max(low - start, 0), min(high - start, rows[m])
-            if first < last:
-                out = y[start : start + rows[m]]
-                if kinds[m] == 0:
-                    _half_rows(isa, addresses[m], x, out, first, last)
-                elif kinds[m] == 1:
-                    _trit_rows(
-                        D1,
-                        isa,
-                        addresses[m],
-                        blocks * 16,
-                        pairs,
-                        offsets[0],
-                        scales,
-                        steps[m],
-                        out,
-                        first,
-                        last,
-                    )
-                elif kinds[m] == 2:
-                    _trit_rows(
-                        D2,
-                        isa,
-                        addresses[m],
-                        blocks * 28,
-                        pairs,
-                        offsets[1],
-                        scales,
-                        steps[m],
-                        out,
-                        first,
-                        last,
-                    )
-                elif kinds[m] == 3:
-                    _trit_rows(
-                        D3,
-                        isa,
-                        addresses[m],
-                        blocks * 42,
-                        pairs,
-                        offsets[2],
-                        scales,
-                        steps[m],
-                        out,
-                        first,
-                        last,
-                    )
-                else:
-                    _trit_rows(
-                        D4,
-                        isa,
-                        addresses[m],
-                        blocks * 54,
-                        pairs,
-                        offsets[3],
-                        scales,
-                        steps[m],
-                        out,
-                        first,
-                        last,
-                    )
-            start += rows[m]
+    if kind == HALVES:
+        _half_rows(isa, address, x, y, first, last)
+    elif kind == 1:
+        _trit_rows(D1, isa, address, blocks * 16, pairs, offsets[0], scales, steps, y, first, last)
+    elif kind == 2:
+        _trit_rows(D2, isa, address, blocks * 28, pairs, offsets[1], scales, steps, y, first, last)
+    elif kind == 3:
+        _trit_rows(D3, isa, address, blocks * 42, pairs, offsets[2], scales, steps, y, first, last)
+    else:
+        _trit_rows(D4, isa, address, blocks * 54, pairs, offsets[3], scales, steps, y, first, last)
+
+
+@numba.njit(cache=True, nogil=True)
+def gemv(isa, addresses, rows, kinds, steps, activations, y, thread, threads):
+    """Compute a thread's share of several matrices times one vector.
+
+    Args:
+        isa: the instruction set.
+        addresses, rows, kinds: int64 [matrices].
+        steps: float32 [matrices, 32].
+        activations: as in `multiply_rows`.
+        y: float32 [rows of all matrices], out; the matrices' results lie side by side.
+        thread, threads: which of how many shares of the rows to compute.
+
+    """
+    low, high = y.size * thread // threads, y.size * (thread + 1) // threads
+    start = 0
+    for m in range(len(rows)):
+        first, last = max(low - start, 0), min(high - start, rows[m])
+        if first < last:
+            out = y[start : start + rows[m]]
+            multiply_rows(isa, addresses[m], kinds[m], steps[m], activations, out, first, last)
+        start += rows[m]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import BLOCK_SIZE, GROUP_SIZE, TRIT_CODES, WORDS_PER_BLOCK
 
 
-def pack(levels: np.ndarray, scale_indices: np.ndarray, depth: int) -> np.ndarray:
+def pack(levels: np.ndarray, scale_indices: np.ndarray, depth: int, crew: Crew | None = None) -> np.ndarray:
     """Pack a quantized matrix.
 
     Args:
         levels: uint8 [rows, columns], level + h, below 3**depth; columns is a multiple of 64.
         scale_indices: uint8 [rows, columns / 16], below 27.
         depth: 1 to 4.
+        crew: the threads to use; None for all cores.
 
     Returns:
         uint8 [rows, bytes of a row], as `docs/format.md` lays it out.
@@ -22,7 +24,7 @@ def pack(levels: np.ndarray, scale_indices: np.ndarray, depth: int) -> np.ndarra
     """
     rows, columns = levels.shape
     words = np.empty((rows, columns // BLOCK_SIZE * WORDS_PER_BLOCK[depth]), np.uint16)
-    _PACKERS[depth](levels.reshape(rows, -1, GROUP_SIZE), scale_indices, words)
+    (crew or default_crew()).run(_PACKERS[depth], levels.reshape(rows, -1, GROUP_SIZE), scale_indices, words)
     return words.view(np.uint8)
 
 
@@ -32,10 +34,10 @@ def _word(code):
     return np.uint16((code * 65536 + TRIT_CODES - 1) // TRIT_CODES)
 
 
-@numba.njit(cache=True, parallel=True)
-def _pack_1(levels, scale_indices, words):
+@numba.njit(cache=True, nogil=True)
+def _pack_1(levels, scale_indices, words, thread, threads):
     rows, groups, _ = levels.shape
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             u = levels[r, g]
             first, second = 0, 0
@@ -47,11 +49,11 @@ def _pack_1(levels, scale_indices, words):
             words[r, 2 * g + 1] = _word((second * 3 + index % 3) * 3)
 
 
-@numba.njit(cache=True, parallel=True)
-def _pack_2(levels, scale_indices, words):
+@numba.njit(cache=True, nogil=True)
+def _pack_2(levels, scale_indices, words, thread, threads):
     rows, groups, _ = levels.shape
     b, c = 2 * groups, 3 * groups
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             u = levels[r, g]
             first, second = 0, 0
@@ -67,11 +69,11 @@ def _pack_2(levels, scale_indices, words):
             words[r, c + pair] = _word((last * 27 + scale_indices[r, g]) * 27 + scale_indices[r, g + 1])
 
 
-@numba.njit(cache=True, parallel=True)
-def _pack_3(levels, scale_indices, words):
+@numba.njit(cache=True, nogil=True)
+def _pack_3(levels, scale_indices, words, thread, threads):
     rows, groups, _ = levels.shape
     a1, b, d = 2 * groups, 4 * groups, 5 * groups
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             u = levels[r, g]
             codes = np.zeros(4, np.int64)
@@ -92,11 +94,11 @@ def _pack_3(levels, scale_indices, words):
             words[r, d + quad] = _word(code * 729)
 
 
-@numba.njit(cache=True, parallel=True)
-def _pack_4(levels, scale_indices, words):
+@numba.njit(cache=True, nogil=True)
+def _pack_4(levels, scale_indices, words, thread, threads):
     rows, groups, _ = levels.shape
     c, d = 6 * groups, 6 * groups + groups // 2
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             u = levels[r, g]
             split = (np.int64(u[6]), np.int64(u[14]), np.int64(u[7]))

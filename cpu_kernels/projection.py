@@ -9,6 +9,7 @@ import numpy as np
 
 from cpu_kernels import instruction_set
 from cpu_kernels.activations import quantize_rows
+from cpu_kernels.crew import Crew
 from cpu_kernels.gemm import half_gemm, trit_gemm
 from cpu_kernels.gemv import HALVES, gemv
 from cpu_kernels.layout import (
@@ -45,15 +46,21 @@ class Activations:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.pairs, self.offsets, self.scales
 
-    def quantize(self) -> None:
+    def quantize(self, crew: Crew) -> None:
         """Fill the integer form from `x`."""
-        quantize_rows(self.x, self.pairs, self.offsets, self.scales)
+        crew.run(quantize_rows, *self.buffers)
 
     def first(self, tokens: int) -> Activations:
         """Return the first vectors of the batch, as a view."""
+        return self._part(slice(0, tokens))
+
+    def last(self) -> Activations:
+        """Return the last vector of the batch, as a view."""
+        return self._part(slice(len(self.x) - 1, len(self.x)))
+
+    def _part(self, tokens: slice) -> Activations:
         view = Activations.__new__(Activations)
-        view.x, view.pairs = self.x[:tokens], self.pairs[:tokens]
-        view.offsets, view.scales = self.offsets[:tokens], self.scales[:tokens]
+        view.x, view.pairs, view.offsets, view.scales = (buffer[tokens] for buffer in self.buffers)
         return view
 
 
@@ -101,50 +108,38 @@ class Projection:
         self.columns = matrices[0].columns
         if any(matrix.columns != self.columns for matrix in matrices):
             raise ValueError("matrices of one projection have rows of one length")
-        self._matrices = list(matrices)
+        self.matrices = list(matrices)
         self._isa = instruction_set.as_type(instruction_set.choose())
-        self._addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
-        self._rows = np.array([matrix.rows for matrix in matrices], np.int64)
-        self._kinds = np.array([matrix.depth for matrix in matrices], np.int64)
-        self._steps = np.stack([matrix.steps for matrix in matrices])
-        self.rows = int(self._rows.sum())
+        self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
+        self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
+        self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
+        self.steps = np.stack([matrix.steps for matrix in matrices])
+        self.rows = int(self.matrix_rows.sum())
 
-    def multiply(self, activations: Activations, out: np.ndarray, threads: int) -> None:
+    def multiply(self, activations: Activations, out: np.ndarray, crew: Crew) -> None:
         """Multiply every vector of a batch.
 
         Args:
             activations: [tokens, columns], quantized.
             out: float32 [tokens, rows of all matrices].
-            threads: parts to split the rows into.
+            crew: the threads to use.
 
         """
         tokens = len(out)
         if activations.x.shape != (tokens, self.columns) or out.shape[1] != self.rows:
             raise ValueError("activations, matrices and output do not fit each other")
-        x, pairs, offsets, scales = activations.buffers
+        x, *integers = activations.buffers
         if tokens == 1:
-            gemv(
-                self._isa, self._addresses, self._rows, self._kinds, self._steps,
-                x[0], pairs[0], offsets[0], scales[0], out[0], threads,
-            )  # fmt: skip
+            vector = (x[0], *(buffer[0] for buffer in integers))
+            crew.run(
+                gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out[0]
+            )
             return
         first = 0
-        for matrix, steps in zip(self._matrices, self._steps, strict=True):
+        for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
             if matrix.depth == HALVES:
-                half_gemm(self._isa, words, matrix.rows, x, out, first, threads)
+                crew.run(half_gemm, self._isa, words, matrix.rows, x, out, first)
             else:
-                trit_gemm(
-                    self._isa,
-                    words,
-                    matrix.rows,
-                    matrix.depth,
-                    steps,
-                    pairs,
-                    offsets,
-                    scales,
-                    out,
-                    first,
-                    threads,
-                )
+                crew.run(trit_gemm, self._isa, words, matrix.rows, matrix.depth, steps, *integers, out, first)
             first += matrix.rows

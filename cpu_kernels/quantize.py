@@ -24,19 +24,20 @@ def _group_error(group, scale, offset):
     return error
 
 
-@numba.njit(cache=True, parallel=True, error_model="numpy", fastmath={"contract"})
-def best_candidates(weights, offset, scales):
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def best_candidates(weights, offset, scales, thread, threads):
     """Choose each group's scale: the candidate with the least squared error.
 
     Args:
         weights: float32 [rows, columns].
         offset: float32, h of the depth.
         scales: float32 [rows, columns / 16], out; 0 for a group of zeros.
+        thread, threads: which of how many shares of the rows to compute, here and below.
 
     """
     rows, groups = scales.shape
-    for r in numba.prange(rows):
-        magnitudes = np.empty(GROUP_SIZE, np.float32)
+    magnitudes = np.empty(GROUP_SIZE, np.float32)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             group = weights[r, g * GROUP_SIZE : (g + 1) * GROUP_SIZE]
             for k in range(GROUP_SIZE):
@@ -56,8 +57,8 @@ def best_candidates(weights, offset, scales):
             scales[r, g] = best
 
 
-@numba.njit(cache=True, parallel=True, error_model="numpy")
-def round_to_codebook(weights, scales, thresholds, steps, offset, levels, indices):
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def round_to_codebook(weights, scales, thresholds, steps, offset, levels, indices, thread, threads):
     """Snap each group's scale to the codebook and round the group again with it.
 
     Args:
@@ -70,12 +71,12 @@ def round_to_codebook(weights, scales, thresholds, steps, offset, levels, indice
         indices: uint8 [rows, columns / 16], out.
 
     Returns:
-        (squared error, squared weights), float64 sums over the matrix.
+        (squared error, squared weights), float64 sums over the rows of this thread.
 
     """
     rows, groups = scales.shape
     error, power = 0.0, 0.0
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             index = 0
             for entry in range(CODEBOOK_SIZE - 1):
@@ -93,17 +94,15 @@ def round_to_codebook(weights, scales, thresholds, steps, offset, levels, indice
     return error, power
 
 
-@numba.njit(cache=True, parallel=True)
-def largest_magnitude(weights):
-    """Return the largest |w| of float32 [rows, columns]; NaN or infinity if any weight is so."""
+@numba.njit(cache=True, nogil=True)
+def largest_magnitude(weights, thread, threads):
+    """Return the largest |w| of this thread's rows of float32 [rows, columns]; NaN if a weight is NaN or infinite."""
     rows, columns = weights.shape
-    largest = np.zeros(rows, np.float32)
-    for r in numba.prange(rows):
-        value = np.float32(0.0)
-        broken = False
+    largest = np.float32(0.0)
+    broken = False
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for k in range(columns):
             magnitude = abs(weights[r, k])
-            value = max(value, magnitude)
+            largest = max(largest, magnitude)
             broken |= not magnitude <= np.float32(3.4028234e38)
-        largest[r] = np.float32(np.nan) if broken else value
-    return np.max(largest)
+    return np.float32(np.nan) if broken else largest

@@ -9,15 +9,17 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK, level_offset
 
 
-def unpack(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Unpack rows: the inverse of `pack`.
 
     Args:
         rows: uint8 [rows, bytes of a row].
         depth: 1 to 4.
+        crew: the threads to use; None for all cores.
 
     Returns:
         levels uint8 [rows, columns] (level + h) and scale indices uint8 [rows, columns / 16].
@@ -27,11 +29,11 @@ def unpack(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)
-    _unpack_rows(words, depth, levels, indices)
+    (crew or default_crew()).run(_unpack_rows, words, depth, levels, indices)
     return levels.reshape(len(rows), -1), indices
 
 
-def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int) -> np.ndarray:
+def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, crew: Crew | None = None) -> np.ndarray:
     """Decode packed rows to weights.
 
     A weight is step * level, rounded once to float32, where step = scale / h, rounded once to float32
@@ -41,21 +43,23 @@ def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int) -> np.ndarray
         rows: uint8 [rows, bytes of a row].
         codebook: float32 [27], the scales: magnitudes of the largest level.
         depth: 1 to 4.
+        crew: the threads to use; None for all cores.
 
     Returns:
         float32 [rows, columns].
 
     """
-    levels, indices = unpack(rows, depth)
+    levels, indices = unpack(rows, depth, crew)
     weights = np.empty(levels.shape, np.float32)
     steps = codebook / np.float32(level_offset(depth))
-    _scale_rows(levels, indices, steps, level_offset(depth), weights)
+    (crew or default_crew()).run(_scale_rows, levels, indices, steps, level_offset(depth), weights)
     return weights
 
 
-@numba.njit(cache=True, parallel=True)
-def _unpack_rows(words, depth, levels, indices):
-    for r in numba.prange(len(words)):
+@numba.njit(cache=True, nogil=True)
+def _unpack_rows(words, depth, levels, indices, thread, threads):
+    rows = len(words)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         if depth == 1:
             unpack_row_1(words[r], levels[r], indices[r])
         elif depth == 2:
@@ -66,10 +70,10 @@ def _unpack_rows(words, depth, levels, indices):
             unpack_row_4(words[r], levels[r], indices[r])
 
 
-@numba.njit(cache=True, parallel=True)
-def _scale_rows(levels, indices, steps, offset, weights):
+@numba.njit(cache=True, nogil=True)
+def _scale_rows(levels, indices, steps, offset, weights, thread, threads):
     rows, columns = levels.shape
-    for r in numba.prange(rows):
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for k in range(columns):
             weights[r, k] = steps[indices[r, k // GROUP_SIZE]] * np.float32(np.int32(levels[r, k]) - offset)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels import pack as packing
+from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import CODEBOOK_SIZE, GROUP_SIZE, level_offset
 from cpu_kernels.quantize import best_candidates, largest_magnitude, round_to_codebook
 
@@ -39,23 +40,26 @@ class QuantizedMatrix:
     squared_error: float
     squared_weights: float
 
-    def pack(self) -> np.ndarray:
+    def pack(self, crew: Crew | None = None) -> np.ndarray:
         """Return the packed rows: uint8 [rows, bytes of a row]."""
-        return packing.pack(self.levels, self.scale_indices, self.depth)
+        return packing.pack(self.levels, self.scale_indices, self.depth, crew)
 
 
-def quantize(weights: np.ndarray, depth: int, encoder: str = DEFAULT_ENCODER) -> QuantizedMatrix:
+def quantize(
+    weights: np.ndarray, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
+) -> QuantizedMatrix:
     """Quantize float32 [rows, columns], columns a multiple of 64, at `depth` trits per weight.
 
     Raises ValueError for NaN or infinite weights: no scale fits them.
     """
-    largest = largest_magnitude(weights)
+    crew = crew or default_crew()
+    largest = np.max(crew.run(largest_magnitude, weights))
     if not np.isfinite(largest):
         raise ValueError("has a weight that is NaN or infinite")
-    return ENCODERS[encoder](weights, depth, float(largest))
+    return ENCODERS[encoder](weights, depth, float(largest), crew)
 
 
-def _quantize_v2(weights: np.ndarray, depth: int, largest: float) -> QuantizedMatrix:
+def _quantize_v2(weights: np.ndarray, depth: int, largest: float, crew: Crew) -> QuantizedMatrix:
     """Encode as the published codec does: four candidate scales, a log-spaced codebook up to the largest magnitude.
 
     How the codebook's lowest entry is chosen is not public. `LOWEST_QUANTILE` says what is done here, and
@@ -63,14 +67,17 @@ def _quantize_v2(weights: np.ndarray, depth: int, largest: float) -> QuantizedMa
     """
     offset = np.float32(level_offset(depth))
     scales = np.empty((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)
-    best_candidates(weights, offset, scales)
+    crew.run(best_candidates, weights, offset, scales)
     codebook = _log_spaced_codebook(scales, largest)
     # The nearest entry on the logarithmic scale changes at the geometric mean of its neighbours.
     thresholds = np.sqrt(codebook[1:].astype(np.float64) * codebook[:-1]).astype(np.float32)
     levels = np.empty(weights.shape, np.uint8)
     indices = np.empty(scales.shape, np.uint8)
-    error, power = round_to_codebook(weights, scales, thresholds, codebook / offset, offset, levels, indices)
-    return QuantizedMatrix(depth, levels, indices, codebook, error, power)
+    sums = crew.run(
+        round_to_codebook, weights, scales, thresholds, codebook / offset, offset, levels, indices
+    )
+    error, power = np.sum(sums, axis=0)
+    return QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
 
 LOWEST_QUANTILE = 0.0005
@@ -88,4 +95,4 @@ def _log_spaced_codebook(scales: np.ndarray, largest: float) -> np.ndarray:
     return codebook
 
 
-ENCODERS: dict[str, Callable[[np.ndarray, int, float], QuantizedMatrix]] = {"v2": _quantize_v2}
+ENCODERS: dict[str, Callable[[np.ndarray, int, float, Crew], QuantizedMatrix]] = {"v2": _quantize_v2}

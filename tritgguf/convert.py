@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
 
-from cpu_kernels.threads import use_threads
+from cpu_kernels.crew import Crew
 from tritgguf import codec, trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
@@ -87,7 +87,7 @@ def convert(
         raise TritGgufError(f"encoder {encoder} does not exist; choose from {', '.join(codec.ENCODERS)}")
     output = Path(output)
     check_output(output, overwrite)
-    use_threads(threads)
+    crew = Crew(threads)
     opened = open_source(str(source))
     plan = [_plan(tensor.name, tensor.shape, depth) for tensor in opened.tensors]
     report = ConvertReport(output, opened.name, depth, encoder)
@@ -99,8 +99,8 @@ def convert(
             weights = opened.read(planned.name)
             writer.begin(planned)
             if trit_types.is_trit_type(planned.type_id):
-                matrix = _quantize(opened, planned.name, weights, depth, encoder)
-                writer.write(matrix.pack())
+                matrix = _quantize(opened, planned.name, weights, depth, encoder, crew)
+                writer.write(matrix.pack(crew))
                 writer.set_metadata(trit_types.codebook_key(planned.name), _codebook_value(matrix.codebook))
                 error, power = (error + matrix.squared_error, power + matrix.squared_weights)
             else:
@@ -151,10 +151,10 @@ def _codebook_value(codebook: np.ndarray) -> GGUFValue:
 
 
 def _quantize(
-    source: Source, name: str, weights: np.ndarray, depth: int, encoder: str
+    source: Source, name: str, weights: np.ndarray, depth: int, encoder: str, crew: Crew
 ) -> codec.QuantizedMatrix:
     try:
-        return codec.quantize(weights, depth, encoder)
+        return codec.quantize(weights, depth, encoder, crew)
     except ValueError as error:
         raise TritGgufError(f"{source.name}: tensor {name} {error}; the checkpoint is damaged") from error
 

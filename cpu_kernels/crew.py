@@ -1,0 +1,58 @@
+"""The threads that kernels run on.
+
+A parallel kernel is compiled without the interpreter's lock and takes its share of the work as its last two
+arguments, `thread` and `threads`; `run` calls it once on every thread. Python's own threads do this as fast as
+Numba's parallel loops where it matters (one launch is a few tens of microseconds, and `decode` needs one per token),
+and they sleep while they wait: OpenMP's spin, which stalls everything a hundredfold as soon as another program
+wants a core.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+def physical_cores() -> int:
+    """Return the cores this process may use: physical ones where Linux tells, logical ones elsewhere."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.add(file.read())
+        except OSError:
+            return len(allowed)
+    return max(1, len(cores))
+
+
+class Crew:
+    """A fixed number of threads, the caller's among them."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Start with `threads` threads; None stands for the physical cores."""
+        self.threads = physical_cores() if threads is None else max(1, threads)
+        self._others = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
+
+    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order."""
+        others = [
+            self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
+        ]
+        try:
+            first = kernel(*arguments, 0, self.threads)
+        finally:
+            results = [other.result() for other in others]
+        return [first, *results]
+
+
+@functools.cache
+def default_crew() -> Crew:
+    """Return the crew of all physical cores, for callers that do not bring one."""
+    return Crew()

@@ -1,0 +1,188 @@
+"""One token through every layer, in one compiled function that all threads run side by side.
+
+Each thread computes its share of every matrix's rows; what is cheap (norms, quantization of the input) every thread
+does for itself, so that a layer needs five barriers and no launch. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from cpu_kernels.activations import gate_row, normalize_row, quantize_row
+from cpu_kernels.attention import attend_head, rotate
+from cpu_kernels.barrier import wait_for_all
+from cpu_kernels.gemv import gemv, multiply_rows
+from cpu_kernels.layout import GROUP_SIZE
+
+QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
+Vectors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # `Activations.buffers`
+
+
+class Weights(NamedTuple):
+    """All layers' weights; matrices by address."""
+
+    addresses: np.ndarray  # int64 [layers, 7]
+    rows: np.ndarray  # int64 [7]
+    kinds: np.ndarray  # int64 [layers, 7]
+    steps: np.ndarray  # float32 [layers, 7, 32]
+    attention_norms: np.ndarray  # float32 [layers, hidden]
+    feed_forward_norms: np.ndarray  # float32 [layers, hidden]
+    qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros where there are none
+    output_biases: np.ndarray  # float32 [layers, hidden]
+
+
+class Head(NamedTuple):
+    """The final norm and the output matrix."""
+
+    norm: np.ndarray  # float32 [hidden]
+    addresses: np.ndarray  # int64 [1]
+    rows: np.ndarray  # int64 [1]
+    kinds: np.ndarray  # int64 [1]
+    steps: np.ndarray  # float32 [1, 32]
+
+
+class Cache(NamedTuple):
+    """Keys, values and the rotation of every place."""
+
+    keys: np.ndarray  # float32 [layers, kv_heads, context, head_dim]
+    values: np.ndarray  # float32 [layers, kv_heads, context, head_dim]
+    cosines: np.ndarray  # float32 [context, head_dim / 2]
+    sines: np.ndarray  # float32 [context, head_dim / 2]
+    scores: np.ndarray  # float32 [heads, context], scratch
+
+
+class Buffers(NamedTuple):
+    """Working memory: `own` arrays have one row for each thread, the others are shared."""
+
+    own_stream: np.ndarray  # float32 [threads, hidden]
+    own_hidden: Vectors  # [threads, hidden]
+    own_query: np.ndarray  # float32 [2 * threads, head_dim]: rotated, then not yet rotated
+    own_attended: Vectors  # [threads, heads * head_dim]
+    qkv: np.ndarray  # float32 [rows of Q, K and V]
+    attended: np.ndarray  # float32 [heads * head_dim]
+    residual: np.ndarray  # float32 [hidden]
+    gate: np.ndarray  # float32 [feed_forward]
+    up: np.ndarray  # float32 [feed_forward]
+    gated: Vectors  # [1, feed_forward]
+
+
+@numba.njit(cache=True)
+def _row(vectors, index):
+    x, pairs, offsets, scales = vectors
+    return x[index], pairs[index], offsets[index], scales[index]
+
+
+@numba.njit(cache=True)
+def _attend(cache, layer, buffers, bias, interleaved, position, thread, threads):
+    """Compute this thread's share of the heads; it stores the keys and values that they need.
+
+    Heads that share a key and are split over two threads store the same numbers twice.
+    """
+    keys, values = cache.keys[layer], cache.values[layer]
+    kv_heads, dim = len(keys), keys.shape[2]
+    heads = len(buffers.attended) // dim
+    cosines, sines = cache.cosines[position], cache.sines[position]
+    query, raw = buffers.own_query[thread], buffers.own_query[threads + thread]
+    stored = -1
+    for h in range(heads * thread // threads, heads * (thread + 1) // threads):
+        shared = h // (heads // kv_heads)
+        if shared != stored:
+            start = (heads + shared) * dim
+            for k in range(dim):
+                raw[k] = buffers.qkv[start + k] + bias[start + k]
+            rotate(raw, cosines, sines, interleaved, keys[shared, position])
+            start += kv_heads * dim
+            for k in range(dim):
+                values[shared, position, k] = buffers.qkv[start + k] + bias[start + k]
+            stored = shared
+        for k in range(dim):
+            raw[k] = buffers.qkv[h * dim + k] + bias[h * dim + k]
+        rotate(raw, cosines, sines, interleaved, query)
+        out = buffers.attended[h * dim : (h + 1) * dim]
+        attend_head(query, keys[shared], values[shared], cache.scores[h, : position + 1], out)
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, layer, hidden, buffers, thread, threads):
+    """Compute this thread's share of gate and up, join them and quantize the result."""
+    columns = len(buffers.gate)
+    groups = columns // GROUP_SIZE
+    first_group, last_group = groups * thread // threads, groups * (thread + 1) // threads
+    first, last = first_group * GROUP_SIZE, last_group * GROUP_SIZE
+    if thread == threads - 1:
+        last = columns
+    addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
+    multiply_rows(isa, addresses[GATE], kinds[GATE], steps[GATE], hidden, buffers.gate, first, last)
+    multiply_rows(isa, addresses[UP], kinds[UP], steps[UP], hidden, buffers.up, first, last)
+    x, pairs, offsets, scales = _row(buffers.gated, 0)
+    gate_row(buffers.gate[first:last], buffers.up[first:last], x[first:last])
+    quantize_row(
+        x[first:last],
+        pairs[:, first_group:last_group],
+        offsets[:, first_group:last_group],
+        scales[first_group:last_group],
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def decode(
+    isa, weights, head, cache, buffers, epsilon, interleaved, position, logits, counter, thread, threads
+):
+    """Run one thread's share of one token; all `threads` calls return when the logits are complete.
+
+    Args:
+        isa: the instruction set.
+        weights, head, cache, buffers: see their classes. `own_stream` holds the token's embedding in every row and
+            `residual` zeros.
+        epsilon: float32, of the norms.
+        interleaved: how heads are rotated, see `rotate`.
+        position: the token's place in the cache.
+        logits: float32 [vocabulary], out.
+        counter: int64 [1], the barrier's.
+        thread, threads: which of how many threads this is.
+
+    """
+    stream = buffers.own_stream[thread]
+    hidden = _row(buffers.own_hidden, thread)
+    attended = _row(buffers.own_attended, thread)
+    for layer in range(len(weights.addresses)):
+        addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
+        normalize_row(stream, buffers.residual, weights.attention_norms[layer], epsilon, hidden[0])
+        quantize_row(*hidden)
+        gemv(
+            isa,
+            addresses[QKV],
+            weights.rows[QKV],
+            kinds[QKV],
+            steps[QKV],
+            hidden,
+            buffers.qkv,
+            thread,
+            threads,
+        )
+        wait_for_all(counter, threads)
+        _attend(cache, layer, buffers, weights.qkv_biases[layer], interleaved, position, thread, threads)
+        wait_for_all(counter, threads)
+        attended[0][:] = buffers.attended
+        quantize_row(*attended)
+        out = buffers.residual
+        first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
+        multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
+        for k in range(first, last):
+            out[k] += weights.output_biases[layer, k]
+        wait_for_all(counter, threads)
+        normalize_row(stream, buffers.residual, weights.feed_forward_norms[layer], epsilon, hidden[0])
+        quantize_row(*hidden)
+        _feed_forward(isa, weights, layer, hidden, buffers, thread, threads)
+        wait_for_all(counter, threads)
+        multiply_rows(
+            isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last
+        )
+        wait_for_all(counter, threads)
+    normalize_row(stream, buffers.residual, head.norm, epsilon, hidden[0])
+    quantize_row(*hidden)
+    gemv(isa, head.addresses, head.rows, head.kinds, head.steps, hidden, logits, thread, threads)
+    wait_for_all(counter, threads)

@@ -1,0 +1,67 @@
+"""One token at a time through every layer, on a crew of threads: the forward pass of generation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels import instruction_set
+from cpu_kernels.crew import Crew
+from cpu_kernels.decode import Buffers, Cache, Head, Weights, decode
+from cpu_kernels.projection import Activations
+from tritgguf.model_config import ModelConfig
+from tritgguf.weights import ModelWeights
+
+
+class Decoder:
+    """Runs single tokens; everything is prepared and allocated once, here."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, cache: Cache, crew: Crew) -> None:
+        """Gather addresses and buffers for the threads of `crew`."""
+        threads = crew.threads
+        sizes = config.dimensions
+        head_columns = sizes.heads * sizes.head_dim
+        layers = weights.layers
+        self._embeddings = weights.embeddings
+        self._isa = instruction_set.as_type(instruction_set.choose())
+        self._weights = Weights(
+            addresses=np.stack(
+                [np.concatenate([p.addresses for p in layer.projections]) for layer in layers]
+            ),
+            rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),
+            kinds=np.stack([np.concatenate([p.kinds for p in layer.projections]) for layer in layers]),
+            steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
+            attention_norms=np.stack([layer.attention_norm for layer in layers]),
+            feed_forward_norms=np.stack([layer.feed_forward_norm for layer in layers]),
+            qkv_biases=np.stack([layer.qkv_bias for layer in layers]),
+            output_biases=np.stack([layer.output_bias for layer in layers]),
+        )
+        head = weights.head
+        self._head = Head(weights.final_norm.copy(), head.addresses, head.matrix_rows, head.kinds, head.steps)
+        self._cache = cache
+        self._buffers = Buffers(
+            own_stream=np.zeros((threads, sizes.hidden), np.float32),
+            own_hidden=Activations(threads, sizes.hidden).buffers,
+            own_query=np.zeros((2 * threads, sizes.head_dim), np.float32),
+            own_attended=Activations(threads, head_columns).buffers,
+            qkv=np.zeros(head_columns + 2 * sizes.kv_heads * sizes.head_dim, np.float32),
+            attended=np.zeros(head_columns, np.float32),
+            residual=np.zeros(sizes.hidden, np.float32),
+            gate=np.zeros(sizes.feed_forward, np.float32),
+            up=np.zeros(sizes.feed_forward, np.float32),
+            gated=Activations(1, sizes.feed_forward).buffers,
+        )
+        self._epsilon = np.float32(config.norm_epsilon)
+        self._interleaved = config.interleaved_rotation
+        self._logits = np.zeros(sizes.vocabulary, np.float32)
+        self._counter = np.zeros(1, np.int64)
+        self._crew = crew
+
+    def run(self, token: int, position: int) -> np.ndarray:
+        """Run one token at `position`; return its logits, float32 [vocabulary], valid until the next call."""
+        self._buffers.own_stream[:] = self._embeddings[token]
+        self._buffers.residual[:] = 0.0
+        self._crew.run(
+            decode, self._isa, self._weights, self._head, self._cache, self._buffers, self._epsilon,
+            self._interleaved, position, self._logits, self._counter,
+        )  # fmt: skip
+        return self._logits

@@ -1,0 +1,87 @@
+"""Many tokens at once through every layer: the forward pass of a prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.activations import gate_rows, normalize_rows
+from cpu_kernels.attention import attend, rotate_and_store
+from cpu_kernels.crew import Crew
+from cpu_kernels.decode import Cache
+from cpu_kernels.projection import Activations
+from tritgguf.architectures import Dimensions
+from tritgguf.model_config import ModelConfig
+from tritgguf.weights import ModelWeights
+
+
+class _Workspace:
+    """Every buffer of the forward pass for a batch of tokens."""
+
+    def __init__(self, tokens: int, sizes: Dimensions) -> None:
+        head_columns = sizes.heads * sizes.head_dim
+        self.stream = np.zeros((tokens, sizes.hidden), np.float32)
+        self.residual = np.zeros((tokens, sizes.hidden), np.float32)
+        self.hidden = Activations(tokens, sizes.hidden)
+        self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
+        self.attended = Activations(tokens, head_columns)
+        self.gate_up = np.zeros((tokens, 2 * sizes.feed_forward), np.float32)
+        self.gated = Activations(tokens, sizes.feed_forward)
+
+    def first(self, tokens: int) -> _Workspace:
+        """Return the buffers of the first tokens, as views."""
+        view = _Workspace.__new__(_Workspace)
+        for name, buffer in vars(self).items():
+            setattr(view, name, buffer.first(tokens) if isinstance(buffer, Activations) else buffer[:tokens])
+        return view
+
+
+class Prefill:
+    """Runs batches of tokens; its buffers grow to the largest batch it has seen."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, cache: Cache, crew: Crew) -> None:
+        """Keep what every batch needs; nothing is allocated before the first."""
+        self._config = config
+        self._weights = weights
+        self._cache = cache
+        self._crew = crew
+        self._workspace = _Workspace(0, config.dimensions)
+
+    def run(self, tokens: np.ndarray, position: int) -> Activations:
+        """Run tokens [n] whose first stands at `position`; return the final norm's output, [n, hidden]."""
+        if len(self._workspace.stream) < len(tokens):
+            self._workspace = _Workspace(len(tokens), self._config.dimensions)
+        space = self._workspace.first(len(tokens))
+        hidden, attended, gated = space.hidden, space.attended, space.gated
+        heads, interleaved = self._config.dimensions.heads, self._config.interleaved_rotation
+        cache, epsilon, crew = self._cache, np.float32(self._config.norm_epsilon), self._crew
+
+        space.stream[:] = self._weights.embeddings[tokens]
+        space.residual[:] = 0.0
+        for layer, keys, values in zip(self._weights.layers, cache.keys, cache.values, strict=True):
+            crew.run(
+                normalize_rows, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers
+            )
+            layer.qkv.multiply(hidden, space.qkv, crew)
+            crew.run(
+                rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
+                keys, values, position,
+            )  # fmt: skip
+            crew.run(attend, space.qkv, keys, values, position, heads, cache.scores, attended.x)
+            attended.quantize(crew)
+            layer.output.multiply(attended, space.residual, crew)
+            space.residual += layer.output_bias
+            crew.run(
+                normalize_rows,
+                space.stream,
+                space.residual,
+                layer.feed_forward_norm,
+                epsilon,
+                *hidden.buffers,
+            )
+            layer.gate_up.multiply(hidden, space.gate_up, crew)
+            crew.run(gate_rows, space.gate_up, *gated.buffers)
+            layer.down.multiply(gated, space.residual, crew)
+        crew.run(
+            normalize_rows, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers
+        )
+        return hidden
