@@ -69,6 +69,12 @@ def _pack_2(levels, scale_indices, words, thread, threads):
             words[r, c + pair] = _word((last * 27 + scale_indices[r, g]) * 27 + scale_indices[r, g + 1])
 
 
+@numba.njit(cache=True, inline="always")
+def _three(u, p):
+    """Join three digits of radix 27."""
+    return (np.int64(u[p]) * 27 + u[p + 1]) * 27 + u[p + 2]
+
+
 @numba.njit(cache=True, nogil=True)
 def _pack_3(levels, scale_indices, words, thread, threads):
     rows, groups, _ = levels.shape
@@ -76,16 +82,11 @@ def _pack_3(levels, scale_indices, words, thread, threads):
     for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
             u = levels[r, g]
-            codes = np.zeros(4, np.int64)
-            for w in range(2):
-                for p in range(3):
-                    codes[2 * w] = codes[2 * w] * 27 + u[3 * w + p]
-                    codes[2 * w + 1] = codes[2 * w + 1] * 27 + u[8 + 3 * w + p]
             last, index = np.int64(u[15]), np.int64(scale_indices[r, g])
-            words[r, 2 * g] = _word(codes[0] * 3 + last // 9)
-            words[r, 2 * g + 1] = _word(codes[1] * 3 + last // 3 % 3)
-            words[r, a1 + 2 * g] = _word(codes[2] * 3 + last % 3)
-            words[r, a1 + 2 * g + 1] = _word(codes[3] * 3 + index // 9)
+            words[r, 2 * g] = _word(_three(u, 0) * 3 + last // 9)
+            words[r, 2 * g + 1] = _word(_three(u, 8) * 3 + last // 3 % 3)
+            words[r, a1 + 2 * g] = _word(_three(u, 3) * 3 + last % 3)
+            words[r, a1 + 2 * g + 1] = _word(_three(u, 11) * 3 + index // 9)
             words[r, b + g] = _word(((np.int64(u[6]) * 27 + u[14]) * 27 + u[7]) * 3 + index // 3 % 3)
         for quad in range(groups // 4):
             code = 0
