@@ -15,9 +15,7 @@ from numba.extending import intrinsic
 
 _SPINS_BEFORE_YIELDING = 2000
 _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
-_YIELD = types.ExternalFunction(
-    "SwitchToThread" if platform.system() == "Windows" else "sched_yield", types.int32()
-)
+_YIELD = types.ExternalFunction("SwitchToThread" if platform.system() == "Windows" else "sched_yield", types.int32())
 
 
 @intrinsic
@@ -49,9 +47,7 @@ def _pause(typing_context):
     def generate(context, builder, signature, arguments):
         if _PAUSE is not None:
             module = builder.module
-            function = module.globals.get(_PAUSE) or ir.Function(
-                module, ir.FunctionType(ir.VoidType(), []), _PAUSE
-            )
+            function = module.globals.get(_PAUSE) or ir.Function(module, ir.FunctionType(ir.VoidType(), []), _PAUSE)
             builder.call(function, [])
         return context.get_dummy_value()
 

@@ -42,9 +42,7 @@ class Crew:
 
     def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order."""
-        others = [
-            self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
-        ]
+        others = [self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)]
         try:
             first = kernel(*arguments, 0, self.threads)
         finally:

@@ -128,9 +128,7 @@ def _feed_forward(isa, weights, layer, hidden, buffers, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def decode(
-    isa, weights, head, cache, buffers, epsilon, interleaved, position, logits, counter, thread, threads
-):
+def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, logits, counter, thread, threads):
     """Run one thread's share of one token; all `threads` calls return when the logits are complete.
 
     Args:
@@ -178,9 +176,7 @@ def decode(
         quantize_row(*hidden)
         _feed_forward(isa, weights, layer, hidden, buffers, thread, threads)
         wait_for_all(counter, threads)
-        multiply_rows(
-            isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last
-        )
+        multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last)
         wait_for_all(counter, threads)
     normalize_row(stream, buffers.residual, head.norm, epsilon, hidden[0])
     quantize_row(*hidden)

@@ -50,9 +50,7 @@ def _tile_dot(typing_context, isa, tokens, tile, tile_steps, pairs, offsets, sca
                     both = vectors.splat(builder.add(pairs, builder.add(plane, group_bytes)), I32, TILE_ROWS)
                     x = builder.bitcast(both, vector(I16, 2 * TILE_ROWS))
                     sums[token] = vectors.dot_pairs(sums[token], weights, x)
-            steps = vectors.load(
-                builder.add(tile_steps, builder.mul(loop.index, I64(4 * TILE_ROWS))), FLOAT, TILE_ROWS
-            )
+            steps = vectors.load(builder.add(tile_steps, builder.mul(loop.index, I64(4 * TILE_ROWS))), FLOAT, TILE_ROWS)
             for token, total in enumerate(totals):
                 address = builder.add(scales, builder.add(builder.mul(quad_bytes, I64(token)), group_bytes))
                 scale = builder.fmul(steps, vectors.splat(address, FLOAT, TILE_ROWS))
@@ -115,17 +113,11 @@ def _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, 
         count = 8 if tokens - t >= 8 else (4 if tokens - t >= 4 else 1)
         p, o, s = (pairs[t].ctypes.data, offsets[t, kind - 1].ctypes.data, scales[t].ctypes.data)
         if count == 8:
-            _tile_dot(
-                isa, _TOKENS_8, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
-            )
+            _tile_dot(isa, _TOKENS_8, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
         elif count == 4:
-            _tile_dot(
-                isa, _TOKENS_4, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
-            )
+            _tile_dot(isa, _TOKENS_4, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
         else:
-            _tile_dot(
-                isa, _TOKENS_1, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups
-            )
+            _tile_dot(isa, _TOKENS_1, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
         for k in range(count):
             for r in range(rows):
                 y[t + k, first_column + r] = out[k, r]
@@ -161,9 +153,7 @@ def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_co
         count = min(TILE_ROWS, rows - first)
         part = words[first * row_words : (first + count) * row_words]
         _fill_tile(part, row_words, count, kind, steps, levels, indices, tile, tile_steps)
-        _multiply_tile(
-            isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count
-        )
+        _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count)
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})

@@ -36,9 +36,7 @@ def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scale
             weight_steps = vectors.lookup(table, steps, indices)
             scale = builder.fmul(weight_steps, vectors.load(builder.add(scales, byte_offset), FLOAT, lanes))
             accumulator = accumulators[lanes]
-            builder.store(
-                vectors.fma(vectors.to_float(step.sums), scale, builder.load(accumulator)), accumulator
-            )
+            builder.store(vectors.fma(vectors.to_float(step.sums), scale, builder.load(accumulator)), accumulator)
 
         with cgutils.for_range(builder, builder.lshr(groups, I64(4))) as loop:
             emit(builder.shl(loop.index, I64(4)), 16)

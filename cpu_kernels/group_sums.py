@@ -1,11 +1,9 @@
 """The heart of the kernels: integer dot products of packed groups with int16 activations, for each depth.
 
 A vector step covers `lanes` groups (16, 8 or 4); the 32-bit lane g is group g. Activations come as pairs: vector j
-holds, in neighbouring 16-bit lanes, weights j and j + 8 of every group (`quantize_activations` lays them out so).
+holds, in neighbouring 16-bit lanes, weights j and j + 8 of every group (`quantize_row` lays them out so).
 The planes and the fields of their words are those of `docs/format.md` section 3; each function below reads them in
 the order in which the document lists them.
-
-Emitted code; counted in 512-bit multiplies per 256 weights: depth 1: 26, depth 2: 26, depth 3: 31, depth 4: 38.
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ class Projection:
         x, *integers = activations.buffers
         if tokens == 1:
             vector = (x[0], *(buffer[0] for buffer in integers))
-            crew.run(
-                gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out[0]
-            )
+            crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out[0])
             return
         first = 0
         for matrix, steps in zip(self.matrices, self.steps, strict=True):

@@ -30,7 +30,7 @@ class Vectors:
         self.builder = builder
         self.isa = isa
 
-    def constant(self, element: ir.Type, values: Sequence[int] | int, lanes: int) -> ir.Constant:
+    def constant(self, element: ir.Type, values: Sequence[int] | float, lanes: int) -> ir.Constant:
         """Return a constant vector: `values` repeated to fill the lanes."""
         pattern = [values] if isinstance(values, (int, float)) else list(values)
         return ir.Constant(vector(element, lanes), pattern * (lanes // len(pattern)))
@@ -86,9 +86,7 @@ class Vectors:
                 low, high = self.split(value)
                 return self.join(self.multiply_high(low, radices), self.multiply_high(high, radices))
             product = self.builder.mul(self.widen(value), self.widen(factor))
-            return self.builder.trunc(
-                self.builder.lshr(product, self.constant(I32, 16, lanes)), vector(I16, lanes)
-            )
+            return self.builder.trunc(self.builder.lshr(product, self.constant(I32, 16, lanes)), vector(I16, lanes))
         return self.call(name, value.type, value, factor)
 
     def multiply_low(self, value: ir.Value, factors: Sequence[int] | int) -> ir.Value:
@@ -111,16 +109,12 @@ class Vectors:
         if self.isa == AVX512:
             width = {8: "128", 16: "256", 32: "512"}.get(lanes)
             if width is not None:
-                return self.call(
-                    f"llvm.x86.avx512.vpdpwssd.{width}", accumulator.type, accumulator, left, right
-                )
+                return self.call(f"llvm.x86.avx512.vpdpwssd.{width}", accumulator.type, accumulator, left, right)
         if self.isa == AVX2:
             if lanes == 32:
                 results = [
                     self.dot_pairs(part, a, b)
-                    for part, a, b in zip(
-                        self.split(accumulator), self.split(left), self.split(right), strict=True
-                    )
+                    for part, a, b in zip(self.split(accumulator), self.split(left), self.split(right), strict=True)
                 ]
                 return self.join(*results)
             name = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}[lanes]

@@ -73,9 +73,7 @@ def _quantize_v2(weights: np.ndarray, depth: int, largest: float, crew: Crew) ->
     thresholds = np.sqrt(codebook[1:].astype(np.float64) * codebook[:-1]).astype(np.float32)
     levels = np.empty(weights.shape, np.uint8)
     indices = np.empty(scales.shape, np.uint8)
-    sums = crew.run(
-        round_to_codebook, weights, scales, thresholds, codebook / offset, offset, levels, indices
-    )
+    sums = crew.run(round_to_codebook, weights, scales, thresholds, codebook / offset, offset, levels, indices)
     error, power = np.sum(sums, axis=0)
     return QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 

@@ -50,6 +50,8 @@ class ConvertReport:
     """Root of the summed squared error over the summed squared weights, over the packed matrices."""
     kept_unaligned: list[str] = field(default_factory=list)
     """Matrices kept in F16 because their row length is no multiple of 64."""
+    warnings: list[str] = field(default_factory=list)
+    """What the source could not say exactly, such as an unknown pre-tokenizer."""
     file_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -90,26 +92,20 @@ def convert(
     crew = Crew(threads)
     opened = open_source(str(source))
     plan = [_plan(tensor.name, tensor.shape, depth) for tensor in opened.tensors]
-    report = ConvertReport(output, opened.name, depth, encoder)
+    report = ConvertReport(output, opened.name, depth, encoder, warnings=list(opened.warnings))
     total_bytes = sum(tensor.stored_bytes for tensor in opened.tensors)
     done_bytes = 0
-    error, power = 0.0, 0.0
+    squares = np.zeros(2)  # of the errors, of the weights
     with StreamingWriter(output, _metadata(opened, plan, encoder), plan, overwrite=overwrite) as writer:
         for planned, tensor in zip(plan, opened.tensors, strict=True):
-            weights = opened.read(planned.name)
             writer.begin(planned)
-            if trit_types.is_trit_type(planned.type_id):
-                matrix = _quantize(opened, planned.name, weights, depth, encoder, crew)
-                writer.write(matrix.pack(crew))
-                writer.set_metadata(trit_types.codebook_key(planned.name), _codebook_value(matrix.codebook))
-                error, power = (error + matrix.squared_error, power + matrix.squared_weights)
-            else:
-                _write_kept(writer, opened, planned, weights)
+            # Reading inside the call lets go of one matrix before the next one is read.
+            squares += _write_tensor(writer, opened, planned, report, crew)
             done_bytes += tensor.stored_bytes
             if progress is not None:
                 progress(ConvertProgress(planned.name, done_bytes, total_bytes))
     _summarize(report, plan)
-    report.relative_error = float(np.sqrt(error / power)) if power else 0.0
+    report.relative_error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
     report.seconds = time.perf_counter() - started
     return report
 
@@ -121,9 +117,7 @@ def _plan(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
         return PlannedTensor(name, shape, F32, 4 * weights)
     if quantized_tensor(name) and shape[-1] % trit_types.BLOCK_SIZE == 0:
         rows = weights // shape[-1]
-        return PlannedTensor(
-            name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1])
-        )
+        return PlannedTensor(name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1]))
     return PlannedTensor(name, shape, F16, 2 * weights)
 
 
@@ -140,9 +134,7 @@ def _metadata(source: Source, plan: list[PlannedTensor], encoder: str) -> dict[s
     metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
     for tensor in plan:
         if trit_types.is_trit_type(tensor.type_id):
-            metadata[trit_types.codebook_key(tensor.name)] = _codebook_value(
-                np.zeros(trit_types.CODEBOOK_SIZE)
-            )
+            metadata[trit_types.codebook_key(tensor.name)] = _codebook_value(np.zeros(trit_types.CODEBOOK_SIZE))
     return metadata
 
 
@@ -150,13 +142,21 @@ def _codebook_value(codebook: np.ndarray) -> GGUFValue:
     return GGUFValue(codebook.tolist(), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
-def _quantize(
-    source: Source, name: str, weights: np.ndarray, depth: int, encoder: str, crew: Crew
-) -> codec.QuantizedMatrix:
+def _write_tensor(
+    writer: StreamingWriter, source: Source, planned: PlannedTensor, report: ConvertReport, crew: Crew
+) -> np.ndarray:
+    """Read, encode and write one tensor; return its squared error and squared weights."""
+    weights = source.read(planned.name)
+    if not trit_types.is_trit_type(planned.type_id):
+        _write_kept(writer, source, planned, weights)
+        return np.zeros(2)
     try:
-        return codec.quantize(weights, depth, encoder, crew)
+        matrix = codec.quantize(weights, report.depth, report.encoder, crew)
     except ValueError as error:
-        raise TritGgufError(f"{source.name}: tensor {name} {error}; the checkpoint is damaged") from error
+        raise TritGgufError(f"{source.name}: tensor {planned.name} {error}; the checkpoint is damaged") from error
+    writer.write(matrix.pack(crew))
+    writer.set_metadata(trit_types.codebook_key(planned.name), _codebook_value(matrix.codebook))
+    return np.array([matrix.squared_error, matrix.squared_weights])
 
 
 def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
@@ -169,8 +169,8 @@ def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, 
             part = rows[start : start + step].astype(dtype, copy=False)
         if not np.isfinite(part).all():
             raise TritGgufError(
-                f"{source.name}: tensor {tensor.name} has a weight that is NaN, infinite or too large for F16;"
-                " the checkpoint is damaged"
+                f"{source.name}: tensor {tensor.name} has a weight that is NaN, infinite or too large"
+                " for F16; the checkpoint is damaged"
             )
         writer.write(part)
 

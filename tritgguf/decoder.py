@@ -15,7 +15,7 @@ from tritgguf.weights import ModelWeights
 class Decoder:
     """Runs single tokens; everything is prepared and allocated once, here."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, cache: Cache, crew: Crew) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew) -> None:
         """Gather addresses and buffers for the threads of `crew`."""
         threads = crew.threads
         sizes = config.dimensions
@@ -24,9 +24,7 @@ class Decoder:
         self._embeddings = weights.embeddings
         self._isa = instruction_set.as_type(instruction_set.choose())
         self._weights = Weights(
-            addresses=np.stack(
-                [np.concatenate([p.addresses for p in layer.projections]) for layer in layers]
-            ),
+            addresses=np.stack([np.concatenate([p.addresses for p in layer.projections]) for layer in layers]),
             rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),
             kinds=np.stack([np.concatenate([p.kinds for p in layer.projections]) for layer in layers]),
             steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
@@ -37,7 +35,6 @@ class Decoder:
         )
         head = weights.head
         self._head = Head(weights.final_norm.copy(), head.addresses, head.matrix_rows, head.kinds, head.steps)
-        self._cache = cache
         self._buffers = Buffers(
             own_stream=np.zeros((threads, sizes.hidden), np.float32),
             own_hidden=Activations(threads, sizes.hidden).buffers,
@@ -56,12 +53,12 @@ class Decoder:
         self._counter = np.zeros(1, np.int64)
         self._crew = crew
 
-    def run(self, token: int, position: int) -> np.ndarray:
-        """Run one token at `position`; return its logits, float32 [vocabulary], valid until the next call."""
+    def run(self, token: int, position: int, cache: Cache) -> np.ndarray:
+        """Run one token at `position` in the cache; return its logits, float32 [vocabulary], valid until the next call."""
         self._buffers.own_stream[:] = self._embeddings[token]
         self._buffers.residual[:] = 0.0
         self._crew.run(
-            decode, self._isa, self._weights, self._head, self._cache, self._buffers, self._epsilon,
+            decode, self._isa, self._weights, self._head, cache, self._buffers, self._epsilon,
             self._interleaved, position, self._logits, self._counter,
         )  # fmt: skip
         return self._logits

@@ -11,6 +11,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import struct
@@ -64,7 +65,8 @@ class TensorInfo:
         """The ggml type's name, such as `F16` or `TRIT2`."""
         if trit_types.is_trit_type(self.type_id):
             return trit_types.TritType(self.type_id).name
-        return _stock_types()[self.type_id][0]
+        stock = _stock_type(self.type_id)
+        return stock[0] if stock else f"type {self.type_id}"
 
     @property
     def n_weights(self) -> int:
@@ -119,6 +121,19 @@ class GgufFile:
         """Return a tensor's bytes: uint8 [n_bytes], a read-only view of the map."""
         info = self.tensors[name]
         return np.frombuffer(self._map, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
+
+    def release(self, name: str) -> None:
+        """Let go of a tensor's resident pages, so that reading a file once does not fill memory with it.
+
+        They come back from the file when they are read again. Does nothing where the system has no such advice.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        info = self.tensors[name]
+        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = info.offset + info.n_bytes - start
+        if length > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
     def codebook(self, name: str) -> np.ndarray:
         """Return a trit tensor's scales: float32 [27], finite and not negative (checked)."""
@@ -319,10 +334,11 @@ class _HeaderParser:
         if trit_types.is_trit_type(type_id):
             block_size = trit_types.BLOCK_SIZE
             block_bytes = trit_types.block_bytes(trit_types.TritType(type_id).depth)
-        elif type_id in _stock_types():
-            _, block_size, block_bytes = _stock_types()[type_id]
         else:
-            self.fail(f"tensor {name} has the unknown type {type_id}")
+            stock = _stock_type(type_id)
+            if stock is None:
+                self.fail(f"tensor {name} has the unknown type {type_id}")
+            _, block_size, block_bytes = stock
         n_weights = 1
         for length in shape:
             n_weights *= length
@@ -341,15 +357,17 @@ class _HeaderParser:
             end, owner = info.offset + info.n_bytes, info.name
 
 
-_STOCK_TYPES: dict[int, tuple[str, int, int]] = {F32: ("F32", 1, 4), F16: ("F16", 1, 2)}
+_COMMON_TYPES = {F32: ("F32", 1, 4), F16: ("F16", 1, 2)}  # all that a trit file has, without importing gguf
 
 
-def _stock_types() -> dict[int, tuple[str, int, int]]:
-    """Return ggml type id -> (name, weights per block, bytes per block)."""
-    if len(_STOCK_TYPES) == 2:
-        from gguf import GGML_QUANT_SIZES
+@functools.cache
+def _stock_type(type_id: int) -> tuple[str, int, int] | None:
+    """Return name, weights per block and bytes per block of a ggml type, or None for an unknown id."""
+    if type_id in _COMMON_TYPES:
+        return _COMMON_TYPES[type_id]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        for member, (block_size, block_bytes) in GGML_QUANT_SIZES.items():
-            if not trit_types.is_trit_type(member.value):
-                _STOCK_TYPES[member.value] = (member.name, block_size, block_bytes)
-    return _STOCK_TYPES
+    member = GGMLQuantizationType._value2member_map_.get(type_id)
+    if not isinstance(member, GGMLQuantizationType) or member not in GGML_QUANT_SIZES:
+        return None
+    return (member.name, *GGML_QUANT_SIZES[member])

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO, cast
 
 import numpy as np
-from gguf import GGUFValue, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from tritgguf.errors import TritGgufError
@@ -61,7 +61,7 @@ class StreamingWriter:
                 tensor.shape,
                 np.dtype(np.float32),
                 tensor.n_bytes,
-                raw_dtype=cast("object", tensor.type_id),
+                raw_dtype=cast("GGMLQuantizationType", tensor.type_id),
             )
         self._file: BinaryIO | None = None
         self._next = 0
@@ -97,7 +97,7 @@ class StreamingWriter:
         if data.nbytes > self._remaining or self._file is None:
             raise ValueError("more bytes than the plan has for this tensor")
         with self._disk_errors():
-            self._file.write(memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
+            self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             self._remaining -= data.nbytes
             if self._remaining == 0:
                 self._pad()

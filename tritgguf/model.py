@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpu_kernels.crew import Crew
-from cpu_kernels.decode import Cache
+from tritgguf.cache import KeyValueCache
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
@@ -39,9 +39,9 @@ class Model:
         self.position = 0
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
-        self._cache = _allocate_cache(self.config, self.context, self.crew.threads)
-        self._prefill = Prefill(self.config, self._weights, self._cache, self.crew)
-        self._decoder = Decoder(self.config, self._weights, self._cache, self.crew)
+        self._cache = KeyValueCache(self.config, self.context, self.crew.threads)
+        self._prefill = Prefill(self.config, self._weights, self.crew)
+        self._decoder = Decoder(self.config, self._weights, self.crew)
 
     def truncate(self, position: int) -> None:
         """Forget the cache from `position` on."""
@@ -68,17 +68,17 @@ class Model:
             raise TritGgufError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
         if self.position + ids.size > self.context:
             raise TritGgufError(
-                f"{self.position + ids.size} tokens do not fit into a context of {self.context};"
-                " use a larger one (-c)"
+                f"{self.position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
             )
+        self._cache.reserve(self.position + ids.size)
         if ids.size == 1:
-            logits = self._decoder.run(int(ids[0]), self.position)
+            logits = self._decoder.run(int(ids[0]), self.position, self._cache.arrays)
             self.position += 1
             return logits[np.newaxis].copy() if all_logits else logits
         logits = np.empty((ids.size if all_logits else 1, self.config.vocab_size), np.float32)
         for start in range(0, ids.size, BATCH_TOKENS):
             batch = ids[start : start + BATCH_TOKENS]
-            hidden = self._prefill.run(batch, self.position)
+            hidden = self._prefill.run(batch, self.position, self._cache.arrays)
             self.position += len(batch)
             if all_logits:
                 self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew)
@@ -86,17 +86,3 @@ class Model:
             return logits
         self._weights.head.multiply(hidden.last(), logits, self.crew)
         return logits[0]
-
-
-def _allocate_cache(config: ModelConfig, context: int, threads: int) -> Cache:
-    """Return an empty cache; its pages become resident when tokens are written to them."""
-    sizes = config.dimensions
-    shape = (sizes.layers, sizes.kv_heads, context, sizes.head_dim)
-    angles = np.outer(np.arange(context), config.rotation_frequencies)
-    return Cache(
-        keys=np.zeros(shape, np.float32),
-        values=np.zeros(shape, np.float32),
-        cosines=np.cos(angles).astype(np.float32),
-        sines=np.sin(angles).astype(np.float32),
-        scores=np.zeros((max(sizes.heads, threads), context), np.float32),
-    )

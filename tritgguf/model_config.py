@@ -45,9 +45,7 @@ class ModelConfig:
         """Read and check a file's configuration, and that it has every tensor in the right shape."""
         if "token_embd.weight" not in file.tensors:
             raise TritGgufError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
-        biased = frozenset(
-            name for name in (*ATTENTION_INPUTS, "attn_output") if f"blk.0.{name}.bias" in file.tensors
-        )
+        biased = frozenset(name for name in (*ATTENTION_INPUTS, "attn_output") if f"blk.0.{name}.bias" in file.tensors)
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
         for name, shape in dimensions.shapes().items():
@@ -74,9 +72,7 @@ class ModelConfig:
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise TritGgufError(
-            f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again"
-        )
+        raise TritGgufError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
     return value
 
 
@@ -101,7 +97,5 @@ def read_vector(file: GgufFile, name: str, length: int) -> np.ndarray:
     """Return a vector of weights: float32 [length], a view of the map."""
     info = file.tensors[name]
     if info.type_id != F32 or info.shape != (length,):
-        raise TritGgufError(
-            f"{file.path}: tensor {name} is {info.type_name} {info.shape}, not F32 ({length},)"
-        )
+        raise TritGgufError(f"{file.path}: tensor {name} is {info.type_name} {info.shape}, not F32 ({length},)")
     return file.raw(name).view(np.float32)

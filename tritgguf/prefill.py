@@ -38,29 +38,26 @@ class _Workspace:
 class Prefill:
     """Runs batches of tokens; its buffers grow to the largest batch it has seen."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, cache: Cache, crew: Crew) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew) -> None:
         """Keep what every batch needs; nothing is allocated before the first."""
         self._config = config
         self._weights = weights
-        self._cache = cache
         self._crew = crew
         self._workspace = _Workspace(0, config.dimensions)
 
-    def run(self, tokens: np.ndarray, position: int) -> Activations:
-        """Run tokens [n] whose first stands at `position`; return the final norm's output, [n, hidden]."""
+    def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Activations:
+        """Run tokens [n] whose first stands at `position` in the cache; return the final norm's output, [n, hidden]."""
         if len(self._workspace.stream) < len(tokens):
             self._workspace = _Workspace(len(tokens), self._config.dimensions)
         space = self._workspace.first(len(tokens))
         hidden, attended, gated = space.hidden, space.attended, space.gated
         heads, interleaved = self._config.dimensions.heads, self._config.interleaved_rotation
-        cache, epsilon, crew = self._cache, np.float32(self._config.norm_epsilon), self._crew
+        epsilon, crew = np.float32(self._config.norm_epsilon), self._crew
 
         space.stream[:] = self._weights.embeddings[tokens]
         space.residual[:] = 0.0
         for layer, keys, values in zip(self._weights.layers, cache.keys, cache.values, strict=True):
-            crew.run(
-                normalize_rows, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers
-            )
+            crew.run(normalize_rows, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers)
             layer.qkv.multiply(hidden, space.qkv, crew)
             crew.run(
                 rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
@@ -81,7 +78,5 @@ class Prefill:
             layer.gate_up.multiply(hidden, space.gate_up, crew)
             crew.run(gate_rows, space.gate_up, *gated.buffers)
             layer.down.multiply(gated, space.residual, crew)
-        crew.run(
-            normalize_rows, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers
-        )
+        crew.run(normalize_rows, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
         return hidden

@@ -69,6 +69,5 @@ def _read_matrix(file: GgufFile, name: str) -> Matrix:
     if info.type_id == F16:
         return Matrix(file.raw(name), rows, columns, depth=0)
     raise TritGgufError(
-        f"{file.path}: tensor {name} is {info.type_name}, but only trit files are run;"
-        " make one with `tritgguf convert`"
+        f"{file.path}: tensor {name} is {info.type_name}, but only trit files are run; make one with `tritgguf convert`"
     )

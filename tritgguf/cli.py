@@ -1,0 +1,318 @@
+"""The command line: `tritgguf convert`, `run`, `verify` and `inspect`. Options carry llama.cpp's names.
+
+Each command parses, calls the function of the same name and prints. What a command needs is imported inside
+it, because `run` has to show its first word within a second of being typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tritgguf import __version__, console
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from tritgguf.convert import ConvertProgress
+    from tritgguf.generate import LoadedModel
+    from tritgguf.sampling import SamplingOptions
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
+    """Return an option whose help line says N, TEXT or FILE instead of a type's name."""
+    return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
+Threads = Annotated[
+    int | None, _option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="all cores")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model's text may not fit the terminal's encoding
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=arguments, prog_name="tritgguf", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TritGgufError as error:
+        console.error(str(error))
+    except usage_error as error:
+        console.error(f"{error.format_message()} (see --help)")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader has left, as `head` does. Python flushes stdout once more: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        console.error(f"{error.filename}: {reason}" if error.filename else reason)
+    except MemoryError:
+        console.error("not enough memory; close other programs or give a smaller --ctx-size")
+    return 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tritgguf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Balanced-ternary language models in GGUF files: convert them, run them on the CPU, prove them right."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face folder, a hub id (org/name), or a GGUF file.", metavar="SOURCE"),
+    ],
+    output: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
+    depth: Annotated[int, _option("--depth", help="Trits per weight, 1 to 4.")] = 2,
+    encoder: Annotated[str, _option("--encoder", metavar="NAME", help="How the scales are chosen.")] = "v2",
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a model's matrices into trits.
+
+    Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
+    """
+    from tritgguf.convert import convert
+
+    with console.progress(in_bytes=True) as report:
+
+        def show(state: ConvertProgress) -> None:
+            report(state.tensor, state.bytes_done, state.bytes_total)
+
+        result = convert(
+            source, output, depth=depth, encoder=encoder, threads=threads, overwrite=overwrite, progress=show
+        )
+    if as_json:
+        console.print_json(vars(result))
+    else:
+        console.print_conversion(result)
+
+
+@app.command("run")
+def run_command(
+    file: TritFile,
+    prompt: Annotated[str | None, _option("--prompt", "-p", metavar="TEXT", help="What to answer.")] = None,
+    prompt_file: Annotated[Path | None, _option("--file", "-f", metavar="FILE", help="File with the prompt.")] = None,
+    system: Annotated[
+        str | None, _option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")
+    ] = None,
+    predict: Annotated[
+        int, _option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")
+    ] = -1,
+    context: Annotated[
+        int, _option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
+    ] = 0,
+    threads: Threads = None,
+    temperature: Annotated[float, _option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, _option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[float, _option("--top-p", help="Keep the likeliest up to this probability.")] = 0.95,
+    min_p: Annotated[float, _option("--min-p", help="Least probability, relative to the likeliest.")] = 0.05,
+    repeat_penalty: Annotated[float, _option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")] = 1.0,
+    repeat_last_n: Annotated[int, _option("--repeat-last-n", help="How many tokens are recent.")] = 64,
+    seed: Annotated[int, _option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or chat when there is none.
+
+    Without -p and -f the prompt is read from a pipe, or typed: then Ctrl-C stops an answer and Ctrl-D leaves.
+
+    Example: tritgguf run d3.gguf -p "Name three primary colors."
+    """
+    from tritgguf.generate import load
+    from tritgguf.sampling import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=seed,
+    )
+    text = _prompt(prompt, prompt_file)
+    if text is None and (raw or as_json):
+        raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
+    try:
+        model = load(file, context=context or None, threads=threads)
+    finally:
+        gc.enable()
+    if text is None:
+        _chat(model, system, sampling, predict)
+    else:
+        _answer(model, text, system, sampling, predict, raw=raw, as_json=as_json)
+
+
+def _answer(
+    model: LoadedModel,
+    text: str,
+    system: str | None,
+    sampling: SamplingOptions,
+    max_tokens: int,
+    *,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Answer one prompt."""
+    from tritgguf.generate import TextStream, prompt_tokens
+    from tritgguf.sampling import Sampler
+
+    tokens = prompt_tokens(model, text, system=system, raw=raw)
+    stream = TextStream(model, tokens, Sampler(sampling), max_tokens=max_tokens, continues_prompt=raw)
+    if as_json:
+        answer = stream.finish()
+        console.print_json({"model": model.path, **vars(answer), "timings": answer.timings.as_dict()})
+    else:
+        try:
+            answer = stream.finish(console.write_answer)
+        finally:
+            print(flush=True)
+    console.print_context_note(model, answer)
+    console.print_timings(answer.timings)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str | None:
+    """Return the prompt that was given, or None when somebody sits there to type one."""
+    if prompt is not None and file is not None:
+        raise TritGgufError("give the prompt with either -p or -f, not with both")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        data = file.read_bytes()
+    elif sys.stdin.isatty():
+        return None
+    else:
+        data = sys.stdin.buffer.read()
+        if not data:
+            raise TritGgufError("there is no prompt on standard input; give one with -p or -f")
+    return data.decode("utf-8", errors="replace").removesuffix("\n")
+
+
+def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
+    """Talk until Ctrl-D."""
+    from tritgguf.generate import Chat, Timings
+
+    with contextlib.suppress(ImportError):  # not on Windows; with it, input() edits lines and recalls them
+        import readline  # noqa: F401
+    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens)
+    timings: list[Timings] = []
+    console.note("Ctrl-C stops an answer, Ctrl-D leaves, /clear starts a new chat.")
+    while (text := _read_line()) is not None:
+        if text.strip() == "/clear":
+            chat.clear()
+        elif text.strip():
+            try:
+                stream = chat.ask(text)
+            except TritGgufError as error:
+                # No room for the message, or the template refuses it: the chat can go on.
+                console.error(str(error))
+                continue
+            with contextlib.suppress(KeyboardInterrupt):
+                stream.finish(console.write_answer)
+            print(flush=True)
+            answer = stream.result()
+            chat.keep(answer)
+            timings.append(answer.timings)
+            console.print_context_note(model, answer)
+    if timings:
+        console.print_timings(Timings.total(timings))
+
+
+def _read_line() -> str | None:
+    """Return what is typed, or None at its end."""
+    while True:
+        try:
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            return input()
+        except KeyboardInterrupt:
+            console.note("")
+        except EOFError:
+            console.note("")
+            return None
+
+
+@app.command("verify")
+def verify_command(
+    source: Annotated[str, typer.Argument(help="What the file was converted from.", metavar="SOURCE")],
+    file: TritFile,
+    text_file: Annotated[
+        Path | None,
+        _option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
+    ] = None,
+    tokens: Annotated[int, _option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a trit file with its source: whether the runner is right, what quantization cost.
+
+    Needs torch and transformers: pip install "tritgguf[verify]".
+
+    Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
+    """
+    from tritgguf.verify import verify
+
+    text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
+    with console.progress(in_bytes=False) as report:
+        result = verify(source, file, text=text, tokens=tokens, threads=threads, progress=report)
+    if as_json:
+        console.print_json(result.as_dict())
+    else:
+        console.print_verification(result)
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="Any GGUF file.", metavar="FILE.gguf")], as_json: Json = False
+) -> None:
+    """Show what is in a GGUF file: keys, tensors, types, codebooks, bits per weight.
+
+    Example: tritgguf inspect d3.gguf
+    """
+    from tritgguf.inspect_file import describe
+
+    description = describe(file)
+    if as_json:
+        console.print_json(description.as_dict())
+    else:
+        console.print_description(description)

@@ -1,0 +1,264 @@
+"""The same model in transformers and float32: what `verify` compares with.
+
+transformers computes every logit here; this module only gives it the weights. A Hugging Face folder is loaded
+by transformers alone, so that names, rope scaling and row order are checked against code that is not ours.
+For a stock GGUF file the model is built from its keys and filled with its dequantized tensors.
+
+torch and transformers are imported inside functions: only the `verify` extra brings them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tritgguf.architectures import ROPE_FREQS, hf_tensor_name, to_hf
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tritgguf.checkpoint import Source
+    from tritgguf.gguf_file import GgufFile
+
+_HEAD = "output.weight"
+_CONFIG_CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}
+
+
+def require_torch() -> None:
+    """Raise TritGgufError unless torch and transformers can be imported."""
+    for package in ("torch", "transformers"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise TritGgufError(
+                f"verify needs {package}, which cannot be imported ({_first_line(error)}); "
+                "pip install 'tritgguf[verify]'"
+            ) from error
+
+
+class ReferenceModel:
+    """A causal language model of transformers in float32, on the CPU.
+
+    `threads` sets how many threads torch uses from here on.
+    """
+
+    def __init__(self, module: Any, *, threads: int | None = None) -> None:
+        self.module = module.eval()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+
+    @classmethod
+    def open(cls, source: Source, *, threads: int | None = None) -> ReferenceModel:
+        """Load a source with its own weights; TritGgufError when transformers cannot."""
+        from tritgguf.checkpoint import HfFolderSource
+
+        require_torch()
+        if isinstance(source, HfFolderSource):
+            return cls(_load_folder(source.folder), threads=threads)
+        metadata = {key: value.value for key, value in source.metadata.items()}
+        shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+        model = cls(_empty_module(metadata, shapes, source.name), threads=threads)
+        model.load_tensors(metadata, list(shapes), source.read, source.name)
+        if ROPE_FREQS in shapes:
+            model.slow_rotation(source.read(ROPE_FREQS))
+        return model
+
+    def load_file(self, file: GgufFile, *, progress: Callable[[int, int], None] | None = None) -> None:
+        """Replace every weight by the file's, dequantized, in place."""
+        self.load_tensors(file.metadata, list(file.tensors), file.read_float32, str(file.path), progress=progress)
+
+    def load_tensors(
+        self,
+        metadata: Mapping[str, Any],
+        names: Sequence[str],
+        read: Callable[[str], np.ndarray],
+        where: str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Replace every weight by those of a GGUF model, in place.
+
+        `read` returns a tensor by its GGUF name, float32 in GGUF's row order. The model ends up with tied
+        embeddings exactly if there is no output.weight. The rope factors are left out: they are no weight of
+        a Hugging Face model, which has them from its config.
+        Raises TritGgufError for a tensor that the model lacks, lacks a value for, or has in another shape.
+        """
+        arch = metadata["general.architecture"]
+        heads, kv_heads = _head_counts(metadata)
+        tied = _HEAD not in names
+        self._set_head(tied)
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        if tied:
+            parameters.pop(hf_tensor_name(arch, _HEAD))
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(done, len(names))
+            if name == ROPE_FREQS:
+                continue
+            parameter = parameters.pop(hf_tensor_name(arch, name), None)
+            weights = to_hf(arch, name, read(name), heads, kv_heads)
+            if parameter is None or tuple(parameter.shape) != weights.shape:
+                raise TritGgufError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
+            np.copyto(parameter.detach().numpy(), weights)
+        if parameters:
+            raise TritGgufError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
+
+    def _set_head(self, tied: bool) -> None:
+        """Make the output head the embeddings themselves, or a matrix of its own."""
+        import torch
+
+        head, embeddings = self.module.lm_head, self.module.get_input_embeddings()
+        if tied:
+            head.weight = embeddings.weight
+        elif head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight), requires_grad=False)
+
+    def slow_rotation(self, factors: np.ndarray) -> None:
+        """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
+        self.module.model.rotary_emb.inv_freq.numpy()[:] /= factors
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits behind every token of one sequence: float32 [n, vocabulary]."""
+        import torch
+
+        with silent_transformers(), torch.inference_mode():
+            return self.module(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int] = ()) -> list[int]:
+        """Return the `count` most likely tokens after the prompt, one after the other.
+
+        There are fewer when a stop token comes, which is not among them.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        # A fresh config: the checkpoint's own may hold a repetition penalty.
+        self.module.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=count, eos_token_id=sorted(stop_tokens) or None, pad_token_id=0
+        )
+        ids = torch.tensor([list(prompt)])
+        with silent_transformers(), torch.inference_mode():
+            answer = self.module.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
+        return answer[:-1] if answer and answer[-1] in stop_tokens else answer
+
+
+def _head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the numbers of query heads and of key-value heads of a GGUF model."""
+    arch = metadata["general.architecture"]
+    heads = metadata[f"{arch}.attention.head_count"]
+    return heads, metadata.get(f"{arch}.attention.head_count_kv", heads)
+
+
+def _load_folder(folder: Path) -> Any:
+    """Load a Hugging Face folder; TritGgufError when transformers cannot or misses a weight."""
+    import torch
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+
+    with silent_transformers():
+        try:
+            module, found = loader.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises whatever its many parts raise
+            raise TritGgufError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+    if found["missing_keys"]:
+        raise TritGgufError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
+    return module
+
+
+def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """Return a module whose weights are memory that nobody has written to yet."""
+    import torch
+    import transformers
+
+    arch = metadata["general.architecture"]
+    config = getattr(transformers, _CONFIG_CLASSES[arch])(**config_entries(metadata, shapes, where))
+    with silent_transformers():
+        # On the meta device no weight is filled with random numbers, which would take longest of all.
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+        module.to_empty(device="cpu")
+        # The frequencies are in no file: to_empty lost them, so their module is made again.
+        module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    return module
+
+
+def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
+    """Return the config.json entries that the keys of a GGUF model stand for.
+
+    `shapes` are those of its tensors: they tell the vocabulary's size, whether the head is tied and whether
+    the attention is biased. Raises TritGgufError for a missing key and for a rope scaling other than linear
+    and yarn (Llama 3's is a tensor, not a key).
+    """
+    arch = metadata["general.architecture"]
+
+    def value(key: str, default: Any = None) -> Any:
+        found = metadata.get(f"{arch}.{key}", default)
+        if found is None:
+            raise TritGgufError(f"{where}: the key {arch}.{key} is missing")
+        return found
+
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    rope = {"rope_type": value("rope.scaling.type", "none"), "rope_theta": value("rope.freq_base", 10000.0)}
+    if rope["rope_type"] == "none":
+        rope["rope_type"] = "default"
+    elif rope["rope_type"] in ("linear", "yarn"):
+        rope["factor"] = value("rope.scaling.factor")
+    else:
+        raise TritGgufError(f"{where}: rope scaling {rope['rope_type']} is not supported (linear and yarn are)")
+    if rope["rope_type"] == "yarn":
+        rope["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
+    entries = {
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("attention.key_length", hidden // heads),
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope,
+        "tie_word_embeddings": _HEAD not in shapes,
+    }
+    if arch == "llama":
+        entries["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    return entries
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress bars, warnings and log lines; exceptions pass."""
+    from transformers.utils import logging
+
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,311 @@
+"""Is a trit file right? Two separate questions, answered on the same windows of text.
+
+*Runner*: do this package's kernels compute what the file says? The runner's logits stand against those of
+transformers, in float32, with the file's dequantized weights. Any difference is arithmetic.
+
+*Quantization*: what did the conversion cost? The trit model stands against the source model. The trit model's
+logits are the runner's, for they are what a user gets; the source's are those of transformers in float32.
+
+Memory: one float32 copy of the model (the dequantized weights replace the source's in place) and the runner's
+logits for the whole text, 4 bytes for each token and vocabulary entry: 311 MB for 512 tokens of a vocabulary
+of 151,936.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from tritgguf.checkpoint import Source
+    from tritgguf.gguf_file import GgufFile
+
+WINDOW_TOKENS = 512
+_SIZES = {
+    "block_count": "layers",
+    "embedding_length": "width",
+    "feed_forward_length": "feed-forward width",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "key-value heads",
+}
+_CHUNK_ROWS = 32  # 32 rows of 151,936 float64 values are 39 MB
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` measured; the divergences are in nats."""
+
+    source: str
+    file: Path
+    tokens: int
+    windows: int
+    max_rel_logit_diff: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float
+    perplexity_reference: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `verify --json` prints."""
+        return {
+            "source": self.source,
+            "file": str(self.file),
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "runner": {"max_rel_logit_diff": self.max_rel_logit_diff},
+            "quantization": {
+                "kl_mean": self.kl_mean,
+                "kl_p99": self.kl_p99,
+                "top1_agreement": self.top1_agreement,
+                "perplexity": self.perplexity,
+                "perplexity_reference": self.perplexity_reference,
+            },
+            "seconds": self.seconds,
+        }
+
+
+def verify(
+    source: str | Path,
+    file: str | Path,
+    *,
+    text: str | None = None,
+    tokens: int = 512,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare a trit GGUF file with the source it was converted from.
+
+    `source` is whatever `convert` takes: an HF folder, a stock GGUF file or a hub id. `text` is the text
+    itself; without it the text that ships with the package is read. Its first `tokens` tokens are evaluated
+    (fewer if it is shorter; the report says how many) in windows of up to 512 tokens that do not see each
+    other, each starting with the BOS token where the model uses one. Divergence and agreement count at every
+    position, perplexity at every position whose next token lies in the same window. `threads` counts for the
+    runner and for torch.
+
+    Raises TritGgufError when torch or transformers is missing, when source and file do not belong together or
+    when the text is too short.
+    """
+    from tritgguf.checkpoint import open_source
+    from tritgguf.gguf_file import GgufFile
+    from tritgguf.reference_model import ReferenceModel, require_torch
+
+    start = time.perf_counter()
+    report: Progress = progress or (lambda stage, done, total: None)
+    require_torch()
+    trit_file = GgufFile(file)
+    opened = open_source(str(source))
+    check_same_model(trit_file, opened)
+    windows = _text_windows(trit_file, shipped_text() if text is None else text, tokens)
+    runner_logits = _runner_logits(trit_file, windows, threads, report)
+
+    report("load source", 0, 1)
+    reference = ReferenceModel.open(opened, threads=threads)
+    comparisons = []
+    for done, (window, ours) in enumerate(zip(windows, runner_logits, strict=True)):
+        report("source", done, len(windows))
+        comparisons.append(compare_logits(reference.logits(window), ours, window[1:]))
+    quantization = Comparison.concatenate(comparisons)
+
+    reference.load_file(trit_file, progress=partial(report, "load dequantized weights"))
+    difference = largest = 0.0
+    for done, (window, ours) in enumerate(zip(windows, runner_logits, strict=True)):
+        report("dequantized", done, len(windows))
+        theirs = reference.logits(window)
+        difference = max(difference, float(np.abs(ours - theirs).max()))
+        largest = max(largest, float(np.abs(theirs).max()))
+    report("dequantized", len(windows), len(windows))
+    return VerifyReport(
+        source=opened.name,
+        file=trit_file.path,
+        tokens=sum(map(len, windows)),
+        windows=len(windows),
+        max_rel_logit_diff=difference / largest,
+        kl_mean=quantization.kl_mean,
+        kl_p99=quantization.kl_p99,
+        top1_agreement=quantization.top1_agreement,
+        perplexity=quantization.perplexity,
+        perplexity_reference=quantization.perplexity_reference,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def shipped_text() -> str:
+    """Return the text that `verify` reads when given none: prose, a recipe, a table, Python code."""
+    return resources.files("tritgguf").joinpath("data/verify_text.txt").read_text(encoding="utf-8")
+
+
+def split_windows(tokens: Sequence[int], *, count: int, window: int, bos: int | None) -> list[list[int]]:
+    """Cut the first `count` tokens of a text into windows of `window` tokens; the last one may be shorter.
+
+    Every window starts with `bos`, if there is one, which counts as a token. A remainder that predicts no
+    token of the text is left out. Raises TritGgufError when nothing is left.
+    """
+    start = [] if bos is None else [bos]
+    windows: list[list[int]] = []
+    position = 0
+    while position < len(tokens) and count >= 2:
+        piece = tokens[position : position + min(window, count) - len(start)]
+        position += len(piece)
+        if len(start) + len(piece) < 2:
+            break
+        windows.append([*start, *piece])
+        count -= len(windows[-1])
+    if not windows:
+        raise TritGgufError("verify needs at least two tokens; give a longer text or a larger number of tokens")
+    return windows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model and its reference on the same positions, in nats."""
+
+    kl: np.ndarray
+    """float64 [positions]: KL(reference || model)."""
+    same_top: np.ndarray
+    """bool [positions]: whether both give the same token the largest logit."""
+    surprise: np.ndarray
+    """float64 [positions with a next token]: the model's negative log-probability of that token."""
+    surprise_reference: np.ndarray
+    """The same of the reference."""
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean divergence."""
+        return float(self.kl.mean())
+
+    @property
+    def kl_p99(self) -> float:
+        """99th percentile of the divergence, interpolated linearly between two positions."""
+        return float(np.percentile(self.kl, 99))
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of positions with the same top token."""
+        return float(self.same_top.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """The model's perplexity: e to the mean surprise."""
+        return _perplexity(self.surprise)
+
+    @property
+    def perplexity_reference(self) -> float:
+        """The reference's perplexity."""
+        return _perplexity(self.surprise_reference)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Comparison]) -> Comparison:
+        """Join comparisons of several windows."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def _perplexity(surprise: np.ndarray) -> float:
+    # The bound keeps a wrecked model's value finite: JSON has no infinity.
+    return math.exp(min(float(surprise.mean()), 700.0))
+
+
+def compare_logits(reference: np.ndarray, logits: np.ndarray, next_tokens: Sequence[int]) -> Comparison:
+    """Compare a model's logits with the reference's, both [positions, vocabulary], in float64.
+
+    `next_tokens` are the tokens that follow the first positions; there may be fewer of them than positions.
+    Raises TritGgufError when a logit is infinite or not a number.
+    """
+    parts = []
+    following = np.asarray(next_tokens, dtype=np.int64)
+    for first in range(0, len(reference), _CHUNK_ROWS):
+        rows = slice(first, first + _CHUNK_ROWS)
+        log_p, log_q = log_softmax(reference[rows]), log_softmax(logits[rows])
+        chosen = following[rows]
+        index = np.arange(len(chosen))
+        parts.append(
+            Comparison(
+                # Rounding may leave a divergence of zero a hair below it.
+                kl=np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0),
+                same_top=reference[rows].argmax(axis=1) == logits[rows].argmax(axis=1),
+                surprise=-log_q[index, chosen],
+                surprise_reference=-log_p[index, chosen],
+            )
+        )
+    return Comparison.concatenate(parts)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of every row, in float64; TritGgufError when a logit is not finite."""
+    values = logits.astype(np.float64)
+    largest = values.max(axis=1, keepdims=True)
+    if not (np.isfinite(largest).all() and np.isfinite(values.min())):
+        raise TritGgufError("a logit is infinite or not a number: one of the two models overflows on this text")
+    values -= largest
+    return values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+
+
+def check_same_model(file: GgufFile, source: Source) -> None:
+    """Raise TritGgufError unless the file's tensors are the source's, name by name and shape by shape.
+
+    A head of its own on one side only is fine: it is a question of how the source was stored.
+    """
+    ours = _sizes(file.metadata)
+    theirs = _sizes({key: value.value for key, value in source.metadata.items()})
+    differences = [f"{what} {ours[what]} against {theirs[what]}" for what in ours if ours[what] != theirs[what]]
+    if not differences:
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        expected = {tensor.name: tuple(tensor.shape) for tensor in source.tensors}
+        differences = [
+            f"tensor {name} has shape {shapes.get(name, 'none')} against {expected.get(name, 'none')}"
+            for name in dict.fromkeys([*shapes, *expected])
+            if name != "output.weight" and shapes.get(name) != expected.get(name)
+        ]
+    if differences:
+        raise TritGgufError(
+            f"{file.path} was not converted from {source.name}: {', '.join(differences[:3])}; "
+            "name the source it was converted from"
+        )
+
+
+def _sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells two models apart at a glance, by its name in messages."""
+    arch = metadata.get("general.architecture")
+    return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}") for key, what in _SIZES.items()}}
+
+
+def _text_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]:
+    from tritgguf.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(file.metadata, name=str(file.path))
+    context = file.metadata[f"{file.metadata['general.architecture']}.context_length"]
+    return split_windows(
+        tokenizer.encode(text, add_special=False, parse_special=False),
+        count=tokens,
+        window=min(WINDOW_TOKENS, context),
+        bos=tokenizer.bos_id if tokenizer.add_bos else None,
+    )
+
+
+def _runner_logits(
+    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, report: Progress
+) -> list[np.ndarray]:
+    """Return the runner's logits of every window: float32 [tokens, vocabulary] each."""
+    from tritgguf.model import Model
+
+    model = Model(file, context=max(map(len, windows)), threads=threads)
+    logits = []
+    for done, window in enumerate(windows):
+        report("runner", done, len(windows))
+        model.truncate(0)
+        logits.append(model.forward(window, all_logits=True))
+    return logits
