@@ -9,12 +9,36 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from cpu_kernels.layout import GROUP_SIZE, PAIRS
+from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS
 
 _LARGEST = np.float32(32767.0)
+_SMALLEST = np.float32(1e-30)  # below, a reciprocal would overflow
 
 
 @numba.njit(cache=True, error_model="numpy")
+def _quantize(x, pairs, offsets, scales):
+    """Quantize float32 [columns] to int16: pairs [groups, 8, 2], offsets [4, groups], scales [groups]."""
+    for g in range(len(scales)):
+        group = x[g * GROUP_SIZE : (g + 1) * GROUP_SIZE]
+        largest = np.float32(0.0)
+        for k in range(GROUP_SIZE):
+            largest = max(largest, abs(group[k]))
+        inverse = _LARGEST / largest if largest > _SMALLEST else np.float32(0.0)
+        scales[g] = largest / _LARGEST if largest > _SMALLEST else np.float32(0.0)
+        total = np.int32(0)
+        for j in range(PAIRS):
+            low = np.int32(np.rint(group[j] * inverse))
+            high = np.int32(np.rint(group[j + PAIRS] * inverse))
+            pairs[g, j, 0] = low
+            pairs[g, j, 1] = high
+            total += low + high
+        offsets[0, g] = -total
+        offsets[1, g] = -4 * total
+        offsets[2, g] = -13 * total
+        offsets[3, g] = -40 * total
+
+
+@numba.njit(cache=True)
 def quantize_row(x, pairs, offsets, scales):
     """Quantize one vector to int16.
 
@@ -25,24 +49,14 @@ def quantize_row(x, pairs, offsets, scales):
         scales: float32 [groups], out: the value of one integer step.
 
     """
-    for g in range(len(scales)):
-        group = x[g * GROUP_SIZE : (g + 1) * GROUP_SIZE]
-        largest = np.float32(0.0)
-        for k in range(GROUP_SIZE):
-            largest = max(largest, abs(group[k]))
-        inverse = _LARGEST / largest if largest > np.float32(1e-30) else np.float32(0.0)
-        scales[g] = largest / _LARGEST if largest > np.float32(1e-30) else np.float32(0.0)
-        total = np.int32(0)
-        for j in range(PAIRS):
-            low = np.int32(np.rint(group[j] * inverse))
-            high = np.int32(np.rint(group[j + PAIRS] * inverse))
-            pairs[j, g, 0] = low
-            pairs[j, g, 1] = high
-            total += low + high
-        offsets[0, g] = -total
-        offsets[1, g] = -4 * total
-        offsets[2, g] = -13 * total
-        offsets[3, g] = -40 * total
+    _quantize(x, pairs.transpose(1, 0, 2), offsets, scales)
+
+
+@numba.njit(cache=True)
+def _quantize_token(t, x, pairs, offsets, scales):
+    """Quantize token t of a batch into its lane of its block."""
+    block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
+    _quantize(x[t], pairs[block, :, :, lane], offsets[block, :, :, lane], scales[block, :, lane])
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
@@ -65,41 +79,50 @@ def gate_row(gate, up, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def quantize_rows(x, pairs, offsets, scales, thread, threads):
-    """Quantize a thread's share of a batch: `quantize_row`, with a leading dimension [tokens]."""
-    for t in range(thread, len(x), threads):
-        quantize_row(x[t], pairs[t], offsets[t], scales[t])
-
-
-@numba.njit(cache=True, nogil=True)
-def normalize_rows(x, residual, weight, epsilon, out, pairs, offsets, scales, thread, threads):
-    """Add a residual, normalize and quantize a thread's share of a batch.
+def quantize_batch(x, pairs, offsets, scales, thread, threads):
+    """Quantize a thread's share of a batch.
 
     Args:
-        x: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
-        residual: float32 [tokens, columns], the last matrix's result.
-        weight: float32 [columns].
-        epsilon: float32.
-        out: float32 [tokens, columns], the normalized vectors.
-        pairs, offsets, scales: as in `quantize_rows`, out.
+        x: float32 [tokens, columns].
+        pairs: int16 [blocks, groups, 8, 8 tokens, 2], out: as in `quantize_row`, tokens in blocks of eight.
+        offsets: int32 [blocks, 4, groups, 8 tokens], out.
+        scales: float32 [blocks, groups, 8 tokens], out.
+        thread, threads: the share: every `threads`-th token, here and below.
 
     """
     for t in range(thread, len(x), threads):
-        normalize_row(x[t], residual[t], weight, epsilon, out[t])
-        quantize_row(out[t], pairs[t], offsets[t], scales[t])
+        _quantize_token(t, x, pairs, offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def gate_rows(gate_up, out, pairs, offsets, scales, thread, threads):
+def normalize_batch(stream, residual, weight, epsilon, x, pairs, offsets, scales, thread, threads):
+    """Add a residual, normalize and quantize a thread's share of a batch.
+
+    Args:
+        stream: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
+        residual: float32 [tokens, columns], the last matrix's result.
+        weight: float32 [columns].
+        epsilon: float32.
+        x, pairs, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: the share.
+
+    """
+    for t in range(thread, len(x), threads):
+        normalize_row(stream[t], residual[t], weight, epsilon, x[t])
+        _quantize_token(t, x, pairs, offsets, scales)
+
+
+@numba.njit(cache=True, nogil=True)
+def gate_batch(gate_up, x, pairs, offsets, scales, thread, threads):
     """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
-        out: float32 [tokens, columns].
-        pairs, offsets, scales: as in `quantize_rows`, out.
+        x, pairs, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: the share.
 
     """
-    columns = out.shape[1]
-    for t in range(thread, len(out), threads):
-        gate_row(gate_up[t, :columns], gate_up[t, columns:], out[t])
-        quantize_row(out[t], pairs[t], offsets[t], scales[t])
+    columns = x.shape[1]
+    for t in range(thread, len(x), threads):
+        gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
+        _quantize_token(t, x, pairs, offsets, scales)

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.layout import GROUP_SIZE, PAIRS
+from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS
 from cpu_kernels.simd import FLOAT, HALF, I16, I32, I64, Vectors, vector
 from cpu_kernels.unpack import unpack_row_1, unpack_row_2, unpack_row_3, unpack_row_4
 
@@ -22,44 +22,43 @@ _TOKENS_8, _TOKENS_4, _TOKENS_1 = ((0,) * 8, (0,) * 4, (0,))  # tokens of one mi
 
 
 @intrinsic
-def _tile_dot(typing_context, isa, tokens, tile, tile_steps, pairs, offsets, scales, out, groups):
-    """Emit a tile of 16 rows times `len(tokens)` vectors; addresses as integers.
+def _tile_dot(typing_context, isa, tile, tile_steps, pairs, offsets, scales, out, groups):
+    """Emit a tile of 16 rows times a block of 8 tokens; addresses as integers.
 
-    tile int16 [groups, 8, 16, 2], tile_steps float32 [groups, 16], pairs int16 [tokens, 8, groups, 2], offsets int32
-    with 4 * groups from token to token, scales float32 [tokens, groups], out float32 [tokens, 16].
+    tile int16 [groups, 8, 16, 2], tile_steps float32 [groups, 16], pairs int16 [groups, 8, 8 tokens, 2], offsets int32
+    [groups, 8 tokens], scales float32 [groups, 8 tokens], out float32 [8 tokens, 16]. All offsets within a group are
+    constants: computed ones form a chain of additions longer than the multiplications.
     """
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
-        tile, tile_steps, pairs, offsets, scales, out, groups = arguments[2:]
-        totals = [cgutils.alloca_once(builder, vector(FLOAT, TILE_ROWS)) for _ in range(tokens.count)]
+        tile, tile_steps, pairs, offsets, scales, out, groups = arguments[1:]
+        totals = [cgutils.alloca_once(builder, vector(FLOAT, TILE_ROWS)) for _ in range(BLOCK_TOKENS)]
         for total in totals:
             builder.store(vectors.constant(FLOAT, 0.0, TILE_ROWS), total)
-        quad_bytes = builder.mul(groups, I64(4))
         with cgutils.for_range(builder, groups) as loop:
-            group_bytes = builder.mul(loop.index, I64(4))
-            tile_group = builder.add(tile, builder.mul(loop.index, I64(PAIRS * TILE_ROWS * 4)))
-            sums = []
-            for token in range(tokens.count):
-                row = builder.add(builder.mul(quad_bytes, I64(4 * token)), group_bytes)
-                sums.append(vectors.splat(builder.add(offsets, row), I32, TILE_ROWS))
+
+            def group(base, n_bytes):
+                return builder.add(base, builder.mul(loop.index, I64(n_bytes)))
+
+            tile_group, x_group = group(tile, 4 * PAIRS * TILE_ROWS), group(pairs, 4 * PAIRS * BLOCK_TOKENS)
+            offset_group, scale_group = group(offsets, 4 * BLOCK_TOKENS), group(scales, 4 * BLOCK_TOKENS)
+            sums = [vectors.splat(offset_group, I32, TILE_ROWS, 4 * token) for token in range(BLOCK_TOKENS)]
             for pair in range(PAIRS):
-                weights = vectors.load(tile_group, I16, 2 * TILE_ROWS, offset=pair * TILE_ROWS * 4)
-                for token in range(tokens.count):
-                    plane = builder.mul(quad_bytes, I64(PAIRS * token + pair))
-                    both = vectors.splat(builder.add(pairs, builder.add(plane, group_bytes)), I32, TILE_ROWS)
+                weights = vectors.load(tile_group, I16, 2 * TILE_ROWS, 4 * pair * TILE_ROWS)
+                for token in range(BLOCK_TOKENS):
+                    both = vectors.splat(x_group, I32, TILE_ROWS, 4 * (pair * BLOCK_TOKENS + token))
                     x = builder.bitcast(both, vector(I16, 2 * TILE_ROWS))
                     sums[token] = vectors.dot_pairs(sums[token], weights, x)
-            steps = vectors.load(builder.add(tile_steps, builder.mul(loop.index, I64(4 * TILE_ROWS))), FLOAT, TILE_ROWS)
+            steps = vectors.load(group(tile_steps, 4 * TILE_ROWS), FLOAT, TILE_ROWS)
             for token, total in enumerate(totals):
-                address = builder.add(scales, builder.add(builder.mul(quad_bytes, I64(token)), group_bytes))
-                scale = builder.fmul(steps, vectors.splat(address, FLOAT, TILE_ROWS))
+                scale = builder.fmul(steps, vectors.splat(scale_group, FLOAT, TILE_ROWS, 4 * token))
                 builder.store(vectors.fma(vectors.to_float(sums[token]), scale, builder.load(total)), total)
         for token, total in enumerate(totals):
-            vectors.store(builder.load(total), out, offset=token * TILE_ROWS * 4)
+            vectors.store(builder.load(total), out, 4 * token * TILE_ROWS)
         return context.get_dummy_value()
 
-    return types.void(isa, tokens, *[types.intp] * 7), generate
+    return types.void(isa, *[types.intp] * 7), generate
 
 
 @intrinsic
@@ -107,21 +106,21 @@ def _fill_tile(words, row_words, rows, kind, steps, levels, indices, tile, tile_
 @numba.njit(cache=True)
 def _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column, rows):
     """Multiply one tile with all tokens: y[:, first_column : first_column + rows]."""
-    tokens, groups = scales.shape
-    t = 0
-    while t < tokens:
-        count = 8 if tokens - t >= 8 else (4 if tokens - t >= 4 else 1)
-        p, o, s = (pairs[t].ctypes.data, offsets[t, kind - 1].ctypes.data, scales[t].ctypes.data)
-        if count == 8:
-            _tile_dot(isa, _TOKENS_8, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
-        elif count == 4:
-            _tile_dot(isa, _TOKENS_4, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
-        else:
-            _tile_dot(isa, _TOKENS_1, tile.ctypes.data, tile_steps.ctypes.data, p, o, s, out.ctypes.data, groups)
-        for k in range(count):
+    for block in range(len(scales)):
+        _tile_dot(
+            isa,
+            tile.ctypes.data,
+            tile_steps.ctypes.data,
+            pairs[block].ctypes.data,
+            offsets[block, kind - 1].ctypes.data,
+            scales[block].ctypes.data,
+            out.ctypes.data,
+            scales.shape[1],
+        )
+        first = block * BLOCK_TOKENS
+        for t in range(first, min(first + BLOCK_TOKENS, len(y))):
             for r in range(rows):
-                y[t + k, first_column + r] = out[k, r]
-        t += count
+                y[t, first_column + r] = out[t - first, r]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -134,7 +133,7 @@ def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_co
         rows: how many.
         kind: their depth.
         steps: float32 [32], codebook / h, padded.
-        pairs, offsets, scales: int16 [tokens, 8, groups, 2], int32 [tokens, 4, groups], float32 [tokens, groups].
+        pairs, offsets, scales: a batch as `quantize_batch` makes it.
         y: float32 [tokens, ...], out, from column `first_column` on.
         first_column: where this matrix's results begin.
         thread, threads: which of how many shares of the rows to compute.
@@ -147,7 +146,7 @@ def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_co
     indices = np.empty(groups, np.uint8)
     tile = np.zeros((groups, PAIRS, TILE_ROWS, 2), np.int16)
     tile_steps = np.empty((groups, TILE_ROWS), np.float32)
-    out = np.empty((8, TILE_ROWS), np.float32)
+    out = np.empty((BLOCK_TOKENS, TILE_ROWS), np.float32)
     for number in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         first = number * TILE_ROWS
         count = min(TILE_ROWS, rows - first)

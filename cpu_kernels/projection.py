@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels import instruction_set
-from cpu_kernels.activations import quantize_rows
+from cpu_kernels.activations import quantize_batch, quantize_row
 from cpu_kernels.crew import Crew
 from cpu_kernels.gemm import half_gemm, trit_gemm
 from cpu_kernels.gemv import HALVES, gemv
 from cpu_kernels.layout import (
     BLOCK_SIZE,
+    BLOCK_TOKENS,
     CODEBOOK_SIZE,
     GROUP_SIZE,
     PAIRS,
@@ -22,45 +23,67 @@ from cpu_kernels.layout import (
     level_offset,
 )
 
+Buffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 class Activations:
-    """A batch of vectors as the matrix kernels take them; all memory is allocated once.
+    """Vectors as the decode kernels take them, each by itself; all memory is allocated once.
 
     Attributes:
-        x: float32 [tokens, columns], the vectors.
-        pairs: int16 [tokens, 8, groups, 2], quantized, weights j and j + 8 of every group beside each other.
-        offsets: int32 [tokens, 4, groups], minus h times the group's sum, for each depth.
-        scales: float32 [tokens, groups], the value of one integer step.
+        x: float32 [vectors, columns].
+        pairs: int16 [vectors, 8, groups, 2], quantized, weights j and j + 8 of every group beside each other.
+        offsets: int32 [vectors, 4, groups], minus h times the group's sum, for each depth.
+        scales: float32 [vectors, groups], the value of one integer step.
+
+    """
+
+    def __init__(self, vectors: int, columns: int) -> None:
+        groups = columns // GROUP_SIZE
+        self.x = np.zeros((vectors, columns), np.float32)
+        self.pairs = np.zeros((vectors, PAIRS, groups, 2), np.int16)
+        self.offsets = np.zeros((vectors, 4, groups), np.int32)
+        self.scales = np.zeros((vectors, groups), np.float32)
+
+    @property
+    def buffers(self) -> Buffers:
+        """All four arrays, in the order in which kernels take them."""
+        return self.x, self.pairs, self.offsets, self.scales
+
+    def vector(self, index: int) -> Buffers:
+        """Return one vector's part of the arrays."""
+        return self.x[index], self.pairs[index], self.offsets[index], self.scales[index]
+
+
+class Batch:
+    """Vectors as the prefill kernels take them, quantized in blocks of eight tokens.
+
+    Attributes:
+        x: float32 [tokens, columns].
+        pairs, offsets, scales: see `quantize_batch`; lanes beyond the last token hold numbers that nobody reads.
 
     """
 
     def __init__(self, tokens: int, columns: int) -> None:
-        groups = columns // GROUP_SIZE
+        groups, blocks = columns // GROUP_SIZE, -(-tokens // BLOCK_TOKENS)
         self.x = np.zeros((tokens, columns), np.float32)
-        self.pairs = np.zeros((tokens, PAIRS, groups, 2), np.int16)
-        self.offsets = np.zeros((tokens, 4, groups), np.int32)
-        self.scales = np.zeros((tokens, groups), np.float32)
+        self.pairs = np.zeros((blocks, groups, PAIRS, BLOCK_TOKENS, 2), np.int16)
+        self.offsets = np.zeros((blocks, 4, groups, BLOCK_TOKENS), np.int32)
+        self.scales = np.zeros((blocks, groups, BLOCK_TOKENS), np.float32)
 
     @property
-    def buffers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def buffers(self) -> Buffers:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.pairs, self.offsets, self.scales
 
     def quantize(self, crew: Crew) -> None:
         """Fill the integer form from `x`."""
-        crew.run(quantize_rows, *self.buffers)
+        crew.run(quantize_batch, *self.buffers)
 
-    def first(self, tokens: int) -> Activations:
-        """Return the first vectors of the batch, as a view."""
-        return self._part(slice(0, tokens))
-
-    def last(self) -> Activations:
-        """Return the last vector of the batch, as a view."""
-        return self._part(slice(len(self.x) - 1, len(self.x)))
-
-    def _part(self, tokens: slice) -> Activations:
-        view = Activations.__new__(Activations)
-        view.x, view.pairs, view.offsets, view.scales = (buffer[tokens] for buffer in self.buffers)
+    def first(self, tokens: int) -> Batch:
+        """Return the first tokens of the batch, as a view."""
+        view, blocks = Batch.__new__(Batch), -(-tokens // BLOCK_TOKENS)
+        view.x, view.pairs = self.x[:tokens], self.pairs[:blocks]
+        view.offsets, view.scales = self.offsets[:blocks], self.scales[:blocks]
         return view
 
 
@@ -116,23 +139,18 @@ class Projection:
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
 
-    def multiply(self, activations: Activations, out: np.ndarray, crew: Crew) -> None:
+    def multiply(self, batch: Batch, out: np.ndarray, crew: Crew) -> None:
         """Multiply every vector of a batch.
 
         Args:
-            activations: [tokens, columns], quantized.
+            batch: [tokens, columns], quantized.
             out: float32 [tokens, rows of all matrices].
             crew: the threads to use.
 
         """
-        tokens = len(out)
-        if activations.x.shape != (tokens, self.columns) or out.shape[1] != self.rows:
-            raise ValueError("activations, matrices and output do not fit each other")
-        x, *integers = activations.buffers
-        if tokens == 1:
-            vector = (x[0], *(buffer[0] for buffer in integers))
-            crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out[0])
-            return
+        if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
+            raise ValueError("batch, matrices and output do not fit each other")
+        x, *integers = batch.buffers
         first = 0
         for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
@@ -141,3 +159,12 @@ class Projection:
             else:
                 crew.run(trit_gemm, self._isa, words, matrix.rows, matrix.depth, steps, *integers, out, first)
             first += matrix.rows
+
+    def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew) -> None:
+        """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]."""
+        if x.shape != (self.columns,) or out.shape != (self.rows,):
+            raise ValueError("vector, matrices and output do not fit each other")
+        vector = Activations(1, self.columns).vector(0)
+        vector[0][:] = x
+        quantize_row(*vector)
+        crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)

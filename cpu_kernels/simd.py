@@ -59,9 +59,9 @@ class Vectors:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
         self.builder.store(value, pointer).align = _BYTES[value.type.element]
 
-    def splat(self, address: ir.Value, element: ir.Type, lanes: int) -> ir.Value:
-        """Load one element and copy it into every lane."""
-        one = self.load(address, element, 1)
+    def splat(self, address: ir.Value, element: ir.Type, lanes: int, offset: int = 0) -> ir.Value:
+        """Load one element, `offset` bytes behind an address, and copy it into every lane."""
+        one = self.load(address, element, 1, offset)
         return self.shuffle(one, [0] * lanes)
 
     def shuffle(self, value: ir.Value, lanes: Sequence[int]) -> ir.Value:

@@ -54,7 +54,7 @@ class Decoder:
         self._crew = crew
 
     def run(self, token: int, position: int, cache: Cache) -> np.ndarray:
-        """Run one token at `position` in the cache; return its logits, float32 [vocabulary], valid until the next call."""
+        """Run one token at `position`; return its logits, float32 [vocabulary], valid until the next call."""
         self._buffers.own_stream[:] = self._embeddings[token]
         self._buffers.residual[:] = 0.0
         self._crew.run(

@@ -84,5 +84,5 @@ class Model:
                 self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew)
         if all_logits:
             return logits
-        self._weights.head.multiply(hidden.last(), logits, self.crew)
+        self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew)
         return logits[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.activations import gate_rows, normalize_rows
+from cpu_kernels.activations import gate_batch, normalize_batch
 from cpu_kernels.attention import attend, rotate_and_store
 from cpu_kernels.crew import Crew
 from cpu_kernels.decode import Cache
-from cpu_kernels.projection import Activations
+from cpu_kernels.projection import Batch
 from tritgguf.architectures import Dimensions
 from tritgguf.model_config import ModelConfig
 from tritgguf.weights import ModelWeights
@@ -21,17 +21,17 @@ class _Workspace:
         head_columns = sizes.heads * sizes.head_dim
         self.stream = np.zeros((tokens, sizes.hidden), np.float32)
         self.residual = np.zeros((tokens, sizes.hidden), np.float32)
-        self.hidden = Activations(tokens, sizes.hidden)
+        self.hidden = Batch(tokens, sizes.hidden)
         self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
-        self.attended = Activations(tokens, head_columns)
+        self.attended = Batch(tokens, head_columns)
         self.gate_up = np.zeros((tokens, 2 * sizes.feed_forward), np.float32)
-        self.gated = Activations(tokens, sizes.feed_forward)
+        self.gated = Batch(tokens, sizes.feed_forward)
 
     def first(self, tokens: int) -> _Workspace:
         """Return the buffers of the first tokens, as views."""
         view = _Workspace.__new__(_Workspace)
         for name, buffer in vars(self).items():
-            setattr(view, name, buffer.first(tokens) if isinstance(buffer, Activations) else buffer[:tokens])
+            setattr(view, name, buffer.first(tokens) if isinstance(buffer, Batch) else buffer[:tokens])
         return view
 
 
@@ -45,7 +45,7 @@ class Prefill:
         self._crew = crew
         self._workspace = _Workspace(0, config.dimensions)
 
-    def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Activations:
+    def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:
         """Run tokens [n] whose first stands at `position` in the cache; return the final norm's output, [n, hidden]."""
         if len(self._workspace.stream) < len(tokens):
             self._workspace = _Workspace(len(tokens), self._config.dimensions)
@@ -57,7 +57,7 @@ class Prefill:
         space.stream[:] = self._weights.embeddings[tokens]
         space.residual[:] = 0.0
         for layer, keys, values in zip(self._weights.layers, cache.keys, cache.values, strict=True):
-            crew.run(normalize_rows, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers)
+            crew.run(normalize_batch, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers)
             layer.qkv.multiply(hidden, space.qkv, crew)
             crew.run(
                 rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
@@ -68,7 +68,7 @@ class Prefill:
             layer.output.multiply(attended, space.residual, crew)
             space.residual += layer.output_bias
             crew.run(
-                normalize_rows,
+                normalize_batch,
                 space.stream,
                 space.residual,
                 layer.feed_forward_norm,
@@ -76,7 +76,7 @@ class Prefill:
                 *hidden.buffers,
             )
             layer.gate_up.multiply(hidden, space.gate_up, crew)
-            crew.run(gate_rows, space.gate_up, *gated.buffers)
+            crew.run(gate_batch, space.gate_up, *gated.buffers)
             layer.down.multiply(gated, space.residual, crew)
-        crew.run(normalize_rows, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
+        crew.run(normalize_batch, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
         return hidden
