@@ -78,7 +78,7 @@ def _quantize_v2(weights: np.ndarray, depth: int, largest: float, crew: Crew) ->
     return QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
 
-LOWEST_QUANTILE = 0.0005
+LOWEST_QUANTILE = 0.005
 
 
 def _log_spaced_codebook(scales: np.ndarray, largest: float) -> np.ndarray:

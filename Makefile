@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but python3 (3.10 or newer): they set up .venv and fetch the model.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: demo test check fetch clean
+
+demo: fetch
+	@mkdir -p build
+	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d2.gguf --depth 2 --overwrite
+	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d3.gguf --depth 3 --overwrite
+	$(BIN)/tritgguf verify $(MODEL) build/smollm2-135m-d2.gguf --tokens 256
+	$(BIN)/tritgguf verify $(MODEL) build/smollm2-135m-d3.gguf --tokens 256
+	$(BIN)/tritgguf run build/smollm2-135m-d3.gguf -p "Name three primary colors." --temp 0 -n 64
+
+test: check fetch
+	$(BIN)/python -m pytest
+
+check: .venv/stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fetch: .venv/stamp
+	$(BIN)/python tools/fetch_model.py smollm2
+
+# Removes what can be made again; the models in models/ stay.
+clean:
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find tritgguf cpu_kernels tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/stamp: pyproject.toml constraints.txt
+	@echo 'setting up .venv (torch and transformers included, for verify and the tests)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verify,dev]'
+	@touch $@

@@ -1,0 +1,115 @@
+"""Do the runner and transformers say the same? Greedy answers of both to six prompts, on the same weights.
+
+    python tools/greedy_match.py models/SmolLM2-135M-Instruct build/smollm2-135m-d3.gguf --tokens 64
+
+transformers runs in float32 on the file's dequantized weights; SOURCE, from which the file was converted,
+gives it the model's shape. Exits with 1 when an answer differs, and shows how close transformers' two
+likeliest tokens were in its place: a gap near the runner's error (`tritgguf verify`) is a tie that rounding
+decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from tritgguf.checkpoint import open_source
+from tritgguf.errors import TritGgufError
+from tritgguf.generate import LoadedModel, generate, load
+from tritgguf.gguf_file import GgufFile
+from tritgguf.reference_model import ReferenceModel
+from tritgguf.sampling import SamplingOptions
+from tritgguf.verify import check_same_model
+
+PROMPTS = (
+    "Name three primary colors.",
+    "What is the capital of France?",
+    "Write a Python function that reverses a string.",
+    "Explain in two sentences why the sky is blue.",
+    "Give me a short recipe for pancakes.",
+    "Translate into German: The boat leaves at seven in the morning.",
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One prompt's two answers; where they differ, `differs_at` counts the equal tokens before that place.
+
+    `relative_gap` is by how much transformers prefers its likeliest token there to the next, as a share of
+    the largest logit.
+    """
+
+    prompt: str
+    tokens: int
+    text: str
+    reference_text: str
+    differs_at: int | None = None
+    relative_gap: float | None = None
+
+
+def main() -> int:
+    """Parse the command line, compare, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", help="what the file was converted from: HF folder, hub id or stock GGUF file")
+    parser.add_argument("file", help="the trit GGUF file")
+    parser.add_argument("--tokens", type=int, default=64, help="length of an answer (default 64)")
+    parser.add_argument("--threads", type=int, default=None, help="threads of both (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    try:
+        matches = compare(options.source, options.file, tokens=options.tokens, threads=options.threads)
+    except TritGgufError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps([asdict(match) for match in matches], indent=2, ensure_ascii=False))
+    else:
+        print_table(matches)
+    return 0 if all(match.differs_at is None for match in matches) else 1
+
+
+def compare(source: str, file: str, *, tokens: int, threads: int | None = None) -> list[Match]:
+    """Return the comparison for every prompt."""
+    trit_file = GgufFile(file)
+    opened = open_source(source)
+    check_same_model(trit_file, opened)
+    reference = ReferenceModel.open(opened, threads=threads)
+    reference.load_file(trit_file)
+    model = load(file, threads=threads)
+    return [compare_prompt(model, reference, prompt, tokens) for prompt in PROMPTS]
+
+
+def compare_prompt(model: LoadedModel, reference: ReferenceModel, prompt: str, tokens: int) -> Match:
+    """Let both answer one prompt, through the chat template."""
+    answer = generate(model, prompt, max_tokens=tokens, sampling=SamplingOptions(temperature=0.0))
+    ours, prompt_tokens = answer.tokens, answer.prompt_tokens
+    theirs = reference.greedy(prompt_tokens, tokens, model.tokenizer.stop_tokens)
+    match = Match(prompt, len(ours), answer.text, model.tokenizer.decode(theirs))
+    if ours == theirs:
+        return match
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    equal = next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    logits = reference.logits([*prompt_tokens, *theirs[:equal]])[-1]
+    second, first = np.sort(logits)[-2:]
+    return replace(match, differs_at=equal, relative_gap=float((first - second) / np.abs(logits).max()))
+
+
+def print_table(matches: list[Match]) -> None:
+    """Print a line for each prompt, and both answers where they differ."""
+    width = max(len(match.prompt) for match in matches)
+    print(f"{'prompt':{width}}  tokens  result")
+    for match in matches:
+        result = "equal"
+        if match.differs_at is not None:
+            result = f"differs at token {match.differs_at}, relative logit gap {match.relative_gap:.1e}"
+        print(f"{match.prompt:{width}}  {match.tokens:6}  {result}")
+        if match.differs_at is not None:
+            print(f"    runner:       {match.text!r}\n    transformers: {match.reference_text!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

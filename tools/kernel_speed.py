@@ -1,0 +1,84 @@
+"""How fast are the kernels by themselves, on one thread and in cache?
+
+    python tools/kernel_speed.py [--json]
+
+Decode (`gemv`) in 10^9 weights per second, prefill (`gemm`, 256 tokens) in 10^9 integer operations per second,
+for every depth and every instruction set that the processor has. Times are the thread's own, so that other
+programs disturb them less; still, compare only figures of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from cpu_kernels import instruction_set
+from cpu_kernels.activations import quantize_row
+from cpu_kernels.crew import Crew
+from cpu_kernels.gemm import trit_gemm
+from cpu_kernels.gemv import gemv
+from cpu_kernels.pack import pack
+from cpu_kernels.projection import Activations, Batch, Matrix, Projection
+
+ROWS, COLUMNS, TOKENS = 1024, 1536, 256
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    as_json = parser.parse_args().json
+    rates = {
+        name: {depth: measure(depth, instruction_set.as_type(isa)) for depth in (1, 2, 3, 4)}
+        for name, isa in instruction_set.NAMES.items()
+        if isa in instruction_set.supported()
+    }
+    if as_json:
+        print(json.dumps(rates))
+        return
+    print("instructions  depth  decode Gweights/s  prefill Gops/s")
+    for name, depths in rates.items():
+        for depth, (decode, prefill) in depths.items():
+            print(f"{name:12}  {depth:5}  {decode:17.1f}  {prefill:14.0f}")
+
+
+def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float]:
+    """Return decode's rate in 10^9 weights per second and prefill's in 10^9 operations per second."""
+    generator = np.random.default_rng(0)
+    levels = generator.integers(0, 3**depth, (ROWS, COLUMNS), dtype=np.uint8)
+    indices = generator.integers(0, 27, (ROWS, COLUMNS // 16), dtype=np.uint8)
+    codebook = np.geomspace(0.01, 1, 27).astype(np.float32)
+    matrix = Matrix(pack(levels, indices, depth).reshape(-1), ROWS, COLUMNS, depth, codebook)
+    part = Projection([matrix])
+    batch, out = Batch(TOKENS, COLUMNS), np.zeros((TOKENS, ROWS), np.float32)
+    batch.x[:] = generator.standard_normal((TOKENS, COLUMNS))
+    batch.quantize(Crew(1))
+    vector = Activations(1, COLUMNS).vector(0)
+    vector[0][:] = batch.x[0]
+    quantize_row(*vector)
+    words, integers = matrix.data.view(np.uint16), batch.buffers[1:]
+    decode = best_time(
+        lambda: gemv(isa, part.addresses, part.matrix_rows, part.kinds, part.steps, vector, out[0], 0, 1), 50
+    )
+    prefill = best_time(lambda: trit_gemm(isa, words, ROWS, depth, part.steps[0], *integers, out, 0, 0, 1), 5)
+    weights = ROWS * COLUMNS
+    return weights / decode / 1e9, 2 * weights * TOKENS / prefill / 1e9
+
+
+def best_time(call: Callable[[], object], repeats: int) -> float:
+    """Return the least time of several calls, in seconds; the first one, which may compile, does not count."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()
