@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+
+import numba
+from numba.core.event import Listener, install_listener
 
 
 def physical_cores() -> int:
@@ -48,6 +52,34 @@ class Crew:
         finally:
             results = [other.result() for other in others]
         return [first, *results]
+
+
+class CompilingCrew(Crew):
+    """Compiles what it is asked to run, or loads it from the cache, and runs nothing."""
+
+    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Make `kernel` ready for arguments of these types."""
+        kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
+        return []
+
+
+@contextmanager
+def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
+    """Call `announce` once if a kernel is really compiled in the block, not merely loaded from the cache."""
+    announced = False
+
+    class Announcer(Listener):  # type: ignore[misc]
+        def on_start(self, event: Any) -> None:
+            nonlocal announced
+            if not announced:
+                announced = True
+                announce()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with install_listener("numba:compile", Announcer()):
+        yield
 
 
 @functools.cache

@@ -13,11 +13,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS
+from cpu_kernels.layout import BLOCK_TOKENS, PAIRS
 from cpu_kernels.simd import FLOAT, HALF, I16, I32, I64, Vectors, vector
-from cpu_kernels.unpack import unpack_row_1, unpack_row_2, unpack_row_3, unpack_row_4
+from cpu_kernels.unpack import TILE_ROWS, unpack_tile
 
-TILE_ROWS = 16
 _TOKENS_8, _TOKENS_4, _TOKENS_1 = ((0,) * 8, (0,) * 4, (0,))  # tokens of one micro-kernel call, as a type
 
 
@@ -82,28 +81,6 @@ def _widen_halves(typing_context, isa, source, target, count):
 
 
 @numba.njit(cache=True)
-def _fill_tile(words, row_words, rows, kind, steps, levels, indices, tile, tile_steps):
-    """Unpack up to 16 rows into a tile; rows that are missing keep a step of zero."""
-    groups = len(indices)
-    tile_steps[:] = np.float32(0.0)
-    for r in range(rows):
-        row = words[r * row_words : (r + 1) * row_words]
-        if kind == 1:
-            unpack_row_1(row, levels, indices)
-        elif kind == 2:
-            unpack_row_2(row, levels, indices)
-        elif kind == 3:
-            unpack_row_3(row, levels, indices)
-        else:
-            unpack_row_4(row, levels, indices)
-        for g in range(groups):
-            tile_steps[g, r] = steps[indices[g]]
-            for j in range(PAIRS):
-                tile[g, j, r, 0] = levels[g, j]
-                tile[g, j, r, 1] = levels[g, j + PAIRS]
-
-
-@numba.njit(cache=True)
 def _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column, rows):
     """Multiply one tile with all tokens: y[:, first_column : first_column + rows]."""
     for block in range(len(scales)):
@@ -140,19 +117,21 @@ def trit_gemm(isa, words, rows, kind, steps, pairs, offsets, scales, y, first_co
 
     """
     groups = scales.shape[1]
-    row_words = len(words) // rows
+    packed = words.reshape(rows, -1)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    levels = np.empty((groups, GROUP_SIZE), np.uint8)
-    indices = np.empty(groups, np.uint8)
-    tile = np.zeros((groups, PAIRS, TILE_ROWS, 2), np.int16)
+    turned = np.zeros((packed.shape[1], TILE_ROWS), np.uint16)
+    indices = np.empty((groups, TILE_ROWS), np.uint8)
+    tile = np.empty((groups, PAIRS, TILE_ROWS, 2), np.int16)
     tile_steps = np.empty((groups, TILE_ROWS), np.float32)
     out = np.empty((BLOCK_TOKENS, TILE_ROWS), np.float32)
     for number in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         first = number * TILE_ROWS
-        count = min(TILE_ROWS, rows - first)
-        part = words[first * row_words : (first + count) * row_words]
-        _fill_tile(part, row_words, count, kind, steps, levels, indices, tile, tile_steps)
-        _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, count)
+        last = min(first + TILE_ROWS, rows)
+        unpack_tile(packed[first:last], kind, turned, tile, indices)
+        for g in range(groups):
+            for r in range(TILE_ROWS):
+                tile_steps[g, r] = steps[indices[g, r]]
+        _multiply_tile(isa, kind, tile, tile_steps, pairs, offsets, scales, out, y, first_column + first, last - first)
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})

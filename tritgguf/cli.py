@@ -173,7 +173,7 @@ def run_command(
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
     gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
     try:
-        model = load(file, context=context or None, threads=threads)
+        model = load(file, context=context or None, threads=threads, on_compilation=console.print_compilation_note)
     finally:
         gc.enable()
     if text is None:

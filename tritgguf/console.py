@@ -180,6 +180,11 @@ def print_context_note(model: LoadedModel, answer: Generation) -> None:
         note(f"note: the context of {size} tokens is full, the answer ends here; --ctx-size makes room")
 
 
+def print_compilation_note() -> None:
+    """Say why the first run on a machine takes longer."""
+    note("compiling the kernels for this processor; this happens once and takes about half a minute")
+
+
 def print_timings(timings: Timings) -> None:
     """Print a generation's speed, in one line like llama.cpp's."""
     note(

@@ -51,13 +51,13 @@ class Decoder:
         self._interleaved = config.interleaved_rotation
         self._logits = np.zeros(sizes.vocabulary, np.float32)
         self._counter = np.zeros(1, np.int64)
-        self._crew = crew
+        self.crew = crew
 
     def run(self, token: int, position: int, cache: Cache) -> np.ndarray:
         """Run one token at `position`; return its logits, float32 [vocabulary], valid until the next call."""
         self._buffers.own_stream[:] = self._embeddings[token]
         self._buffers.residual[:] = 0.0
-        self._crew.run(
+        self.crew.run(
             decode, self._isa, self._weights, self._head, cache, self._buffers, self._epsilon,
             self._interleaved, position, self._logits, self._counter,
         )  # fmt: skip

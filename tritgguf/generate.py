@@ -90,12 +90,19 @@ class Generation:
     timings: Timings
 
 
-def load(path: str | Path, *, context: int | None = None, threads: int | None = None) -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    on_compilation: Callable[[], None] | None = None,
+) -> LoadedModel:
     """Open a trit GGUF file for generation.
 
     `context` is the room for prompt and answer, in tokens (None: what the model was trained for), `threads`
-    the number of threads (None: all cores). Raises TritGgufError when the file is damaged or of an unknown
-    kind.
+    the number of threads (None: all cores). `on_compilation` is called if the kernels have to be compiled first,
+    which takes about half a minute on a machine's first run. Raises TritGgufError when the file is damaged or of
+    an unknown kind.
     """
     start = time.perf_counter()
     from tritgguf.gguf_file import GgufFile
@@ -105,6 +112,7 @@ def load(path: str | Path, *, context: int | None = None, threads: int | None = 
     tokenizer = Tokenizer(file.metadata, name=str(path))
     template = file.metadata.get("tokenizer.chat_template")
     model = Model(file, context=context, threads=threads)
+    model.compile(on_compilation or (lambda: None))
     return LoadedModel(
         path=Path(path),
         model=model,

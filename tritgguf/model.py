@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cpu_kernels.crew import Crew
+from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation
 from tritgguf.cache import KeyValueCache
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
@@ -42,6 +42,22 @@ class Model:
         self._cache = KeyValueCache(self.config, self.context, self.crew.threads)
         self._prefill = Prefill(self.config, self._weights, self.crew)
         self._decoder = Decoder(self.config, self._weights, self.crew)
+
+    def compile(self, announce: Callable[[], None]) -> None:
+        """Compile every kernel that the model needs, or load it from the cache.
+
+        Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
+        compiled, which happens on a machine's first run and takes about half a minute.
+        """
+        crew = self.crew
+        try:
+            self._prefill.crew = self._decoder.crew = CompilingCrew(1)
+            with announcing_compilation(announce):
+                hidden = self._prefill.run(np.zeros(2, np.int64), 0, self._cache.arrays)
+                logits = self._decoder.run(0, 0, self._cache.arrays)
+                self._weights.head.multiply_vector(hidden.x[-1], logits, CompilingCrew(1))
+        finally:
+            self._prefill.crew = self._decoder.crew = crew
 
     def truncate(self, position: int) -> None:
         """Forget the cache from `position` on."""

@@ -42,7 +42,7 @@ class Prefill:
         """Keep what every batch needs; nothing is allocated before the first."""
         self._config = config
         self._weights = weights
-        self._crew = crew
+        self.crew = crew
         self._workspace = _Workspace(0, config.dimensions)
 
     def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:
@@ -52,7 +52,7 @@ class Prefill:
         space = self._workspace.first(len(tokens))
         hidden, attended, gated = space.hidden, space.attended, space.gated
         heads, interleaved = self._config.dimensions.heads, self._config.interleaved_rotation
-        epsilon, crew = np.float32(self._config.norm_epsilon), self._crew
+        epsilon, crew = np.float32(self._config.norm_epsilon), self.crew
 
         space.stream[:] = self._weights.embeddings[tokens]
         space.residual[:] = 0.0
