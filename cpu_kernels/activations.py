@@ -95,6 +95,26 @@ def quantize_batch(x, pairs, offsets, scales, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
+def remainder_of_batch(x, pairs, scales, out, thread, threads):
+    """Compute what quantization left out of a thread's share of a batch: out = x - quantized x.
+
+    Args:
+        x, pairs, scales: as `quantize_batch` left them.
+        out: float32 [tokens, columns].
+        thread, threads: the share.
+
+    """
+    for t in range(thread, len(x), threads):
+        block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
+        for g in range(scales.shape[1]):
+            # In float64 the product is exact, so only the remainder itself is rounded.
+            scale = np.float64(scales[block, g, lane])
+            for p in range(GROUP_SIZE):
+                k = g * GROUP_SIZE + p
+                out[t, k] = x[t, k] - scale * pairs[block, g, p % PAIRS, lane, p // PAIRS]
+
+
+@numba.njit(cache=True, nogil=True)
 def normalize_batch(stream, residual, weight, epsilon, x, pairs, offsets, scales, thread, threads):
     """Add a residual, normalize and quantize a thread's share of a batch.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels import instruction_set
-from cpu_kernels.activations import quantize_batch, quantize_row
+from cpu_kernels.activations import quantize_batch, quantize_row, remainder_of_batch
 from cpu_kernels.crew import Crew
 from cpu_kernels.gemm import half_gemm, trit_gemm
 from cpu_kernels.gemv import HALVES, gemv
@@ -79,6 +79,13 @@ class Batch:
         """Fill the integer form from `x`."""
         crew.run(quantize_batch, *self.buffers)
 
+    def remainder(self, crew: Crew) -> Batch:
+        """Return what quantization left out, quantized in its turn: 15 more bits of every vector."""
+        rest = Batch(*self.x.shape)
+        crew.run(remainder_of_batch, self.x, self.pairs, self.scales, rest.x)
+        rest.quantize(crew)
+        return rest
+
     def first(self, tokens: int) -> Batch:
         """Return the first tokens of the batch, as a view."""
         view, blocks = Batch.__new__(Batch), -(-tokens // BLOCK_TOKENS)
@@ -139,13 +146,15 @@ class Projection:
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
 
-    def multiply(self, batch: Batch, out: np.ndarray, crew: Crew) -> None:
+    def multiply(self, batch: Batch, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
         """Multiply every vector of a batch.
 
         Args:
             batch: [tokens, columns], quantized.
             out: float32 [tokens, rows of all matrices].
             crew: the threads to use.
+            exact: whether to multiply what quantization left out too, which takes twice the time and leaves only
+                the rounding of float32.
 
         """
         if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
@@ -157,7 +166,12 @@ class Projection:
             if matrix.depth == HALVES:
                 crew.run(half_gemm, self._isa, words, matrix.rows, x, out, first)
             else:
-                crew.run(trit_gemm, self._isa, words, matrix.rows, matrix.depth, steps, *integers, out, first)
+                arguments = (self._isa, words, matrix.rows, matrix.depth, steps)
+                crew.run(trit_gemm, *arguments, *integers, out, first)
+                if exact:
+                    rest = np.zeros((len(out), matrix.rows), np.float32)
+                    crew.run(trit_gemm, *arguments, *batch.remainder(crew).buffers[1:], rest, 0)
+                    out[:, first : first + matrix.rows] += rest
             first += matrix.rows
 
     def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew) -> None:

@@ -254,7 +254,7 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert report.windows == 2  # the tiny model's context is 256
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert values["tokens"] == 300
-    assert set(values["runner"]) == {"max_rel_logit_diff"}
+    assert set(values["runner"]) == {"max_rel_logit_diff", "max_rel_logit_diff_int16"}
     quantization = values["quantization"]
     assert set(quantization) == {"kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_reference"}
     assert 0 < quantization["kl_mean"] < quantization["kl_p99"]

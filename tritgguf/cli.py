@@ -1,4 +1,4 @@
-"""The command line: `tritgguf convert`, `run`, `verify` and `inspect`. Options carry llama.cpp's names.
+"""The command line: `tritgguf convert`, `run`, `bench`, `verify` and `inspect`. Options carry llama.cpp's names.
 
 Each command parses, calls the function of the same name and prints. What a command needs is imported inside
 it, because `run` has to show its first word within a second of being typed.
@@ -270,6 +270,40 @@ def _read_line() -> str | None:
         except EOFError:
             console.note("")
             return None
+
+
+@app.command("bench")
+def bench_command(
+    file: TritFile,
+    prompt_tokens: Annotated[
+        int, _option("--n-prompt", "-p", min=0, help="Tokens of the prompt; 0: no prefill.")
+    ] = 512,
+    generated_tokens: Annotated[int, _option("--n-gen", "-n", min=0, help="Tokens to decode; 0: no decode.")] = 128,
+    depth: Annotated[int, _option("--n-depth", "-d", min=0, help="Tokens in the cache before decode.")] = 0,
+    threads: Threads = None,
+    repetitions: Annotated[int, _option("--repetitions", "-r", min=1, help="How often each test is run.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode, the memory's read bandwidth, and which kernels the time goes to.
+
+    Example: tritgguf bench d3.gguf -p 512 -n 128 -t 2
+    """
+    from tritgguf.bench import bench
+
+    report = bench(
+        file,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated_tokens,
+        depth=depth,
+        threads=threads,
+        repetitions=repetitions,
+        on_compilation=console.print_compilation_note,
+    )
+    if as_json:
+        console.print_json(report.as_dict())
+    else:
+        for table in report.tables():
+            console.print_table(*table)
 
 
 @app.command("verify")

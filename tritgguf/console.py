@@ -199,7 +199,10 @@ def print_verification(report: VerifyReport) -> None:
     print_table(
         f"Runner: {report.file} against transformers on its dequantized weights, {report.tokens} tokens",
         ("", ">"),
-        [("largest logit difference, relative", f"{report.max_rel_logit_diff:.1e}")],
+        [
+            ("largest logit difference, relative", f"{report.max_rel_logit_diff:.1e}"),
+            ("  with int16 activations, as in run", f"{report.max_rel_logit_diff_int16:.1e}"),
+        ],
     )
     print_table(
         f"Quantization: {report.file} against {report.source}, {report.tokens} tokens",

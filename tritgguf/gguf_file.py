@@ -147,7 +147,7 @@ class GgufFile:
             codebook = np.array(values, dtype=np.float32)
         except (TypeError, ValueError):
             codebook = np.full(trit_types.CODEBOOK_SIZE, np.nan, np.float32)
-        if not np.isfinite(codebook).all() or (codebook < 0).any():
+        if codebook.ndim != 1 or not np.isfinite(codebook).all() or (codebook < 0).any():
             raise TritGgufError(
                 f"{self.path}: tensor {name} has a codebook that is no list of scales; convert the model again"
             )
@@ -293,6 +293,8 @@ class _HeaderParser:
                 self.skip(count * _SCALAR_BYTES[element_type])
             elif element_type == _STRING:
                 self.skip_strings(count)
+            elif element_type != _ARRAY:
+                self.fail(f"a metadata value has the unknown type {element_type}")
             else:
                 for _ in range(count):
                     self.skip_value(element_type, nesting + 1)

@@ -87,7 +87,7 @@ class StreamingWriter:
 
     def begin(self, tensor: PlannedTensor) -> None:
         """Start the next planned tensor; its bytes follow through `write`."""
-        if self._remaining or self.tensors[self._next] != tensor:
+        if self._remaining or self.tensors[self._next : self._next + 1] != [tensor]:
             raise ValueError(f"tensor {tensor.name} is not the next one of the plan")
         self._next += 1
         self._remaining = tensor.n_bytes

@@ -31,16 +31,23 @@ class Model:
 
     """
 
-    def __init__(self, file: GgufFile, *, context: int | None = None, threads: int | None = None) -> None:
-        """Map the weights of `file`; `context` None takes the trained length, `threads` None the physical cores."""
+    def __init__(
+        self, file: GgufFile, *, context: int | None = None, threads: int | None = None, exact: bool = False
+    ) -> None:
+        """Map the weights of `file`.
+
+        `context` None takes the trained length, `threads` None the physical cores. `exact` multiplies activations
+        with 31 bits instead of 16, at half the speed or less; `verify` asks for it.
+        """
         self.config = ModelConfig.from_file(file)
         self.crew = Crew(threads)
         self.context = context or self.config.context_length
         self.position = 0
+        self._exact = exact
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
         self._cache = KeyValueCache(self.config, self.context, self.crew.threads)
-        self._prefill = Prefill(self.config, self._weights, self.crew)
+        self._prefill = Prefill(self.config, self._weights, self.crew, exact=exact)
         self._decoder = Decoder(self.config, self._weights, self.crew)
 
     def compile(self, announce: Callable[[], None]) -> None:
@@ -87,7 +94,7 @@ class Model:
                 f"{self.position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
             )
         self._cache.reserve(self.position + ids.size)
-        if ids.size == 1:
+        if ids.size == 1 and not self._exact:
             logits = self._decoder.run(int(ids[0]), self.position, self._cache.arrays)
             self.position += 1
             return logits[np.newaxis].copy() if all_logits else logits

@@ -38,11 +38,12 @@ class _Workspace:
 class Prefill:
     """Runs batches of tokens; its buffers grow to the largest batch it has seen."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew, *, exact: bool) -> None:
         """Keep what every batch needs; nothing is allocated before the first."""
         self._config = config
         self._weights = weights
         self.crew = crew
+        self._exact = exact
         self._workspace = _Workspace(0, config.dimensions)
 
     def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:
@@ -51,6 +52,7 @@ class Prefill:
             self._workspace = _Workspace(len(tokens), self._config.dimensions)
         space = self._workspace.first(len(tokens))
         hidden, attended, gated = space.hidden, space.attended, space.gated
+        exact = self._exact
         heads, interleaved = self._config.dimensions.heads, self._config.interleaved_rotation
         epsilon, crew = np.float32(self._config.norm_epsilon), self.crew
 
@@ -58,14 +60,14 @@ class Prefill:
         space.residual[:] = 0.0
         for layer, keys, values in zip(self._weights.layers, cache.keys, cache.values, strict=True):
             crew.run(normalize_batch, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers)
-            layer.qkv.multiply(hidden, space.qkv, crew)
+            layer.qkv.multiply(hidden, space.qkv, crew, exact=exact)
             crew.run(
                 rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
                 keys, values, position,
             )  # fmt: skip
             crew.run(attend, space.qkv, keys, values, position, heads, cache.scores, attended.x)
             attended.quantize(crew)
-            layer.output.multiply(attended, space.residual, crew)
+            layer.output.multiply(attended, space.residual, crew, exact=exact)
             space.residual += layer.output_bias
             crew.run(
                 normalize_batch,
@@ -75,8 +77,8 @@ class Prefill:
                 epsilon,
                 *hidden.buffers,
             )
-            layer.gate_up.multiply(hidden, space.gate_up, crew)
+            layer.gate_up.multiply(hidden, space.gate_up, crew, exact=exact)
             crew.run(gate_batch, space.gate_up, *gated.buffers)
-            layer.down.multiply(gated, space.residual, crew)
+            layer.down.multiply(gated, space.residual, crew, exact=exact)
         crew.run(normalize_batch, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
         return hidden

@@ -1,7 +1,8 @@
 """Is a trit file right? Two separate questions, answered on the same windows of text.
 
 *Runner*: do this package's kernels compute what the file says? The runner's logits stand against those of
-transformers, in float32, with the file's dequantized weights. Any difference is arithmetic.
+transformers, in float32, with the file's dequantized weights. Any difference is arithmetic. It is measured twice:
+with exact activations, where only the rounding of float32 is left, and with the int16 ones that `run` uses.
 
 *Quantization*: what did the conversion cost? The trit model stands against the source model. The trit model's
 logits are the runner's, for they are what a user gets; the source's are those of transformers in float32.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import resources
@@ -53,6 +54,9 @@ class VerifyReport:
     tokens: int
     windows: int
     max_rel_logit_diff: float
+    """Runner with exact activations: the largest difference over the largest logit."""
+    max_rel_logit_diff_int16: float
+    """The same with int16 activations, as `run` has them."""
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -67,7 +71,10 @@ class VerifyReport:
             "file": str(self.file),
             "tokens": self.tokens,
             "windows": self.windows,
-            "runner": {"max_rel_logit_diff": self.max_rel_logit_diff},
+            "runner": {
+                "max_rel_logit_diff": self.max_rel_logit_diff,
+                "max_rel_logit_diff_int16": self.max_rel_logit_diff_int16,
+            },
             "quantization": {
                 "kl_mean": self.kl_mean,
                 "kl_p99": self.kl_p99,
@@ -111,7 +118,10 @@ def verify(
     opened = open_source(str(source))
     check_same_model(trit_file, opened)
     windows = _text_windows(trit_file, shipped_text() if text is None else text, tokens)
-    runner_logits = _runner_logits(trit_file, windows, threads, report)
+    runner_logits = []
+    for logits in _runner_logits(trit_file, windows, threads, exact=False):
+        report("runner", len(runner_logits), len(windows))
+        runner_logits.append(logits)
 
     report("load source", 0, 1)
     reference = ReferenceModel.open(opened, threads=threads)
@@ -122,11 +132,13 @@ def verify(
     quantization = Comparison.concatenate(comparisons)
 
     reference.load_file(trit_file, progress=partial(report, "load dequantized weights"))
-    difference = largest = 0.0
-    for done, (window, ours) in enumerate(zip(windows, runner_logits, strict=True)):
+    exact_logits = _runner_logits(trit_file, windows, threads, exact=True)
+    difference = difference_int16 = largest = 0.0
+    for done, (window, ours, exact) in enumerate(zip(windows, runner_logits, exact_logits, strict=True)):
         report("dequantized", done, len(windows))
         theirs = reference.logits(window)
-        difference = max(difference, float(np.abs(ours - theirs).max()))
+        difference = max(difference, float(np.abs(exact - theirs).max()))
+        difference_int16 = max(difference_int16, float(np.abs(ours - theirs).max()))
         largest = max(largest, float(np.abs(theirs).max()))
     report("dequantized", len(windows), len(windows))
     return VerifyReport(
@@ -135,6 +147,7 @@ def verify(
         tokens=sum(map(len, windows)),
         windows=len(windows),
         max_rel_logit_diff=difference / largest,
+        max_rel_logit_diff_int16=difference_int16 / largest,
         kl_mean=quantization.kl_mean,
         kl_p99=quantization.kl_p99,
         top1_agreement=quantization.top1_agreement,
@@ -297,15 +310,12 @@ def _text_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]:
 
 
 def _runner_logits(
-    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, report: Progress
-) -> list[np.ndarray]:
-    """Return the runner's logits of every window: float32 [tokens, vocabulary] each."""
+    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, *, exact: bool
+) -> Iterator[np.ndarray]:
+    """Yield the runner's logits of every window: float32 [tokens, vocabulary] each."""
     from tritgguf.model import Model
 
-    model = Model(file, context=max(map(len, windows)), threads=threads)
-    logits = []
-    for done, window in enumerate(windows):
-        report("runner", done, len(windows))
+    model = Model(file, context=max(map(len, windows)), threads=threads, exact=exact)
+    for window in windows:
         model.truncate(0)
-        logits.append(model.forward(window, all_logits=True))
-    return logits
+        yield model.forward(window, all_logits=True)
