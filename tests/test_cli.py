@@ -150,7 +150,10 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
     captured = capsys.readouterr()
     assert captured.out == "The dog sleeps.\n"
     assert TIMINGS.fullmatch(captured.err)
-    assert model.loaded == (Path("model.gguf"), {"context": None, "threads": None})
+    assert model.loaded == (
+        Path("model.gguf"),
+        {"context": None, "threads": None, "on_compilation": console.print_compilation_note},
+    )
 
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
@@ -158,7 +161,8 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) 
     arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 99 -t 2"
     assert cli.main(["run", "model.gguf", "-p", "Hi", *arguments.split()]) == 0
     assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3)]
-    assert model.loaded[1] == {"context": 99, "threads": 2}
+    assert model.loaded[1]["context"] == 99
+    assert model.loaded[1]["threads"] == 2
 
 
 def test_defaults_are_llama_cpps(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
@@ -407,7 +411,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 
 
 def verification() -> VerifyReport:
-    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
+    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 3.5e-4, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
@@ -426,7 +430,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
     assert cli.main(["verify", "models/x", "x.gguf", *arguments]) == 0
     assert calls == [("models/x", Path("x.gguf"), {"text": "Some text.\n", "tokens": 50, "threads": None})]
     captured = capsys.readouterr()
-    for text in ("2.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
+    for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
         assert text in captured.out
     assert captured.err.splitlines()[0].endswith("runner")
 
@@ -435,7 +439,7 @@ def test_verify_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(VERIFY, "verify", lambda *arguments, **options: verification())
     assert cli.main(["verify", "models/x", "x.gguf", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["runner"]["max_rel_logit_diff"] == 2.5e-4
+    assert report["runner"] == {"max_rel_logit_diff": 2.5e-4, "max_rel_logit_diff_int16": 3.5e-4}
     assert report["tokens"] == 500
 
 
@@ -543,7 +547,8 @@ def test_the_same_seed_the_same_answer(smollm2_d2: Path) -> None:
         "run",
         str(smollm2_d2),
         "-p",
-        "Tell me a joke.",
+        "Once upon a time there was",
+        "--raw",
         "-n",
         "12",
         "-c",
