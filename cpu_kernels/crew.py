@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numba
@@ -45,19 +48,43 @@ class Crew:
         self._others = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
     def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order."""
-        others = [self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)]
-        try:
-            first = kernel(*arguments, 0, self.threads)
-        finally:
-            results = [other.result() for other in others]
+        """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order.
+
+        Ctrl-C takes effect when all have returned: threads that wait for one another at a barrier would wait for
+        ever if one of them were not started.
+        """
+        with _interrupts_deferred():
+            others = [
+                self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
+            ]
+            try:
+                first = kernel(*arguments, 0, self.threads)
+            finally:
+                results = [other.result() for other in others]
         return [first, *results]
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold back Ctrl-C until the block has ended; only the main thread ever sees it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[0])
 
 
 class CompilingCrew(Crew):
     """Compiles what it is asked to run, or loads it from the cache, and runs nothing."""
 
-    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, kernel: Any, *arguments: Any) -> list[Any]:
         """Make `kernel` ready for arguments of these types."""
         kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
         return []
@@ -68,7 +95,7 @@ def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
     """Call `announce` once if a kernel is really compiled in the block, not merely loaded from the cache."""
     announced = False
 
-    class Announcer(Listener):  # type: ignore[misc]
+    class Announcer(Listener):
         def on_start(self, event: Any) -> None:
             nonlocal announced
             if not announced:

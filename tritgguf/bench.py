@@ -138,7 +138,7 @@ class BenchReport:
     def tables(self) -> list[Table]:
         """Return title, columns and rows of the tables to print; right-aligned columns begin with `>`."""
         model = (self.architecture, self.types, f"{self.file_bytes / 1e9:.2f} GB", f"{self.weights / 1e6:.0f} M")
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (*model, str(self.threads), speed.test, f"{speed.mean:.2f} ± {speed.spread:.2f}") for speed in self.speeds
         ]
         columns = ("model", "type", ">size", ">weights", ">threads", ">test", ">tokens/s")
@@ -204,7 +204,7 @@ def bench(
     longest = max(prompt_tokens, depth + generated_tokens)
     model = Model(file, context=longest, threads=threads)
     model.compile(on_compilation or (lambda: None))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, longest)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, longest).tolist()
     # Brings the file into memory, makes the cache as large as it will be, and lets buffers grow.
     model.forward(tokens)
     model.truncate(longest - 1)
@@ -213,7 +213,8 @@ def bench(
     decode = _time_decode(model, tokens[: depth + generated_tokens], depth, repetitions) if generated_tokens else None
     bandwidth = read_bandwidth(model.crew, repetitions)
     weights = ModelWeights(file, model.config)
-    prompt_seconds, token_seconds = {}, {}
+    prompt_seconds: dict[str, float] = {}
+    token_seconds: dict[str, float] = {}
     if prefill is not None:
         prompt_seconds = prefill_seconds(model.config, weights, model.crew.threads, tokens[:prompt_tokens], repetitions)
     if decode is not None:
@@ -239,7 +240,7 @@ def bench(
     )
 
 
-def _time_prefill(model: Model, tokens: np.ndarray, repetitions: int) -> Speed:
+def _time_prefill(model: Model, tokens: list[int], repetitions: int) -> Speed:
     """Time a prompt of `tokens` in an empty cache."""
     seconds = []
     for _ in range(repetitions):
@@ -250,7 +251,7 @@ def _time_prefill(model: Model, tokens: np.ndarray, repetitions: int) -> Speed:
     return Speed(f"pp{len(tokens)}", len(tokens), tuple(seconds))
 
 
-def _time_decode(model: Model, tokens: np.ndarray, depth: int, repetitions: int) -> Speed:
+def _time_decode(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
     """Time the tokens behind the first `depth`, one after the other."""
     model.truncate(0)
     if depth:
@@ -267,7 +268,7 @@ def _time_decode(model: Model, tokens: np.ndarray, depth: int, repetitions: int)
 
 
 def prefill_seconds(
-    config: ModelConfig, weights: ModelWeights, threads: int, tokens: np.ndarray, repetitions: int
+    config: ModelConfig, weights: ModelWeights, threads: int, tokens: list[int], repetitions: int
 ) -> dict[str, float]:
     """Return the seconds of a prompt by kernel, mean of the repetitions; what is left over is REST."""
     crew = TimingCrew(threads)
@@ -282,7 +283,7 @@ def prefill_seconds(
             total = 0.0
         start = time.perf_counter()
         for first in range(0, len(tokens), BATCH_TOKENS):
-            hidden = prefill.run(tokens[first : first + BATCH_TOKENS], first, cache.arrays)
+            hidden = prefill.run(np.array(tokens[first : first + BATCH_TOKENS]), first, cache.arrays)
         weights.head.multiply_vector(hidden.x[-1], logits, crew)
         total += time.perf_counter() - start
     seconds = {name: spent / repetitions for name, spent in crew.seconds.items()}

@@ -45,7 +45,9 @@ class ModelConfig:
         """Read and check a file's configuration, and that it has every tensor in the right shape."""
         if "token_embd.weight" not in file.tensors:
             raise TritGgufError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
-        biased = frozenset(name for name in (*ATTENTION_INPUTS, "attn_output") if f"blk.0.{name}.bias" in file.tensors)
+        biased = frozenset(
+            name for name in (*ATTENTION_INPUTS, "attn_output") if any(t.endswith(f".{name}.bias") for t in file.tensors)
+        )
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
         for name, shape in dimensions.shapes().items():
@@ -71,7 +73,7 @@ class ModelConfig:
 
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
         raise TritGgufError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
     return value
 
