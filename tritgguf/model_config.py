@@ -45,9 +45,8 @@ class ModelConfig:
         """Read and check a file's configuration, and that it has every tensor in the right shape."""
         if "token_embd.weight" not in file.tensors:
             raise TritGgufError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
-        biased = frozenset(
-            name for name in (*ATTENTION_INPUTS, "attn_output") if any(t.endswith(f".{name}.bias") for t in file.tensors)
-        )
+        projections = (*ATTENTION_INPUTS, "attn_output")
+        biased = frozenset(name for name in projections if any(t.endswith(f".{name}.bias") for t in file.tensors))
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
         for name, shape in dimensions.shapes().items():

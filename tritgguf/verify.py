@@ -118,7 +118,7 @@ def verify(
     opened = open_source(str(source))
     check_same_model(trit_file, opened)
     windows = _text_windows(trit_file, shipped_text() if text is None else text, tokens)
-    runner_logits = []
+    runner_logits: list[np.ndarray] = []
     for logits in _runner_logits(trit_file, windows, threads, exact=False):
         report("runner", len(runner_logits), len(windows))
         runner_logits.append(logits)
