@@ -254,10 +254,15 @@ def _is_well_typed(value: GGUFValue) -> bool:
 
 
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
-    """Return a stock file's keys unchanged, and tokenizer.huggingface.json, made where the file has none."""
+    """Return a stock file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
+
+    Empty arrays are left out: they say nothing, and gguf-py's writer has none.
+    """
     from gguf import GGUFValue, GGUFValueType
 
-    metadata = {key: file.value(key) for key in file.metadata if key not in _KEYS_OF_THE_OUTPUT}
+    metadata = {
+        key: file.value(key) for key, value in file.metadata.items() if key not in _KEYS_OF_THE_OUTPUT and value != []
+    }
     if HUGGINGFACE_JSON_KEY not in metadata:
         text = tokenizer_json_from_gguf(file.metadata, where=str(file.path))
         metadata[HUGGINGFACE_JSON_KEY] = GGUFValue(value=text, type=GGUFValueType.STRING)

@@ -95,6 +95,7 @@ class GgufFile:
             ) from error
         self._entries = header.entries
         self.metadata: Mapping[str, Any] = _Metadata(self._map, header.entries)
+        self._check_version()
 
     def _open(self) -> mmap.mmap:
         try:
@@ -104,6 +105,15 @@ class GgufFile:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise TritGgufError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def _check_version(self) -> None:
+        version = self.metadata.get(trit_types.KEY_VERSION)
+        packed = any(trit_types.is_trit_type(info.type_id) for info in self.tensors.values())
+        if packed and version != trit_types.FORMAT_VERSION:
+            raise TritGgufError(
+                f"{self.path}: version {version} of the trit format is not known (version"
+                f" {trit_types.FORMAT_VERSION} is); use a newer tritgguf or convert the model again"
+            )
 
     def value(self, key: str) -> GGUFValue:
         """Return a metadata value with its GGUF types, as gguf-py's writer takes it."""

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,12 +64,17 @@ class StreamingWriter:
                 raw_dtype=cast("GGMLQuantizationType", tensor.type_id),
             )
         self._file: BinaryIO | None = None
+        self._header_end = 0
         self._next = 0
 
     def __enter__(self) -> StreamingWriter:
         """Write the header, with the metadata as it is now."""
-        with self._disk_errors():
-            self._write_header()
+        try:
+            with self._disk_errors():
+                self._header_end = self._write_header()
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
@@ -81,9 +86,7 @@ class StreamingWriter:
                 with self._disk_errors():
                     self._finish()
         finally:
-            if self._file is not None:
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self._discard()
 
     def begin(self, tensor: PlannedTensor) -> None:
         """Start the next planned tensor; its bytes follow through `write`."""
@@ -108,29 +111,38 @@ class StreamingWriter:
             raise ValueError(f"the header has no key {key}")
         self._writer.kv_data[0][key] = value
 
-    def _write_header(self) -> None:
+    def _write_header(self) -> int:
+        """Write the header from the file's start; return where it ends, before the first tensor's alignment."""
         self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
         assert self._writer.fout is not None
         self._file = cast("BinaryIO", self._writer.fout[0])
+        self._writer.write_kv_data_to_file()
+        self._writer.write_ti_data_to_file()
+        end = self._file.tell()
         self._pad()
+        return end
 
     def _finish(self) -> None:
         assert self._file is not None
         if self._remaining or self._next != len(self.tensors):
             raise ValueError("a planned tensor was not written")
-        size = self._file.tell()
         self._file.seek(0)
         self._writer.state = WriterState.EMPTY
-        self._write_header()
-        if self._file.seek(0, os.SEEK_END) != size:
+        if self._write_header() != self._header_end:
             raise ValueError("the header changed its length")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.output)
         _sync_folder(self.output.parent)
+
+    def _discard(self) -> None:
+        """Close and remove the temporary file, if it is still there."""
+        for file in self._writer.fout or ():
+            # What the disk refused to take is still buffered, and refused again here.
+            with suppress(OSError):
+                file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def _pad(self) -> None:
         assert self._file is not None

@@ -1,0 +1,100 @@
+"""Fixtures shared by all tests: the real models, and conversions of SmolLM2 that are made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import cpu_kernels
+from cpu_kernels import instruction_set
+
+MODELS = Path(__file__).parent.parent / "models"
+
+
+def _forget_stale_kernels() -> None:
+    """Delete compiled kernels that are older than any source of cpu_kernels.
+
+    Numba compiles a kernel again when the file that it stands in changes, but not when one that it is made from does.
+    """
+    sources = Path(cpu_kernels.__path__[0])
+    newest = max(path.stat().st_mtime for path in sources.glob("*.py"))
+    for path in (sources / "__pycache__").glob("*.nb[ic]"):
+        if path.stat().st_mtime < newest:
+            path.unlink(missing_ok=True)
+
+
+_forget_stale_kernels()
+settings.register_profile(
+    "tritgguf",
+    deadline=None,
+    max_examples=30,
+    derandomize=bool(os.environ.get("CI")),
+    # The fixtures that property tests use (paths, environment variables) may be shared by their examples.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("tritgguf")
+
+
+def _fetched(name: str) -> Path:
+    """Return a path in models/; skip the test when it is not there, or fail it where CI must have fetched it."""
+    path = MODELS / name
+    if not path.exists():
+        message = f"models/{name} is not here; fetch it with `make fetch`"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+VARIANTS = [name for name, isa in instruction_set.NAMES.items() if isa in instruction_set.supported()]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once for each instruction-set variant that this processor has; it is the one in force."""
+    monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """Hugging Face folder of SmolLM2-135M-Instruct in FP16."""
+    return _fetched("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Stock GGUF file of SmolLM2-135M-Instruct, the same weights."""
+    return _fetched("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return a function from a depth to SmolLM2 packed at it; each file is made once and is not to be changed."""
+    folder = tmp_path_factory.mktemp("smollm2")
+
+    def convert_once(depth: int) -> Path:
+        from tritgguf.convert import convert
+
+        output = folder / f"d{depth}.gguf"
+        if not output.exists():
+            convert(smollm2_folder, output, depth=depth)
+        return output
+
+    return convert_once
+
+
+@pytest.fixture(scope="session")
+def smollm2_d2(trit_file: Callable[[int], Path]) -> Path:
+    """SmolLM2 packed at depth 2."""
+    return trit_file(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_d3(trit_file: Callable[[int], Path]) -> Path:
+    """SmolLM2 packed at depth 3."""
+    return trit_file(3)

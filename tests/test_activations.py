@@ -1,0 +1,170 @@
+"""Quantized activations, norms and gates against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import naive
+import numpy as np
+import pytest
+from random_inputs import CREW, batch_integers, batch_of, vector_integers, vectors
+
+from cpu_kernels.activations import gate_batch, gate_row, normalize_batch, normalize_row, quantize_row
+from cpu_kernels.crew import Crew
+from cpu_kernels.projection import Activations, Batch
+
+tokens_and_columns = pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (1, 576), (3, 192), (9, 64)])
+Integers = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def of_batch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return batch_integers(batch_of(x))
+
+
+def of_vectors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = [vector_integers(row) for row in x]
+    return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+
+both_layouts = pytest.mark.parametrize("integers_of", [of_batch, of_vectors])
+
+
+@both_layouts
+@tokens_and_columns
+def test_quantization(integers_of: Integers, tokens: int, columns: int) -> None:
+    x = vectors(tokens, columns)
+    integers, step_sizes = integers_of(x)
+    expected, expected_sizes = naive.quantize_activations(x)
+    np.testing.assert_allclose(step_sizes, expected_sizes, rtol=1e-6)
+    # The kernel's float32 quotient may fall on the other side of a tie, which costs no accuracy.
+    exact = x.astype(np.float64) / np.repeat(expected_sizes, 16, axis=1)
+    assert np.abs(integers - exact).max() < 0.51
+    assert np.mean(integers != expected) < 0.01
+    assert (np.abs(integers).reshape(tokens, -1, 16).max(axis=2) == 32767).all()
+
+
+def test_both_layouts_hold_the_same_integers() -> None:
+    x = vectors(11, 192)
+    for batch, alone in zip(of_batch(x), of_vectors(x), strict=True):
+        np.testing.assert_array_equal(batch, alone)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_offsets_are_minus_h_times_the_sum(depth: int) -> None:
+    x = vectors(11, 192)
+    sums = of_batch(x)[0].reshape(11, -1, 16).sum(axis=2)
+    expected = -naive.largest_level(depth) * sums
+    batch = batch_of(x)
+    offsets = batch.offsets[:, depth - 1].transpose(0, 2, 1).reshape(-1, 12)[:11]
+    np.testing.assert_array_equal(offsets, expected)
+    vector = Activations(1, 192).vector(0)
+    vector[0][:] = x[4]
+    quantize_row(*vector)
+    np.testing.assert_array_equal(vector[2][depth - 1], expected[4])
+
+
+@both_layouts
+def test_groups_do_not_depend_on_each_other(integers_of: Integers) -> None:
+    x = vectors(1, 128)
+    before, sizes_before = integers_of(x)
+    x[0, 16:32] *= 1e4
+    after, sizes_after = integers_of(x)
+    np.testing.assert_array_equal(np.delete(after, slice(16, 32), 1), np.delete(before, slice(16, 32), 1))
+    np.testing.assert_array_equal(np.delete(sizes_after, 1, 1), np.delete(sizes_before, 1, 1))
+    assert sizes_after[0, 1] == pytest.approx(1e4 * sizes_before[0, 1])
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    ("value", "zero"), [(0.0, True), (1e-40, True), (1e-31, True), (1e-20, False), (1e30, False), (3e38, False)]
+)
+def test_extreme_vectors(integers_of: Integers, value: float, zero: bool) -> None:
+    x = np.zeros((2, 64), np.float32)
+    x[0, 5] = -value
+    x[1, :] = value
+    integers, step_sizes = integers_of(x)
+    assert np.isfinite(step_sizes).all()
+    restored = integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
+    np.testing.assert_allclose(restored, np.zeros_like(x) if zero else x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_a_batch(threads: int) -> None:
+    x = vectors(9, 64)
+    batch = Batch(9, 64)
+    batch.x[:] = x
+    batch.quantize(Crew(threads))
+    for part, expected in zip(batch.buffers, batch_of(x).buffers, strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+def test_first_tokens_are_a_view(tokens: int) -> None:
+    batch, x = Batch(16, 64), vectors(tokens, 64)
+    view = batch.first(tokens)
+    view.x[:] = x
+    view.quantize(CREW)
+    for part, whole in zip(view.buffers, batch.buffers, strict=True):
+        assert np.shares_memory(part, whole)
+    for part, expected in zip(batch_integers(view), of_batch(x), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_remainder(tokens: int) -> None:
+    x = vectors(tokens, 192)
+    batch = batch_of(x)
+    restored = np.zeros(x.shape)
+    for part in (batch, batch.remainder(CREW)):
+        integers, step_sizes = batch_integers(part)
+        restored += integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
+    largest = np.repeat(np.abs(x).reshape(tokens, -1, 16).max(axis=2), 16, axis=1)
+    assert (np.abs(restored - x) <= 2.0**-30 * largest).all()
+
+
+@tokens_and_columns
+def test_normalize(tokens: int, columns: int) -> None:
+    stream, residual = vectors(tokens, columns, seed=1), vectors(tokens, columns, seed=2)
+    weight = np.random.default_rng(3).standard_normal(columns).astype(np.float32)
+    summed = stream + residual
+    expected = naive.root_mean_square_norm(summed.astype(np.float64), weight.astype(np.float64), 1e-5)
+    alone, out = stream[0].copy(), np.empty(columns, np.float32)
+    normalize_row(alone, residual[0], weight, np.float32(1e-5), out)
+    np.testing.assert_array_equal(alone, summed[0])
+    np.testing.assert_allclose(out, expected[0], rtol=3e-6)
+    batch = Batch(tokens, columns)
+    CREW.run(normalize_batch, stream, residual, weight, np.float32(1e-5), *batch.buffers)
+    np.testing.assert_array_equal(stream, summed)
+    np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
+    for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])
+def test_normalize_extreme_vectors(value: float) -> None:
+    stream, out = np.full(64, value, np.float32), np.empty(64, np.float32)
+    normalize_row(stream, np.zeros(64, np.float32), np.ones(64, np.float32), np.float32(1e-6), out)
+    assert np.isfinite(out).all()
+    assert (np.abs(out) <= 1.0001).all()
+
+
+@tokens_and_columns
+def test_gate(tokens: int, columns: int) -> None:
+    gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-gate.astype(np.float64))) * up
+    out = np.empty(columns, np.float32)
+    gate_row(gate[0], up[0], out)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
+    batch = Batch(tokens, columns)
+    CREW.run(gate_batch, np.concatenate([gate, up], axis=1), *batch.buffers)
+    np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
+    for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
+def test_gate_of_extreme_vectors(value: float) -> None:
+    out = np.empty(64, np.float32)
+    gate_row(np.full(64, value, np.float32), np.ones(64, np.float32), out)
+    np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

@@ -1,0 +1,150 @@
+"""bench: what its figures are made of, on a tiny model; how fast it is nobody checks here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import write_tiny_model
+
+from cpu_kernels.attend_layers import attend_layers
+from cpu_kernels.attention import attend_head
+from cpu_kernels.bandwidth import read, read_bandwidth
+from cpu_kernels.crew import Crew
+from tritgguf import cli
+from tritgguf.bench import REST, KernelTime, Speed, bench, bytes_read_per_token, processor_name, shares
+from tritgguf.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import GgufFile
+
+MATRIX_WEIGHTS = 2 * (128 * 128 + 2 * 64 * 128 + 128 * 128 + 3 * 128 * 192)
+HEAD_BYTES = 448 * 128 * 2
+VECTOR_BYTES = (2 * 2 + 1) * 128 * 4
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2)
+    return folder / "model.gguf"
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(crew: Crew, repetitions: int) -> float:
+        return read_bandwidth(crew, repetitions, buffer_bytes=1 << 20)
+
+    monkeypatch.setattr("tritgguf.bench.read_bandwidth", measure)
+
+
+def test_speed() -> None:
+    speed = Speed("tg100", 100, (1.0, 2.0, 4.0))
+    assert speed.rates == [100, 50, 25]
+    assert speed.mean == pytest.approx(175 / 3)
+    assert speed.spread == pytest.approx(np.std([100, 50, 25], ddof=1))
+    assert Speed("tg100", 100, (2.0,)).spread == 0
+
+
+def test_shares_add_up_to_one_with_the_rest_at_the_end() -> None:
+    kernels = shares({"a": 0.1, REST: 0.2, "b": 0.5})
+    assert [kernel.kernel for kernel in kernels] == ["b", "a", REST]
+    assert [kernel.share for kernel in kernels] == pytest.approx([0.625, 0.125, 0.25])
+    assert [kernel.seconds for kernel in kernels] == pytest.approx([0.5, 0.1, 0.2])
+
+
+def test_shares_of_a_known_whole() -> None:
+    assert shares({"a": 1.0, "b": 2.0}, 4.0) == [
+        KernelTime("b", 2.0, 0.5),
+        KernelTime("a", 1.0, 0.25),
+        KernelTime(REST, 1.0, 0.25),
+    ]
+    assert shares({}) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_byte_of_the_buffer_is_read_once(threads: int) -> None:
+    buffer = np.arange(1000)
+    assert sum(Crew(threads).run(read, buffer)) == buffer.sum()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention_of_all_layers_is_that_of_each_head(threads: int) -> None:
+    generator = np.random.default_rng(0)
+    keys, values = generator.standard_normal((2, 2, 2, 8, 16)).astype(np.float32)
+    queries = generator.standard_normal((4, 16)).astype(np.float32)
+    scores, out, expected = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32), np.zeros(16, np.float32)
+    Crew(threads).run(attend_layers, queries, keys, values, 5, scores, out)
+    for h in range(4):
+        attend_head(queries[h], keys[-1, h // 2], values[-1, h // 2], scores[h, :5], expected)
+        np.testing.assert_allclose(out[h], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tied", "expected"), [(False, HEAD_BYTES + 256), (True, HEAD_BYTES + 256)])
+def test_a_token_reads_the_matrices_the_head_and_one_embedding(tmp_path: Path, tied: bool, expected: int) -> None:
+    folder = write_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    convert(folder, tmp_path / "model.gguf", depth=2)
+    matrices = MATRIX_WEIGHTS * 28 // 64
+    assert bytes_read_per_token(GgufFile(tmp_path / "model.gguf")) == matrices + VECTOR_BYTES + expected
+
+
+def test_bench(tiny_file: Path) -> None:
+    report = bench(tiny_file, prompt_tokens=20, generated_tokens=4, depth=3, threads=2, repetitions=2)
+    assert [(speed.test, speed.tokens, len(speed.seconds)) for speed in report.speeds] == [
+        ("pp20", 20, 2),
+        ("tg4 @ d3", 4, 2),
+    ]
+    assert (report.architecture, report.types, report.threads) == ("llama", "TRIT2", 2)
+    assert report.trit_weights == MATRIX_WEIGHTS
+    assert report.weights == MATRIX_WEIGHTS + HEAD_BYTES + VECTOR_BYTES // 4  # embeddings and head: two bytes a weight
+    rates = report.decode_rates
+    assert rates is not None
+    assert report.decode is not None
+    assert rates["weights_per_second"] == pytest.approx(MATRIX_WEIGHTS * report.decode.mean)
+    assert rates["bytes_per_second"] == pytest.approx(report.bytes_per_token * report.decode.mean)
+    assert rates["share_of_read_bandwidth"] == pytest.approx(rates["bytes_per_second"] / report.read_bandwidth)
+    assert {kernel.kernel for kernel in report.decode_kernels} == {
+        "q, k, v", "attention", "attention output", "gate, up", "down", "head", REST,
+    }  # fmt: skip
+    assert sum(kernel.seconds for kernel in report.decode_kernels) == pytest.approx(1 / report.decode.mean)
+    assert {"trit_gemm", "attend", "gemv", REST} <= {kernel.kernel for kernel in report.prefill_kernels}
+    assert all(kernel.seconds > 0 for kernel in report.prefill_kernels)
+    for kernels in (report.decode_kernels, report.prefill_kernels):
+        assert sum(kernel.share for kernel in kernels) == pytest.approx(1)
+
+
+def test_a_test_can_be_left_out(tiny_file: Path) -> None:
+    decode_only = bench(tiny_file, prompt_tokens=0, generated_tokens=2, repetitions=1)
+    assert [speed.test for speed in decode_only.speeds] == ["tg2"]
+    assert decode_only.prefill_kernels == []
+    prefill_only = bench(tiny_file, prompt_tokens=2, generated_tokens=0, repetitions=1)
+    assert [speed.test for speed in prefill_only.speeds] == ["pp2"]
+    assert (prefill_only.decode_rates, prefill_only.decode_kernels) == (None, [])
+    assert len(prefill_only.tables()) == 2
+    with pytest.raises(TritGgufError, match="nothing to measure"):
+        bench(tiny_file, prompt_tokens=0, generated_tokens=0)
+
+
+def test_the_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(tiny_file), "-p", "6", "-n", "3", "-t", "1", "-r", "1"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    for text in (
+        processor_name(),
+        "llama",
+        "TRIT2",
+        "pp6",
+        "tg3",
+        "share of the read bandwidth",
+        "trit_gemm",
+        "gate, up",
+    ):
+        assert text in out
+    assert cli.main([*arguments, "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert [test["test"] for test in report["tests"]] == ["pp6", "tg3"]
+    assert report["tests"][0]["samples"] == [report["tests"][0]["tokens_per_second"]]
+    assert report["decode"]["bytes_per_token"] > 0
+    assert set(report["kernels"]["decode"][0]) == {"kernel", "seconds", "share"}

@@ -1,0 +1,113 @@
+"""The choice of the instruction set, and that the portable variant is vector code elsewhere too."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+from random_inputs import trit_matrix
+
+from cpu_kernels import instruction_set
+from cpu_kernels.group_sums import GROUP_SUMS, Step
+from cpu_kernels.instruction_set import AVX2, AVX512, PORTABLE
+from cpu_kernels.projection import Projection
+from cpu_kernels.simd import I32, I64, Vectors
+from tritgguf.trit_types import DEPTHS
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    """Let LLVM report a processor with these features only."""
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
+
+
+def test_this_processor_has_the_portable_variant() -> None:
+    assert instruction_set.supported()[0] == PORTABLE
+
+
+def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
+    for features, best in (
+        ((), PORTABLE),
+        (("avx2",), PORTABLE),
+        (("neon", "fp16"), PORTABLE),
+        (_AVX2, AVX2),
+        ((*_AVX2, *_AVX512[:-1]), AVX2),
+        ((*_AVX2, *_AVX512), AVX512),
+    ):
+        pretend(monkeypatch, *features)
+        assert instruction_set.choose() == best
+        assert instruction_set.supported() == sorted(instruction_set.supported())
+
+
+def test_a_feature_that_is_off_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {**dict.fromkeys(_AVX2, True), "fma": False}
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    assert instruction_set.supported() == [PORTABLE]
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, *_AVX2)
+    for name, isa in (("portable", PORTABLE), ("avx2", AVX2), ("", AVX2)):
+        monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, name)
+        assert instruction_set.choose() == isa
+    for name in ("avx512", "sse", "PORTABLE"):
+        monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, name)
+        with pytest.raises(ValueError, match=f"TRITGGUF_ISA={name} .* choose from portable, avx2"):
+            instruction_set.choose()
+
+
+def test_every_variant_is_a_type_of_its_own() -> None:
+    types = [instruction_set.as_type(isa) for isa in instruction_set.NAMES.values()]
+    assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX512]
+
+
+def test_a_projection_takes_the_chosen_variant(variant: str) -> None:
+    projection = Projection([trit_matrix(2, 4, 64)[0]])
+    assert projection._isa == instruction_set.as_type(instruction_set.NAMES[variant])
+
+
+def aarch64_assembly(depth: int) -> str:
+    """Compile one vector step of 16 groups, the heart of every product, for a 64-bit Arm processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = "aarch64-unknown-linux-gnu"
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 5), "step")
+    builder = ir.IRBuilder(function.append_basic_block())
+    vectors = Vectors(builder, PORTABLE)
+    words, activations, groups, first_group, out = function.args
+    zero = vectors.constant(I32, 0, 16)
+    step = Step(vectors, words, activations, groups, first_group, 16, zero)
+    indices = GROUP_SUMS[depth](step)
+    vectors.store(step.sums, out)
+    vectors.store(indices, out, offset=64)
+    builder.ret_void()
+    machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    return str(machine.emit_assembly(parsed))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_portable_is_vector_code_on_arm(depth: int) -> None:
+    try:
+        llvm.initialize_all_targets()
+        llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite compiles for no Arm processor")
+    instructions = re.findall(r"^\t(\w+)\t(\S+)", aarch64_assembly(depth), re.MULTILINE)
+    on_vectors = Counter(name for name, target in instructions if re.match(r"v\d+\.", target))
+    # 8 steps of 32 lanes: digits by unsigned, products by signed widening multiplies of 8 lanes at a time.
+    assert on_vectors["umull"] + on_vectors["umull2"] >= 8 * 8
+    assert on_vectors["smull"] + on_vectors["smull2"] + on_vectors["smlal"] + on_vectors["smlal2"] >= 8 * 8
+    # No digit has been turned into a 32-bit multiply, and none has been taken to a scalar register.
+    assert not any(name == "mul" and target.endswith(".4s,") for name, target in instructions)
+    assert on_vectors["umov"] + on_vectors["smov"] == 0
+    assert not any(name in ("umov", "smov", "umulh") for name, _ in instructions)
