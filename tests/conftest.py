@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tiny_models import write_tiny_model
 
-import cpu_kernels
 from cpu_kernels import instruction_set
+from tritgguf.gguf_file import GgufFile
 
 MODELS = Path(__file__).parent.parent / "models"
 
 
-def _forget_stale_kernels() -> None:
-    """Delete compiled kernels that are older than any source of cpu_kernels.
-
-    Numba compiles a kernel again when the file that it stands in changes, but not when one that it is made from does.
-    """
-    sources = Path(cpu_kernels.__path__[0])
-    newest = max(path.stat().st_mtime for path in sources.glob("*.py"))
-    for path in (sources / "__pycache__").glob("*.nb[ic]"):
-        if path.stat().st_mtime < newest:
-            path.unlink(missing_ok=True)
-
-
-_forget_stale_kernels()
 settings.register_profile(
     "tritgguf",
     deadline=None,
@@ -98,3 +86,20 @@ def smollm2_d2(trit_file: Callable[[int], Path]) -> Path:
 def smollm2_d3(trit_file: Callable[[int], Path]) -> Path:
     """SmolLM2 packed at depth 3."""
     return trit_file(3)
+
+
+@pytest.fixture(scope="session")
+def tiny_trit_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., GgufFile]:
+    """Return a function from a variant of `tiny_models` and a depth to an open trit file; each is made once."""
+    folder, files = tmp_path_factory.mktemp("tiny"), dict[tuple[str, int], GgufFile]()
+
+    def open_file(variant: str = "llama", depth: int = 2) -> GgufFile:
+        from tritgguf.convert import convert
+
+        if (variant, depth) not in files:
+            output, source = folder / f"{variant}-{depth}.gguf", folder / variant
+            convert(source if source.exists() else write_tiny_model(source, variant), output, depth=depth)
+            files[variant, depth] = GgufFile(output)
+        return files[variant, depth]
+
+    return open_file

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from random_inputs import CODEBOOK, random_levels
+
+from cpu_kernels.pack import pack
+from tritgguf.trit_types import codebook_key
+
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
 
 
@@ -59,3 +65,14 @@ class GgufBytes:
         header = self.header
         path.write_bytes(header + bytes(-len(header) % self.alignment) + self.data)
         return path
+
+
+def trit_bytes(depth: int = 2, codebook: bytes | None = None) -> GgufBytes:
+    """Return a file of a trit matrix `w` [3, 128] of `random_levels`, and a vector `v` of 0 to 3."""
+    levels, indices = random_levels(depth, 3, 128)
+    data = pack(levels, indices, depth).tobytes()
+    second = bytes(-len(data) % 32) + np.arange(4, dtype=np.float32).tobytes()
+    keys = [key("general.architecture", STRING, string("llama")), key("trit.version", UINT32, struct.pack("<I", 1))]
+    keys.append(key(codebook_key("w"), ARRAY, floats(CODEBOOK.tolist()) if codebook is None else codebook))
+    tensors = [tensor("w", (3, 128), 10000 + depth, 0), tensor("v", (4,), 0, len(data) + -len(data) % 32)]
+    return GgufBytes(keys, tensors, data + second)

@@ -201,14 +201,7 @@ def bench(
     if prompt_tokens + generated_tokens == 0:
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
     file = GgufFile(path)
-    longest = max(prompt_tokens, depth + generated_tokens)
-    model = Model(file, context=longest, threads=threads)
-    model.compile(on_compilation or (lambda: None))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, longest).tolist()
-    # Brings the file into memory, makes the cache as large as it will be, and lets buffers grow.
-    model.forward(tokens)
-    model.truncate(longest - 1)
-    model.forward(tokens[-1:])
+    model, tokens = _warm_model(file, max(prompt_tokens, depth + generated_tokens), threads, on_compilation)
     prefill = _time_prefill(model, tokens[:prompt_tokens], repetitions) if prompt_tokens else None
     decode = _time_decode(model, tokens[: depth + generated_tokens], depth, repetitions) if generated_tokens else None
     bandwidth = read_bandwidth(model.crew, repetitions)
@@ -238,6 +231,19 @@ def bench(
         prefill_kernels=shares(prompt_seconds),
         decode_kernels=[] if decode is None else shares(token_seconds, 1 / decode.mean),
     )
+
+
+def _warm_model(
+    file: GgufFile, context: int, threads: int | None, on_compilation: Callable[[], None] | None
+) -> tuple[Model, list[int]]:
+    """Return a model that has run once, so that nothing is left to compile, read or allocate, and random tokens."""
+    model = Model(file, context=context, threads=threads)
+    model.compile(on_compilation or (lambda: None))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
+    model.forward(tokens)
+    model.truncate(context - 1)
+    model.forward(tokens[-1:])
+    return model, tokens
 
 
 def _time_prefill(model: Model, tokens: list[int], repetitions: int) -> Speed:

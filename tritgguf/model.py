@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation
+from cpu_kernels.instruction_set import choose
 from tritgguf.cache import KeyValueCache
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
@@ -39,6 +40,10 @@ class Model:
         `context` None takes the trained length, `threads` None the physical cores. `exact` multiplies activations
         with 31 bits instead of 16, at half the speed or less; `verify` asks for it.
         """
+        try:
+            choose()
+        except ValueError as error:
+            raise TritGgufError(str(error)) from error
         self.config = ModelConfig.from_file(file)
         self.crew = Crew(threads)
         self.context = context or self.config.context_length
