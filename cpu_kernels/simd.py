@@ -59,6 +59,16 @@ class Vectors:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
         self.builder.store(value, pointer).align = _BYTES[value.type.element]
 
+    def prefetch(self, address: ir.Value, offset: int = 0) -> None:
+        """Ask for the cache line `offset` bytes behind an address, to be read once and soon."""
+        pointer = self.builder.inttoptr(self.builder.add(address, I64(offset)), I8.as_pointer())
+        module = self.builder.module
+        name = "llvm.prefetch.p0"
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), name
+        )
+        self.builder.call(function, [pointer, I32(0), I32(3), I32(1)])
+
     def splat(self, address: ir.Value, element: ir.Type, lanes: int, offset: int = 0) -> ir.Value:
         """Load one element, `offset` bytes behind an address, and copy it into every lane."""
         one = self.load(address, element, 1, offset)
