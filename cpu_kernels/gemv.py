@@ -82,6 +82,9 @@ def _half_row_dot(typing_context, isa, row, x, columns):
         block = 16 * unrolled
         blocks = builder.sdiv(columns, I64(block))
         with cgutils.for_range(builder, blocks) as loop:
+            ahead = builder.add(row, builder.mul(loop.index, I64(2 * block)))
+            for line in range(0, 2 * block, 64):
+                vectors.prefetch(ahead, _PREFETCH_BYTES + line)
             for number, accumulator in enumerate(accumulators):
                 emit(builder.mul(loop.index, I64(block)), accumulator, 16 * number)
         done = builder.mul(blocks, I64(block))
