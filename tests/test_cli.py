@@ -152,7 +152,7 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
     assert TIMINGS.fullmatch(captured.err)
     assert model.loaded == (
         Path("model.gguf"),
-        {"context": None, "threads": None, "on_compilation": console.print_compilation_note},
+        {"context": None, "threads": None, "exact": False, "on_compilation": console.print_compilation_note},
     )
 
 

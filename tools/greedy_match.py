@@ -58,10 +58,13 @@ def main() -> int:
     parser.add_argument("file", help="the trit GGUF file")
     parser.add_argument("--tokens", type=int, default=64, help="length of an answer (default 64)")
     parser.add_argument("--threads", type=int, default=None, help="threads of both (default: all cores)")
+    parser.add_argument("--exact", action="store_true", help="run with --exact: activations with 31 bits")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     try:
-        matches = compare(options.source, options.file, tokens=options.tokens, threads=options.threads)
+        matches = compare(
+            options.source, options.file, tokens=options.tokens, threads=options.threads, exact=options.exact
+        )
     except TritGgufError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -72,14 +75,14 @@ def main() -> int:
     return 0 if all(match.differs_at is None for match in matches) else 1
 
 
-def compare(source: str, file: str, *, tokens: int, threads: int | None = None) -> list[Match]:
+def compare(source: str, file: str, *, tokens: int, threads: int | None = None, exact: bool = False) -> list[Match]:
     """Return the comparison for every prompt."""
     trit_file = GgufFile(file)
     opened = open_source(source)
     check_same_model(trit_file, opened)
     reference = ReferenceModel.open(opened, threads=threads)
     reference.load_file(trit_file)
-    model = load(file, threads=threads)
+    model = load(file, threads=threads, exact=exact)
     return [compare_prompt(model, reference, prompt, tokens) for prompt in PROMPTS]
 
 

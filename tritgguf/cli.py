@@ -148,6 +148,7 @@ def run_command(
     repeat_last_n: Annotated[int, _option("--repeat-last-n", help="How many tokens are recent.")] = 64,
     seed: Annotated[int, _option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Activations with 31 bits instead of 16; slower.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or chat when there is none.
@@ -173,7 +174,8 @@ def run_command(
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
     gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
     try:
-        model = load(file, context=context or None, threads=threads, on_compilation=console.print_compilation_note)
+        announce = console.print_compilation_note
+        model = load(file, context=context or None, threads=threads, exact=exact, on_compilation=announce)
     finally:
         gc.enable()
     if text is None:
