@@ -350,6 +350,7 @@ def conversion() -> ConvertReport:
         bits_per_weight_file=6.25,
         relative_error=0.1234,
         kept_unaligned=["blk.0.attn_q.weight"],
+        warnings=["an unknown pre-tokenizer"],
         file_bytes=61_400_000,
         seconds=12.3,
         peak_memory_bytes=1_230_000_000,
@@ -374,6 +375,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         assert text in captured.out
     assert re.search(r"^ 50 %  blk\.0\.x  [\d.]+ [kMG]?B/s  \d+ s left$", captured.err, re.MULTILINE)
     assert "blk.0.attn_q.weight" in captured.err
+    assert "warning: an unknown pre-tokenizer" in captured.err
 
 
 def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -171,6 +171,8 @@ def print_conversion(report: ConvertReport) -> None:
     if report.kept_unaligned:
         names = ", ".join(report.kept_unaligned)
         note(f"note: kept in F16, because their row length is no multiple of 64: {names}")
+    for warning in report.warnings:
+        note(f"warning: {warning}")
 
 
 def print_context_note(model: LoadedModel, answer: Generation) -> None:
