@@ -11,6 +11,9 @@ import numpy as np
 
 from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS
 
+# x, pairs, offsets, scales: what the matrix kernels take, as `quantize_row` or `quantize_batch` lays it out
+VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 _LARGEST = np.float32(32767.0)
 _SMALLEST = np.float32(1e-30)  # below, a reciprocal would overflow
 

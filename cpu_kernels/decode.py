@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from cpu_kernels.activations import gate_row, normalize_row, quantize_row
+from cpu_kernels.activations import VectorBuffers, gate_row, normalize_row, quantize_row
 from cpu_kernels.attention import attend_head, rotate
 from cpu_kernels.barrier import wait_for_all
 from cpu_kernels.gemv import gemv, multiply_rows
 from cpu_kernels.layout import GROUP_SIZE
 
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
-Vectors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # `Activations.buffers`
 
 
 class Weights(NamedTuple):
@@ -58,15 +57,15 @@ class Buffers(NamedTuple):
     """Working memory: `own` arrays have one row for each thread, the others are shared."""
 
     own_stream: np.ndarray  # float32 [threads, hidden]
-    own_hidden: Vectors  # [threads, hidden]
+    own_hidden: VectorBuffers  # [threads, hidden]
     own_query: np.ndarray  # float32 [2 * threads, head_dim]: rotated, then not yet rotated
-    own_attended: Vectors  # [threads, heads * head_dim]
+    own_attended: VectorBuffers  # [threads, heads * head_dim]
     qkv: np.ndarray  # float32 [rows of Q, K and V]
     attended: np.ndarray  # float32 [heads * head_dim]
     residual: np.ndarray  # float32 [hidden]
     gate: np.ndarray  # float32 [feed_forward]
     up: np.ndarray  # float32 [feed_forward]
-    gated: Vectors  # [1, feed_forward]
+    gated: VectorBuffers  # [1, feed_forward]
 
 
 @numba.njit(cache=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels import instruction_set
-from cpu_kernels.activations import quantize_batch, quantize_row, remainder_of_batch
+from cpu_kernels.activations import VectorBuffers, quantize_batch, quantize_row, remainder_of_batch
 from cpu_kernels.crew import Crew
 from cpu_kernels.gemm import half_gemm, trit_gemm
 from cpu_kernels.gemv import HALVES, gemv
@@ -22,8 +22,6 @@ from cpu_kernels.layout import (
     WORDS_PER_BLOCK,
     level_offset,
 )
-
-Buffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Activations:
@@ -45,11 +43,11 @@ class Activations:
         self.scales = np.zeros((vectors, groups), np.float32)
 
     @property
-    def buffers(self) -> Buffers:
+    def buffers(self) -> VectorBuffers:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.pairs, self.offsets, self.scales
 
-    def vector(self, index: int) -> Buffers:
+    def vector(self, index: int) -> VectorBuffers:
         """Return one vector's part of the arrays."""
         return self.x[index], self.pairs[index], self.offsets[index], self.scales[index]
 
@@ -71,7 +69,7 @@ class Batch:
         self.scales = np.zeros((blocks, groups, BLOCK_TOKENS), np.float32)
 
     @property
-    def buffers(self) -> Buffers:
+    def buffers(self) -> VectorBuffers:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.pairs, self.offsets, self.scales
 
