@@ -1,0 +1,103 @@
+"""A stock F16 GGUF file with random weights in the shape of a known model: what the time depends on, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from tritgguf.architectures import Dimensions
+
+QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+# Architecture and sizes; the heads and embeddings of both are separate, so that both sides read an F16 head.
+SHAPES = {
+    "qwen2.5-1.5b": (
+        "qwen2",
+        Dimensions(
+            layers=28, vocabulary=151936, hidden=1536, feed_forward=8960, heads=12, kv_heads=2, head_dim=128, biased=QKV
+        ),
+    ),
+    "smollm2-135m": (
+        "llama",
+        Dimensions(layers=30, vocabulary=49152, hidden=576, feed_forward=1536, heads=9, kv_heads=3, head_dim=64),
+    ),
+}
+_PRE_TOKENIZERS = {"qwen2": "qwen2", "llama": "smollm"}
+_CONTEXT = 32768
+_ROWS_AT_ONCE = 1 << 24  # weights drawn at once
+
+
+def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: int = 0) -> None:
+    """Write the file; the same seed gives the same bytes, and it appears when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    shapes = sizes.shapes()
+    writer = gguf.GGUFWriter(partial, architecture)
+    _add_metadata(writer, architecture, sizes)
+    for name, shape in shapes.items():
+        dtype = np.dtype(np.float32 if len(shape) == 1 else np.float16)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_weights(writer, shapes, np.random.default_rng(seed))
+        writer.close()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_weights(
+    writer: gguf.GGUFWriter, shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
+) -> None:
+    """Write Gaussian matrices, scaled so that activations stay near one, ones as norms and zeros as biases."""
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            writer.write_tensor_data(np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32))
+            continue
+        weights = np.empty(shape, np.float16)
+        step = max(1, _ROWS_AT_ONCE // shape[1])
+        for first in range(0, shape[0], step):
+            part = weights[first : first + step]
+            part[:] = generator.standard_normal(part.shape, np.float32) * np.float32(shape[1] ** -0.5)
+        writer.write_tensor_data(weights)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) -> None:
+    writer.add_name("random")
+    writer.add_context_length(_CONTEXT)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_block_count(sizes.layers)
+    writer.add_feed_forward_length(sizes.feed_forward)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_vocab_size(sizes.vocabulary)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    tokens, types = byte_tokens(sizes.vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_PRE_TOKENIZERS[architecture])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["\u0120 t"])
+    writer.add_bos_token_id(len(tokens) - 1)
+    writer.add_eos_token_id(len(tokens) - 1)
+
+
+def byte_tokens(vocabulary: int) -> tuple[list[str], list[int]]:
+    """Return a byte-level vocabulary of that length and its token types.
+
+    The 256 bytes as GPT-2 writes them (https://github.com/openai/gpt-2/blob/master/src/encoder.py), one merge, fillers
+    and an end-of-text token. Every program that loads the file demands as much.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    tokens = [*map(chr, printable), *(chr(256 + number) for number in range(len(others))), "\u0120t"]
+    types = [int(gguf.TokenType.NORMAL)] * len(tokens)
+    fillers = vocabulary - len(tokens) - 1
+    tokens += [*(f"<unused{number}>" for number in range(fillers)), "<|endoftext|>"]
+    types += [*[int(gguf.TokenType.UNUSED)] * fillers, int(gguf.TokenType.CONTROL)]
+    return tokens, types
