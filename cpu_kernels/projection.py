@@ -158,6 +158,7 @@ class Projection:
         if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
             raise ValueError("batch, matrices and output do not fit each other")
         x, *integers = batch.buffers
+        remainder = batch.remainder(crew).buffers[1:] if exact else ()
         first = 0
         for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
@@ -168,7 +169,7 @@ class Projection:
                 crew.run(trit_gemm, *arguments, *integers, out, first)
                 if exact:
                     rest = np.zeros((len(out), matrix.rows), np.float32)
-                    crew.run(trit_gemm, *arguments, *batch.remainder(crew).buffers[1:], rest, 0)
+                    crew.run(trit_gemm, *arguments, *remainder, rest, 0)
                     out[:, first : first + matrix.rows] += rest
             first += matrix.rows
 
