@@ -8,37 +8,86 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS
+from cpu_kernels.instruction_set import PORTABLE
+from cpu_kernels.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS, QUADS, level_offset
+from cpu_kernels.simd import FLOAT, I32, I64, Vectors, vector
 
 # x, pairs, offsets, scales: what the matrix kernels take, as `quantize_row` or `quantize_batch` lays it out
 VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-_LARGEST = np.float32(32767.0)
-_SMALLEST = np.float32(1e-30)  # below, a reciprocal would overflow
+_SMALLEST = 1e-30  # below, a reciprocal would overflow
+_LOG2_E = 1.4426950408889634
+_MOST_EXPONENT = 126.0  # a gate that is so far below zero lets nothing through
+_GROUPS_AT_ONCE = 64
+_OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
 
 
-@numba.njit(cache=True, error_model="numpy")
-def _quantize(x, pairs, offsets, scales):
-    """Quantize float32 [columns] to int16: pairs [groups, 8, 2], offsets [4, groups], scales [groups]."""
-    for g in range(len(scales)):
-        group = x[g * GROUP_SIZE : (g + 1) * GROUP_SIZE]
-        largest = np.float32(0.0)
-        for k in range(GROUP_SIZE):
-            largest = max(largest, abs(group[k]))
-        inverse = _LARGEST / largest if largest > _SMALLEST else np.float32(0.0)
-        scales[g] = largest / _LARGEST if largest > _SMALLEST else np.float32(0.0)
-        total = np.int32(0)
-        for j in range(PAIRS):
-            low = np.int32(np.rint(group[j] * inverse))
-            high = np.int32(np.rint(group[j + PAIRS] * inverse))
-            pairs[g, j, 0] = low
-            pairs[g, j, 1] = high
-            total += low + high
-        offsets[0, g] = -total
-        offsets[1, g] = -4 * total
-        offsets[2, g] = -13 * total
-        offsets[3, g] = -40 * total
+@intrinsic
+def _quantize(typing_context, x, integers, offsets, scales):
+    """Emit the quantization of a vector.
+
+    x float32 [groups, 16]; integers int16 [groups, 8, 2] or int8 [groups, 4, 4], out, with the last axis contiguous;
+    offsets int32 [4, groups] and scales float32 [groups], out.
+    """
+    bits = integers.dtype.bitwidth
+    lanes = [p % PAIRS + place * PAIRS for p in range(PAIRS) for place in range(2)]
+    if bits == 8:
+        lanes = [2 * quad + place % 2 + place // 2 * PAIRS for quad in range(QUADS) for place in range(4)]
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, PORTABLE)
+        names = ("x", "integers", "offsets", "scales")
+        arrays = {
+            name: context.make_array(type_)(context, builder, value)
+            for name, type_, value in zip(names, signature.args, arguments, strict=True)
+        }
+        data = {name: builder.ptrtoint(array.data, I64) for name, array in arrays.items()}
+        strides = {name: cgutils.unpack_tuple(builder, array.strides) for name, array in arrays.items()}
+
+        def part(name: str, axis: int, index: ir.Value, base: ir.Value | None = None) -> ir.Value:
+            return builder.add(base or data[name], builder.mul(index, strides[name][axis]))
+
+        def every(function: str, value: ir.Value) -> ir.Value:
+            return vectors.call(f"llvm.{function}.v{GROUP_SIZE}f32", value.type, value)
+
+        groups = cgutils.unpack_tuple(builder, arrays["scales"].shape)[0]
+        with cgutils.for_range(builder, groups) as loop:
+            group = vectors.load(part("x", 0, loop.index), FLOAT, GROUP_SIZE)
+            # Magnitudes are ordered as their bits are, and NaN stands above all, so that it is not lost.
+            magnitudes = builder.bitcast(every("fabs", group), vector(I32, GROUP_SIZE))
+            largest = vectors.call(f"llvm.vector.reduce.umax.v{GROUP_SIZE}i32", I32, magnitudes)
+            largest = builder.bitcast(largest, FLOAT)
+            usable = builder.fcmp_unordered(">", largest, FLOAT(_SMALLEST))
+            top = FLOAT(2 ** (bits - 1) - 1)
+            inverse = builder.select(usable, builder.fdiv(top, largest), FLOAT(0.0))
+            scale = builder.select(usable, builder.fdiv(largest, top), FLOAT(0.0))
+            builder.store(scale, builder.inttoptr(part("scales", 0, loop.index), FLOAT.as_pointer()))
+            steps = every("rint", builder.fmul(group, vectors.fill(inverse, GROUP_SIZE)))
+            whole = builder.fptosi(steps, vector(I32, GROUP_SIZE))
+            total = vectors.call(f"llvm.vector.reduce.add.v{GROUP_SIZE}i32", I32, whole)
+            for kind, offset in enumerate(_OFFSETS):
+                address = part("offsets", 1, loop.index, part("offsets", 0, I64(kind)))
+                builder.store(builder.mul(total, I32(offset)), builder.inttoptr(address, I32.as_pointer()))
+            narrow = builder.trunc(whole, vector(ir.IntType(bits), GROUP_SIZE))
+            units = builder.bitcast(vectors.shuffle(narrow, lanes), vector(I32, GROUP_SIZE * bits // 32))
+            for number in range(units.type.count):
+                address = part("integers", 1, I64(number), part("integers", 0, loop.index))
+                unit = builder.extract_element(units, I32(number))
+                builder.store(unit, builder.inttoptr(address, I32.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(x, integers, offsets, scales), generate
+
+
+@numba.njit(cache=True)
+def _groups(x):
+    """Return the whole groups of a vector, [groups, 16]; a float16 matrix may have columns beyond them."""
+    return x[: len(x) // GROUP_SIZE * GROUP_SIZE].reshape(-1, GROUP_SIZE)
 
 
 @numba.njit(cache=True)
@@ -52,14 +101,35 @@ def quantize_row(x, pairs, offsets, scales):
         scales: float32 [groups], out: the value of one integer step.
 
     """
-    _quantize(x, pairs.transpose(1, 0, 2), offsets, scales)
+    _quantize(_groups(x), pairs.transpose(1, 0, 2), offsets, scales)
 
 
 @numba.njit(cache=True)
-def _quantize_token(t, x, pairs, offsets, scales):
-    """Quantize token t of a batch into its lane of its block."""
-    block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
-    _quantize(x[t], pairs[block, :, :, lane], offsets[block, :, :, lane], scales[block, :, lane])
+def _share(blocks, thread, threads):
+    """Return a thread's share of a batch: whole blocks, because threads should not write into one cache line."""
+    return range(blocks * thread // threads, blocks * (thread + 1) // threads)
+
+
+@numba.njit(cache=True)
+def _tokens(block, x):
+    """Return the tokens of a block."""
+    return range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, len(x)))
+
+
+@numba.njit(cache=True)
+def _quantize_tokens(block, x, integers, offsets, scales):
+    """Quantize the tokens of a block, some groups at a time: what they write lies mixed, and should stay in cache."""
+    groups = scales.shape[1]
+    for first in range(0, groups, _GROUPS_AT_ONCE):
+        some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
+        for t in _tokens(block, x):
+            lane = t % BLOCK_TOKENS
+            _quantize(
+                _groups(x[t])[some],
+                integers[block, some, :, lane],
+                offsets[block, :, some, lane],
+                scales[block, some, lane],
+            )
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
@@ -74,51 +144,75 @@ def normalize_row(x, residual, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor)
 
 
-@numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
+@intrinsic
+def _gate(typing_context, gate, up, out, count):
+    """Emit SwiGLU for `count` float32; addresses as integers."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, PORTABLE)
+        gate, up, out, count = arguments
+        whole = builder.and_(count, I64(-GROUP_SIZE))
+        for lanes, start, end in ((GROUP_SIZE, I64(0), whole), (1, whole, count)):
+            with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
+                offset = builder.shl(index, I64(2))
+                x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
+                exponent = builder.fmul(x, vectors.constant(FLOAT, -_LOG2_E, lanes))
+                zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
+                closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MOST_EXPONENT, lanes))
+                power = vectors.power_of_two(builder.select(closed, zero, exponent))
+                share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
+                vectors.store(builder.fmul(share, y), builder.add(out, offset))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@numba.njit(cache=True)
 def gate_row(gate, up, out):
-    """SwiGLU: out = silu(gate) * up; all float32 [columns]."""
-    for k in range(len(out)):
-        out[k] = gate[k] / (np.float32(1.0) + np.exp(-gate[k])) * up[k]
+    """SwiGLU: out = silu(gate) * up; all float32 [columns], contiguous."""
+    _gate(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
 
 
 @numba.njit(cache=True, nogil=True)
-def quantize_batch(x, pairs, offsets, scales, thread, threads):
+def quantize_batch(x, integers, offsets, scales, thread, threads):
     """Quantize a thread's share of a batch.
 
     Args:
         x: float32 [tokens, columns].
-        pairs: int16 [blocks, groups, 8, 8 tokens, 2], out: as in `quantize_row`, tokens in blocks of eight.
-        offsets: int32 [blocks, 4, groups, 8 tokens], out.
-        scales: float32 [blocks, groups, 8 tokens], out.
-        thread, threads: the share: every `threads`-th token, here and below.
+        integers: int16 [blocks, groups, 8, 6 tokens, 2], out: weights j and j + 8 of a group beside each other; or int8
+            [blocks, groups, 4, 6 tokens, 4]: weights 2 j, 2 j + 1, 2 j + 8 and 2 j + 9. Tokens come in blocks of six.
+        offsets: int32 [blocks, 4, groups, 6 tokens], out.
+        scales: float32 [blocks, groups, 6 tokens], out.
+        thread, threads: which of how many shares of the tokens to compute, here and below.
 
     """
-    for t in range(thread, len(x), threads):
-        _quantize_token(t, x, pairs, offsets, scales)
+    for block in _share(len(scales), thread, threads):
+        _quantize_tokens(block, x, integers, offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def remainder_of_batch(x, pairs, scales, out, thread, threads):
+def remainder_of_batch(x, integers, scales, out, thread, threads):
     """Compute what quantization left out of a thread's share of a batch: out = x - quantized x.
 
     Args:
-        x, pairs, scales: as `quantize_batch` left them.
+        x, integers, scales: as `quantize_batch` left them.
         out: float32 [tokens, columns].
-        thread, threads: the share.
+        thread, threads: which share.
 
     """
-    for t in range(thread, len(x), threads):
-        block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
-        for g in range(scales.shape[1]):
-            # In float64 the product is exact, so only the remainder itself is rounded.
-            scale = np.float64(scales[block, g, lane])
-            for p in range(GROUP_SIZE):
-                k = g * GROUP_SIZE + p
-                out[t, k] = x[t, k] - scale * pairs[block, g, p % PAIRS, lane, p // PAIRS]
+    for block in _share(len(scales), thread, threads):
+        for t in _tokens(block, x):
+            lane = t % BLOCK_TOKENS
+            for g in range(scales.shape[1]):
+                # In float64 the product is exact, so only the remainder itself is rounded.
+                scale = np.float64(scales[block, g, lane])
+                for p in range(GROUP_SIZE):
+                    k = g * GROUP_SIZE + p
+                    out[t, k] = x[t, k] - scale * integers[block, g, p % PAIRS, lane, p // PAIRS]
 
 
 @numba.njit(cache=True, nogil=True)
-def normalize_batch(stream, residual, weight, epsilon, x, pairs, offsets, scales, thread, threads):
+def normalize_batch(stream, residual, weight, epsilon, x, integers, offsets, scales, thread, threads):
     """Add a residual, normalize and quantize a thread's share of a batch.
 
     Args:
@@ -126,26 +220,28 @@ def normalize_batch(stream, residual, weight, epsilon, x, pairs, offsets, scales
         residual: float32 [tokens, columns], the last matrix's result.
         weight: float32 [columns].
         epsilon: float32.
-        x, pairs, offsets, scales: as in `quantize_batch`, all out.
-        thread, threads: the share.
+        x, integers, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: which share.
 
     """
-    for t in range(thread, len(x), threads):
-        normalize_row(stream[t], residual[t], weight, epsilon, x[t])
-        _quantize_token(t, x, pairs, offsets, scales)
+    for block in _share(len(scales), thread, threads):
+        for t in _tokens(block, x):
+            normalize_row(stream[t], residual[t], weight, epsilon, x[t])
+        _quantize_tokens(block, x, integers, offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def gate_batch(gate_up, x, pairs, offsets, scales, thread, threads):
+def gate_batch(gate_up, x, integers, offsets, scales, thread, threads):
     """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
-        x, pairs, offsets, scales: as in `quantize_batch`, all out.
-        thread, threads: the share.
+        x, integers, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: which share.
 
     """
     columns = x.shape[1]
-    for t in range(thread, len(x), threads):
-        gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
-        _quantize_token(t, x, pairs, offsets, scales)
+    for block in _share(len(scales), thread, threads):
+        for t in _tokens(block, x):
+            gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
+        _quantize_tokens(block, x, integers, offsets, scales)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import numba
 
-from cpu_kernels.attention import attend_head
+from cpu_kernels.attention import attend_token, join_spans
+from cpu_kernels.barrier import wait_for_all
 
 
 @numba.njit(cache=True, nogil=True)
-def attend_layers(queries, keys, values, places, scores, out, thread, threads):
-    """Compute a thread's share of the heads, layer by layer, as decode does.
+def attend_layers(isa, cache, qkv, bias, interleaved, position, out, counter, thread, threads):
+    """Compute a thread's share of a token's attention, layer by layer, as decode does.
 
     Args:
-        queries: float32 [heads, head_dim], the same in every layer.
-        keys, values: [layers, kv_heads, context, head_dim], the cache.
-        places: how many places of the cache are seen.
-        scores: float32 [heads, context], scratch.
-        out: float32 [heads, head_dim].
-        thread, threads: which of how many shares of the heads to compute.
+        isa: the instruction set.
+        cache: see `Cache`.
+        qkv: float32 [(heads + 2 * kv_heads) * head_dim], the same in every layer.
+        bias: float32, as long; zeros, because it is added to the value in place.
+        interleaved: how heads are rotated, see `rotate`.
+        position: the token's place.
+        out: float32 [threads, heads * head_dim]: every thread's copy of the last layer's result.
+        counter: int64 [1], the barrier's.
+        thread, threads: which of how many shares to compute.
 
     """
-    heads = len(queries)
-    shared_by = heads // keys.shape[1]
-    for layer in range(len(keys)):
-        for h in range(heads * thread // threads, heads * (thread + 1) // threads):
-            attend_head(
-                queries[h], keys[layer, h // shared_by], values[layer, h // shared_by], scores[h, :places], out[h]
-            )
+    for layer in range(len(cache.keys)):
+        attend_token(isa, cache, layer, qkv, bias, interleaved, position, thread, threads)
+        wait_for_all(counter, threads)
+        join_spans(isa, cache, position, out[thread], thread)
+        wait_for_all(counter, threads)

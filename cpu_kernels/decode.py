@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.activations import VectorBuffers, gate_row, normalize_row, quantize_row
-from cpu_kernels.attention import attend_head, rotate
+from cpu_kernels.attention import attend_token, join_spans
 from cpu_kernels.barrier import wait_for_all
 from cpu_kernels.gemv import gemv, multiply_rows
 from cpu_kernels.layout import GROUP_SIZE
@@ -43,25 +43,13 @@ class Head(NamedTuple):
     steps: np.ndarray  # float32 [1, 32]
 
 
-class Cache(NamedTuple):
-    """Keys, values and the rotation of every place."""
-
-    keys: np.ndarray  # float32 [layers, kv_heads, context, head_dim]
-    values: np.ndarray  # float32 [layers, kv_heads, context, head_dim]
-    cosines: np.ndarray  # float32 [context, head_dim / 2]
-    sines: np.ndarray  # float32 [context, head_dim / 2]
-    scores: np.ndarray  # float32 [heads, context], scratch
-
-
 class Buffers(NamedTuple):
     """Working memory: `own` arrays have one row for each thread, the others are shared."""
 
     own_stream: np.ndarray  # float32 [threads, hidden]
     own_hidden: VectorBuffers  # [threads, hidden]
-    own_query: np.ndarray  # float32 [2 * threads, head_dim]: rotated, then not yet rotated
     own_attended: VectorBuffers  # [threads, heads * head_dim]
     qkv: np.ndarray  # float32 [rows of Q, K and V]
-    attended: np.ndarray  # float32 [heads * head_dim]
     residual: np.ndarray  # float32 [hidden]
     gate: np.ndarray  # float32 [feed_forward]
     up: np.ndarray  # float32 [feed_forward]
@@ -72,36 +60,6 @@ class Buffers(NamedTuple):
 def _row(vectors, index):
     x, pairs, offsets, scales = vectors
     return x[index], pairs[index], offsets[index], scales[index]
-
-
-@numba.njit(cache=True)
-def _attend(cache, layer, buffers, bias, interleaved, position, thread, threads):
-    """Compute this thread's share of the heads; it stores the keys and values that they need.
-
-    Heads that share a key and are split over two threads store the same numbers twice.
-    """
-    keys, values = cache.keys[layer], cache.values[layer]
-    kv_heads, dim = len(keys), keys.shape[2]
-    heads = len(buffers.attended) // dim
-    cosines, sines = cache.cosines[position], cache.sines[position]
-    query, raw = buffers.own_query[thread], buffers.own_query[threads + thread]
-    stored = -1
-    for h in range(heads * thread // threads, heads * (thread + 1) // threads):
-        shared = h // (heads // kv_heads)
-        if shared != stored:
-            start = (heads + shared) * dim
-            for k in range(dim):
-                raw[k] = buffers.qkv[start + k] + bias[start + k]
-            rotate(raw, cosines, sines, interleaved, keys[shared, position])
-            start += kv_heads * dim
-            for k in range(dim):
-                values[shared, position, k] = buffers.qkv[start + k] + bias[start + k]
-            stored = shared
-        for k in range(dim):
-            raw[k] = buffers.qkv[h * dim + k] + bias[h * dim + k]
-        rotate(raw, cosines, sines, interleaved, query)
-        out = buffers.attended[h * dim : (h + 1) * dim]
-        attend_head(query, keys[shared], values[shared], cache.scores[h, : position + 1], out)
 
 
 @numba.njit(cache=True)
@@ -132,8 +90,9 @@ def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, l
 
     Args:
         isa: the instruction set.
-        weights, head, cache, buffers: see their classes. `own_stream` holds the token's embedding in every row and
+        weights, head, buffers: see their classes. `own_stream` holds the token's embedding in every row and
             `residual` zeros.
+        cache: see `attention.Cache`.
         epsilon: float32, of the norms.
         interleaved: how heads are rotated, see `rotate`.
         position: the token's place in the cache.
@@ -161,9 +120,9 @@ def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, l
             threads,
         )
         wait_for_all(counter, threads)
-        _attend(cache, layer, buffers, weights.qkv_biases[layer], interleaved, position, thread, threads)
+        attend_token(isa, cache, layer, buffers.qkv, weights.qkv_biases[layer], interleaved, position, thread, threads)
         wait_for_all(counter, threads)
-        attended[0][:] = buffers.attended
+        join_spans(isa, cache, position, attended[0], thread)
         quantize_row(*attended)
         out = buffers.residual
         first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads

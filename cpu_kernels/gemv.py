@@ -8,12 +8,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.group_sums import GROUP_SUMS, Step
+from cpu_kernels.extract import D1, D2, D3, D4, EXTRACT, GroupLanes
 from cpu_kernels.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd import FLOAT, HALF, I32, I64, Vectors, vector
 
 HALVES = 0  # the kind of a float16 matrix; 1 to 4 are the depths of trit matrices
-D1, D2, D3, D4 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4)  # a depth as a type, see `instruction_set`
 _LANES = (16, 8, 4)
 # How far ahead of the multiplication the packed bytes are asked for. Without asking, decode from memory ran at half
 # the speed: the extraction fills the reorder buffer, so few loads are on their way at a time.
@@ -35,8 +34,8 @@ def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scale
         def emit(first_group: ir.Value, lanes: int) -> None:
             byte_offset = builder.mul(first_group, I64(4))
             sums = vectors.load(builder.add(offsets, byte_offset), I32, lanes)
-            step = Step(vectors, words, activations, groups, first_group, lanes, sums)
-            indices = GROUP_SUMS[depth.count](step)
+            step = GroupLanes(vectors, words, activations, groups, first_group, sums)
+            indices = EXTRACT[depth.count](step)
             weight_steps = vectors.lookup(table, steps, indices)
             scale = builder.fmul(weight_steps, vectors.load(builder.add(scales, byte_offset), FLOAT, lanes))
             accumulator = accumulators[lanes]

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 GROUP_SIZE = 16
 PAIRS = GROUP_SIZE // 2  # weights p and p + 8 of a group sit in neighbouring 16-bit lanes
+QUADS = GROUP_SIZE // 4  # weights p, p + 1, p + 8 and p + 9 sit in neighbouring 8-bit lanes
 CODEBOOK_SIZE = 27
 TABLE_SIZE = 32  # the step table is padded to two vectors of 16 floats
 BLOCK_SIZE = 64
-BLOCK_TOKENS = 8  # tokens of a batch that the prefill kernel multiplies at once
+TILE_ROWS = 16  # rows that are unpacked at once
+BLOCK_TOKENS = 6  # tokens of a batch that the prefill kernel multiplies at once
 WORDS_PER_BLOCK = {1: 8, 2: 14, 3: 21, 4: 27}
 TRIT_CODES = 3**10
 

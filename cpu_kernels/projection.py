@@ -53,25 +53,27 @@ class Activations:
 
 
 class Batch:
-    """Vectors as the prefill kernels take them, quantized in blocks of eight tokens.
+    """Vectors as the prefill kernels take them, quantized in blocks of six tokens.
 
     Attributes:
         x: float32 [tokens, columns].
-        pairs, offsets, scales: see `quantize_batch`; lanes beyond the last token hold numbers that nobody reads.
+        integers, offsets, scales: see `quantize_batch`; lanes beyond the last token hold numbers that nobody reads.
 
     """
 
-    def __init__(self, tokens: int, columns: int) -> None:
+    def __init__(self, tokens: int, columns: int, *, bits: int = 16) -> None:
+        """Allocate for integers of 16 bits or 8."""
         groups, blocks = columns // GROUP_SIZE, -(-tokens // BLOCK_TOKENS)
         self.x = np.zeros((tokens, columns), np.float32)
-        self.pairs = np.zeros((blocks, groups, PAIRS, BLOCK_TOKENS, 2), np.int16)
+        shape = (blocks, groups, GROUP_SIZE * bits // 32, BLOCK_TOKENS, 32 // bits)
+        self.integers = np.zeros(shape, np.dtype(f"int{bits}"))
         self.offsets = np.zeros((blocks, 4, groups, BLOCK_TOKENS), np.int32)
         self.scales = np.zeros((blocks, groups, BLOCK_TOKENS), np.float32)
 
     @property
     def buffers(self) -> VectorBuffers:
         """All four arrays, in the order in which kernels take them."""
-        return self.x, self.pairs, self.offsets, self.scales
+        return self.x, self.integers, self.offsets, self.scales
 
     def quantize(self, crew: Crew) -> None:
         """Fill the integer form from `x`."""
@@ -80,14 +82,14 @@ class Batch:
     def remainder(self, crew: Crew) -> Batch:
         """Return what quantization left out, quantized in its turn: 15 more bits of every vector."""
         rest = Batch(*self.x.shape)
-        crew.run(remainder_of_batch, self.x, self.pairs, self.scales, rest.x)
+        crew.run(remainder_of_batch, self.x, self.integers, self.scales, rest.x)
         rest.quantize(crew)
         return rest
 
     def first(self, tokens: int) -> Batch:
         """Return the first tokens of the batch, as a view."""
         view, blocks = Batch.__new__(Batch), -(-tokens // BLOCK_TOKENS)
-        view.x, view.pairs = self.x[:tokens], self.pairs[:blocks]
+        view.x, view.integers = self.x[:tokens], self.integers[:blocks]
         view.offsets, view.scales = self.offsets[:blocks], self.scales[:blocks]
         return view
 

@@ -11,11 +11,28 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+from cpu_kernels import instruction_set
 from cpu_kernels.crew import Crew, default_crew
-from cpu_kernels.layout import BLOCK_SIZE, GROUP_SIZE, PAIRS, WORDS_PER_BLOCK, level_offset
+from cpu_kernels.extract import D1, D2, D3, D4, EXTRACT, RowLanes
+from cpu_kernels.layout import (
+    BLOCK_SIZE,
+    GROUP_SIZE,
+    PAIRS,
+    QUADS,
+    TABLE_SIZE,
+    TILE_ROWS,
+    WORDS_PER_BLOCK,
+    level_offset,
+)
+from cpu_kernels.simd import FLOAT, I8, I64, Vectors, vector
 
-TILE_ROWS = 16
+_PAIRED = 8
+# Words a block in each plane of a row, by depth; planes of 8 have two words for every group.
+_PLANES = np.array([[0] * 5, [8, 0, 0, 0, 0], [8, 4, 2, 0, 0], [8, 8, 4, 1, 0], [8, 8, 8, 2, 1]])
 
 
 def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +51,8 @@ def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.n
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)
-    (crew or default_crew()).run(_unpack_rows, words, depth, levels, indices)
+    isa = instruction_set.as_type(instruction_set.choose())
+    (crew or default_crew()).run(_unpack_rows, isa, words, depth, levels, indices)
     return levels.reshape(len(rows), -1), indices
 
 
@@ -62,19 +80,20 @@ def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, crew: Crew | 
 
 
 @numba.njit(cache=True, nogil=True)
-def _unpack_rows(rows, depth, levels, indices, thread, threads):
-    row_words, groups = rows.shape[1], indices.shape[1]
-    words = np.zeros((row_words, TILE_ROWS), np.uint16)
-    tile = np.empty((groups, PAIRS, TILE_ROWS, 2), np.int16)
+def _unpack_rows(isa, rows, depth, levels, indices, thread, threads):
+    groups = indices.shape[1]
+    turned = np.zeros(rows.shape[1] * TILE_ROWS, np.uint16)
+    tile = np.empty((groups, QUADS, TILE_ROWS, 4), np.int8)
     tile_indices = np.empty((groups, TILE_ROWS), np.uint8)
+    steps, tile_steps = np.zeros(TABLE_SIZE, np.float32), np.empty((groups, TILE_ROWS), np.float32)
     for first in range(TILE_ROWS * thread, len(rows), TILE_ROWS * threads):
         last = min(first + TILE_ROWS, len(rows))
-        unpack_tile(rows[first:last], depth, words, tile, tile_indices)
+        unpack_tile(isa, rows[first:last], depth, 0, steps, turned, tile, tile_indices, tile_steps)
         for r in range(first, last):
             for g in range(groups):
                 indices[r, g] = tile_indices[g, r - first]
                 for p in range(GROUP_SIZE):
-                    levels[r, g, p] = tile[g, p % PAIRS, r - first, p // PAIRS]
+                    levels[r, g, p] = tile[g, p % PAIRS // 2, r - first, p % 2 + p // PAIRS * 2]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -85,123 +104,80 @@ def _scale_rows(levels, indices, steps, offset, weights, thread, threads):
             weights[r, k] = steps[indices[r, k // GROUP_SIZE]] * np.float32(np.int32(levels[r, k]) - offset)
 
 
+@intrinsic
+def _unpack_groups(typing_context, isa, depth, turned, groups, tile, indices, steps, tile_steps):
+    """Emit the unpacking of turned words; see `unpack_tile`. All but `isa`, `depth` and `tile` as integers."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        turned, groups, tile_array, indices, steps, tile_steps = arguments[2:]
+        address = builder.ptrtoint(context.make_array(tile)(context, builder, tile_array).data, I64)
+        table = [vectors.load(steps, FLOAT, TILE_ROWS), vectors.load(steps, FLOAT, TILE_ROWS, offset=64)]
+        bits = tile.dtype.bitwidth
+        with cgutils.for_range(builder, builder.lshr(groups, I64(2))) as loop:
+            for place in range(BLOCK_SIZE // GROUP_SIZE):
+                group = builder.add(builder.shl(loop.index, I64(2)), I64(place))
+                tile_group = builder.add(address, builder.mul(group, I64(TILE_ROWS * GROUP_SIZE * bits // 8)))
+                step = RowLanes(vectors, turned, groups, loop.index, place, tile_group, bits)
+                entries = EXTRACT[depth.count](step)
+                bytes_of_entries = builder.trunc(entries, vector(I8, TILE_ROWS))
+                vectors.store(bytes_of_entries, builder.add(indices, builder.mul(group, I64(TILE_ROWS))))
+                values = vectors.lookup(table, steps, entries)
+                vectors.store(values, builder.add(tile_steps, builder.mul(group, I64(4 * TILE_ROWS))))
+        return context.get_dummy_value()
+
+    numbers = [types.intp] * 3
+    return types.void(isa, depth, types.intp, types.intp, tile, *numbers), generate
+
+
 @numba.njit(cache=True)
-def unpack_tile(rows, depth, words, tile, indices):
-    """Unpack up to 16 rows.
+def _turn(rows, depth, first_block, turned):
+    """Lay the words of some blocks of up to 16 rows side by side, those of planes with pairs two by two."""
+    words_per_block = _PLANES[depth].sum()
+    blocks, some = rows.shape[1] // words_per_block, len(turned) // TILE_ROWS // words_per_block
+    start = target = 0
+    for words in _PLANES[depth]:
+        source = start + first_block * words
+        if words == _PAIRED:
+            for w in range(source, source + some * words, 2):
+                for r in range(len(rows)):
+                    turned[target + 2 * r] = rows[r, w]
+                    turned[target + 2 * r + 1] = rows[r, w + 1]
+                target += 2 * TILE_ROWS
+        else:
+            for w in range(source, source + some * words):
+                for r in range(len(rows)):
+                    turned[target + r] = rows[r, w]
+                target += TILE_ROWS
+        start += blocks * words
+
+
+@numba.njit(cache=True)
+def unpack_tile(isa, rows, depth, first_block, steps, turned, tile, indices, tile_steps):
+    """Unpack some blocks of up to 16 rows.
 
     Args:
+        isa: the instruction set.
         rows: uint16 [rows, words of a row].
         depth: 1 to 4.
-        words: uint16 [words of a row, 16], scratch; lanes beyond the last row may hold anything.
-        tile: int16 [groups, 8, 16 rows, 2], out: level + h of weights j and j + 8 of a group.
+        first_block: of the blocks to unpack; their number is that of the outputs.
+        steps: float32 [32], codebook / h, padded.
+        turned: uint16 [words of the blocks * 16], scratch; lanes beyond the last row may hold anything.
+        tile: int16 [groups, 8, 16 rows, 2], out: level + h of weights j and j + 8 of a group; or int8
+            [groups, 4, 16 rows, 4]: of weights 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
         indices: uint8 [groups, 16 rows], out: scale indices.
+        tile_steps: float32 [groups, 16 rows], out: their steps.
 
     """
-    for r in range(len(rows)):
-        for w in range(len(words)):
-            words[w, r] = rows[r, w]
+    groups = len(indices)
+    words = turned.ctypes.data
+    out = (indices.ctypes.data, steps.ctypes.data, tile_steps.ctypes.data)
+    _turn(rows, depth, first_block, turned)
     if depth == 1:
-        _unpack_1(words, tile, indices)
+        _unpack_groups(isa, D1, words, groups, tile, *out)
     elif depth == 2:
-        _unpack_2(words, tile, indices)
+        _unpack_groups(isa, D2, words, groups, tile, *out)
     elif depth == 3:
-        _unpack_3(words, tile, indices)
+        _unpack_groups(isa, D3, words, groups, tile, *out)
     else:
-        _unpack_4(words, tile, indices)
-
-
-@numba.njit(cache=True, inline="always")
-def _first(word, radix):
-    """Return the leading digit of a word."""
-    return (np.uint32(word) * np.uint32(radix)) >> np.uint32(16)
-
-
-@numba.njit(cache=True, inline="always")
-def _digit(word, skip, radix):
-    """Return the digit of `radix` behind leading digits whose radices multiply to `skip`, a power of three."""
-    return (((np.uint32(word) * np.uint32(skip)) & np.uint32(0xFFFF)) * np.uint32(radix)) >> np.uint32(16)
-
-
-@numba.njit(cache=True)
-def _unpack_1(words, tile, indices):
-    for g in range(len(indices)):
-        for r in range(TILE_ROWS):
-            low, high = words[2 * g, r], words[2 * g + 1, r]
-            skip = 1
-            for j in range(PAIRS):
-                tile[g, j, r, 0] = _digit(low, skip, 3)
-                tile[g, j, r, 1] = _digit(high, skip, 3)
-                skip *= 3
-            indices[g, r] = _digit(low, 3**8, 9) * 3 + _digit(high, 3**8, 3)
-
-
-@numba.njit(cache=True)
-def _unpack_2(words, tile, indices):
-    groups = len(indices)
-    for g in range(groups):
-        odd = g % 2
-        for r in range(TILE_ROWS):
-            low, high = words[2 * g, r], words[2 * g + 1, r]
-            b, c = words[2 * groups + g, r], words[3 * groups + g // 2, r]
-            skip = 1
-            for j in range(5):
-                tile[g, j, r, 0] = _digit(low, skip, 9)
-                tile[g, j, r, 1] = _digit(high, skip, 9)
-                skip *= 9
-            tile[g, 5, r, 0] = _first(b, 9)
-            tile[g, 5, r, 1] = _digit(b, 9, 9)
-            tile[g, 6, r, 0] = _digit(b, 9**2, 9)
-            tile[g, 6, r, 1] = _digit(b, 9**3, 9)
-            tile[g, 7, r, 0] = _digit(b, 9**4, 9)
-            tile[g, 7, r, 1] = _digit(c, 9**odd, 9)
-            indices[g, r] = _digit(c, 9**2 * 27**odd, 27)
-
-
-@numba.njit(cache=True)
-def _unpack_3(words, tile, indices):
-    groups = len(indices)
-    for g in range(groups):
-        d_skip = 3 ** (g % 4)
-        for r in range(TILE_ROWS):
-            a0, a1 = words[2 * g, r], words[2 * g + 1, r]
-            a2, a3 = words[2 * groups + 2 * g, r], words[2 * groups + 2 * g + 1, r]
-            b, d = words[4 * groups + g, r], words[5 * groups + g // 4, r]
-            skip = 1
-            for j in range(3):
-                tile[g, j, r, 0] = _digit(a0, skip, 27)
-                tile[g, j, r, 1] = _digit(a1, skip, 27)
-                tile[g, 3 + j, r, 0] = _digit(a2, skip, 27)
-                tile[g, 3 + j, r, 1] = _digit(a3, skip, 27)
-                skip *= 27
-            tile[g, 6, r, 0] = _first(b, 27)
-            tile[g, 6, r, 1] = _digit(b, 27, 27)
-            tile[g, 7, r, 0] = _digit(b, 27**2, 27)
-            tile[g, 7, r, 1] = _digit(a0, 3**9, 3) * 9 + _digit(a1, 3**9, 3) * 3 + _digit(a2, 3**9, 3)
-            indices[g, r] = _digit(a3, 3**9, 3) * 9 + _digit(b, 3**9, 3) * 3 + _digit(d, d_skip, 3)
-
-
-@numba.njit(cache=True)
-def _unpack_4(words, tile, indices):
-    groups = len(indices)
-    c_plane = 6 * groups
-    for g in range(groups):
-        odd, d_skip = g % 2, 9 ** (g % 4)
-        for r in range(TILE_ROWS):
-            a0, a1 = words[2 * g, r], words[2 * g + 1, r]
-            a2, a3 = words[2 * groups + 2 * g, r], words[2 * groups + 2 * g + 1, r]
-            a4, a5 = words[4 * groups + 2 * g, r], words[4 * groups + 2 * g + 1, r]
-            c, d = words[c_plane + g // 2, r], words[c_plane + groups // 2 + g // 4, r]
-            skip = 1
-            for j in range(2):
-                tile[g, j, r, 0] = _digit(a0, skip, 81)
-                tile[g, j, r, 1] = _digit(a1, skip, 81)
-                tile[g, 2 + j, r, 0] = _digit(a2, skip, 81)
-                tile[g, 2 + j, r, 1] = _digit(a3, skip, 81)
-                tile[g, 4 + j, r, 0] = _digit(a4, skip, 81)
-                tile[g, 4 + j, r, 1] = _digit(a5, skip, 81)
-                skip *= 81
-            tile[g, 6, r, 0] = _digit(a0, 81**2, 9) * 9 + _digit(a1, 81**2, 9)
-            tile[g, 6, r, 1] = _digit(a2, 81**2, 9) * 9 + _digit(a3, 81**2, 9)
-            tile[g, 7, r, 0] = _digit(a4, 81**2, 9) * 9 + _digit(a5, 81**2, 9)
-            tile[g, 7, r, 1] = _digit(c, 81**odd, 81)
-            indices[g, r] = _digit(c, 81**2 * 3**odd, 3) * 9 + _digit(d, d_skip, 9)
+        _unpack_groups(isa, D4, words, groups, tile, *out)

@@ -95,13 +95,14 @@ def decode(levels: np.ndarray, indices: np.ndarray, codebook: np.ndarray, depth:
 # -- the products
 
 
-def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the int16 steps [..., columns] and the step sizes [..., columns / 16] of float32 vectors."""
+def quantize_activations(x: np.ndarray, bits: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps [..., columns] and the step sizes [..., columns / 16] of float32 vectors."""
+    most = 2 ** (bits - 1) - 1
     groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
     largest = np.abs(groups).max(axis=-1)
     largest[largest <= 1e-30] = 0
-    steps = np.divide(32767, largest, out=np.zeros_like(largest), where=largest > 0)
-    return np.rint(groups * steps[..., None]).reshape(x.shape), largest / 32767
+    steps = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(groups * steps[..., None]).reshape(x.shape), largest / most
 
 
 def exact_steps(levels: np.ndarray, indices: np.ndarray, codebook: np.ndarray, depth: int) -> np.ndarray:

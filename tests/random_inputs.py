@@ -43,19 +43,23 @@ def vectors(tokens: int, columns: int, seed: int = 0) -> np.ndarray:
     return x
 
 
-def batch_of(x: np.ndarray) -> Batch:
+def batch_of(x: np.ndarray, bits: int = 16) -> Batch:
     """Return float32 [tokens, columns] as the prefill kernels take them."""
-    batch = Batch(*x.shape)
+    batch = Batch(*x.shape, bits=bits)
     batch.x[:] = x
     batch.quantize(CREW)
     return batch
 
 
 def batch_integers(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Return a batch's int16 steps in their natural order, int64 [tokens, columns], and step sizes [tokens, groups]."""
-    blocks, groups, _, lanes, _ = batch.pairs.shape
-    # [blocks, groups, 8 pairs, lanes, 2] -> [blocks, lanes, groups, 2, 8 pairs]: weights j and j + 8 are a pair.
-    integers = batch.pairs.transpose(0, 3, 1, 4, 2).reshape(blocks * lanes, 16 * groups)
+    """Return a batch's steps in their natural order, int64 [tokens, columns], and step sizes [tokens, groups]."""
+    blocks, groups, units, lanes, places = batch.integers.shape
+    by_token = batch.integers.transpose(0, 3, 1, 2, 4)  # [blocks, lanes, groups, units, places]
+    if places == 4:  # a unit is weights 2 j, 2 j + 1, 2 j + 8, 2 j + 9
+        by_token = by_token.reshape(blocks, lanes, groups, units, 2, 2).transpose(0, 1, 2, 4, 3, 5)
+    else:  # weights j, j + 8
+        by_token = by_token.transpose(0, 1, 2, 4, 3)
+    integers = by_token.reshape(blocks * lanes, 16 * groups)
     step_sizes = batch.scales.transpose(0, 2, 1).reshape(blocks * lanes, groups)
     tokens = len(batch.x)
     return integers[:tokens].astype(np.int64), step_sizes[:tokens]

@@ -26,21 +26,25 @@ def of_vectors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
 
 
+def of_small_batch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return batch_integers(batch_of(x, bits=8))
+
+
 both_layouts = pytest.mark.parametrize("integers_of", [of_batch, of_vectors])
 
 
-@both_layouts
+@pytest.mark.parametrize(("integers_of", "bits"), [(of_batch, 16), (of_vectors, 16), (of_small_batch, 8)])
 @tokens_and_columns
-def test_quantization(integers_of: Integers, tokens: int, columns: int) -> None:
+def test_quantization(integers_of: Integers, bits: int, tokens: int, columns: int) -> None:
     x = vectors(tokens, columns)
     integers, step_sizes = integers_of(x)
-    expected, expected_sizes = naive.quantize_activations(x)
+    expected, expected_sizes = naive.quantize_activations(x, bits)
     np.testing.assert_allclose(step_sizes, expected_sizes, rtol=1e-6)
     # The kernel's float32 quotient may fall on the other side of a tie, which costs no accuracy.
     exact = x.astype(np.float64) / np.repeat(expected_sizes, 16, axis=1)
     assert np.abs(integers - exact).max() < 0.51
     assert np.mean(integers != expected) < 0.01
-    assert (np.abs(integers).reshape(tokens, -1, 16).max(axis=2) == 32767).all()
+    assert (np.abs(integers).reshape(tokens, -1, 16).max(axis=2) == 2 ** (bits - 1) - 1).all()
 
 
 def test_both_layouts_hold_the_same_integers() -> None:
@@ -86,6 +90,17 @@ def test_extreme_vectors(integers_of: Integers, value: float, zero: bool) -> Non
     assert np.isfinite(step_sizes).all()
     restored = integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
     np.testing.assert_allclose(restored, np.zeros_like(x) if zero else x, rtol=1e-6)
+
+
+@both_layouts
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(integers_of: Integers, value: float) -> None:
+    """A result that has lost its meaning must not look like one."""
+    x = vectors(1, 128)
+    x[0, 20] = value
+    step_sizes = integers_of(x)[1][0]
+    assert not np.isfinite(step_sizes[1])
+    assert np.isfinite(np.delete(step_sizes, 1)).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

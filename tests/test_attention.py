@@ -2,30 +2,105 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 import naive
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from random_inputs import CREW
 
+from cpu_kernels import instruction_set
 from cpu_kernels.attend_layers import attend_layers
-from cpu_kernels.attention import attend, rotate, rotate_and_store
+from cpu_kernels.attention import (
+    Cache,
+    attend,
+    attend_token,
+    join_spans,
+    make_scratch,
+    padded_dimension,
+    rotate,
+    rotate_and_store,
+)
+from cpu_kernels.attention_tile import PANEL
 from cpu_kernels.crew import Crew
 
-HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 20
+HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
+Variant = tuple[int, ...]
 interleavings = pytest.mark.parametrize("interleaved", [True, False])
+cache_types = pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 
 
-def angles(context: int = CONTEXT) -> np.ndarray:
-    return np.outer(np.arange(context), 10.0 ** -np.linspace(0, 2, DIM // 2))
+def angles(places: int, dim: int) -> np.ndarray:
+    return np.outer(np.arange(places), 10.0 ** -np.linspace(0, 2, dim // 2))
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
 
 
+def chosen() -> Variant:
+    return instruction_set.as_type(instruction_set.choose())
+
+
+def as_cached(x: np.ndarray, dtype: type) -> np.ndarray:
+    """Return float32 numbers as the cache keeps them."""
+    return x.astype(np.float16).view(np.uint16) if dtype is np.uint16 else x
+
+
+def as_float64(cached: np.ndarray) -> np.ndarray:
+    return (cached.view(np.float16) if cached.dtype == np.uint16 else cached).astype(np.float64)
+
+
+@dataclass
+class Layer:
+    """The cache of one layer, and float64 copies [kv_heads, places, dim] of what is in it."""
+
+    cached_keys: np.ndarray
+    cached_values: np.ndarray
+    dim: int
+
+    @property
+    def keys(self) -> np.ndarray:
+        kv_heads, panels, padded, _ = self.cached_keys.shape
+        turned = as_float64(self.cached_keys).transpose(0, 1, 3, 2)
+        return turned.reshape(kv_heads, panels * PANEL, padded)[:, :, : self.dim]
+
+    @property
+    def values(self) -> np.ndarray:
+        return as_float64(self.cached_values)[:, :, : self.dim]
+
+
+def random_layer(kv_heads: int, places: int, dim: int, dtype: type, filled: int) -> Layer:
+    """Return a cache whose first `filled` places are random; beyond them it holds no numbers, but for the padding."""
+    panels, padded = -(-places // PANEL), padded_dimension(dim)
+    keys, values = random(kv_heads, panels * PANEL, padded, seed=1), random(kv_heads, panels * PANEL, padded, seed=2)
+    for cache in (keys, values):
+        cache[:, :, dim:] = 0
+        cache[:, filled:, :dim] = np.nan
+    in_panels = np.ascontiguousarray(keys.reshape(kv_heads, panels, PANEL, padded).transpose(0, 1, 3, 2))
+    return Layer(as_cached(in_panels, dtype), as_cached(values, dtype), dim)
+
+
+def expected_attention(layer: Layer, queries: np.ndarray, position: int) -> np.ndarray:
+    """Return float64 [tokens, heads * dim] for queries [tokens, heads, dim], the first of which is at `position`."""
+    tokens, heads, dim = queries.shape
+    keys, values = layer.keys, layer.values
+    out = np.empty((tokens, heads, dim))
+    for t in range(tokens):
+        seen = slice(0, position + t + 1)
+        for head in range(heads):
+            shared = head // (heads // len(keys))
+            shares = naive.softmax(keys[shared, seen] @ queries[t, head].astype(np.float64) / np.sqrt(dim))
+            out[t, head] = shares @ values[shared, seen]
+    return out.reshape(tokens, -1)
+
+
 @interleavings
 def test_rotate(interleaved: bool) -> None:
-    head, turns = random(DIM), angles()[7]
+    head, turns = random(DIM), angles(CONTEXT, DIM)[7]
     cosines, sines = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
     out = np.zeros_like(head)
     rotate(head, cosines, sines, interleaved, out)
@@ -35,65 +110,161 @@ def test_rotate(interleaved: bool) -> None:
 
 
 @interleavings
-@pytest.mark.parametrize(("tokens", "position", "threads"), [(1, 0, 1), (1, 19, 2), (5, 3, 2), (5, 15, 3)])
+@cache_types
+@pytest.mark.parametrize(("tokens", "position", "threads"), [(1, 0, 1), (1, 39, 2), (5, 3, 2), (5, 30, 3)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_rotate_and_store(interleaved: bool, tokens: int, position: int, threads: int, biased: bool) -> None:
+def test_rotate_and_store(
+    interleaved: bool, dtype: type, tokens: int, position: int, threads: int, biased: bool
+) -> None:
     qkv = random(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     bias = random(qkv.shape[1], seed=1) if biased else np.zeros(qkv.shape[1], np.float32)
-    cosines, sines = np.cos(angles()).astype(np.float32), np.sin(angles()).astype(np.float32)
-    keys, values = (np.full((KV_HEADS, CONTEXT, DIM), np.nan, np.float32) for _ in range(2))
+    turns = angles(CONTEXT, DIM)
+    cosines, sines = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+    layer = random_layer(KV_HEADS, CONTEXT, DIM, dtype, 0)
     heads = (qkv + bias).astype(np.float64).reshape(tokens, -1, DIM)
-    arguments = (qkv, bias, cosines, sines, interleaved, HEADS, keys, values, position)
+    arguments = (qkv, bias, cosines, sines, interleaved, HEADS, layer.cached_keys, layer.cached_values, position)
     Crew(threads).run(rotate_and_store, *arguments)
+    rounding = 2**-10 if dtype is np.uint16 else 1e-5
     for t in range(tokens):
-        turned = np.array([naive.rotate(head, angles()[position + t], interleaved) for head in heads[t]])
-        queries = qkv[t].reshape(-1, DIM)[:HEADS]
-        np.testing.assert_allclose(queries, turned[:HEADS], atol=1e-5)
-        np.testing.assert_allclose(keys[:, position + t], turned[HEADS : HEADS + KV_HEADS], atol=1e-5)
-        np.testing.assert_allclose(values[:, position + t], heads[t, HEADS + KV_HEADS :], atol=1e-6)
-    for cache in (keys, values):
+        turned = np.array([naive.rotate(head, turns[position + t], interleaved) for head in heads[t]])
+        np.testing.assert_allclose(qkv[t].reshape(-1, DIM)[:HEADS], turned[:HEADS], atol=1e-5)
+        stored = layer.keys[:, position + t], layer.values[:, position + t]
+        np.testing.assert_allclose(stored[0], turned[HEADS : HEADS + KV_HEADS], rtol=rounding, atol=1e-5)
+        np.testing.assert_allclose(stored[1], heads[t, HEADS + KV_HEADS :], rtol=rounding, atol=1e-6)
+    for cache in (layer.keys, layer.values):
         assert np.isnan(cache[:, :position]).all()
         assert np.isnan(cache[:, position + tokens :]).all()
 
 
-@pytest.mark.parametrize(("tokens", "position", "threads"), [(1, 0, 1), (1, 19, 2), (5, 3, 2), (4, 16, 3)])
-@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@cache_types
+@pytest.mark.parametrize(
+    ("tokens", "position", "threads"), [(1, 0, 1), (1, 319, 2), (5, 3, 2), (4, 16, 3), (40, 0, 2), (70, 250, 1)]
+)
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 8), (2, 64), (3, 8), (6, 80)])
 @pytest.mark.parametrize("size", [1.0, 100.0])
-def test_attend(tokens: int, position: int, threads: int, kv_heads: int, size: float) -> None:
-    qkv = random(tokens, (HEADS + 2 * kv_heads) * DIM) * np.float32(size)
-    keys, values = random(kv_heads, CONTEXT, DIM, seed=1), random(kv_heads, CONTEXT, DIM, seed=2)
-    # What lies beyond a token's own place must not matter, to the last bit.
-    keys[:, position + tokens :], values[:, position + tokens :] = np.nan, np.nan
-    out = np.full((tokens, HEADS * DIM), np.nan, np.float32)
-    scores = np.zeros((HEADS, CONTEXT), np.float32)
-    Crew(threads).run(attend, qkv, keys, values, position, HEADS, scores, out)
-    queries = qkv.astype(np.float64).reshape(tokens, -1, DIM)
-    for t in range(tokens):
-        seen = slice(0, position + t + 1)
-        for head in range(HEADS):
-            shared = head // (HEADS // kv_heads)
-            shares = naive.softmax(keys[shared, seen] @ queries[t, head] / np.sqrt(DIM))
-            expected = shares @ values[shared, seen]
-            np.testing.assert_allclose(out[t, head * DIM : (head + 1) * DIM], expected, atol=2e-5 * size)
+def test_attend(
+    variant: str, dtype: type, tokens: int, position: int, threads: int, kv_heads: int, dim: int, size: float
+) -> None:
+    qkv = random(tokens, (HEADS + 2 * kv_heads) * dim) * np.float32(size)
+    # What lies beyond the last token's own place must not matter, to the last bit.
+    layer = random_layer(kv_heads, 320, dim, dtype, position + tokens)
+    out = np.full((tokens, HEADS * dim), np.nan, np.float32)
+    Crew(threads).run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, position, HEADS, out)
+    expected = expected_attention(layer, qkv.reshape(tokens, -1, dim)[:, :HEADS], position)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * size)
 
 
-def test_attend_layers() -> None:
-    queries, keys, values = (
-        random(HEADS, DIM),
-        random(3, KV_HEADS, CONTEXT, DIM),
-        random(3, KV_HEADS, CONTEXT, DIM, seed=1),
+def test_no_token_sees_a_later_one(variant: str) -> None:
+    """Changing all later places changes no bit of what a token sees."""
+    tokens, dim = 90, 32
+    qkv = random(tokens, HEADS * dim)
+    layer = random_layer(KV_HEADS, 96, dim, np.float32, 96)
+    before, after = np.zeros((2, tokens, HEADS * dim), np.float32)
+    for place in (0, 1, 31, 32, 50, 63, 64, 88):
+        Crew(1).run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, before)
+        for later in range(place + 1, tokens):
+            layer.cached_keys[:, later // PANEL, :, later % PANEL] += 3
+        layer.cached_values[:, place + 1 :] *= -2
+        Crew(1).run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, after)
+        np.testing.assert_array_equal(after[: place + 1], before[: place + 1])
+        assert (after[place + 1 :] != before[place + 1 :]).any(axis=1).all()
+
+
+def attend_to_last(
+    layer: Layer, qkv: np.ndarray, bias: np.ndarray, position: int, heads: int, interleaved: bool, threads: int
+) -> np.ndarray:
+    """Store one token and attend with it as decode does; return [heads * dim]."""
+    places = layer.cached_values.shape[1]
+    turns = angles(places, layer.dim)
+    cache = Cache(
+        layer.cached_keys[np.newaxis],
+        layer.cached_values[np.newaxis],
+        np.cos(turns).astype(np.float32),
+        np.sin(turns).astype(np.float32),
+        make_scratch(heads, len(layer.cached_keys), layer.dim, threads),
     )
-    out = np.zeros((HEADS, DIM), np.float32)
-    CREW.run(attend_layers, queries, keys, values, 9, np.zeros((HEADS, CONTEXT), np.float32), out)
-    for head in range(HEADS):
-        shared = head // (HEADS // KV_HEADS)
-        shares = naive.softmax(keys[2, shared, :9].astype(np.float64) @ queries[head] / np.sqrt(DIM))
-        np.testing.assert_allclose(out[head], shares @ values[2, shared, :9], atol=1e-6)
+    qkv = qkv.copy()
+    for thread in range(threads):
+        attend_token(chosen(), cache, 0, qkv, bias, interleaved, position, thread, threads)
+    outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
+    for thread in range(threads):
+        join_spans(chosen(), cache, position, outs[thread], thread)
+        np.testing.assert_array_equal(outs[thread], outs[0])
+    return outs[0]
 
 
-def test_attention_to_one_place_is_its_value() -> None:
-    qkv = random(1, (HEADS + 2 * KV_HEADS) * DIM) * np.float32(1e15)
-    keys, values = random(KV_HEADS, CONTEXT, DIM) * np.float32(1e15), random(KV_HEADS, CONTEXT, DIM, seed=1)
+@interleavings
+@cache_types
+@pytest.mark.parametrize("position", [0, 1, 31, 32, 63, 64, 700, 1030, 1500])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 8), (9, 3, 64), (2, 2, 80), (7, 1, 32)])
+def test_one_token(
+    variant: str, interleaved: bool, dtype: type, position: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    qkv, bias = random((heads + 2 * kv_heads) * dim), random((heads + 2 * kv_heads) * dim, seed=1)
+    layer = random_layer(kv_heads, position + 1, dim, dtype, position)
+    out = attend_to_last(layer, qkv, bias, position, heads, interleaved, 1)
+    biased = (qkv.astype(np.float64) + bias).reshape(-1, dim)
+    turned = np.array([naive.rotate(head, angles(position + 1, dim)[position], interleaved) for head in biased])
+    rounding = 2**-10 if dtype is np.uint16 else 1e-5
+    stored = turned[heads : heads + kv_heads], biased[heads + kv_heads :]
+    np.testing.assert_allclose(layer.keys[:, position], stored[0], rtol=rounding, atol=1e-5)
+    np.testing.assert_allclose(layer.values[:, position], stored[1], rtol=rounding, atol=1e-5)
+    expected = expected_attention(layer, turned[np.newaxis, :heads], position)
+    np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
+    assert np.isnan(layer.keys[:, position + 1 :]).all()
+
+
+@given(position=st.integers(0, 3000), threads=st.integers(2, 9))
+def test_threads_do_not_change_a_bit(position: int, threads: int) -> None:
+    qkv, bias = random(5 * 32), np.zeros(5 * 32, np.float32)
+    expected, out = (
+        attend_to_last(random_layer(1, position + 1, 32, np.uint16, position), qkv, bias, position, 3, False, count)
+        for count in (1, threads)
+    )
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attend_layers(threads: int) -> None:
+    layers = [random_layer(KV_HEADS, CONTEXT, DIM, np.uint16, 10) for _ in range(3)]
+    layers[2].cached_values[:] = layers[2].cached_values[:, ::-1]
+    layers[2].cached_values[:, :10] = layers[0].cached_values[:, 9::-1]
+    turns = angles(64, DIM)
+    cache = Cache(
+        np.stack([layer.cached_keys for layer in layers]),
+        np.stack([layer.cached_values for layer in layers]),
+        np.cos(turns).astype(np.float32),
+        np.sin(turns).astype(np.float32),
+        make_scratch(HEADS, KV_HEADS, DIM, threads),
+    )
+    qkv = random((HEADS + 2 * KV_HEADS) * DIM)
+    out = np.zeros((threads, HEADS * DIM), np.float32)
+    Crew(threads).run(attend_layers, chosen(), cache, qkv, np.zeros_like(qkv), False, 10, out, np.zeros(1, np.int64))
+    expected = attend_to_last(layers[2], qkv, np.zeros_like(qkv), 10, HEADS, False, 1)
+    for copy in out:
+        np.testing.assert_array_equal(copy, expected)
+    assert not np.array_equal(expected, attend_to_last(layers[0], qkv, np.zeros_like(qkv), 10, HEADS, False, 1))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e15])
+def test_attention_to_one_place_is_its_value(variant: str, size: float) -> None:
+    qkv = random(1, (HEADS + 2 * KV_HEADS) * DIM) * np.float32(size)
+    layer = random_layer(KV_HEADS, CONTEXT, DIM, np.float32, 1)
+    layer.cached_keys[:] *= np.float32(size)
     out = np.zeros((1, HEADS * DIM), np.float32)
-    CREW.run(attend, qkv, keys, values, 0, HEADS, np.zeros((HEADS, CONTEXT), np.float32), out)
-    np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), np.repeat(values[:, :1], HEADS // KV_HEADS, axis=1))
+    CREW.run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, out)
+    expected = np.repeat(layer.cached_values[:, :1, :DIM], HEADS // KV_HEADS, axis=1)
+    np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), expected)
+
+
+def test_every_place_counts(variant: str) -> None:
+    """With equal scores, attention is the mean of all values: no place is left out or counted twice."""
+    places, dim = 777, 32
+    layer = random_layer(1, places, dim, np.float32, places)
+    layer.cached_keys[:] = 0
+    layer.cached_values[:, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
+    out = np.zeros((1, dim), np.float32)
+    CREW.run(attend, chosen(), random(1, 3 * dim), layer.cached_keys, layer.cached_values, places - 1, 1, out)
+    np.testing.assert_allclose(out, (places - 1) / 2, rtol=1e-6)
+    counts = Counter(np.round(out[0], 3).tolist())
+    assert len(counts) == 1

@@ -22,7 +22,8 @@ from cpu_kernels.projection import Batch, Matrix, Projection
 from tritgguf.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
-TOKENS = (1, 7, 8, 13, 16)  # the kernel takes eight at a time
+bit_counts = pytest.mark.parametrize("bits", [16, 8])
+TOKENS = (1, 5, 6, 7, 19)  # the kernel takes six at a time
 
 
 def multiply(matrices: list[Matrix], batch: Batch, crew: Crew = CREW) -> np.ndarray:
@@ -49,30 +50,35 @@ def one_by_one(matrices: list[Matrix], x: np.ndarray) -> np.ndarray:
 
 
 @depths
-def test_trit_matrix(variant: str, depth: int) -> None:
-    for tokens, columns in zip(TOKENS, (64, 192, 576, 128, 320), strict=True):
+@bit_counts
+def test_trit_matrix(variant: str, depth: int, bits: int) -> None:
+    for tokens, columns in zip(TOKENS, (64, 192, 576, 128, 3200), strict=True):
         matrix, x = trit_matrix(depth, 37, columns), vectors(tokens, columns)
-        batch = batch_of(x)
+        batch = batch_of(x, bits)
         result = multiply([matrix[0]], batch)
         assert_close(result, expected_product([matrix], batch))
-        assert_close(result, one_by_one([matrix[0]], x))
+        if bits == 16:
+            assert_close(result, one_by_one([matrix[0]], x))
 
 
 @depths
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 64])
-def test_rows_around_a_tile(depth: int, rows: int) -> None:
-    matrix, batch = trit_matrix(depth, rows, 64), batch_of(vectors(5, 64))
+@bit_counts
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 64, 600])
+def test_rows_around_a_tile(depth: int, rows: int, bits: int) -> None:
+    matrix, batch = trit_matrix(depth, rows, 64), batch_of(vectors(7, 64), bits)
     assert_close(multiply([matrix[0]], batch), expected_product([matrix], batch))
 
 
 @depths
-def test_integer_sums_are_exact(variant: str, depth: int) -> None:
+@bit_counts
+def test_integer_sums_are_exact(variant: str, depth: int, bits: int) -> None:
     """Every vector has one group that is not zero, so each result is rounded once and known to the bit."""
     matrix, _ = trit_matrix(depth, 20, 192)
     x = np.zeros((12, 192), np.float32)
     for group in range(12):
         x[group, 16 * group : 16 * group + 16] = vectors(1, 16, seed=group)[0]
-    batch = batch_of(x)
+    x[:2] = np.abs(x[:2]).max() * np.sign(x[:2])  # the largest sums that there are
+    batch = batch_of(x, bits)
     integers, step_sizes = batch_integers(batch)
     result = multiply([matrix], batch)
     for group in range(12):
@@ -81,8 +87,9 @@ def test_integer_sums_are_exact(variant: str, depth: int) -> None:
 
 
 @depths
-def test_damaged_rows_multiply_as_they_decode(depth: int) -> None:
-    matrix, batch = damaged_matrix(depth), batch_of(vectors(3, 192))
+@bit_counts
+def test_damaged_rows_multiply_as_they_decode(depth: int, bits: int) -> None:
+    matrix, batch = damaged_matrix(depth), batch_of(vectors(3, 192), bits)
     assert_close(multiply([matrix[0]], batch), expected_product([matrix], batch))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import naive
 import numpy as np
@@ -26,6 +27,11 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def precise_model(file: GgufFile, **options: Any) -> Model:
+    """Return a model that rounds as little as it can without `exact`."""
+    return Model(file, prefill_bits=16, cache_type="f32", **options)
+
+
 # -- logits
 
 
@@ -47,7 +53,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
 def test_logits(tiny_trit_file: Files, variant: str) -> None:
     file = tiny_trit_file(variant)
     expected = expected_logits(file, TOKENS)
-    model = Model(file, context=32)
+    model = precise_model(file, context=32)
     assert_close(model.forward(TOKENS, all_logits=True), expected)
     model.truncate(0)
     for token, row in zip(TOKENS, expected, strict=True):
@@ -59,9 +65,25 @@ def test_logits(tiny_trit_file: Files, variant: str) -> None:
 def test_logits_at_other_depths(tiny_trit_file: Files, depth: int) -> None:
     file = tiny_trit_file("llama", depth)
     expected = expected_logits(file, TOKENS)
-    model = Model(file, context=32)
+    model = precise_model(file, context=32)
     assert_close(model.forward(TOKENS[:-1], all_logits=True), expected[:-1])
     assert_close(model.forward(TOKENS[-1:]), expected[-1])
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-biases", "unaligned"])
+@pytest.mark.parametrize("options", [{}, {"prefill_bits": 16}, {"cache_type": "f32"}])
+def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, options: dict[str, Any]) -> None:
+    """Eight-bit activations of a prompt and a cache of halves move logits by a hundredth at most, and do move them."""
+    file = tiny_trit_file(variant)
+    expected = expected_logits(file, TOKENS)
+    model = Model(file, context=32, **options)
+    found = model.forward(TOKENS[:-1], all_logits=True), model.forward(TOKENS[-1:])
+    difference = max(np.abs(found[0] - expected[:-1]).max(), np.abs(found[1] - expected[-1]).max())
+    largest = np.abs(expected).max()
+    bound = {"prefill_bits": 2e-3, "cache_type": 2e-2}.get(next(iter(options), ""), 2e-2)
+    assert difference < bound * largest
+    precise = precise_model(file, context=32)
+    assert not np.array_equal(precise.forward(TOKENS[:-1], all_logits=True), found[0])
 
 
 def test_exact_logits(tiny_trit_file: Files) -> None:
@@ -75,7 +97,7 @@ def test_exact_logits(tiny_trit_file: Files) -> None:
 def test_logits_in_every_instruction_set(tiny_trit_file: Files, variant: str) -> None:
     file = tiny_trit_file()
     expected = expected_logits(file, TOKENS)
-    model = Model(file, context=32)
+    model = precise_model(file, context=32)
     assert_close(model.forward(TOKENS[:-1], all_logits=True), expected[:-1])
     assert_close(model.forward(TOKENS[-1:]), expected[-1])
 
@@ -97,14 +119,17 @@ def test_rotation_matters(tiny_trit_file: Files) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_threads_do_not_change_a_bit(tiny_trit_file: Files, threads: int) -> None:
-    one, many = Model(tiny_trit_file(), context=32, threads=1), Model(tiny_trit_file(), context=32, threads=threads)
+    one, many = (
+        precise_model(tiny_trit_file(), context=32, threads=1),
+        precise_model(tiny_trit_file(), context=32, threads=threads),
+    )
     np.testing.assert_array_equal(many.forward(TOKENS, all_logits=True), one.forward(TOKENS, all_logits=True))
     for token in TOKENS:
         np.testing.assert_array_equal(many.forward([token]), one.forward([token]))
 
 
 def test_a_prompt_in_pieces(tiny_trit_file: Files) -> None:
-    model = Model(tiny_trit_file("qwen2"), context=32)
+    model = precise_model(tiny_trit_file("qwen2"), context=32)
     whole = model.forward(TOKENS, all_logits=True)
     for pieces in ((11,), (1, 10), (10, 1), (4, 7), (1, 1, 2, 7), (9, 1, 1)):
         model.truncate(0)
@@ -118,7 +143,7 @@ def test_a_prompt_in_pieces(tiny_trit_file: Files) -> None:
 
 
 def test_only_the_last_logits(tiny_trit_file: Files) -> None:
-    model = Model(tiny_trit_file(), context=32)
+    model = precise_model(tiny_trit_file(), context=32)
     whole = model.forward(TOKENS, all_logits=True)
     model.truncate(0)
     last = model.forward(TOKENS)
@@ -132,9 +157,9 @@ def test_only_the_last_logits(tiny_trit_file: Files) -> None:
 def test_long_prompts_run_in_batches(
     tiny_trit_file: Files, monkeypatch: pytest.MonkeyPatch, batch_tokens: int, all_logits: bool
 ) -> None:
-    expected = Model(tiny_trit_file(), context=32).forward(TOKENS, all_logits=True)
+    expected = precise_model(tiny_trit_file(), context=32).forward(TOKENS, all_logits=True)
     monkeypatch.setattr("tritgguf.model.BATCH_TOKENS", batch_tokens)
-    model = Model(tiny_trit_file(), context=32)
+    model = precise_model(tiny_trit_file(), context=32)
     logits = model.forward(TOKENS, all_logits=all_logits)
     assert_close(logits, expected if all_logits else expected[-1])
     assert model.position == 11
@@ -144,7 +169,7 @@ def test_long_prompts_run_in_batches(
 
 
 def test_truncate_and_go_on(tiny_trit_file: Files) -> None:
-    model = Model(tiny_trit_file(), context=32)
+    model = precise_model(tiny_trit_file(), context=32)
     expected = model.forward(TOKENS, all_logits=True)
     model.truncate(4)
     assert model.position == 4
@@ -160,7 +185,7 @@ def test_truncate_and_go_on(tiny_trit_file: Files) -> None:
 def test_the_cache_grows_with_its_contents(tiny_trit_file: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = expected_logits(tiny_trit_file(), TOKENS)
     monkeypatch.setattr("tritgguf.cache._FIRST_CAPACITY", 2)
-    model = Model(tiny_trit_file(), context=11)
+    model = precise_model(tiny_trit_file(), context=11)
     for piece in (slice(0, 1), slice(1, 3), slice(3, 10), slice(10, 11)):
         assert_close(model.forward(TOKENS[piece], all_logits=True), expected[piece])
     with pytest.raises(TritGgufError):
@@ -168,8 +193,8 @@ def test_the_cache_grows_with_its_contents(tiny_trit_file: Files, monkeypatch: p
 
 
 def test_context(tiny_trit_file: Files) -> None:
-    assert Model(tiny_trit_file()).context == 256
-    model = Model(tiny_trit_file(), context=11)
+    assert precise_model(tiny_trit_file()).context == 256
+    model = precise_model(tiny_trit_file(), context=11)
     with pytest.raises(TritGgufError, match="12 tokens do not fit into a context of 11") as caught:
         model.forward([*TOKENS, 1])
     assert "\n" not in str(caught.value)
@@ -184,7 +209,7 @@ def test_context(tiny_trit_file: Files) -> None:
 
 @pytest.mark.parametrize("tokens", [[], [-1], [448], [1, 2, 448], [2**40]])
 def test_tokens_that_do_not_exist(tiny_trit_file: Files, tokens: list[int]) -> None:
-    model = Model(tiny_trit_file(), context=8)
+    model = precise_model(tiny_trit_file(), context=8)
     model.forward([1])
     with pytest.raises(TritGgufError, match="tokens must be from 0 to 447"):
         model.forward(tokens)
@@ -192,7 +217,7 @@ def test_tokens_that_do_not_exist(tiny_trit_file: Files, tokens: list[int]) -> N
 
 
 def test_two_models_of_one_file_do_not_disturb_each_other(tiny_trit_file: Files) -> None:
-    first, second = Model(tiny_trit_file(), context=16), Model(tiny_trit_file(), context=16)
+    first, second = precise_model(tiny_trit_file(), context=16), precise_model(tiny_trit_file(), context=16)
     expected = expected_logits(tiny_trit_file(), TOKENS)
     for token, row in zip(TOKENS, expected, strict=True):
         second.forward([(token + 1) % 448])
@@ -200,7 +225,7 @@ def test_two_models_of_one_file_do_not_disturb_each_other(tiny_trit_file: Files)
 
 
 def test_logits_of_single_tokens_can_be_kept(tiny_trit_file: Files) -> None:
-    model = Model(tiny_trit_file(), context=16)
+    model = precise_model(tiny_trit_file(), context=16)
     kept = model.forward([1], all_logits=True)
     before = kept.copy()
     model.forward([2])
@@ -212,7 +237,7 @@ def test_logits_of_single_tokens_can_be_kept(tiny_trit_file: Files) -> None:
 
 def test_weights_are_views_of_the_file(tiny_trit_file: Files) -> None:
     file = tiny_trit_file("qwen2")
-    weights = Model(file, context=8)._weights
+    weights = precise_model(file, context=8)._weights
     matrices = {
         f"blk.{index}.{name}.weight": matrix
         for index, layer in enumerate(weights.layers)
@@ -231,16 +256,16 @@ def test_weights_are_views_of_the_file(tiny_trit_file: Files) -> None:
         assert not matrix.data.flags.writeable
     for projection in [*(p for layer in weights.layers for p in layer.projections), weights.head]:
         assert projection.addresses.tolist() == [matrix.data.ctypes.data for matrix in projection.matrices]
-    assert weights.embeddings.ctypes.data == file.raw("token_embd.weight").ctypes.data
+    assert weights.embeddings.matrix.data.ctypes.data == file.raw("token_embd.weight").ctypes.data
 
 
 def test_tied_embeddings_are_the_head(tiny_trit_file: Files) -> None:
-    weights = Model(tiny_trit_file("llama-tied"), context=8)._weights
-    assert weights.head.matrices[0].data.ctypes.data == weights.embeddings.ctypes.data
+    weights = precise_model(tiny_trit_file("llama-tied"), context=8)._weights
+    assert weights.head.matrices[0].data.ctypes.data == weights.embeddings.matrix.data.ctypes.data
 
 
 def test_config(tiny_trit_file: Files) -> None:
-    config = Model(tiny_trit_file("qwen2"), context=8).config
+    config = precise_model(tiny_trit_file("qwen2"), context=8).config
     assert (config.vocab_size, config.embedding_length, config.layer_count) == (448, 128, 2)
     assert (config.context_length, config.architecture, config.interleaved_rotation) == (256, "qwen2", False)
-    assert Model(tiny_trit_file("mistral"), context=8).config.interleaved_rotation
+    assert precise_model(tiny_trit_file("mistral"), context=8).config.interleaved_rotation

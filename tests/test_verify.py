@@ -240,6 +240,7 @@ def test_the_runner_computes_what_the_file_says(tmp_path: Path, kind: str, depth
     assert report.tokens == 160
     assert report.max_rel_logit_diff <= 1e-5
     assert report.max_rel_logit_diff_int16 <= 1e-3
+    assert 0 < report.kl_int8 <= 3e-3
     assert report.kl_mean <= {1: 10, 2: 1, 3: 0.1, 4: 0.02}[depth]
 
 
@@ -255,7 +256,7 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert report.windows == 2  # the tiny model's context is 256
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert values["tokens"] == 300
-    assert set(values["runner"]) == {"max_rel_logit_diff", "max_rel_logit_diff_int16"}
+    assert set(values["runner"]) == {"max_rel_logit_diff", "max_rel_logit_diff_int16", "kl_int8"}
     quantization = values["quantization"]
     assert set(quantization) == {"kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_reference"}
     assert 0 < quantization["kl_mean"] < quantization["kl_p99"]
@@ -314,6 +315,7 @@ def test_smollm2(request: pytest.FixtureRequest, smollm2_folder: Path, depth: in
     report = verify(smollm2_folder, file, tokens=96)
     assert report.max_rel_logit_diff <= 1e-4
     assert report.max_rel_logit_diff_int16 <= 1e-3
+    assert 0 < report.kl_int8 <= 3e-3
     assert kl[0] < report.kl_mean < kl[1]
     assert report.perplexity_reference < report.perplexity
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from cpu_kernels.decode import Cache
+from cpu_kernels.attention import Cache, make_scratch, padded_dimension
+from cpu_kernels.attention_tile import PANEL
+from tritgguf.errors import TritGgufError
 from tritgguf.model_config import ModelConfig
 
+# As llama.cpp names them. Kernels take float16 as its bits.
+CACHE_TYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+DEFAULT_CACHE_TYPE = "f16"
 _FIRST_CAPACITY = 256
 
 
 class KeyValueCache:
     """Keys and values of every layer, in arrays that grow.
 
-    A context of 8,192 tokens takes 380 MB even for a model of 135M parameters, and a long one of a large model more
+    A context of 8,192 tokens takes 190 MB even for a model of 135M parameters, and a long one of a large model more
     than a machine has. What is never written should neither be reserved nor cleared.
 
     Attributes:
@@ -22,31 +29,39 @@ class KeyValueCache:
 
     """
 
-    def __init__(self, config: ModelConfig, context: int, threads: int) -> None:
-        """Start small; `threads` is the number of threads that need room for attention scores."""
+    def __init__(self, config: ModelConfig, context: int, threads: int, cache_type: str = DEFAULT_CACHE_TYPE) -> None:
+        """Start small; `threads` is the number of threads that will work on it, `cache_type` a key of CACHE_TYPES.
+
+        Raises TritGgufError for an unknown type.
+        """
+        if cache_type not in CACHE_TYPES:
+            raise TritGgufError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
         self.context = context
         self._config = config
-        self._score_rows = max(config.dimensions.heads, threads)
+        self._dtype = CACHE_TYPES[cache_type]
+        sizes = config.dimensions
+        self._scratch = make_scratch(sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self.arrays = self._allocate(min(context, _FIRST_CAPACITY))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all, keeping what is stored; `tokens` is at most the context."""
-        capacity = self.arrays.keys.shape[2]
+        old, capacity = self.arrays, len(self.arrays.cosines)
         if tokens <= capacity:
             return
-        old = self.arrays
         self.arrays = self._allocate(min(self.context, max(tokens, 2 * capacity)))
-        self.arrays.keys[:, :, :capacity] = old.keys
+        self.arrays.keys[:, :, : old.keys.shape[2]] = old.keys
         self.arrays.values[:, :, :capacity] = old.values
 
     def _allocate(self, capacity: int) -> Cache:
+        """Return arrays of at least this capacity, in whole panels."""
         sizes = self._config.dimensions
-        shape = (sizes.layers, sizes.kv_heads, capacity, sizes.head_dim)
-        angles = np.outer(np.arange(capacity), self._config.rotation_frequencies)
+        panels, padded = -(-capacity // PANEL), padded_dimension(sizes.head_dim)
+        heads = (sizes.layers, sizes.kv_heads)
+        angles = np.outer(np.arange(panels * PANEL), self._config.rotation_frequencies)
         return Cache(
-            keys=np.zeros(shape, np.float32),
-            values=np.zeros(shape, np.float32),
+            keys=np.zeros((*heads, panels, padded, PANEL), self._dtype),
+            values=np.zeros((*heads, panels * PANEL, padded), self._dtype),
             cosines=np.cos(angles).astype(np.float32),
             sines=np.sin(angles).astype(np.float32),
-            scores=np.zeros((self._score_rows, capacity), np.float32),
+            scratch=self._scratch,
         )

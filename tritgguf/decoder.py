@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels import instruction_set
+from cpu_kernels.attention import Cache
 from cpu_kernels.crew import Crew
-from cpu_kernels.decode import Buffers, Cache, Head, Weights, decode
+from cpu_kernels.decode import Buffers, Head, Weights, decode
 from cpu_kernels.projection import Activations
 from tritgguf.model_config import ModelConfig
 from tritgguf.weights import ModelWeights
@@ -38,10 +39,8 @@ class Decoder:
         self._buffers = Buffers(
             own_stream=np.zeros((threads, sizes.hidden), np.float32),
             own_hidden=Activations(threads, sizes.hidden).buffers,
-            own_query=np.zeros((2 * threads, sizes.head_dim), np.float32),
             own_attended=Activations(threads, head_columns).buffers,
             qkv=np.zeros(head_columns + 2 * sizes.kv_heads * sizes.head_dim, np.float32),
-            attended=np.zeros(head_columns, np.float32),
             residual=np.zeros(sizes.hidden, np.float32),
             gate=np.zeros(sizes.feed_forward, np.float32),
             up=np.zeros(sizes.feed_forward, np.float32),

@@ -95,14 +95,16 @@ def load(
     *,
     context: int | None = None,
     threads: int | None = None,
+    prefill_bits: int = 8,
     exact: bool = False,
+    cache_type: str | None = None,
     on_compilation: Callable[[], None] | None = None,
 ) -> LoadedModel:
     """Open a trit GGUF file for generation.
 
     `context` is the room for prompt and answer, in tokens (None: what the model was trained for), `threads`
-    the number of threads (None: all cores). `exact` multiplies activations with 31 bits instead of 16, at half the
-    speed or less. `on_compilation` is called if the kernels have to be compiled first,
+    the number of threads (None: all cores). `prefill_bits`, `exact` and `cache_type` say how exactly activations are
+    multiplied and kept, see `Model`. `on_compilation` is called if the kernels have to be compiled first,
     which takes about half a minute on a machine's first run. Raises TritGgufError when the file is damaged or of
     an unknown kind.
     """
@@ -113,7 +115,7 @@ def load(
     file = GgufFile(path)
     tokenizer = Tokenizer(file.metadata, name=str(path))
     template = file.metadata.get("tokenizer.chat_template")
-    model = Model(file, context=context, threads=threads, exact=exact)
+    model = Model(file, context=context, threads=threads, prefill_bits=prefill_bits, exact=exact, cache_type=cache_type)
     model.compile(on_compilation or (lambda: None))
     return LoadedModel(
         path=Path(path),

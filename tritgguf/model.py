@@ -8,7 +8,8 @@ import numpy as np
 
 from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation
 from cpu_kernels.instruction_set import choose
-from tritgguf.cache import KeyValueCache
+from cpu_kernels.projection import Batch
+from tritgguf.cache import DEFAULT_CACHE_TYPE, KeyValueCache
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
@@ -33,12 +34,21 @@ class Model:
     """
 
     def __init__(
-        self, file: GgufFile, *, context: int | None = None, threads: int | None = None, exact: bool = False
+        self,
+        file: GgufFile,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        prefill_bits: int = 8,
+        exact: bool = False,
+        cache_type: str | None = None,
     ) -> None:
         """Map the weights of `file`.
 
-        `context` None takes the trained length, `threads` None the physical cores. `exact` multiplies activations
-        with 31 bits instead of 16, at half the speed or less; `verify` asks for it.
+        `context` None takes the trained length, `threads` None the physical cores. `prefill_bits` are those of the
+        activations of prompts, 8 or 16; generated tokens have 16. `exact` multiplies all activations with 31 bits, at
+        a fraction of the speed; `verify` asks for it. `cache_type` is what keys and values are kept in, "f16" or
+        "f32"; None is float16, or float32 where `exact` asks for exactness.
         """
         try:
             choose()
@@ -51,8 +61,9 @@ class Model:
         self._exact = exact
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
-        self._cache = KeyValueCache(self.config, self.context, self.crew.threads)
-        self._prefill = Prefill(self.config, self._weights, self.crew, exact=exact)
+        cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
+        self._cache = KeyValueCache(self.config, self.context, self.crew.threads, cache_type)
+        self._prefill = Prefill(self.config, self._weights, self.crew, bits=16 if exact else prefill_bits, exact=exact)
         self._decoder = Decoder(self.config, self._weights, self.crew)
 
     def compile(self, announce: Callable[[], None]) -> None:
@@ -109,8 +120,14 @@ class Model:
             hidden = self._prefill.run(batch, self.position, self._cache.arrays)
             self.position += len(batch)
             if all_logits:
-                self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew)
+                self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew, exact=self._exact)
         if all_logits:
             return logits
-        self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew)
+        if self._exact:
+            last = Batch(1, hidden.x.shape[1])
+            last.x[:] = hidden.x[-1]
+            last.quantize(self.crew)
+            self._weights.head.multiply(last, logits, self.crew, exact=True)
+        else:
+            self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew)
         return logits[0]

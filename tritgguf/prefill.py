@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpu_kernels import instruction_set
 from cpu_kernels.activations import gate_batch, normalize_batch
-from cpu_kernels.attention import attend, rotate_and_store
+from cpu_kernels.attention import Cache, attend, rotate_and_store
 from cpu_kernels.crew import Crew
-from cpu_kernels.decode import Cache
 from cpu_kernels.projection import Batch
 from tritgguf.architectures import Dimensions
 from tritgguf.model_config import ModelConfig
@@ -17,15 +17,15 @@ from tritgguf.weights import ModelWeights
 class _Workspace:
     """Every buffer of the forward pass for a batch of tokens."""
 
-    def __init__(self, tokens: int, sizes: Dimensions) -> None:
+    def __init__(self, tokens: int, sizes: Dimensions, bits: int) -> None:
         head_columns = sizes.heads * sizes.head_dim
         self.stream = np.zeros((tokens, sizes.hidden), np.float32)
         self.residual = np.zeros((tokens, sizes.hidden), np.float32)
-        self.hidden = Batch(tokens, sizes.hidden)
+        self.hidden = Batch(tokens, sizes.hidden, bits=bits)
         self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
-        self.attended = Batch(tokens, head_columns)
+        self.attended = Batch(tokens, head_columns, bits=bits)
         self.gate_up = np.zeros((tokens, 2 * sizes.feed_forward), np.float32)
-        self.gated = Batch(tokens, sizes.feed_forward)
+        self.gated = Batch(tokens, sizes.feed_forward, bits=bits)
 
     def first(self, tokens: int) -> _Workspace:
         """Return the buffers of the first tokens, as views."""
@@ -38,18 +38,22 @@ class _Workspace:
 class Prefill:
     """Runs batches of tokens; its buffers grow to the largest batch it has seen."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew, *, exact: bool) -> None:
-        """Keep what every batch needs; nothing is allocated before the first."""
+    def __init__(self, config: ModelConfig, weights: ModelWeights, crew: Crew, *, bits: int, exact: bool) -> None:
+        """Keep what every batch needs; nothing is allocated before the first.
+
+        `bits` of the activations: 8 or 16; `exact` needs 16 and multiplies what they leave out as well.
+        """
         self._config = config
         self._weights = weights
         self.crew = crew
-        self._exact = exact
-        self._workspace = _Workspace(0, config.dimensions)
+        self._bits, self._exact = bits, exact
+        self._isa = instruction_set.as_type(instruction_set.choose())
+        self._workspace = _Workspace(0, config.dimensions, bits)
 
     def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:
         """Run tokens [n] whose first stands at `position` in the cache; return the final norm's output, [n, hidden]."""
         if len(self._workspace.stream) < len(tokens):
-            self._workspace = _Workspace(len(tokens), self._config.dimensions)
+            self._workspace = _Workspace(len(tokens), self._config.dimensions, self._bits)
         space = self._workspace.first(len(tokens))
         hidden, attended, gated = space.hidden, space.attended, space.gated
         exact = self._exact
@@ -65,7 +69,7 @@ class Prefill:
                 rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
                 keys, values, position,
             )  # fmt: skip
-            crew.run(attend, space.qkv, keys, values, position, heads, cache.scores, attended.x)
+            crew.run(attend, self._isa, space.qkv, keys, values, position, heads, attended.x)
             attended.quantize(crew)
             layer.output.multiply(attended, space.residual, crew, exact=exact)
             space.residual += layer.output_bias

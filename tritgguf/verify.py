@@ -2,7 +2,8 @@
 
 *Runner*: do this package's kernels compute what the file says? The runner's logits stand against those of
 transformers, in float32, with the file's dequantized weights. Any difference is arithmetic. It is measured twice:
-with exact activations, where only the rounding of float32 is left, and with the int16 ones that `run` uses.
+with exact activations, where only the rounding of float32 is left, and with 16-bit ones; and how far the 8-bit ones
+that `run` takes for prompts are from these.
 
 *Quantization*: what did the conversion cost? The trit model stands against the source model. The trit model's
 logits are the runner's, for they are what a user gets; the source's are those of transformers in float32.
@@ -56,7 +57,9 @@ class VerifyReport:
     max_rel_logit_diff: float
     """Runner with exact activations: the largest difference over the largest logit."""
     max_rel_logit_diff_int16: float
-    """The same with int16 activations, as `run` has them."""
+    """The same with 16-bit activations, as `run` has them for generated tokens."""
+    kl_int8: float
+    """From 16-bit activations to 8-bit ones, as `run` has them for prompts: the mean divergence."""
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -74,6 +77,7 @@ class VerifyReport:
             "runner": {
                 "max_rel_logit_diff": self.max_rel_logit_diff,
                 "max_rel_logit_diff_int16": self.max_rel_logit_diff_int16,
+                "kl_int8": self.kl_int8,
             },
             "quantization": {
                 "kl_mean": self.kl_mean,
@@ -119,9 +123,12 @@ def verify(
     check_same_model(trit_file, opened)
     windows = _text_windows(trit_file, shipped_text() if text is None else text, tokens)
     runner_logits: list[np.ndarray] = []
-    for logits in _runner_logits(trit_file, windows, threads, exact=False):
+    of_prompts = []
+    both = (_runner_logits(trit_file, windows, threads, bits=bits) for bits in (16, 8))
+    for window, logits, prompt_logits in zip(windows, *both, strict=True):
         report("runner", len(runner_logits), len(windows))
         runner_logits.append(logits)
+        of_prompts.append(compare_logits(logits, prompt_logits, window[1:]))
 
     report("load source", 0, 1)
     reference = ReferenceModel.open(opened, threads=threads)
@@ -132,7 +139,7 @@ def verify(
     quantization = Comparison.concatenate(comparisons)
 
     reference.load_file(trit_file, progress=partial(report, "load dequantized weights"))
-    exact_logits = _runner_logits(trit_file, windows, threads, exact=True)
+    exact_logits = _runner_logits(trit_file, windows, threads, bits=16, exact=True)
     difference = difference_int16 = largest = 0.0
     for done, (window, ours, exact) in enumerate(zip(windows, runner_logits, exact_logits, strict=True)):
         report("dequantized", done, len(windows))
@@ -148,6 +155,7 @@ def verify(
         windows=len(windows),
         max_rel_logit_diff=difference / largest,
         max_rel_logit_diff_int16=difference_int16 / largest,
+        kl_int8=Comparison.concatenate(of_prompts).kl_mean,
         kl_mean=quantization.kl_mean,
         kl_p99=quantization.kl_p99,
         top1_agreement=quantization.top1_agreement,
@@ -310,12 +318,14 @@ def _text_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]:
 
 
 def _runner_logits(
-    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, *, exact: bool
+    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, *, bits: int, exact: bool = False
 ) -> Iterator[np.ndarray]:
     """Yield the runner's logits of every window: float32 [tokens, vocabulary] each."""
     from tritgguf.model import Model
 
-    model = Model(file, context=max(map(len, windows)), threads=threads, exact=exact)
+    cache_type = "f16" if bits == 8 else "f32"
+    context = max(map(len, windows))
+    model = Model(file, context=context, threads=threads, prefill_bits=bits, exact=exact, cache_type=cache_type)
     for window in windows:
         model.truncate(0)
         yield model.forward(window, all_logits=True)
