@@ -71,3 +71,10 @@ def wait_for_all(counter, threads):
             _pause()
         else:
             _YIELD()
+
+
+@numba.njit(cache=True, nogil=True)
+def meet(counter, times, thread, threads):
+    """Wait for all threads so many times and do nothing else: what meeting costs by itself."""
+    for _ in range(times):
+        wait_for_all(counter, threads)

@@ -7,27 +7,44 @@ some chains around them into 32-bit multiplies that are three times slower. All 
 A compiled function receives its variant as a tuple whose length is the number below: Numba compiles and caches by
 the types of the arguments, and the length of a tuple is part of its type, so every variant has its own machine code
 in the cache.
+
+What is trusted: the features that LLVM reports, in so far as no listed instruction is illegal. On x86 they come from
+cpuid, and xgetbv tells that the operating system saves the registers. Numba compiles everything for these features,
+so where they were wrong, no Numba program would run, and no choice made here could help. That the instructions also
+compute what they should is not taken on trust: see `self_test`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 
-PORTABLE, AVX2, AVX512 = 0, 1, 2
-NAMES = {"portable": PORTABLE, "avx2": AVX2, "avx512": AVX512}
+PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512 = 0, 1, 2, 3, 4
+NAMES = {
+    "portable": PORTABLE,
+    "avx2": AVX2,
+    "avx2-vnni": AVX2_VNNI,
+    "avx512-novnni": AVX512_NO_VNNI,
+    "avx512": AVX512,
+}
 ENVIRONMENT_VARIABLE = "TRITGGUF_ISA"
+_forced: str | None = None
+_AVX2_FEATURES = ("avx2", "fma", "f16c")
+_AVX512_FEATURES = (*_AVX2_FEATURES, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 _NEEDED = {
     PORTABLE: (),
-    AVX2: ("avx2", "fma", "f16c"),
-    AVX512: ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c"),
+    AVX2: _AVX2_FEATURES,
+    AVX2_VNNI: (*_AVX2_FEATURES, "avxvnni"),
+    AVX512_NO_VNNI: _AVX512_FEATURES,
+    AVX512: (*_AVX512_FEATURES, "avx512vnni"),
 }
 
 
 def supported() -> list[int]:
-    """Return the variants that this processor runs, slowest first.
+    """Return the variants that this processor's features promise, slowest first.
 
-    The features come from LLVM, which checks not only the processor's flags but also that the operating system
-    saves the registers.
+    The features come from LLVM, which asks the processor and whether the operating system saves its registers.
     """
     import llvmlite.binding
 
@@ -40,18 +57,63 @@ def as_type(isa: int) -> tuple[int, ...]:
     return (0,) * isa
 
 
-def choose() -> int:
-    """Return the variant to use: the best supported one, or the one that TRITGGUF_ISA names.
+def name_of(isa: int) -> str:
+    """Return a variant's name."""
+    return next(name for name, number in NAMES.items() if number == isa)
+
+
+def force(name: str | None) -> None:
+    """Let `choose` return the variant of this name, whatever TRITGGUF_ISA says; None takes that back.
 
     Raises:
-        ValueError: TRITGGUF_ISA names no variant, or one that this processor does not have.
+        ValueError: as `choose` does.
 
     """
+    global _forced
+    before, _forced = _forced, name
+    if name is None:
+        return
+    try:
+        choose()
+    except ValueError:
+        _forced = before
+        raise
+
+
+def choose() -> int:
+    """Return the variant to use: the one that was forced, or the best that works here.
+
+    A variant works if its operations give the right integers when they are run; where one that the features promise
+    does not, a line on stderr says so, and the next one is taken.
+
+    Raises:
+        ValueError: `force` or TRITGGUF_ISA names no variant, or one that does not work here.
+
+    """
+    wanted = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    label = f"instruction set {wanted}" if _forced else f"{ENVIRONMENT_VARIABLE}={wanted}"
     available = supported()
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not forced:
-        return available[-1]
-    if NAMES.get(forced) not in available:
-        known = ", ".join(name for name, isa in NAMES.items() if isa in available)
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced} is not available here; choose from {known}")
-    return NAMES[forced]
+    if not wanted:
+        return next(isa for isa in reversed(available) if isa == PORTABLE or _works(isa))
+    if NAMES.get(wanted) not in available:
+        known = ", ".join(name_of(isa) for isa in available)
+        raise ValueError(f"{label} is not available here; choose from {known}")
+    if reason := _failure(NAMES[wanted]):
+        raise ValueError(f"{label} {reason}; choose another one")
+    return NAMES[wanted]
+
+
+def _failure(isa: int) -> str | None:
+    """Return what is wrong with a variant that the processor's features promise, or None."""
+    from cpu_kernels import self_test  # which is made of operations that need to know the variants
+
+    return self_test.failure(isa)
+
+
+@functools.cache
+def _works(isa: int) -> bool:
+    """Tell whether a variant works, and say why not, once."""
+    reason = _failure(isa)
+    if reason:
+        logging.getLogger("cpu_kernels").warning("note: instruction set %s %s; trying another", name_of(isa), reason)
+    return reason is None

@@ -49,6 +49,21 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
+def referee_library() -> Path:
+    """The library that asks llama.cpp; skips the test when it is not built, or fails it where CI must have built it."""
+    from llama_cpp import cache_folder
+    from llama_cpp_referee import find_referee, missing_programs
+
+    found = find_referee(cache_folder())
+    if found is None:
+        message = "llama.cpp's library is not built; build it with `make referee`"
+        if os.environ.get("CI") and not missing_programs():
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """Hugging Face folder of SmolLM2-135M-Instruct in FP16."""
     return _fetched("SmolLM2-135M-Instruct")

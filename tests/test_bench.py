@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
-from cpu_kernels.attend_layers import attend_layers
-from cpu_kernels.attention import attend_head
+from cpu_kernels import instruction_set
 from cpu_kernels.bandwidth import read, read_bandwidth
 from cpu_kernels.crew import Crew
 from tritgguf import cli
-from tritgguf.bench import REST, KernelTime, Speed, bench, bytes_read_per_token, processor_name, shares
+from tritgguf.bench import Speed, bench, bytes_read_per_token, processor_name
 from tritgguf.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
+from tritgguf.kernel_times import REST
+from tritgguf.model import Model
 
 MATRIX_WEIGHTS = 2 * (128 * 128 + 2 * 64 * 128 + 128 * 128 + 3 * 128 * 192)
 HEAD_BYTES = 448 * 128 * 2
@@ -48,38 +50,10 @@ def test_speed() -> None:
     assert Speed("tg100", 100, (2.0,)).spread == 0
 
 
-def test_shares_add_up_to_one_with_the_rest_at_the_end() -> None:
-    kernels = shares({"a": 0.1, REST: 0.2, "b": 0.5})
-    assert [kernel.kernel for kernel in kernels] == ["b", "a", REST]
-    assert [kernel.share for kernel in kernels] == pytest.approx([0.625, 0.125, 0.25])
-    assert [kernel.seconds for kernel in kernels] == pytest.approx([0.5, 0.1, 0.2])
-
-
-def test_shares_of_a_known_whole() -> None:
-    assert shares({"a": 1.0, "b": 2.0}, 4.0) == [
-        KernelTime("b", 2.0, 0.5),
-        KernelTime("a", 1.0, 0.25),
-        KernelTime(REST, 1.0, 0.25),
-    ]
-    assert shares({}) == []
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_byte_of_the_buffer_is_read_once(threads: int) -> None:
     buffer = np.arange(1000)
     assert sum(Crew(threads).run(read, buffer)) == buffer.sum()
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_attention_of_all_layers_is_that_of_each_head(threads: int) -> None:
-    generator = np.random.default_rng(0)
-    keys, values = generator.standard_normal((2, 2, 2, 8, 16)).astype(np.float32)
-    queries = generator.standard_normal((4, 16)).astype(np.float32)
-    scores, out, expected = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32), np.zeros(16, np.float32)
-    Crew(threads).run(attend_layers, queries, keys, values, 5, scores, out)
-    for h in range(4):
-        attend_head(queries[h], keys[-1, h // 2], values[-1, h // 2], scores[h, :5], expected)
-        np.testing.assert_allclose(out[h], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("tied", "expected"), [(False, HEAD_BYTES + 256), (True, HEAD_BYTES + 256)])
@@ -93,7 +67,7 @@ def test_a_token_reads_the_matrices_the_head_and_one_embedding(tmp_path: Path, t
 def test_bench(tiny_file: Path) -> None:
     report = bench(tiny_file, prompt_tokens=20, generated_tokens=4, depth=3, threads=2, repetitions=2)
     assert [(speed.test, speed.tokens, len(speed.seconds)) for speed in report.speeds] == [
-        ("pp20", 20, 2),
+        ("pp20 @ d3", 20, 2),
         ("tg4 @ d3", 4, 2),
     ]
     assert (report.architecture, report.types, report.threads) == ("llama", "TRIT2", 2)
@@ -113,6 +87,31 @@ def test_bench(tiny_file: Path) -> None:
     assert all(kernel.seconds > 0 for kernel in report.prefill_kernels)
     for kernels in (report.decode_kernels, report.prefill_kernels):
         assert sum(kernel.share for kernel in kernels) == pytest.approx(1)
+    assert report.launch_share is not None
+    assert report.launch_share > 0
+    assert report.prefill_launch_share is not None
+    assert report.prefill_launch_share > 0
+
+
+def test_both_tests_stand_behind_the_depth(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    forward = Model.forward
+
+    def note_and_forward(self: Model, tokens: list[int]) -> Any:
+        calls.append((self.position, len(tokens)))
+        return forward(self, tokens)
+
+    monkeypatch.setattr(Model, "forward", note_and_forward)
+    bench(tiny_file, prompt_tokens=6, generated_tokens=2, depth=5, repetitions=2)
+    assert calls == [(0, 11), (10, 1), (5, 6), (5, 6), (5, 1), (6, 1), (5, 1), (6, 1)]
+
+
+def test_kernels_can_be_left_out(tiny_file: Path) -> None:
+    report = bench(tiny_file, prompt_tokens=6, generated_tokens=2, repetitions=1, by_kernel=False)
+    assert report.prefill_kernels == report.decode_kernels == []
+    assert report.launch_share is not None
+    assert report.prefill_launch_share is None
+    assert len(report.tables()) == 2
 
 
 def test_a_test_can_be_left_out(tiny_file: Path) -> None:
@@ -121,10 +120,24 @@ def test_a_test_can_be_left_out(tiny_file: Path) -> None:
     assert decode_only.prefill_kernels == []
     prefill_only = bench(tiny_file, prompt_tokens=2, generated_tokens=0, repetitions=1)
     assert [speed.test for speed in prefill_only.speeds] == ["pp2"]
-    assert (prefill_only.decode_rates, prefill_only.decode_kernels) == (None, [])
+    assert (prefill_only.decode_rates, prefill_only.decode_kernels, prefill_only.launch_share) == (None, [], None)
     assert len(prefill_only.tables()) == 2
     with pytest.raises(TritGgufError, match="nothing to measure"):
         bench(tiny_file, prompt_tokens=0, generated_tokens=0)
+
+
+def test_the_instruction_set_can_be_forced(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instruction_set, "_forced", None)
+    arguments = ["bench", str(tiny_file), "-p", "0", "-n", "1", "-r", "1", "--no-kernels", "--json"]
+    assert cli.main([*arguments, "--isa", "portable"]) == 0
+    assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"
+    for command in (arguments, ["run", str(tiny_file), "-p", "a"], ["verify", str(tiny_file), str(tiny_file)]):
+        assert cli.main([*command, "--isa", "sse"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"error: instruction set sse is not available here; choose from portable.*\n", err)
 
 
 def test_the_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +151,7 @@ def test_the_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "pp6",
         "tg3",
         "share of the read bandwidth",
+        "launching and meeting",
         "trit_gemm",
         "gate, up",
     ):
@@ -147,4 +161,5 @@ def test_the_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [test["test"] for test in report["tests"]] == ["pp6", "tg3"]
     assert report["tests"][0]["samples"] == [report["tests"][0]["tokens_per_second"]]
     assert report["decode"]["bytes_per_token"] > 0
+    assert report["launch_share"] > 0
     assert set(report["kernels"]["decode"][0]) == {"kernel", "seconds", "share"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -13,7 +15,14 @@ import numpy as np
 import pytest
 
 from cpu_kernels.barrier import wait_for_all
-from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation, default_crew, physical_cores
+from cpu_kernels.crew import (
+    CompilingCrew,
+    Crew,
+    announcing_compilation,
+    default_crew,
+    physical_cores,
+    processor_share,
+)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -49,6 +58,88 @@ def test_errors_are_raised_when_all_have_returned(failing: int) -> None:
         with pytest.raises(ArithmeticError):
             crew.run(kernel)
         assert sorted(returned) == sorted({0, 1, 2} - {failing})
+
+
+def fake_system(root: Path, siblings: list[str], groups: str = "", limits: dict[str, str] | None = None) -> Path:
+    """Write what Linux says below /sys and /proc: siblings of each logical processor, and control groups."""
+    for cpu, text in enumerate(siblings):
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{text}\n")
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in (limits or {}).items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+LAYOUTS = {
+    "no hyperthreads": (["0", "1", "2", "3"], 4),
+    "neighbours share a core": (["0-1", "0-1", "2-3", "2-3"], 2),
+    "the second half are the hyperthreads": (["0,3", "1,4", "2,5", "0,3", "1,4", "2,5"], 3),
+    "two fast cores with hyperthreads, four slow ones without": (["0-1", "0-1", "2-3", "2-3", "4", "5", "6", "7"], 6),
+    "one core": (["0-1", "0-1"], 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hyperthreads_count_once(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    siblings, cores = LAYOUTS[layout]
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(len(siblings))), raising=False)
+    assert physical_cores(fake_system(tmp_path, siblings)) == cores
+
+
+def test_only_allowed_processors_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fake_system(tmp_path, ["0-1", "0-1", "2-3", "2-3", "4", "5"])
+    for allowed, cores in (({0, 1}, 1), ({1, 2}, 2), ({0, 1, 2, 3, 5}, 3), ({4}, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, allowed=allowed: allowed, raising=False)
+        assert physical_cores(root) == cores
+
+
+def test_without_the_topology_logical_processors_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    assert physical_cores(tmp_path) == 3
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert physical_cores(tmp_path) == os.cpu_count()
+
+
+CONTROL_GROUPS = {
+    "version 2": ("0::/a/b\n", {"a/b/cpu.max": "200000 100000"}, 2.0),
+    "version 2, the limit is an ancestor's": (
+        "0::/a/b\n",
+        {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"},
+        1.5,
+    ),
+    "version 2 inside a container": ("0::/\n", {"cpu.max": "50000 100000"}, 0.5),
+    "version 2, no limit": ("0::/a\n", {"a/cpu.max": "max 100000"}, math.inf),
+    "version 1": (
+        "4:memory:/m\n3:cpu,cpuacct:/a\n",
+        {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000", "cpu/m/cpu.max": "1 1"},
+        3.0,
+    ),
+    "version 1 inside a container": (
+        "3:cpu:/not/here\n",
+        {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"},
+        2.0,
+    ),
+    "version 1, no limit": ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "50000"}, math.inf),
+    "nonsense": ("0::/\n", {"cpu.max": "many"}, math.inf),
+}
+
+
+@pytest.mark.parametrize("case", CONTROL_GROUPS)
+def test_control_groups_limit_the_threads(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, limits, share = CONTROL_GROUPS[case]
+    root = fake_system(tmp_path, ["0", "1", "2", "3"], groups, limits)
+    assert processor_share(root) == share
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    assert physical_cores(root) == max(1, int(min(4, share)))
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+    assert processor_share(tmp_path) == math.inf
 
 
 @numba.njit(nogil=True)

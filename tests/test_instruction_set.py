@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 from random_inputs import trit_matrix
 
-from cpu_kernels import instruction_set
-from cpu_kernels.group_sums import GROUP_SUMS, Step
-from cpu_kernels.instruction_set import AVX2, AVX512, PORTABLE
+from cpu_kernels import instruction_set, self_test
+from cpu_kernels.extract import EXTRACT, GroupLanes
+from cpu_kernels.instruction_set import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.projection import Projection
 from cpu_kernels.simd import I32, I64, Vectors
 from tritgguf.trit_types import DEPTHS
@@ -21,9 +22,19 @@ _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
-    """Let LLVM report a processor with these features only."""
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(instruction_set, "_forced", None)
+    yield
+    instruction_set._works.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
+    """Let LLVM report a processor with these features only, on which everything works that is not in `failures`."""
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
+    monkeypatch.setattr(self_test, "failure", (failures or {}).get)
+    instruction_set._works.cache_clear()
 
 
 def test_this_processor_has_the_portable_variant() -> None:
@@ -31,13 +42,13 @@ def test_this_processor_has_the_portable_variant() -> None:
 
 
 def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
     for features, best in (
         ((), PORTABLE),
         (("avx2",), PORTABLE),
         (("neon", "fp16"), PORTABLE),
         (_AVX2, AVX2),
-        ((*_AVX2, *_AVX512[:-1]), AVX2),
+        ((*_AVX2, "avxvnni"), AVX2_VNNI),
+        ((*_AVX2, *_AVX512[:-1]), AVX512_NO_VNNI),
         ((*_AVX2, *_AVX512), AVX512),
     ):
         pretend(monkeypatch, *features)
@@ -62,9 +73,43 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             instruction_set.choose()
 
 
+def test_what_is_forced_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, *_AVX2)
+    monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, "nonsense")
+    instruction_set.force("portable")
+    assert instruction_set.choose() == PORTABLE
+    with pytest.raises(ValueError, match="instruction set avx512 is not available here; choose from portable, avx2"):
+        instruction_set.force("avx512")
+    assert instruction_set.choose() == PORTABLE
+    instruction_set.force(None)
+    with pytest.raises(ValueError, match="TRITGGUF_ISA=nonsense"):
+        instruction_set.choose()
+
+
+def test_a_variant_that_fails_its_test_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, *_AVX2, *_AVX512, failures={AVX512: "cannot be compiled: no such intrinsic"})
+    assert instruction_set.choose() == AVX512_NO_VNNI
+    assert caplog.messages == [
+        "note: instruction set avx512 cannot be compiled: no such intrinsic; trying another",
+    ]
+    with pytest.raises(ValueError, match="instruction set avx512 cannot be compiled: no such intrinsic; choose"):
+        instruction_set.force("avx512")
+    # Generic code is the last resort; nothing is left to try where it fails.
+    pretend(monkeypatch, failures={PORTABLE: "computes wrong integers here"})
+    assert instruction_set.choose() == PORTABLE
+
+
+def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pretend(monkeypatch, *_AVX2, failures={AVX2: "computes wrong integers here"})
+    assert [instruction_set.choose() for _ in range(3)] == [PORTABLE] * 3
+    assert len(caplog.messages) == 1
+
+
 def test_every_variant_is_a_type_of_its_own() -> None:
     types = [instruction_set.as_type(isa) for isa in instruction_set.NAMES.values()]
-    assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX512]
+    assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512]
 
 
 def test_a_projection_takes_the_chosen_variant(variant: str) -> None:
@@ -83,8 +128,8 @@ def aarch64_assembly(depth: int) -> str:
     vectors = Vectors(builder, PORTABLE)
     words, activations, groups, first_group, out = function.args
     zero = vectors.constant(I32, 0, 16)
-    step = Step(vectors, words, activations, groups, first_group, 16, zero)
-    indices = GROUP_SUMS[depth](step)
+    step = GroupLanes(vectors, words, activations, groups, first_group, zero)
+    indices = EXTRACT[depth](step)
     vectors.store(step.sums, out)
     vectors.store(indices, out, offset=64)
     builder.ret_void()

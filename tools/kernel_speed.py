@@ -10,6 +10,7 @@ programs disturb them less; still, compare only figures of one run.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -40,33 +41,43 @@ def main() -> None:
     if as_json:
         print(json.dumps(rates))
         return
-    print("instructions  depth  decode Gweights/s  prefill Gops/s")
+    print("instructions   depth  decode Gweights/s  prefill Gops/s, 16 bits  8 bits")
     for name, depths in rates.items():
-        for depth, (decode, prefill) in depths.items():
-            print(f"{name:12}  {depth:5}  {decode:17.1f}  {prefill:14.0f}")
+        for depth, (decode, prefill, prefill_8) in depths.items():
+            print(f"{name:13}  {depth:5}  {decode:17.1f}  {prefill:23.0f}  {prefill_8:6.0f}")
 
 
-def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float]:
-    """Return decode's rate in 10^9 weights per second and prefill's in 10^9 operations per second."""
+def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float, float]:
+    """Return decode's rate in 10^9 weights per second and prefill's, with 16 and 8 bits, in 10^9 operations."""
     generator = np.random.default_rng(0)
     levels = generator.integers(0, 3**depth, (ROWS, COLUMNS), dtype=np.uint8)
     indices = generator.integers(0, 27, (ROWS, COLUMNS // 16), dtype=np.uint8)
     codebook = np.geomspace(0.01, 1, 27).astype(np.float32)
     matrix = Matrix(pack(levels, indices, depth).reshape(-1), ROWS, COLUMNS, depth, codebook)
     part = Projection([matrix])
-    batch, out = Batch(TOKENS, COLUMNS), np.zeros((TOKENS, ROWS), np.float32)
-    batch.x[:] = generator.standard_normal((TOKENS, COLUMNS))
-    batch.quantize(Crew(1))
+    out = np.zeros((TOKENS, ROWS), np.float32)
+    x = generator.standard_normal((TOKENS, COLUMNS)).astype(np.float32)
     vector = Activations(1, COLUMNS).vector(0)
-    vector[0][:] = batch.x[0]
+    vector[0][:] = x[0]
     quantize_row(*vector)
-    words, integers = matrix.data.view(np.uint16), batch.buffers[1:]
     decode = best_time(
         lambda: gemv(isa, part.addresses, part.matrix_rows, part.kinds, part.steps, vector, out[0], 0, 1), 50
     )
-    prefill = best_time(lambda: trit_gemm(isa, words, ROWS, depth, part.steps[0], *integers, out, 0, 0, 1), 5)
     weights = ROWS * COLUMNS
-    return weights / decode / 1e9, 2 * weights * TOKENS / prefill / 1e9
+    prefill, prefill_8 = (2 * weights * TOKENS / seconds / 1e9 for seconds in prefill_times(matrix, isa, x, out))
+    return weights / decode / 1e9, prefill, prefill_8
+
+
+def prefill_times(matrix: Matrix, isa: tuple[int, ...], x: np.ndarray, out: np.ndarray) -> list[float]:
+    """Return the seconds of multiplying a batch with activations of 16 and of 8 bits."""
+    words, steps, times = matrix.data.view(np.uint16), Projection([matrix]).steps[0], []
+    for bits in (16, 8):
+        batch = Batch(*x.shape, bits=bits)
+        batch.x[:] = x
+        batch.quantize(Crew(1))
+        arguments = (isa, words, matrix.rows, matrix.depth, steps, *batch.buffers[1:], out, 0, 0, 1)
+        times.append(best_time(functools.partial(trit_gemm, *arguments), 5))
+    return times
 
 
 def best_time(call: Callable[[], object], repeats: int) -> float:

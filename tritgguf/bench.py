@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,21 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels import instruction_set
-from cpu_kernels.activations import quantize_row
-from cpu_kernels.attend_layers import attend_layers
-from cpu_kernels.bandwidth import read, read_bandwidth
-from cpu_kernels.crew import Crew
-from cpu_kernels.gemv import gemv
-from cpu_kernels.projection import Activations, Projection
-from tritgguf.cache import KeyValueCache
+from cpu_kernels.bandwidth import read_bandwidth
+from tritgguf.cache import DEFAULT_CACHE_TYPE
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
-from tritgguf.model import BATCH_TOKENS, Model
-from tritgguf.model_config import ModelConfig
-from tritgguf.prefill import Prefill
+from tritgguf.kernel_times import (
+    KernelTime,
+    decode_launch_seconds,
+    decode_seconds,
+    prefill_times,
+    shares,
+)
+from tritgguf.model import Model
 from tritgguf.trit_types import TritType, is_trit_type
 from tritgguf.weights import ModelWeights
 
-REST = "the rest"
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -57,15 +56,6 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class KernelTime:
-    """Seconds that a kernel takes of a token (decode) or of a prompt (prefill), and its share of the whole."""
-
-    kernel: str
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
 class BenchReport:
     """What a benchmark measured; `prefill` and `decode` are None where they were not asked for."""
 
@@ -87,6 +77,11 @@ class BenchReport:
     """Bytes per second that the same threads merely read."""
     prefill_kernels: list[KernelTime]
     decode_kernels: list[KernelTime]
+    """Where the time goes; both are empty where that was not asked for."""
+    launch_share: float | None
+    """Share of a token's time that launching the threads and meeting at barriers takes by itself; None: no decode."""
+    prefill_launch_share: float | None
+    """The same of a prompt; None also where kernels were not looked at."""
 
     @property
     def speeds(self) -> list[Speed]:
@@ -129,6 +124,8 @@ class BenchReport:
             ],
             "decode": self.decode_rates,
             "read_bandwidth": self.read_bandwidth,
+            "launch_share": self.launch_share,
+            "prefill_launch_share": self.prefill_launch_share,
             "kernels": {
                 "prefill": [vars(kernel) for kernel in self.prefill_kernels],
                 "decode": [vars(kernel) for kernel in self.decode_kernels],
@@ -151,28 +148,14 @@ class BenchReport:
                 ("read bandwidth of these threads", f"{self.read_bandwidth / 1e9:.1f} GB/s"),
                 ("share of the read bandwidth", f"{rates['share_of_read_bandwidth']:.0%}"),
             ]
+            if self.launch_share is not None:
+                rows.append(("launching and meeting of threads, of a token", f"{self.launch_share:.1%}"))
             tables.append((f"decode: {self.decode.test if self.decode else ''}", ("", ">"), rows))
         for title, kernels in (("one prompt", self.prefill_kernels), ("one token", self.decode_kernels)):
             if kernels:
                 rows = [(k.kernel, f"{1e3 * k.seconds:.3f}", f"{k.share:.1%}") for k in kernels]
                 tables.append((f"time of {title} by kernel", ("kernel", ">ms", ">share"), rows))
         return tables
-
-
-class TimingCrew(Crew):
-    """A crew that keeps the time of every kernel, by name."""
-
-    def __init__(self, threads: int | None) -> None:
-        super().__init__(threads)
-        self.seconds: dict[str, float] = {}
-
-    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run a kernel on every thread, as any crew does."""
-        start = time.perf_counter()
-        results = super().run(kernel, *arguments)
-        name = kernel.__name__
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        return results
 
 
 def bench(
@@ -183,6 +166,9 @@ def bench(
     depth: int = 0,
     threads: int | None = None,
     repetitions: int = 5,
+    prefill_bits: int = 8,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+    by_kernel: bool = True,
     on_compilation: Callable[[], None] | None = None,
 ) -> BenchReport:
     """Measure a trit file's prefill and decode.
@@ -190,9 +176,12 @@ def bench(
     Args:
         path: the file.
         prompt_tokens, generated_tokens: length of the two tests; 0 leaves one out.
-        depth: tokens in the cache before decode starts.
+        depth: tokens in the cache before each test.
         threads: None for the physical cores.
         repetitions: how often each test is run, after a warm-up that is not counted.
+        prefill_bits: of the prompt's activations, 8 or 16.
+        cache_type: what keys and values are kept in, "f16" or "f32".
+        by_kernel: whether to measure the kernels too, which takes as long again.
         on_compilation: called if kernels have to be compiled first.
 
     Raises TritGgufError for a file that cannot be run, and when there is nothing to measure.
@@ -201,164 +190,89 @@ def bench(
     if prompt_tokens + generated_tokens == 0:
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
     file = GgufFile(path)
-    model, tokens = _warm_model(file, max(prompt_tokens, depth + generated_tokens), threads, on_compilation)
-    prefill = _time_prefill(model, tokens[:prompt_tokens], repetitions) if prompt_tokens else None
-    decode = _time_decode(model, tokens[: depth + generated_tokens], depth, repetitions) if generated_tokens else None
+    context = depth + max(prompt_tokens, generated_tokens)
+    model = Model(file, context=context, threads=threads, prefill_bits=prefill_bits, cache_type=cache_type)
+    tokens = _warm_up(model, on_compilation or (lambda: None))
+    prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
+    prefill = _time_prefill(model, prompt, depth, repetitions) if prompt else None
+    decode = _time_decode(model, generated, depth, repetitions) if generated else None
     bandwidth = read_bandwidth(model.crew, repetitions)
-    weights = ModelWeights(file, model.config)
-    prompt_seconds: dict[str, float] = {}
-    token_seconds: dict[str, float] = {}
-    if prefill is not None:
-        prompt_seconds = prefill_seconds(model.config, weights, model.crew.threads, tokens[:prompt_tokens], repetitions)
-    if decode is not None:
+    config, weights, crew = model.config, ModelWeights(file, model.config), model.crew
+    prompt_times, decode_kernels = None, list[KernelTime]()
+    if prefill is not None and by_kernel:
+        prompt_times = prefill_times(config, weights, crew, prompt, depth, repetitions, prefill_bits, cache_type)
+    if decode is not None and by_kernel:
         places = depth + (generated_tokens + 1) // 2
-        token_seconds = decode_seconds(model.config, weights, model.crew, places, repetitions)
+        seconds = decode_seconds(config, weights, crew, places, repetitions, cache_type)
+        decode_kernels = shares(seconds, 1 / decode.mean)
     infos = file.tensors.values()
     return BenchReport(
         file=file.path,
-        architecture=model.config.architecture,
+        architecture=config.architecture,
         types="+".join(sorted({TritType(info.type_id).name for info in infos if is_trit_type(info.type_id)})),
         file_bytes=file.path.stat().st_size,
         weights=sum(info.n_weights for info in infos),
         processor=processor_name(),
-        instruction_set={isa: name for name, isa in instruction_set.NAMES.items()}[instruction_set.choose()],
-        threads=model.crew.threads,
+        instruction_set=instruction_set.name_of(instruction_set.choose()),
+        threads=crew.threads,
         prefill=prefill,
         decode=decode,
-        trit_weights=sum(info.n_weights for info in infos if is_trit_type(info.type_id)),
+        trit_weights=trit_weights_per_token(file),
         bytes_per_token=bytes_read_per_token(file),
         read_bandwidth=bandwidth,
-        prefill_kernels=shares(prompt_seconds),
-        decode_kernels=[] if decode is None else shares(token_seconds, 1 / decode.mean),
+        prefill_kernels=[] if prompt_times is None else shares(prompt_times.seconds),
+        decode_kernels=decode_kernels,
+        launch_share=None if decode is None else decode_launch_seconds(config, weights, crew) * decode.mean,
+        prefill_launch_share=None if prompt_times is None else prompt_times.launch_share,
     )
 
 
-def _warm_model(
-    file: GgufFile, context: int, threads: int | None, on_compilation: Callable[[], None] | None
-) -> tuple[Model, list[int]]:
-    """Return a model that has run once, so that nothing is left to compile, read or allocate, and random tokens."""
-    model = Model(file, context=context, threads=threads)
-    model.compile(on_compilation or (lambda: None))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
+def _warm_up(model: Model, on_compilation: Callable[[], None]) -> list[int]:
+    """Run a model until its cache is full, and return the random tokens in it.
+
+    Nothing is left to compile, read or allocate then, and cut at any depth, the cache holds what stands before.
+    """
+    model.compile(on_compilation)
+    context = model.context
+    tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
     model.forward(tokens)
     model.truncate(context - 1)
     model.forward(tokens[-1:])
-    return model, tokens
+    return tokens
 
 
-def _time_prefill(model: Model, tokens: list[int], repetitions: int) -> Speed:
-    """Time a prompt of `tokens` in an empty cache."""
-    seconds = []
-    for _ in range(repetitions):
-        model.truncate(0)
-        start = time.perf_counter()
-        model.forward(tokens)
-        seconds.append(time.perf_counter() - start)
-    return Speed(f"pp{len(tokens)}", len(tokens), tuple(seconds))
-
-
-def _time_decode(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
-    """Time the tokens behind the first `depth`, one after the other."""
-    model.truncate(0)
-    if depth:
-        model.forward(tokens[:depth])
+def _time_prefill(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
+    """Time a prompt of `tokens` behind the first `depth` in the cache."""
     seconds = []
     for _ in range(repetitions):
         model.truncate(depth)
         start = time.perf_counter()
-        for place in range(depth, len(tokens)):
-            model.forward(tokens[place : place + 1])
+        model.forward(tokens)
         seconds.append(time.perf_counter() - start)
-    count = len(tokens) - depth
-    return Speed(f"tg{count}" + (f" @ d{depth}" if depth else ""), count, tuple(seconds))
+    return Speed(_test_name("pp", len(tokens), depth), len(tokens), tuple(seconds))
 
 
-def prefill_seconds(
-    config: ModelConfig, weights: ModelWeights, threads: int, tokens: list[int], repetitions: int
-) -> dict[str, float]:
-    """Return the seconds of a prompt by kernel, mean of the repetitions; what is left over is REST."""
-    crew = TimingCrew(threads)
-    prefill = Prefill(config, weights, crew, exact=False)
-    cache = KeyValueCache(config, len(tokens), threads)
-    cache.reserve(len(tokens))
-    logits = np.empty(config.vocab_size, np.float32)
-    total = 0.0
-    for repetition in range(repetitions + 1):
-        if repetition == 1:  # the first one has made the buffers
-            crew.seconds.clear()
-            total = 0.0
+def _time_decode(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
+    """Time tokens behind the first `depth` in the cache, one after the other."""
+    seconds = []
+    for _ in range(repetitions):
+        model.truncate(depth)
         start = time.perf_counter()
-        for first in range(0, len(tokens), BATCH_TOKENS):
-            hidden = prefill.run(np.array(tokens[first : first + BATCH_TOKENS]), first, cache.arrays)
-        weights.head.multiply_vector(hidden.x[-1], logits, crew)
-        total += time.perf_counter() - start
-    seconds = {name: spent / repetitions for name, spent in crew.seconds.items()}
-    return {**seconds, REST: total / repetitions - sum(seconds.values())}
+        for token in tokens:
+            model.forward([token])
+        seconds.append(time.perf_counter() - start)
+    return Speed(_test_name("tg", len(tokens), depth), len(tokens), tuple(seconds))
 
 
-def decode_seconds(
-    config: ModelConfig, weights: ModelWeights, crew: Crew, places: int, repetitions: int
-) -> dict[str, float]:
-    """Return the seconds that each kind of matrix and attention take of a token: medians.
-
-    Decode is one compiled function, so each part is run by itself, for all layers at once; in turns, because a part
-    that is repeated at once would find its matrices in the cache. The launch of a part, of which a token has only
-    one, is subtracted.
-    """
-    layers = weights.layers
-    isa = instruction_set.as_type(instruction_set.choose())
-    parts: dict[str, tuple[Any, ...]] = {
-        "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
-        "attention": _attention(config, crew, places),
-        "attention output": _product(isa, *[layer.output for layer in layers]),
-        "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
-        "down": _product(isa, *[layer.down for layer in layers]),
-        "head": _product(isa, weights.head),
-        "launch": (read, np.ones(0, np.int64)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for repetition in range(repetitions + 1):
-        for name, call in parts.items():
-            start = time.perf_counter()
-            crew.run(*call)
-            if repetition:  # the first time it may have been compiled
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {name: max(0.0, seconds - medians["launch"]) for name, seconds in medians.items() if name != "launch"}
+def _test_name(test: str, tokens: int, depth: int) -> str:
+    return f"{test}{tokens}" + (f" @ d{depth}" if depth else "")
 
 
-def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:
-    """Return kernel and arguments that multiply all matrices of some projections with one vector."""
-    matrices = Projection([matrix for projection in projections for matrix in projection.matrices])
-    vector = Activations(1, matrices.columns).vector(0)
-    vector[0][:] = np.random.default_rng(0).standard_normal(matrices.columns)
-    quantize_row(*vector)
-    out = np.empty(matrices.rows, np.float32)
-    return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.kinds, matrices.steps, vector, out
-
-
-def _attention(config: ModelConfig, crew: Crew, places: int) -> tuple[Any, ...]:
-    """Return kernel and arguments of one token's attention in all layers, with `places` of the cache filled."""
-    sizes = config.dimensions
-    cache = KeyValueCache(config, places, crew.threads)
-    cache.reserve(places)
-    keys, values = cache.arrays.keys, cache.arrays.values
-    keys.fill(0.5)  # memory that was never written to is one page, which is always in the cache
-    values.fill(0.5)
-    queries = np.full((sizes.heads, sizes.head_dim), 0.5, np.float32)
-    return attend_layers, queries, keys, values, places, cache.arrays.scores, np.empty_like(queries)
-
-
-def shares(seconds: Mapping[str, float], total: float | None = None) -> list[KernelTime]:
-    """Return kernels with their shares of the whole, longest first; REST, which fills up to `total`, comes last."""
-    parts = {name: spent for name, spent in seconds.items() if name != REST}
-    if total is None:
-        total = sum(seconds.values())
-    if not parts:
-        return []
-    ordered = sorted(parts.items(), key=lambda part: part[1], reverse=True)
-    ordered.append((REST, total - sum(parts.values())))
-    return [KernelTime(name, spent, spent / total) for name, spent in ordered]
+def trit_weights_per_token(file: GgufFile) -> int:
+    """Return the weights of the trit tensors that a token multiplies: embeddings only where they are the head."""
+    is_looked_up = {"token_embd.weight"} if "output.weight" in file.tensors else set()
+    infos = [info for name, info in file.tensors.items() if name not in is_looked_up]
+    return sum(info.n_weights for info in infos if is_trit_type(info.type_id))
 
 
 def bytes_read_per_token(file: GgufFile) -> int:
