@@ -20,6 +20,7 @@ from typing import Any
 
 from fetch_model import file_sha256
 
+from cpu_kernels.crew import physical_cores
 from tritgguf import console
 from tritgguf.errors import TritGgufError
 
@@ -101,7 +102,7 @@ def build_llama_cpp(cache: Path) -> Path:
         source = extract_source(download_source(work, log), work)
         console.note(f"building llama.cpp, which takes five to ten minutes; {log} shows how far it is")
         run_logged(["cmake", "-S", str(source), "-B", str(work / "build"), *options], log)
-        jobs = str(os.cpu_count() or 1)
+        jobs = str(physical_cores())
         run_logged(["cmake", "--build", str(work / "build"), "--target", *PROGRAMS, "-j", jobs], log)
         for path in programs:
             shutil.move(work / "build" / "bin" / path.name, path)
