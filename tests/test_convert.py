@@ -25,6 +25,8 @@ from tritgguf.gguf_file import F16, F32, GgufFile
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter
 from tritgguf.trit_types import DEPTHS, TritType
 
+# The package's `convert` is the function; its module has to be asked for by name.
+MODULE = importlib.import_module("tritgguf.convert")
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -104,7 +106,7 @@ def test_types_and_contents(tmp_path: Path, variant: str, depth: int) -> None:
         elif info.type_id == F16:
             np.testing.assert_array_equal(file.read_float32(name), weights.astype(np.float16))
         else:
-            matrix = codec.quantize(weights, depth)
+            matrix = codec.quantize(weights, depth)  # of float32; `convert` gives the codec what is stored
             np.testing.assert_array_equal(file.raw(name), matrix.pack().reshape(-1))
             np.testing.assert_array_equal(file.codebook(name), matrix.codebook)
 
@@ -206,8 +208,7 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
 
 def test_a_kept_tensor_is_written_in_parts(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(llama, tmp_path / "whole.gguf")
-    # The package's `convert` is the function; its module has to be asked for by name.
-    monkeypatch.setattr(importlib.import_module("tritgguf.convert"), "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(MODULE, "_ROWS_AT_ONCE", 1000)
     convert(llama, tmp_path / "parts.gguf")
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
@@ -317,7 +318,7 @@ def test_depth(empty: Path, llama: Path, depth: int) -> None:
 
 
 def test_encoder(empty: Path, llama: Path) -> None:
-    assert_refused(empty, "encoder v9 does not exist; choose from v2", llama, encoder="v9")
+    assert_refused(empty, "encoder v9 does not exist; choose from auto, recover, recover[+]v2, v2", llama, encoder="v9")
 
 
 def test_existing_output(empty: Path, llama: Path) -> None:
@@ -378,8 +379,3 @@ def test_no_room(empty: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_bad_source(empty: Path, source: str, message: str) -> None:
     assert_refused(empty, message, empty.parent / source)
-
-
-def test_a_trit_file_is_no_source(empty: Path, tmp_path: Path, llama: Path) -> None:
-    convert(llama, tmp_path / "trit.gguf")
-    assert_refused(empty, "already packed", tmp_path / "trit.gguf")

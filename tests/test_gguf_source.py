@@ -13,7 +13,11 @@ from source_checks import fails
 from tiny_models import write_tiny_model
 
 from tritgguf.checkpoint import GgufSource, Source, open_source
+from tritgguf.convert import convert
+from tritgguf.gguf_file import GgufFile
+from tritgguf.hf_files import to_float32
 from tritgguf.tokenizer_metadata import HUGGINGFACE_JSON_KEY
+from tritgguf.trit_types import DEPTHS
 
 
 def write_stock(
@@ -83,6 +87,42 @@ def test_stock_types_are_dequantized(tmp_path: Path, name: str) -> None:
     assert stored == gguf.quants.quantize(array, qtype).nbytes
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("F32", np.float32), ("F16", np.float16), ("BF16", np.uint16)])
+def test_stored_numbers_are_views_of_the_file(tmp_path: Path, name: str, dtype: type) -> None:
+    folder = open_source(write_tiny_model(tmp_path / "folder", "llama"))
+    file = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType[name]))
+    for tensor in file.tensors:
+        stored = file.stored(tensor.name)
+        assert stored.dtype == (dtype if len(tensor.shape) == 2 else np.float32)
+        assert stored.base is not None
+        assert not stored.flags.writeable
+        np.testing.assert_array_equal(to_float32(stored), file.read(tensor.name))
+        assert file.packed(tensor.name) is None
+
+
+def test_stored_numbers_of_other_types_are_float32(tmp_path: Path) -> None:
+    folder = open_source(write_tiny_model(tmp_path / "folder", "llama"))
+    file = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType.Q8_0))
+    stored = file.stored("blk.0.ffn_up.weight")
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, file.read("blk.0.ffn_up.weight"))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_trit_file_shows_its_rows_and_scales(tmp_path: Path, depth: int) -> None:
+    convert(write_tiny_model(tmp_path / "folder"), tmp_path / "trit.gguf", depth=depth)
+    source, file = open_source(tmp_path / "trit.gguf"), GgufFile(tmp_path / "trit.gguf")
+    for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
+        packed = source.packed(name)
+        assert packed is not None
+        assert packed.depth == depth
+        np.testing.assert_array_equal(packed.data, file.raw(name))
+        np.testing.assert_array_equal(packed.codebook, file.codebook(name))
+        np.testing.assert_array_equal(source.read(name), file.read_float32(name))
+    assert source.packed("token_embd.weight") is None
+    assert not [key for key in source.metadata if key.startswith("trit.")]
+
+
 @pytest.mark.parametrize(
     ("variant", "arguments", "message"),
     [
@@ -99,7 +139,6 @@ def test_stock_types_are_dequantized(tmp_path: Path, name: str) -> None:
         ("llama", {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight has shape"),
         ("llama", {"keys": {"llama.expert_count": 8}}, "experts"),
         ("llama", {"keys": {"split.count": 2}}, "one part of a split model"),
-        ("llama", {"keys": {"trit.version": 1}}, "already packed into trits; convert the original"),
         (
             "llama",
             {"leave_out": ("tokenizer.ggml.pre", HUGGINGFACE_JSON_KEY)},

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from random_inputs import CREW
 
 from cpu_kernels.crew import Crew
-from cpu_kernels.quantize import best_candidates
+from cpu_kernels.quantize import as_stored, best_candidates
 from cpu_kernels.unpack import dequantize
 from tritgguf import codec
 from tritgguf.codec import QuantizedMatrix, quantize
+from tritgguf.hf_files import to_float32
 from tritgguf.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
@@ -78,16 +79,39 @@ def test_follows_the_description(depth: int, shape: tuple[int, int], seed: int, 
     # Where two candidates' errors are equal to float32 accuracy, the kernel may take either.
     assume(margins.min() > 1e-4)
     kernel_scales = np.empty_like(scales)
-    CREW.run(best_candidates, weights, np.float32(naive.largest_level(depth)), kernel_scales)
+    CREW.run(best_candidates, *as_stored(weights), np.float32(naive.largest_level(depth)), kernel_scales)
     np.testing.assert_array_equal(kernel_scales, scales)
     assert_follows_description(weights, quantize(weights, depth), scales)
+
+
+@depths
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@given(shape=shapes, seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-7, 0.02, 1e4]))
+def test_halves_give_what_their_float32_gives(
+    depth: int, dtype: str, shape: tuple[int, int], seed: int, size: float
+) -> None:
+    weights = gaussian(*shape, seed=seed, size=size)
+    stored = weights.astype(np.float16) if dtype == "float16" else (weights.view(np.uint32) >> 16).astype(np.uint16)
+    stored.flags.writeable = False
+    expected, matrix = quantize(to_float32(stored), depth), quantize(stored, depth)
+    np.testing.assert_array_equal(matrix.levels, expected.levels)
+    np.testing.assert_array_equal(matrix.scale_indices, expected.scale_indices)
+    np.testing.assert_array_equal(matrix.codebook, expected.codebook)
+    assert (matrix.squared_error, matrix.squared_weights) == (expected.squared_error, expected.squared_weights)
+
+
+@given(shape=shapes, seed=st.integers(0, 2**32 - 1))
+def test_the_largest_magnitude_is_found_on_the_way(shape: tuple[int, int], seed: int) -> None:
+    weights = gaussian(*shape, seed=seed)
+    scales = np.empty((shape[0], shape[1] // 16), np.float32)
+    assert max(CREW.run(best_candidates, *as_stored(weights), np.float32(4), scales)) == np.abs(weights).max()
 
 
 def test_first_of_equal_candidates_wins() -> None:
     # Depth 1, six zeros, nine ones and a four: the scale 1 misses the four by 3, the scale 4 nine ones by 1 each.
     group = np.array([0] * 6 + [1] * 9 + [4], np.float32)
     scales = np.empty((1, 4), np.float32)
-    best_candidates(np.tile(group, (1, 4)), np.float32(1), scales, 0, 1)
+    best_candidates(*as_stored(np.tile(group, (1, 4))), np.float32(1), scales, 0, 1)
     np.testing.assert_array_equal(scales, np.ones((1, 4)))
 
 
@@ -97,8 +121,8 @@ def test_order_and_sign_within_a_group_do_not_matter(depth: int) -> None:
     shuffled = weights.reshape(4, 16)[:, np.random.default_rng(0).permutation(16)].reshape(1, 64) * np.float32(-1)
     first, second = np.empty((1, 4), np.float32), np.empty((1, 4), np.float32)
     h = np.float32(naive.largest_level(depth))
-    best_candidates(weights, h, first, 0, 1)
-    best_candidates(shuffled, h, second, 0, 1)
+    best_candidates(*as_stored(weights), h, first, 0, 1)
+    best_candidates(*as_stored(shuffled), h, second, 0, 1)
     np.testing.assert_array_equal(first, second)
 
 
@@ -220,8 +244,9 @@ def test_weights_at_the_edge_of_float32(depth: int, value: float) -> None:
 def test_nan_and_infinity_are_refused(depth: int, bad: float, place: tuple[int, int]) -> None:
     weights = gaussian(3, 128)
     weights[place] = bad
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize(weights, depth)
+    for stored in (weights, weights.astype(np.float16), (weights.view(np.uint32) >> 16).astype(np.uint16)):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            quantize(stored, depth)
 
 
 @depths

@@ -1,14 +1,15 @@
-"""The sources of a conversion: a Hugging Face folder, a hub id, a stock GGUF file.
+"""The sources of a conversion: a Hugging Face folder, a hub id, a GGUF file.
 
-Whatever the source, `convert` sees the same: metadata as llama.cpp's converter would write it, and float32
-tensors under GGUF names, read one at a time. Everything that can be wrong with a source short of its weights'
-values is found when it is opened, before a byte of output is written.
+Whatever the source, `convert` sees the same: metadata as llama.cpp's converter would write it, and tensors
+under GGUF names, read one at a time, as they are stored or as float32. Everything that can be wrong with a
+source short of its weights' values is found when it is opened, before a byte of output is written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +21,9 @@ import numpy as np
 from tritgguf import architectures
 from tritgguf.architectures import ROPE_FREQS, Dimensions
 from tritgguf.errors import TritGgufError
-from tritgguf.hf_files import READABLE_DTYPES, StoredTensor, is_unicode, open_shards, read_json
-from tritgguf.tokenizer_metadata import (
-    HUGGINGFACE_JSON_KEY,
-    tokenizer_json_from_gguf,
-    tokenizer_metadata,
-)
+from tritgguf.hf_files import READABLE_DTYPES, StoredTensor, is_unicode, open_shards, read_json, to_float32
+from tritgguf.tokenizer_metadata import HUGGINGFACE_JSON_KEY, tokenizer_json_from_gguf, tokenizer_metadata
+from tritgguf.trit_types import TritType, is_trit_type
 
 if TYPE_CHECKING:
     from gguf import GGUFValue
@@ -51,6 +49,15 @@ class SourceTensor:
     stored_bytes: int
 
 
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor that the source holds in trits: packed rows, uint8, of a depth, and their scales, float32 [27]."""
+
+    depth: int
+    data: np.ndarray
+    codebook: np.ndarray
+
+
 class Source(Protocol):
     """What `convert` and `verify` read."""
 
@@ -65,6 +72,18 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; nothing is kept."""
+
+    def stored(self, name: str) -> np.ndarray:
+        """Return it in the source's own numbers: float32, float16, or uint16, which are the bits of bfloat16.
+
+        Of a type that is none of the three, float32. The array may be a view of the source, until `release`.
+        """
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return a tensor that is in trits already, as views of the source; None for any other."""
+
+    def release(self, name: str) -> None:
+        """Let go of the memory behind a tensor's views."""
 
 
 def open_source(location: str | Path, *, revision: str | None = None) -> Source:
@@ -104,7 +123,7 @@ class HfFolderSource:
         self._add_rope_factors(where)
         for name, stored in self._select_tensors().items():
             self.tensors.append(SourceTensor(name, stored.shape, stored.n_bytes))
-            self._readers[name] = stored.read
+            self._readers[name] = stored.read_stored
         self.metadata = self._make_metadata(where, hub_id)
 
     def read(self, name: str) -> np.ndarray:
@@ -112,6 +131,10 @@ class HfFolderSource:
 
         Raises TritGgufError when the shard has been cut short or taken away since it was opened.
         """
+        return to_float32(self.stored(name))
+
+    def stored(self, name: str) -> np.ndarray:
+        """Return a tensor as it is stored: float32, float16 or the bits of bfloat16; otherwise as `read`."""
         return architectures.from_hf(
             self.architecture.gguf_name,
             name,
@@ -119,6 +142,13 @@ class HfFolderSource:
             self.dimensions.heads,
             self.dimensions.kv_heads,
         )
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return None: no folder holds trits."""
+        return None
+
+    def release(self, name: str) -> None:
+        """Do nothing: what was read belongs to its reader."""
 
     def _add_rope_factors(self, where: Path) -> None:
         factors = architectures.rope_factors(self.config, str(where))
@@ -177,18 +207,14 @@ class HfFolderSource:
 
 
 class GgufSource:
-    """A stock GGUF file of an architecture in the table, of any tensor types that gguf-py dequantizes."""
+    """A GGUF file of an architecture in the table: a trit file, or of any types that gguf-py dequantizes."""
 
     def __init__(self, path: Path) -> None:
-        from tritgguf import trit_types
         from tritgguf.gguf_file import GgufFile
 
         self.name = str(path)
         self.warnings: list[str] = []
         self._file = GgufFile(path)
-        packed = [info.name for info in self._file.tensors.values() if trit_types.is_trit_type(info.type_id)]
-        if packed or trit_types.KEY_VERSION in self._file.metadata:
-            raise TritGgufError(f"{path}: is already packed into trits; convert the original checkpoint")
         if self._file.metadata.get("split.count", 0) not in (0, 1):
             raise TritGgufError(f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge")
         self.dimensions = self._check_tensors()
@@ -200,6 +226,27 @@ class GgufSource:
         weights = np.ascontiguousarray(self._file.read_float32(name))
         self._file.release(name)
         return weights
+
+    def stored(self, name: str) -> np.ndarray:
+        """Return a tensor's numbers as a view of the file where they are F32, F16 or BF16; otherwise as `read`."""
+        info = self._file.tensors[name]
+        dtype = READABLE_DTYPES.get(info.type_name)
+        if dtype is None:
+            return self.read(name)
+        raw = self._file.raw(name)
+        raw[:: mmap.PAGESIZE].max()  # brings the pages in, so that whoever computes need not wait for the disk
+        return raw.view(dtype).reshape(info.shape)
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return a trit tensor as views of the file; None for any other."""
+        info = self._file.tensors[name]
+        if not is_trit_type(info.type_id):
+            return None
+        return PackedTensor(TritType(info.type_id).depth, self._file.raw(name), self._file.codebook(name))
+
+    def release(self, name: str) -> None:
+        """Let go of the pages of the file that a tensor lies in."""
+        self._file.release(name)
 
     def _check_tensors(self) -> Dimensions:
         shapes = {info.name: info.shape for info in self._file.tensors.values()}
@@ -254,14 +301,17 @@ def _is_well_typed(value: GGUFValue) -> bool:
 
 
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
-    """Return a stock file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
+    """Return a file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
 
-    Empty arrays are left out: they say nothing, and gguf-py's writer has none.
+    Keys of trits are left out, because the output has its own, and so are empty arrays: they say nothing, and
+    gguf-py's writer has none.
     """
     from gguf import GGUFValue, GGUFValueType
 
     metadata = {
-        key: file.value(key) for key, value in file.metadata.items() if key not in _KEYS_OF_THE_OUTPUT and value != []
+        key: file.value(key)
+        for key, value in file.metadata.items()
+        if key not in _KEYS_OF_THE_OUTPUT and not key.startswith("trit.") and value != []
     }
     if HUGGINGFACE_JSON_KEY not in metadata:
         text = tokenizer_json_from_gguf(file.metadata, where=str(file.path))

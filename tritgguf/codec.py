@@ -14,7 +14,7 @@ import numpy as np
 from cpu_kernels import pack as packing
 from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import CODEBOOK_SIZE, GROUP_SIZE, level_offset
-from cpu_kernels.quantize import best_candidates, largest_magnitude, round_to_codebook
+from cpu_kernels.quantize import as_stored, best_candidates, round_to_codebook
 
 DEFAULT_ENCODER = "v2"
 
@@ -48,32 +48,33 @@ class QuantizedMatrix:
 def quantize(
     weights: np.ndarray, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
 ) -> QuantizedMatrix:
-    """Quantize float32 [rows, columns], columns a multiple of 64, at `depth` trits per weight.
+    """Quantize a matrix [rows, columns], columns a multiple of 64, at `depth` trits per weight.
 
+    `weights` are float32, float16, or uint16, which stands for the bits of bfloat16: as a checkpoint stores them.
     Raises ValueError for NaN or infinite weights: no scale fits them.
     """
-    crew = crew or default_crew()
-    largest = np.max(crew.run(largest_magnitude, weights))
-    if not np.isfinite(largest):
-        raise ValueError("has a weight that is NaN or infinite")
-    return ENCODERS[encoder](weights, depth, float(largest), crew)
+    return ENCODERS[encoder](weights, depth, crew or default_crew())
 
 
-def _quantize_v2(weights: np.ndarray, depth: int, largest: float, crew: Crew) -> QuantizedMatrix:
+def _quantize_v2(weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
     """Encode as the published codec does: four candidate scales, a log-spaced codebook up to the largest magnitude.
 
     How the codebook's lowest entry is chosen is not public. `LOWEST_QUANTILE` says what is done here, and
     `docs/quality.md` what was measured for it.
     """
+    stored, kind = as_stored(weights)
     offset = np.float32(level_offset(depth))
-    scales = np.empty((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)
-    crew.run(best_candidates, weights, offset, scales)
-    codebook = _log_spaced_codebook(scales, largest)
+    scales = np.empty((len(stored), stored.shape[1] // GROUP_SIZE), np.float32)
+    largest = np.max(crew.run(best_candidates, stored, kind, offset, scales))
+    if np.isnan(largest):
+        raise ValueError("has a weight that is NaN or infinite")
+    codebook = _log_spaced_codebook(scales, float(largest))
     # The nearest entry on the logarithmic scale changes at the geometric mean of its neighbours.
     thresholds = np.sqrt(codebook[1:].astype(np.float64) * codebook[:-1]).astype(np.float32)
-    levels = np.empty(weights.shape, np.uint8)
+    levels = np.empty(stored.shape, np.uint8)
     indices = np.empty(scales.shape, np.uint8)
-    sums = crew.run(round_to_codebook, weights, scales, thresholds, codebook / offset, offset, levels, indices)
+    steps = codebook / offset
+    sums = crew.run(round_to_codebook, stored, kind, scales, thresholds, steps, offset, levels, indices)
     error, power = np.sum(sums, axis=0)
     return QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
@@ -93,4 +94,4 @@ def _log_spaced_codebook(scales: np.ndarray, largest: float) -> np.ndarray:
     return codebook
 
 
-ENCODERS: dict[str, Callable[[np.ndarray, int, float, Crew], QuantizedMatrix]] = {"v2": _quantize_v2}
+ENCODERS: dict[str, Callable[[np.ndarray, int, Crew], QuantizedMatrix]] = {"v2": _quantize_v2}

@@ -1,10 +1,15 @@
-"""Source -> packed GGUF, tensor by tensor."""
+"""Source -> packed GGUF, tensor by tensor.
+
+One thread reads the next tensor and one writes the last ones, while the crew quantizes.
+"""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,24 +17,50 @@ import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
 
 from cpu_kernels.crew import Crew
-from tritgguf import codec, trit_types
+from tritgguf import trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter, check_output
+from tritgguf.hf_files import to_float32
+from tritgguf.peak_memory import peak_memory_bytes
+from tritgguf.recovery_plan import AUTOMATIC, RecoveryPlan, encoder_names, plan_recovery
 from tritgguf.trit_types import TritType
 
-_ROWS_AT_ONCE = 1 << 24  # weights of a kept tensor that are turned into halves at once
+_ROWS_AT_ONCE = 1 << 22  # weights of a kept tensor that are turned into halves at once
+_UNWRITTEN_BYTES = 1 << 28  # of tensors that wait to be written; at least three halves of the largest one
+_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
+_DEFAULT_DEPTH = 2
 
 
 @dataclass(frozen=True)
 class ConvertProgress:
-    """How far a conversion is, in bytes of the source's tensors."""
+    """How far a conversion is, in bytes of the source's tensors; those that are read twice count twice."""
 
     tensor: str
     bytes_done: int
     bytes_total: int
+
+
+class _Progress:
+    """Counts the bytes that are done and tells the caller of `convert`."""
+
+    def __init__(self, source: Source, listener: Callable[[ConvertProgress], None] | None) -> None:
+        self._listener = listener
+        self._bytes = {tensor.name: tensor.stored_bytes for tensor in source.tensors}
+        self._done, self._total = 0, sum(self._bytes.values())
+
+    def searched(self, name: str) -> None:
+        """Count a tensor that was looked through and is still to be written."""
+        self._total += self._bytes[name]
+        self.finished(name)
+
+    def finished(self, name: str) -> None:
+        """Count a tensor that was written."""
+        self._done += self._bytes[name]
+        if self._listener is not None:
+            self._listener(ConvertProgress(name, self._done, self._total))
 
 
 @dataclass
@@ -47,11 +78,11 @@ class ConvertReport:
     """Bits in the file per weight, over the packed matrices; their codebooks are metadata."""
     bits_per_weight_file: float = 0.0
     relative_error: float = 0.0
-    """Root of the summed squared error over the summed squared weights, over the packed matrices."""
+    """Root of the summed squared error over the summed squared weights, over the matrices packed here."""
     kept_unaligned: list[str] = field(default_factory=list)
     """Matrices kept in F16 because their row length is no multiple of 64."""
     warnings: list[str] = field(default_factory=list)
-    """What the source could not say exactly, such as an unknown pre-tokenizer."""
+    """What the source could not say exactly, such as an unknown pre-tokenizer, and what packing twice loses."""
     file_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -61,19 +92,29 @@ def convert(
     source: str | Path,
     output: str | Path,
     *,
-    depth: int = 2,
-    encoder: str = codec.DEFAULT_ENCODER,
+    depth: int | None = None,
+    output_depth: int | None = None,
+    embedding_depth: int | None = None,
+    encoder: str = AUTOMATIC,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint to a GGUF file with packed trit matrices.
 
+    A tensor that is in the wanted type already is copied. A trit file as the source is decoded where it is not, which
+    loses quality (the report warns); its matrices that are not packed stay as they are. A source of dequantized trits
+    is recognized and recovered exactly (`docs/recovery.md`).
+
     Args:
-        source: a Hugging Face folder, a hub id or a stock GGUF file.
+        source: a Hugging Face folder, a hub id or a GGUF file.
         output: the file to write; it appears only when it is complete.
-        depth: trits per weight, 1 to 4.
-        encoder: how scales are chosen, a key of `codec.ENCODERS`.
+        depth: trits per weight of the layers' matrices, 1 to 4; None for 2. Of matrices that are recovered it is the
+            most that they may take, and None is for any.
+        output_depth, embedding_depth: the same of the output head and of the embeddings, or 0 for F16; None for F16
+            too, but leaves packed ones of a trit file as they are. Where both are one tensor, either will do.
+        encoder: how scales are chosen, one of `recovery_plan.encoder_names`: `auto` recovers dequantized trits and
+            quantizes everything else, `recover` wants an exact fit for every matrix.
         threads: processor cores to use; None for all.
         overwrite: whether an existing output may be replaced.
         progress: called after every tensor.
@@ -83,42 +124,102 @@ def convert(
 
     """
     started = time.perf_counter()
-    if depth not in trit_types.DEPTHS:
-        raise TritGgufError(f"depth {depth} does not exist; choose 1, 2, 3 or 4")
-    if encoder not in codec.ENCODERS:
-        raise TritGgufError(f"encoder {encoder} does not exist; choose from {', '.join(codec.ENCODERS)}")
+    _check_options(depth, output_depth, embedding_depth, encoder)
     output = Path(output)
     check_output(output, overwrite)
     crew = Crew(threads)
     opened = open_source(str(source))
-    plan = [_plan(tensor.name, tensor.shape, depth) for tensor in opened.tensors]
-    report = ConvertReport(output, opened.name, depth, encoder, warnings=list(opened.warnings))
-    total_bytes = sum(tensor.stored_bytes for tensor in opened.tensors)
-    done_bytes = 0
+    counted = _Progress(opened, progress)
+    depths = _depths(opened, depth or _DEFAULT_DEPTH, output_depth, embedding_depth)
+    recovery = _plan_recovery(opened, depths, encoder, depth, crew, counted)
+    depths |= {name: fit.depth for name, fit in recovery.fits.items()}
+    plan = [_plan(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
+    deepest = max((fit.depth for fit in recovery.fits.values()), default=depth or _DEFAULT_DEPTH)
+    report = ConvertReport(output, opened.name, deepest, recovery.encoder)
+    report.warnings = [*opened.warnings, *_loss_warning(opened, plan), *recovery.warnings]
+    report.kept_unaligned = [tensor.name for tensor in plan if depths[tensor.name] and tensor.type_id == F16]
     squares = np.zeros(2)  # of the errors, of the weights
-    with StreamingWriter(output, _metadata(opened, plan, encoder), plan, overwrite=overwrite) as writer:
-        for planned, tensor in zip(plan, opened.tensors, strict=True):
-            writer.begin(planned)
-            # Reading inside the call lets go of one matrix before the next one is read.
-            squares += _write_tensor(writer, opened, planned, report, crew)
-            done_bytes += tensor.stored_bytes
-            if progress is not None:
-                progress(ConvertProgress(planned.name, done_bytes, total_bytes))
+    with StreamingWriter(output, _metadata(opened, plan, recovery.encoder), plan, overwrite=overwrite) as writer:
+        written = _stream(opened, writer, recovery, crew)
+        for tensor, tensor_squares in zip(opened.tensors, written, strict=True):
+            squares += tensor_squares
+            counted.finished(tensor.name)
     _summarize(report, plan)
     report.relative_error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
     report.seconds = time.perf_counter() - started
     return report
 
 
+def _check_options(depth: int | None, output_depth: int | None, embedding_depth: int | None, encoder: str) -> None:
+    if depth not in (None, *trit_types.DEPTHS):
+        raise TritGgufError(f"depth {depth} does not exist; choose 1, 2, 3 or 4")
+    for what, value in (("output", output_depth), ("embedding", embedding_depth)):
+        if value not in (None, 0, *trit_types.DEPTHS):
+            raise TritGgufError(f"{what} depth {value} does not exist; choose 1, 2, 3 or 4, or 0 for F16")
+    if encoder not in encoder_names():
+        raise TritGgufError(f"encoder {encoder} does not exist; choose from {', '.join(encoder_names())}")
+
+
+def _plan_recovery(
+    source: Source, depths: dict[str, int], encoder: str, depth: int | None, crew: Crew, progress: _Progress
+) -> RecoveryPlan:
+    """Look for dequantized trits in the layers' matrices that are to be packed."""
+    names = [
+        tensor.name
+        for tensor in source.tensors
+        if quantized_tensor(tensor.name)
+        and depths[tensor.name]
+        and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
+        and source.packed(tensor.name) is None
+    ]
+    return plan_recovery(source, names, encoder, depth or max(trit_types.DEPTHS), crew, progress.searched)
+
+
+def _depths(source: Source, depth: int, output_depth: int | None, embedding_depth: int | None) -> dict[str, int]:
+    """Return the wanted depth of every tensor, 0 for those that are not to be packed."""
+    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
+    from_trits = any(packed.values())
+    wanted = {_EMBEDDINGS: embedding_depth, _HEAD: output_depth}
+    if _HEAD not in packed:
+        if None not in wanted.values() and output_depth != embedding_depth:
+            raise TritGgufError(
+                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
+                " and --embedding-depth, or the same for both"
+            )
+        wanted[_EMBEDDINGS] = output_depth if embedding_depth is None else embedding_depth
+    depths = {}
+    for name, already in packed.items():
+        if quantized_tensor(name):
+            depths[name] = 0 if from_trits and already is None else depth
+        elif (given := wanted.get(name)) is not None:
+            depths[name] = given
+        else:
+            depths[name] = 0 if already is None else already.depth
+    return depths
+
+
 def _plan(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
-    """Choose a tensor's type in the file: trits for a layer's matrices, F32 for vectors, F16 for the rest."""
+    """Choose a tensor's type in the file: trits where there is a depth, F32 for vectors, F16 for the rest."""
     weights = int(np.prod(shape, dtype=np.int64))
     if len(shape) == 1:
         return PlannedTensor(name, shape, F32, 4 * weights)
-    if quantized_tensor(name) and shape[-1] % trit_types.BLOCK_SIZE == 0:
+    if depth and shape[-1] % trit_types.BLOCK_SIZE == 0:
         rows = weights // shape[-1]
         return PlannedTensor(name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1]))
     return PlannedTensor(name, shape, F16, 2 * weights)
+
+
+def _loss_warning(source: Source, plan: list[PlannedTensor]) -> list[str]:
+    """Return what to say when tensors are decoded from trits to be stored otherwise."""
+    packed = [(source.packed(tensor.name), tensor.type_id) for tensor in plan]
+    decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
+    if not decoded:
+        return []
+    depths = ", ".join(map(str, sorted({found.depth for found in decoded})))
+    return [
+        f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
+        " what that lost, so convert the original where you have it"
+    ]
 
 
 def _metadata(source: Source, plan: list[PlannedTensor], encoder: str) -> dict[str, GGUFValue]:
@@ -142,37 +243,116 @@ def _codebook_value(codebook: np.ndarray) -> GGUFValue:
     return GGUFValue(codebook.tolist(), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
-def _write_tensor(
-    writer: StreamingWriter, source: Source, planned: PlannedTensor, report: ConvertReport, crew: Crew
-) -> np.ndarray:
-    """Read, encode and write one tensor; return its squared error and squared weights."""
-    weights = source.read(planned.name)
-    if not trit_types.is_trit_type(planned.type_id):
-        _write_kept(writer, source, planned, weights)
-        return np.zeros(2)
+@dataclass(frozen=True)
+class _Encoded:
+    """A tensor that is ready to be written.
+
+    Attributes:
+        data: its bytes in the file, or the numbers of a tensor that is kept.
+        codebook: float32 [27] of a trit tensor.
+        squares: summed squared error and summed squared weights; zeros where nothing was quantized.
+
+    """
+
+    data: np.ndarray
+    codebook: np.ndarray | None
+    squares: np.ndarray
+
+
+def _stream(source: Source, writer: StreamingWriter, recovery: RecoveryPlan, crew: Crew) -> Iterator[np.ndarray]:
+    """Read, encode and write the planned tensors; yield the squares of each when it is written.
+
+    Not more than a few tensors are in memory, however much slower the disk is than the crew.
+    """
+    plan = writer.tensors
+    room = max(_UNWRITTEN_BYTES, 3 * max(tensor.n_bytes for tensor in plan) // 2)
+    waiting: deque[tuple[Future[np.ndarray], int]] = deque()
+    with _thread("reader") as reader, _thread("writer") as writing:
+        reading = reader.submit(_read, source, plan[0])
+        for index, tensor in enumerate(plan):
+            weights = reading.result()
+            if index + 1 < len(plan):
+                reading = reader.submit(_read, source, plan[index + 1])
+            encoded = _encode(source, tensor, weights, recovery, crew)
+            del weights
+            waiting.append((writing.submit(_write, source, writer, tensor, encoded), tensor.n_bytes))
+            del encoded
+            while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > room):
+                yield waiting.popleft()[0].result()
+        while waiting:
+            yield waiting.popleft()[0].result()
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Run a thread that drops what it has not begun when the block ends."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
     try:
-        matrix = codec.quantize(weights, report.depth, report.encoder, crew)
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _read(source: Source, tensor: PlannedTensor) -> np.ndarray | _Encoded:
+    """Read a tensor: its numbers, or what it is in the file if the source has just that."""
+    packed = source.packed(tensor.name)
+    if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
+        return _Encoded(packed.data, packed.codebook, np.zeros(2))
+    return source.stored(tensor.name)
+
+
+def _encode(
+    source: Source, tensor: PlannedTensor, weights: np.ndarray | _Encoded, recovery: RecoveryPlan, crew: Crew
+) -> _Encoded:
+    """Recover or quantize, and pack, what is to be packed."""
+    if isinstance(weights, _Encoded):
+        return weights
+    if not trit_types.is_trit_type(tensor.type_id):
+        return _Encoded(weights, None, np.zeros(2))
+    try:
+        matrix = recovery.encode(tensor.name, weights, TritType(tensor.type_id).depth, crew)
     except ValueError as error:
-        raise TritGgufError(f"{source.name}: tensor {planned.name} {error}; the checkpoint is damaged") from error
-    writer.write(matrix.pack(crew))
-    writer.set_metadata(trit_types.codebook_key(planned.name), _codebook_value(matrix.codebook))
-    return np.array([matrix.squared_error, matrix.squared_weights])
+        raise TritGgufError(f"{source.name}: tensor {tensor.name} {error}; the checkpoint is damaged") from error
+    squares = np.array([matrix.squared_error, matrix.squared_weights])
+    return _Encoded(matrix.pack(crew), matrix.codebook, squares)
+
+
+def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
+    """Write a tensor and return its squares."""
+    writer.begin(tensor)
+    if encoded.codebook is None:
+        _write_kept(writer, source, tensor, encoded.data)
+    else:
+        writer.write(encoded.data)
+        writer.set_metadata(trit_types.codebook_key(tensor.name), _codebook_value(encoded.codebook))
+    source.release(tensor.name)
+    writer.sync()
+    return encoded.squares
 
 
 def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
     """Write a tensor that is not packed, a few rows at a time so that no second copy of it exists."""
     rows = weights.reshape(-1, tensor.shape[-1])
     step = max(1, _ROWS_AT_ONCE // tensor.shape[-1])
-    dtype = np.float32 if tensor.type_id == F32 else np.float16
+    dtype = np.dtype(np.float32 if tensor.type_id == F32 else np.float16)
     for start in range(0, len(rows), step):
-        with np.errstate(over="ignore"):
-            part = rows[start : start + step].astype(dtype, copy=False)
-        if not np.isfinite(part).all():
+        part = rows[start : start + step]
+        if part.dtype != dtype:
+            with np.errstate(over="ignore"):
+                part = to_float32(part).astype(dtype, copy=False)
+        if not _is_finite(part):
             raise TritGgufError(
                 f"{source.name}: tensor {tensor.name} has a weight that is NaN, infinite or too large"
                 " for F16; the checkpoint is damaged"
             )
         writer.write(part)
+
+
+def _is_finite(weights: np.ndarray) -> bool:
+    """Tell whether no weight, float32 or float16, is NaN or infinite."""
+    if weights.dtype == np.float16:  # by their bits, which is ten times faster
+        return bool((weights.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7C00)
+    return bool(np.isfinite(weights).all())
 
 
 def _summarize(report: ConvertReport, plan: list[PlannedTensor]) -> None:
@@ -186,19 +366,7 @@ def _summarize(report: ConvertReport, plan: list[PlannedTensor]) -> None:
         report.weights += weights
         if packed:
             packed_bytes, packed_weights = (packed_bytes + tensor.n_bytes, packed_weights + weights)
-        elif quantized_tensor(tensor.name):
-            report.kept_unaligned.append(tensor.name)
     report.file_bytes = report.output.stat().st_size
     report.bits_per_weight_quantized = 8 * packed_bytes / packed_weights if packed_weights else 0.0
     report.bits_per_weight_file = 8 * report.file_bytes / report.weights
-    report.peak_memory_bytes = _peak_memory_bytes()
-
-
-def _peak_memory_bytes() -> int:
-    """Return the largest resident set of this process so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    report.peak_memory_bytes = peak_memory_bytes()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +14,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from tritgguf.disk import check_room, disk_errors, sync_folder
 from tritgguf.errors import TritGgufError
 
 _ALIGNMENT = 32
+_SYNC_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class StreamingWriter:
         self.output = Path(output)
         self.tensors = list(tensors)
         self._remaining = 0
+        self._unsynced = 0
         check_output(self.output, overwrite)
-        self._check_room()
+        check_room(self.output, sum(tensor.n_bytes for tensor in self.tensors))
         self._temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
         self._writer = GGUFWriter(self._temporary, str(metadata["general.architecture"].value))
         self._writer.kv_data[0] = dict(metadata)
@@ -70,7 +71,7 @@ class StreamingWriter:
     def __enter__(self) -> StreamingWriter:
         """Write the header, with the metadata as it is now."""
         try:
-            with self._disk_errors():
+            with disk_errors(self.output):
                 self._header_end = self._write_header()
         except BaseException:
             self._discard()
@@ -83,7 +84,7 @@ class StreamingWriter:
         """Finish the file, or remove it after an error."""
         try:
             if kind is None:
-                with self._disk_errors():
+                with disk_errors(self.output):
                     self._finish()
         finally:
             self._discard()
@@ -99,11 +100,21 @@ class StreamingWriter:
         """Write (a part of) the tensor that `begin` started: any contiguous array, as its bytes."""
         if data.nbytes > self._remaining or self._file is None:
             raise ValueError("more bytes than the plan has for this tensor")
-        with self._disk_errors():
+        with disk_errors(self.output):
             self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             self._remaining -= data.nbytes
+            self._unsynced += data.nbytes
             if self._remaining == 0:
                 self._pad()
+
+    def sync(self) -> None:
+        """Put on the disk what has been written since the last time, if it is much: less is left for the end."""
+        assert self._file is not None
+        if self._unsynced >= _SYNC_BYTES:
+            with disk_errors(self.output):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def set_metadata(self, key: str, value: GGUFValue) -> None:
         """Change a value that the header already has; it must take the same number of bytes."""
@@ -134,7 +145,7 @@ class StreamingWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.output)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
 
     def _discard(self) -> None:
         """Close and remove the temporary file, if it is still there."""
@@ -148,22 +159,6 @@ class StreamingWriter:
         assert self._file is not None
         self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
 
-    def _check_room(self) -> None:
-        needed = sum(tensor.n_bytes for tensor in self.tensors)
-        free = shutil.disk_usage(self.output.parent).free
-        if needed > free:
-            raise TritGgufError(
-                f"{self.output}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there; make room"
-            )
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            remedy = "make room" if error.errno == errno.ENOSPC else "choose another place"
-            raise TritGgufError(f"{self.output}: cannot be written ({error.strerror}); {remedy}") from error
-
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise TritGgufError unless a file may be written at `output`."""
@@ -173,13 +168,3 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise TritGgufError(f"{output}: exists already; name another file or use --overwrite")
     if not output.parent.is_dir():
         raise TritGgufError(f"{output}: its folder does not exist; create it first")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable, where the system lets a folder be synced."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

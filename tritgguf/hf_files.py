@@ -89,15 +89,14 @@ class StoredTensor:
     n_bytes: int
 
     def read(self) -> np.ndarray:
-        """Return the tensor as float32 in its shape: a fresh array, exact, of a dtype in READABLE_DTYPES."""
+        """Return the tensor as float32 in its shape: a fresh array, exact."""
+        return to_float32(self.read_stored())
+
+    def read_stored(self) -> np.ndarray:
+        """Return the tensor of a dtype in READABLE_DTYPES as it is: float32, float16, or uint16, the bits of BF16."""
         stored = np.empty(self.shape, READABLE_DTYPES[self.dtype])
         self._read_into(stored.reshape(-1).view(np.uint8), 0)
-        if self.dtype != "BF16":
-            return stored.astype(np.float32, copy=False)
-        # BF16 is the upper half of a float32.
-        widened = stored.astype(np.uint32)
-        widened <<= np.uint32(16)
-        return widened.view(np.float32)
+        return stored
 
     def equals(self, other: StoredTensor) -> bool:
         """Tell whether another tensor has the same dtype, shape and bytes."""
@@ -126,6 +125,16 @@ class StoredTensor:
                     view = view[count:]
         except OSError as error:
             raise TritGgufError(f"{self.path}: tensor {self.name} cannot be read ({error.strerror})") from error
+
+
+def to_float32(stored: np.ndarray) -> np.ndarray:
+    """Return float32, float16 or, as uint16, the bits of BF16 as float32 of the same shape; exact."""
+    if stored.dtype != np.uint16:
+        return stored.astype(np.float32, copy=False)
+    # BF16 is the upper half of a float32.
+    widened = stored.astype(np.uint32)
+    widened <<= np.uint32(16)
+    return widened.view(np.float32)
 
 
 def open_shards(folder: Path) -> dict[str, StoredTensor]:

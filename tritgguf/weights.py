@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpu_kernels.crew import Crew
 from cpu_kernels.projection import Matrix, Projection
+from cpu_kernels.unpack import dequantize
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, GgufFile
 from tritgguf.model_config import ATTENTION_INPUTS, ModelConfig, read_vector
@@ -43,18 +45,29 @@ class LayerWeights:
         return self.qkv, self.output, self.gate_up, self.down
 
 
+class Embeddings:
+    """The embedding matrix, of which only the rows that are asked for are decoded."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._rows = matrix.data.reshape(matrix.rows, -1)
+        self._crew = Crew(1)  # a few rows are not worth a launch
+
+    def __getitem__(self, tokens: int | np.ndarray) -> np.ndarray:
+        """Return the rows of tokens [n], or of one token: float16 or float32 [n, columns]."""
+        if self.matrix.codebook is None:
+            return self._rows.view(np.float16)[tokens]
+        packed = self._rows[np.atleast_1d(tokens)]
+        return dequantize(packed, self.matrix.codebook, self.matrix.depth, self._crew)
+
+
 class ModelWeights:
     """All of a model's weights."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         """Map them; TritGgufError for a tensor of a type that is not run."""
         sizes = config.dimensions
-        if file.tensors["token_embd.weight"].type_id != F16:
-            raise TritGgufError(
-                f"{file.path}: tensor token_embd.weight is not F16; make the file with `tritgguf convert`"
-            )
-        halves = file.raw("token_embd.weight").view(np.float16)
-        self.embeddings = halves.reshape(sizes.vocabulary, sizes.hidden)
+        self.embeddings = Embeddings(_read_matrix(file, "token_embd.weight"))
         self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
         self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
