@@ -89,13 +89,14 @@ def test_version(capsys: Capture) -> None:
 def test_help_lists_the_commands(capsys: Capture, arguments: list[str]) -> None:
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("convert", "run", "verify", "inspect"))
+    assert all(command in out for command in ("convert", "export", "run", "verify", "inspect"))
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("convert", "--depth --encoder --threads -j --overwrite --json"),
+        ("export", "--to --max-shard-size --base-model --threads -t --overwrite --json"),
+        ("convert", "--depth --output-depth --embedding-depth --encoder --threads -j --overwrite --json"),
         (
             "run",
             "--prompt -p --file -f --system-prompt -sys --predict -n --ctx-size -c --threads -t --temp"
@@ -152,7 +153,14 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
     assert TIMINGS.fullmatch(captured.err)
     assert model.loaded == (
         Path("model.gguf"),
-        {"context": None, "threads": None, "exact": False, "on_compilation": console.print_compilation_note},
+        {
+            "context": None,
+            "threads": None,
+            "prefill_bits": 8,
+            "exact": False,
+            "cache_type": None,
+            "on_compilation": console.print_compilation_note,
+        },
     )
 
 
@@ -367,8 +375,10 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         return conversion()
 
     monkeypatch.setattr(CONVERT, "convert", fake)
-    assert cli.main(["convert", "org/name", "out.gguf", "--depth", "3", "-j", "2", "--overwrite"]) == 0
-    options = {"depth": 3, "encoder": "v2", "threads": 2, "overwrite": True}
+    arguments = ["--depth", "3", "--embedding-depth", "4", "-j", "2", "--overwrite"]
+    assert cli.main(["convert", "org/name", "out.gguf", *arguments]) == 0
+    options = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True}
+    options |= {"output_depth": None, "embedding_depth": 4}
     assert calls == [("org/name", Path("out.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "12.3 s", "1.23 GB"):
@@ -413,7 +423,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 
 
 def verification() -> VerifyReport:
-    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 3.5e-4, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
+    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 3.5e-4, 1.5e-3, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
@@ -441,7 +451,7 @@ def test_verify_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(VERIFY, "verify", lambda *arguments, **options: verification())
     assert cli.main(["verify", "models/x", "x.gguf", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["runner"] == {"max_rel_logit_diff": 2.5e-4, "max_rel_logit_diff_int16": 3.5e-4}
+    assert report["runner"] == {"max_rel_logit_diff": 2.5e-4, "max_rel_logit_diff_int16": 3.5e-4, "kl_int8": 1.5e-3}
     assert report["tokens"] == 500
 
 

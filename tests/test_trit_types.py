@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
+import numpy as np
 import pytest
+from gguf_bytes import trit_bytes
 
 from cpu_kernels.layout import BLOCK_SIZE, CODEBOOK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
 from tritgguf import trit_types
@@ -66,3 +72,46 @@ def test_registration_leaves_stock_types_alone() -> None:
     trit_types.register_with_gguf()
     assert gguf.GGMLQuantizationType(0).name == "F32"
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0] == (32, 18)
+
+
+# -- in a program of its own, where nothing is imported yet
+
+DUMP = "from gguf.scripts.gguf_dump import main; main()"
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("imports", ["import tritgguf, gguf", "import gguf, tritgguf"])
+def test_the_reader_knows_the_types_once_the_package_is_imported(tmp_path: Path, imports: str) -> None:
+    path = trit_bytes(depth=3).write(tmp_path / "trit.gguf")
+    code = f"{imports}; import sys; print([t.tensor_type.name for t in gguf.GGUFReader(sys.argv[1]).tensors])"
+    result = run_python(code, str(path))
+    assert (result.stdout, result.returncode) == ("['TRIT3', 'F32']\n", 0), result.stderr
+
+
+def test_gguf_dump_prints_the_types_once_the_package_is_imported(tmp_path: Path) -> None:
+    path = trit_bytes(depth=3).write(tmp_path / "trit.gguf")
+    result = run_python(f"import tritgguf; {DUMP}", str(path))
+    assert result.returncode == 0, result.stderr
+    assert "TRIT3   | w" in result.stdout
+    assert "trit.codebook.w" in result.stdout
+
+
+def test_without_the_package_the_reader_names_the_type_id(tmp_path: Path) -> None:
+    result = run_python(DUMP, str(trit_bytes(depth=3).write(tmp_path / "trit.gguf")))
+    assert result.returncode == 1
+    assert "10003) is not a valid GGMLQuantizationType" in result.stderr.splitlines()[-1]
+
+
+def test_importing_the_package_does_not_import_gguf() -> None:
+    result = run_python("import sys, tritgguf; print(sorted({'gguf', 'numpy', 'numba'} & set(sys.modules)))")
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_gguf_cannot_dequantize_without_a_codebook() -> None:
+    trit_types.register_with_gguf()
+    packed = np.zeros((1, trit_types.block_bytes(2)), np.uint8)
+    with pytest.raises(NotImplementedError, match="TRIT2"):
+        gguf.dequantize(packed, gguf.GGMLQuantizationType(10002))

@@ -7,7 +7,8 @@
     print(tritgguf.generate(model, "Name three primary colors.").text)
     print(tritgguf.verify("models/SmolLM2-135M-Instruct", "smollm2-d3.gguf").as_dict())
 
-Nothing is imported before it is used: `import tritgguf` takes no time, and only `verify` needs torch.
+Nothing is imported before it is used: `import tritgguf` takes no time, and only `verify` needs torch. gguf-py's own
+reader and tools know the trit types in a program that imports this package (docs/bridges.md).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tritgguf.trit_types import register_when_gguf_is_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tritgguf.convert import ConvertProgress, ConvertReport, convert
     from tritgguf.errors import TritGgufError
+    from tritgguf.export import ExportReport, export
     from tritgguf.generate import Chat, Generation, LoadedModel, generate, load
     from tritgguf.sampling import SamplingOptions
     from tritgguf.verify import VerifyReport, verify
@@ -30,12 +34,14 @@ __all__ = [
     "Chat",
     "ConvertProgress",
     "ConvertReport",
+    "ExportReport",
     "Generation",
     "LoadedModel",
     "SamplingOptions",
     "TritGgufError",
     "VerifyReport",
     "convert",
+    "export",
     "generate",
     "load",
     "verify",
@@ -44,6 +50,7 @@ __all__ = [
 _MODULES = {
     "convert": ("ConvertProgress", "ConvertReport", "convert"),
     "errors": ("TritGgufError",),
+    "export": ("ExportReport", "export"),
     "generate": ("Chat", "Generation", "LoadedModel", "generate", "load"),
     "sampling": ("SamplingOptions",),
     "verify": ("VerifyReport", "verify"),
@@ -61,7 +68,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `tritgguf.convert`, `.generate` and `.verify` the functions that they are named after.
+    """Keeps `tritgguf.convert`, `.export`, `.generate` and `.verify` the functions that they are named after.
 
     Importing a submodule binds it to the package under its own name, which would replace the function.
     """
@@ -72,3 +79,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+register_when_gguf_is_imported()

@@ -1,4 +1,4 @@
-"""The command line: `tritgguf convert`, `run`, `bench`, `verify` and `inspect`. Options carry llama.cpp's names.
+"""The command line: `tritgguf convert`, `export`, `run`, `bench`, `verify`, `inspect`. Options carry llama.cpp's names.
 
 Each command parses, calls the function of the same name and prints. What a command needs is imported inside
 it, because `run` has to show its first word within a second of being typed.
@@ -40,8 +40,38 @@ def _option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
+InstructionSet = Annotated[
+    str | None,
+    _option(
+        "--isa",
+        metavar="NAME",
+        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2 or portable.",
+        show_default="the best that works here",
+    ),
+]
+
+
+def _check_bits(bits: int) -> int:
+    if bits not in (8, 16):
+        raise typer.BadParameter("it must be 8 or 16")
+    return bits
+
+
+PrefillBits = Annotated[
+    int,
+    _option(
+        "--prefill-bits",
+        metavar="8|16",
+        help="Bits of the activations of a prompt; generated tokens have 16.",
+        callback=_check_bits,
+    ),
+]
+CacheType = Annotated[
+    str | None,
+    _option("--cache-type", metavar="TYPE", help="Keys and values in memory: f16 or f32.", show_default="f16"),
+]
 Threads = Annotated[
-    int | None, _option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="all cores")
+    int | None, _option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
 ]
 
 
@@ -73,6 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _force_instruction_set(name: str | None) -> None:
+    """Let the kernels use the instruction set of this name; None leaves the choice to them."""
+    from cpu_kernels import instruction_set
+
+    try:
+        instruction_set.force(name)
+    except ValueError as error:
+        raise TritGgufError(str(error)) from error
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"tritgguf {__version__}")
@@ -99,8 +139,25 @@ def convert_command(
         typer.Argument(help="A Hugging Face folder, a hub id (org/name), or a GGUF file.", metavar="SOURCE"),
     ],
     output: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
-    depth: Annotated[int, _option("--depth", help="Trits per weight, 1 to 4.")] = 2,
-    encoder: Annotated[str, _option("--encoder", metavar="NAME", help="How the scales are chosen.")] = "v2",
+    depth: Annotated[
+        int | None,
+        _option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered"),
+    ] = None,
+    output_depth: Annotated[
+        int | None, _option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
+    ] = None,
+    embedding_depth: Annotated[
+        int | None, _option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
+    ] = None,
+    encoder: Annotated[
+        str,
+        _option(
+            "--encoder",
+            metavar="NAME",
+            help="v2: quantize; recover: recover dequantized trits exactly; recover+v2: v2 where that cannot be done;"
+            " auto: recover where a source holds such trits, otherwise v2.",
+        ),
+    ] = "auto",
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
     as_json: Json = False,
@@ -117,12 +174,64 @@ def convert_command(
             report(state.tensor, state.bytes_done, state.bytes_total)
 
         result = convert(
-            source, output, depth=depth, encoder=encoder, threads=threads, overwrite=overwrite, progress=show
+            source,
+            output,
+            depth=depth,
+            output_depth=output_depth,
+            embedding_depth=embedding_depth,
+            encoder=encoder,
+            threads=threads,
+            overwrite=overwrite,
+            progress=show,
         )
     if as_json:
         console.print_json(vars(result))
     else:
         console.print_conversion(result)
+
+
+@app.command("export")
+def export_command(
+    file: TritFile,
+    output: Annotated[Path, typer.Argument(help="The folder or GGUF file to write.", metavar="OUT")],
+    to: Annotated[
+        str,
+        _option("--to", metavar="FORMAT", help="hf: a Hugging Face folder; f16, bf16, q8_0, q4_0: a stock GGUF file."),
+    ],
+    max_shard_size: Annotated[
+        str, _option("--max-shard-size", metavar="SIZE", help="Most weights in one file of a folder.")
+    ] = "5GB",
+    base_model: Annotated[
+        str | None,
+        _option("--base-model", metavar="ORG/NAME", help="The source's hub id for the model card.", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output file; a folder never is.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trit file's model for transformers, or for llama.cpp and Ollama.
+
+    Example: tritgguf export d3.gguf d3-q8_0.gguf --to q8_0
+    """
+    from tritgguf.export import export
+
+    with console.progress(in_bytes=True) as report:
+        result = export(
+            file,
+            output,
+            to=to,
+            max_shard_size=max_shard_size,
+            base_model=base_model,
+            threads=threads,
+            overwrite=overwrite,
+            progress=report,
+        )
+    if as_json:
+        console.print_json(result.as_dict())
+    else:
+        console.print_export(result)
 
 
 @app.command("run")
@@ -148,7 +257,10 @@ def run_command(
     repeat_last_n: Annotated[int, _option("--repeat-last-n", help="How many tokens are recent.")] = 64,
     seed: Annotated[int, _option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Activations with 31 bits instead of 16; slower.")] = False,
+    prefill_bits: PrefillBits = 8,
+    exact: Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")] = False,
+    cache_type: CacheType = None,
+    isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or chat when there is none.
@@ -172,10 +284,19 @@ def run_command(
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    _force_instruction_set(isa)
     gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
     try:
         announce = console.print_compilation_note
-        model = load(file, context=context or None, threads=threads, exact=exact, on_compilation=announce)
+        model = load(
+            file,
+            context=context or None,
+            threads=threads,
+            prefill_bits=prefill_bits,
+            exact=exact,
+            cache_type=cache_type,
+            on_compilation=announce,
+        )
     finally:
         gc.enable()
     if text is None:
@@ -281,9 +402,13 @@ def bench_command(
         int, _option("--n-prompt", "-p", min=0, help="Tokens of the prompt; 0: no prefill.")
     ] = 512,
     generated_tokens: Annotated[int, _option("--n-gen", "-n", min=0, help="Tokens to decode; 0: no decode.")] = 128,
-    depth: Annotated[int, _option("--n-depth", "-d", min=0, help="Tokens in the cache before decode.")] = 0,
+    depth: Annotated[int, _option("--n-depth", "-d", min=0, help="Tokens in the cache before each test.")] = 0,
     threads: Threads = None,
     repetitions: Annotated[int, _option("--repetitions", "-r", min=1, help="How often each test is run.")] = 5,
+    prefill_bits: PrefillBits = 8,
+    cache_type: CacheType = None,
+    isa: InstructionSet = None,
+    no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Leave out the time by kernel.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, the memory's read bandwidth, and which kernels the time goes to.
@@ -291,7 +416,9 @@ def bench_command(
     Example: tritgguf bench d3.gguf -p 512 -n 128 -t 2
     """
     from tritgguf.bench import bench
+    from tritgguf.cache import DEFAULT_CACHE_TYPE
 
+    _force_instruction_set(isa)
     report = bench(
         file,
         prompt_tokens=prompt_tokens,
@@ -299,6 +426,9 @@ def bench_command(
         depth=depth,
         threads=threads,
         repetitions=repetitions,
+        prefill_bits=prefill_bits,
+        cache_type=cache_type or DEFAULT_CACHE_TYPE,
+        by_kernel=not no_kernels,
         on_compilation=console.print_compilation_note,
     )
     if as_json:
@@ -318,6 +448,7 @@ def verify_command(
     ] = None,
     tokens: Annotated[int, _option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
     threads: Threads = None,
+    isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
     """Compare a trit file with its source: whether the runner is right, what quantization cost.
@@ -328,6 +459,7 @@ def verify_command(
     """
     from tritgguf.verify import verify
 
+    _force_instruction_set(isa)
     text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
     with console.progress(in_bytes=False) as report:
         result = verify(source, file, text=text, tokens=tokens, threads=threads, progress=report)

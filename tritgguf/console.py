@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from tritgguf.convert import ConvertReport
+    from tritgguf.export import ExportReport
     from tritgguf.generate import Generation, LoadedModel, Timings
     from tritgguf.inspect_file import FileDescription
     from tritgguf.verify import VerifyReport
@@ -175,6 +176,25 @@ def print_conversion(report: ConvertReport) -> None:
         note(f"warning: {warning}")
 
 
+def print_export(report: ExportReport) -> None:
+    """Print what an export wrote."""
+    print_table(
+        f"{report.source} -> {report.output}",
+        ("file", ">size"),
+        [(name, format_bytes(size)) for name, size in report.files.items()],
+    )
+    rows = [
+        ("weights", str(report.weights)),
+        ("source", format_bytes(report.source_bytes)),
+        ("output", format_bytes(report.output_bytes)),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", format_bytes(report.peak_memory_bytes)),
+    ]
+    print_table(f"format {report.to}", ("", ">"), rows)
+    for warning in report.warnings:
+        note(f"warning: {warning}")
+
+
 def print_context_note(model: LoadedModel, answer: Generation) -> None:
     """Say so when an answer ended because the context was full."""
     if answer.finish_reason == "context":
@@ -203,7 +223,8 @@ def print_verification(report: VerifyReport) -> None:
         ("", ">"),
         [
             ("largest logit difference, relative", f"{report.max_rel_logit_diff:.1e}"),
-            ("  with int16 activations, as in run", f"{report.max_rel_logit_diff_int16:.1e}"),
+            ("  with 16-bit activations, as run decodes", f"{report.max_rel_logit_diff_int16:.1e}"),
+            ("KL divergence of 8-bit activations, as run reads prompts", f"{report.kl_int8:.1e}"),
         ],
     )
     print_table(

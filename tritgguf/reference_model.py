@@ -19,6 +19,7 @@ import numpy as np
 
 from tritgguf.architectures import ROPE_FREQS, hf_tensor_name, to_hf
 from tritgguf.errors import TritGgufError
+from tritgguf.hf_config import config_entries
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,49 +198,6 @@ def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         # The frequencies are in no file: to_empty lost them, so their module is made again.
         module.model.rotary_emb = type(module.model.rotary_emb)(config)
     return module
-
-
-def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
-    """Return the config.json entries that the keys of a GGUF model stand for.
-
-    `shapes` are those of its tensors: they tell the vocabulary's size, whether the head is tied and whether
-    the attention is biased. Raises TritGgufError for a missing key and for a rope scaling other than linear
-    and yarn (Llama 3's is a tensor, not a key).
-    """
-    arch = metadata["general.architecture"]
-
-    def value(key: str, default: Any = None) -> Any:
-        found = metadata.get(f"{arch}.{key}", default)
-        if found is None:
-            raise TritGgufError(f"{where}: the key {arch}.{key} is missing")
-        return found
-
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    rope = {"rope_type": value("rope.scaling.type", "none"), "rope_theta": value("rope.freq_base", 10000.0)}
-    if rope["rope_type"] == "none":
-        rope["rope_type"] = "default"
-    elif rope["rope_type"] in ("linear", "yarn"):
-        rope["factor"] = value("rope.scaling.factor")
-    else:
-        raise TritGgufError(f"{where}: rope scaling {rope['rope_type']} is not supported (linear and yarn are)")
-    if rope["rope_type"] == "yarn":
-        rope["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
-    entries = {
-        "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads),
-        "head_dim": value("attention.key_length", hidden // heads),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope,
-        "tie_word_embeddings": _HEAD not in shapes,
-    }
-    if arch == "llama":
-        entries["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    return entries
 
 
 @contextlib.contextmanager

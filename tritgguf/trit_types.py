@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import enum
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 DEPTHS = (1, 2, 3, 4)
 GROUP_SIZE = 16
@@ -69,7 +72,7 @@ def register_with_gguf() -> None:
 
     Upstream's enum is closed, so pseudo-members are added to its lookup tables. Safe to call twice.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     for trit_type in TritType:
         if trit_type.value in GGMLQuantizationType._value2member_map_:
@@ -80,3 +83,37 @@ def register_with_gguf() -> None:
         GGMLQuantizationType._member_map_[trit_type.name] = member
         GGMLQuantizationType._value2member_map_[trit_type.value] = member
         GGML_QUANT_SIZES[member] = (BLOCK_SIZE, _BLOCK_BYTES[trit_type.depth])
+
+
+def register_when_gguf_is_imported() -> None:
+    """Call `register_with_gguf` now if gguf-py is imported already, or else as soon as it is.
+
+    Importing gguf-py takes 0.2 s, which a program that never uses it does not have to pay.
+    """
+    if "gguf.constants" in sys.modules:
+        register_with_gguf()
+    elif _GgufFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _GgufFinder)
+
+
+class _GgufFinder:
+    """An entry of sys.meta_path that lets Python import gguf.constants as ever, and registers the types after it."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "gguf.constants":
+            return None
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(cls)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register_with_gguf()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

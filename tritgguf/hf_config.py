@@ -1,0 +1,229 @@
+"""GGUF keys -> the JSON files of a Hugging Face folder: config.json, generation_config.json, the tokenizer's.
+
+The other direction is `architectures.gguf_metadata` and `tokenizer_metadata`. Of a checkpoint's own files GGUF keeps
+what a model needs, not their words: a Mistral model becomes a LlamaForCausalLM, which computes the same, and training
+settings have their defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from tritgguf import architectures
+from tritgguf.architectures import ARCHITECTURES, ROPE_FREQS
+from tritgguf.errors import TritGgufError
+from tritgguf.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tritgguf.gguf_file import GgufFile
+
+_HEAD = "output.weight"
+_YARN_KEYS = {
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+# Hugging Face name -> the key's part of GGUF.
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# generation_config.json's name -> the key's part of GGUF.
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+def model_config(file: GgufFile) -> dict[str, Any]:
+    """Return the config.json of a file's model, with weights in float16.
+
+    In the layout that every version of transformers reads (rope_theta and rope_scaling, torch_dtype). Raises
+    TritGgufError for keys that are missing or impossible, and when a tensor is not what they demand.
+    """
+    where, arch = str(file.path), file.metadata.get("general.architecture")
+    if "token_embd.weight" not in file.tensors:
+        raise TritGgufError(f"{where}: has no tensor token_embd.weight; it is no language model")
+    hf_class = next((name for name, entry in ARCHITECTURES.items() if entry.gguf_name == arch), None)
+    if hf_class is None:
+        raise TritGgufError(f"{where}: architecture {arch} is not supported")
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    entries = config_entries(file.metadata, shapes, where)
+    rope = entries.pop("rope_parameters")
+    config = {
+        "architectures": [hf_class],
+        "model_type": arch,
+        "torch_dtype": "float16",
+        **entries,
+        **{f"{name}_token_id": token for name, token in _special_ids(file.metadata).items()},
+        "hidden_act": "silu",
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+    if f"{arch}.attention.key_length" not in file.metadata:
+        del config["head_dim"]
+    if ROPE_FREQS in file.tensors:
+        config["rope_scaling"] = _llama3_scaling(file.read_float32(ROPE_FREQS), config, where)
+    _check_shapes(shapes, config, where)
+    return config
+
+
+def generation_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the generation_config.json: the tokens that `run` stops at, and the sampling that the file recommends."""
+    ids = _special_ids(metadata)
+    stops = sorted(tokenizer.stop_tokens, key=lambda token: (token != tokenizer.eos_id, token))
+    config: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
+    if stops:
+        config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    for name, key in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if isinstance(value, int | float):
+            config |= {"do_sample": True, name: _shortest(value)}
+    return config
+
+
+def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """Return the tokenizer_config.json that goes with tokenizer.huggingface.json; `context` is in tokens."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # A token that is not mentioned may get its class's default.
+        **{f"{name}_token": None for name in _SPECIAL_TOKENS},
+        **special_tokens(metadata),
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    ids = _special_ids(metadata)
+    encoded = tokenizers.Tokenizer.from_str(metadata["tokenizer.huggingface.json"]).encode("a").ids
+    for name, found in (("bos", encoded[:1]), ("eos", encoded[-1:])):
+        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token")
+        # Where tokenizer.json does it by itself, the key would only make transformers replace its post-processor.
+        if isinstance(wanted, bool) and not (wanted and found == [ids.get(name)]):
+            config[f"add_{name}_token"] = wanted
+    if isinstance(prefix := metadata.get("tokenizer.ggml.add_space_prefix"), bool):
+        config["add_prefix_space"] = prefix
+    if template := _chat_template(metadata):
+        config["chat_template"] = template
+    return config
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special_tokens_map.json: `bos_token` and its like -> the token's text."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    return {f"{name}_token": tokens[token] for name, token in _special_ids(metadata).items() if token < len(tokens)}
+
+
+def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
+    """Return the arguments of a transformers configuration that the keys of a GGUF model stand for.
+
+    `shapes` are those of its tensors: they tell the vocabulary's size, whether the head is tied and whether
+    the attention is biased. Raises TritGgufError for a missing key and for a rope scaling other than linear
+    and yarn (Llama 3's is a tensor, not a key).
+    """
+    arch = metadata["general.architecture"]
+
+    def value(key: str, default: Any = None) -> Any:
+        found = metadata.get(f"{arch}.{key}", default)
+        if found is None:
+            raise TritGgufError(f"{where}: the key {arch}.{key} is missing")
+        return _shortest(found)
+
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    rope = {"rope_type": value("rope.scaling.type", "none"), "rope_theta": value("rope.freq_base", 10000.0)}
+    if rope["rope_type"] == "none":
+        rope["rope_type"] = "default"
+    elif rope["rope_type"] in ("linear", "yarn"):
+        rope["factor"] = value("rope.scaling.factor")
+    else:
+        raise TritGgufError(f"{where}: rope scaling {rope['rope_type']} is not supported (linear and yarn are)")
+    if rope["rope_type"] == "yarn":
+        rope["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
+        for name, key in _YARN_KEYS.items():
+            if f"{arch}.rope.scaling.{key}" in metadata:
+                rope[name] = value(f"rope.scaling.{key}")
+    entries = {
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("attention.key_length", hidden // heads),
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope,
+        "tie_word_embeddings": _HEAD not in shapes,
+    }
+    if arch == "llama":
+        entries["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    return entries
+
+
+def _shortest(value: Any) -> Any:
+    """Return the shortest decimal that rounds to a float32 key's value, which is what the source said: 1e-05."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+    return {name: token for name, token in ids.items() if type(token) is int and token >= 0}
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """Return the chat template, or the list of several named ones."""
+    template = metadata.get("tokenizer.chat_template")
+    names = metadata.get("tokenizer.chat_templates")
+    if not names or not isinstance(names, list):
+        return template
+    named = {"default": template, **{name: metadata.get(f"tokenizer.chat_template.{name}") for name in names}}
+    return [{"name": name, "template": text} for name, text in named.items() if text]
+
+
+def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the rope scaling of Llama 3 whose `rope_factors` are these: float32 [head_dim / 2].
+
+    Reads the formula of `rope_factors` backwards. Between the two borders a pair's share is
+    (original * frequency / 2 pi - low) / (high - low), a line in the frequency. It leaves a common factor of
+    original, low and high open; with low = 1, as Llama 3.1 has it, they are its own.
+    """
+    factor = float(factors.max())
+    share = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones(len(factors))
+    frequencies = config["rope_theta"] ** (-np.arange(len(factors)) / len(factors))
+    between = (share > 1e-5) & (share < 1 - 1e-5)
+    low, high = 1.0, 4.0
+    if between.sum() >= 2:
+        slope, intercept = np.polyfit(frequencies[between], share[between], 1)
+        high = round(low - low / intercept, 4)
+    elif between.any():
+        slope = ((share + low / (high - low)) / frequencies)[between][0]
+    else:
+        slope = math.nan
+    original = slope * 2 * math.pi * (high - low)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _shortest(factor),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": round(original) if math.isfinite(original) else 0,
+    }
+    if scaling["original_max_position_embeddings"] > 0 and high != low:
+        again = architectures.rope_factors({**config, "rope_scaling": scaling}, where)
+        if again is not None and np.allclose(again, factors, rtol=1e-4):
+            return scaling
+    raise TritGgufError(f"{where}: config.json has no words for tensor {ROPE_FREQS}; export a GGUF file instead")
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> None:
+    """Raise TritGgufError unless the tensors are exactly those of a model with this config."""
+    expected = architectures.dimensions_from_config(config, where).shapes()
+    if config["tie_word_embeddings"]:
+        del expected[_HEAD]
+    for name in {**expected, **shapes}:
+        if name != ROPE_FREQS and shapes.get(name) != expected.get(name):
+            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            demand = f"its keys demand {expected[name]}" if name in expected else "its keys know no such tensor"
+            raise TritGgufError(f"{where}: tensor {name} {found}, but {demand}; convert the model again")

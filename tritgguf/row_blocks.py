@@ -1,0 +1,89 @@
+"""The tensors of a file a few rows at a time: decoded, and turned into a stock type. No tensor is ever whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+
+from cpu_kernels.crew import Crew
+from cpu_kernels.unpack import dequantize
+from tritgguf import trit_types
+from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import F16, F32, GgufFile
+from tritgguf.trit_types import TritType
+
+_WEIGHTS_AT_ONCE = 1 << 22
+
+# The magnitude from which on a weight is infinite in a type: halfway between the largest number and what would be
+# the next. The largest weight of a block is its float16 scale times 127 (Q8_0) or 8 (Q4_0).
+_LARGEST_F16 = 65520.0
+_TOO_LARGE = {
+    GGMLQuantizationType.F16: _LARGEST_F16,
+    GGMLQuantizationType.BF16: float(np.uint32(0x7F7F8000).view(np.float32)),
+    GGMLQuantizationType.Q8_0: 127 * _LARGEST_F16,
+    GGMLQuantizationType.Q4_0: 8 * _LARGEST_F16,
+}
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """A tensor's rows in parts, decoded by the threads of a crew."""
+
+    file: GgufFile
+    name: str
+    crew: Crew
+
+    def decoded(self, multiple: int = 1) -> Iterator[np.ndarray]:
+        """Yield the weights: float32 [rows, row length], in blocks of a multiple of `multiple` rows but for the last.
+
+        A vector has rows of one weight.
+        """
+        info = self.file.tensors[self.name]
+        columns = info.shape[-1] if len(info.shape) > 1 else 1
+        rows = info.n_weights // columns
+        step = -(-max(1, _WEIGHTS_AT_ONCE // columns) // multiple) * multiple
+        raw = self.file.raw(self.name).reshape(rows, -1)
+        for start in range(0, rows, step):
+            yield self._decode(raw[start : start + step])
+        self.file.release(self.name)
+
+    def stored_as(self, kind: GGMLQuantizationType) -> Iterator[np.ndarray]:
+        """Yield the rows in a stock type: uint8 or float16, contiguous. Raises TritGgufError as `narrow` does."""
+        for block in self.decoded():
+            yield self.narrow(block, kind)
+
+    def narrow(self, block: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        """Return float32 [rows, row length] in F16, BF16, Q8_0 or Q4_0, rounded to nearest.
+
+        Raises TritGgufError for a weight that is NaN or too large: it is never cut off silently.
+        """
+        largest = np.abs(block).max(initial=0.0)
+        if not largest < _TOO_LARGE[kind]:
+            raise TritGgufError(
+                f"{self.file.path}: tensor {self.name} has a weight of {largest:.3g}, which {kind.name} cannot hold;"
+                " export --to bf16, which can, unless the file is damaged"
+            )
+        return quantize(block, kind)
+
+    def _decode(self, raw: np.ndarray) -> np.ndarray:
+        type_id = self.file.tensors[self.name].type_id
+        if trit_types.is_trit_type(type_id):
+            return dequantize(raw, self.file.codebook(self.name), TritType(type_id).depth, self.crew)
+        if type_id == F32:
+            return raw.view(np.float32)
+        if type_id == F16:
+            return raw.view(np.float16).astype(np.float32)
+        raise TritGgufError(
+            f"{self.file.path}: tensor {self.name} is {self.file.tensors[self.name].type_name}, which no trit file has;"
+            " convert the model again"
+        )
+
+
+def stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    """Return the bytes that a tensor takes in a stock type."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape, dtype=np.int64)) // block * size
