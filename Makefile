@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo test check fetch clean
+.PHONY: demo test check fetch referee clean
 
 demo: fetch
 	@mkdir -p build
@@ -24,6 +24,10 @@ check: .venv/stamp
 
 fetch: .venv/stamp
 	$(BIN)/python tools/fetch_model.py smollm2
+
+# Builds the part of llama.cpp that tests/test_against_llama_cpp.py asks; without it, those tests are skipped.
+referee: .venv/stamp
+	$(BIN)/python tools/llama_cpp_referee.py
 
 # Removes what can be made again; the models in models/ stay.
 clean:
