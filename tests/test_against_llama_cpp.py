@@ -204,6 +204,7 @@ def test_control_tokens_in_messages_stay_text(referee_library: Path, tmp_path: P
 
 
 def runner_logits(file: GgufFile, tokens: list[int], *, exact: bool) -> np.ndarray:
+    """The runner with 16-bit or exact activations; the 8-bit ones of `run` are further from llama.cpp's F16."""
     model = Model(file, context=len(tokens), threads=THREADS, prefill_bits=16, exact=exact, cache_type="f32")
     return model.forward(tokens, all_logits=True)
 
@@ -272,7 +273,7 @@ def test_logits_of_smollm2_exported_to_f16(
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_greedy_answers_of_smollm2(referee_library: Path, smollm2_d3: Path, smollm2_stock: Path) -> None:
-    """At least five of six answers are equal; where one differs, llama.cpp was as good as undecided."""
+    """At least five of six answers are equal with 16-bit activations; where one differs, llama.cpp is undecided."""
     model = load(smollm2_d3, threads=THREADS, prefill_bits=16)
     with Referee(referee_library, smollm2_stock, positions=512, threads=THREADS) as referee:
         matches = [compare_prompt(model, referee, prompt, tokens=64) for prompt in PROMPTS]
