@@ -34,8 +34,8 @@ _DEPTH_OF_PAIRS = 3  # up to it a group's products of 8-bit numbers, added in pa
 
 
 @intrinsic
-def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, scales, out, token_bytes, groups):
-    """Emit a tile of 32 rows times a block of 6 tokens, added to `out`; addresses and numbers as integers.
+def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, scales, out, token_bytes, groups, add):
+    """Emit a tile of 32 rows times a block of 6 tokens, added to `out` or put there; addresses and numbers as integers.
 
     tile int16 [2, groups, 8, 16, 2] or int8 [2, groups, 4, 16, 4], tile_steps float32 [2, groups, 16], integers int16
     [groups, 8, 6 tokens, 2] or int8 [groups, 4, 6 tokens, 4] (the array itself, for its type), offsets int32 [groups,
@@ -46,7 +46,7 @@ def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, s
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
-        tile, tile_steps, integers_array, offsets, scales, out, token_bytes, groups = arguments[2:]
+        tile, tile_steps, integers_array, offsets, scales, out, token_bytes, groups, add = arguments[2:]
         x = builder.ptrtoint(context.make_array(integers)(context, builder, integers_array).data, I64)
         for halves in _chunks(_HALVES, halves_at_once):
             for tokens in _chunks(BLOCK_TOKENS, tokens_at_once):
@@ -56,8 +56,11 @@ def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, s
                     for half in halves
                 ]
                 totals = [cgutils.alloca_once(builder, vector(FLOAT, TILE_ROWS)) for _ in places]
-                for total, place in zip(totals, places, strict=True):
-                    builder.store(vectors.load(place[0], FLOAT, TILE_ROWS, place[1]), total)
+                for total in totals:
+                    builder.store(vectors.constant(FLOAT, 0.0, TILE_ROWS), total)
+                with builder.if_then(add):
+                    for total, place in zip(totals, places, strict=True):
+                        builder.store(vectors.load(place[0], FLOAT, TILE_ROWS, place[1]), total)
                 with cgutils.for_range(builder, groups) as loop:
                     group = _Group(vectors, depth.count, bits, groups, loop.index)
                     sums = group.sums(tile, x, offsets, halves, tokens)
@@ -66,7 +69,7 @@ def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, s
                     vectors.store(builder.load(total), *place)
         return context.get_dummy_value()
 
-    return types.void(isa, depth, types.intp, types.intp, integers, *[types.intp] * 5), generate
+    return types.void(isa, depth, types.intp, types.intp, integers, *[types.intp] * 5, types.boolean), generate
 
 
 def _chunks(count: int, size: int) -> list[range]:
@@ -158,15 +161,15 @@ def _widen_halves(typing_context, isa, source, target, count):
 
 
 @numba.njit(cache=True)
-def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out, y, first_token):
-    """Add one tile times one block of tokens to y [tokens, rows of the tile]."""
+def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out, y, first_token, add):
+    """Put one tile times one block of tokens into y [tokens, rows of the tile], or add it."""
     tokens, rows = min(BLOCK_TOKENS, len(y) - first_token), y.shape[1]
     target = y[first_token:]
-    if tokens < BLOCK_TOKENS or rows < _TILE:
+    whole = tokens == BLOCK_TOKENS and rows == _TILE
+    if add and not whole:
         for t in range(tokens):
             for r in range(rows):
                 out[t, r] = target[t, r]
-    whole = tokens == BLOCK_TOKENS and rows == _TILE
     _tile_dot(
         isa,
         depth,
@@ -178,6 +181,7 @@ def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out,
         target.ctypes.data if whole else out.ctypes.data,
         target.strides[0] if whole else out.strides[0],
         len(scales),
+        add,
     )
     if not whole:
         for t in range(tokens):
@@ -205,7 +209,6 @@ def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first
     packed = words.reshape(rows, -1)
     tiles = (rows + _TILE - 1) // _TILE
     first, last = tiles * thread // threads * _TILE, min(tiles * (thread + 1) // threads * _TILE, rows)
-    y[:, first_column + first : first_column + last] = np.float32(0.0)
     out = np.zeros((BLOCK_TOKENS, _TILE), np.float32)
     for first_group in range(0, groups, _PANEL_GROUPS):
         some = slice(first_group, min(first_group + _PANEL_GROUPS, groups))
@@ -229,7 +232,8 @@ def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first
                 for start in range(panel, end, _TILE):
                     number = (start - panel) // _TILE
                     result = y[:, first_column + start : first_column + min(start + _TILE, end)]
-                    arguments = (tile[number], tile_steps[number], x, sums, units, out, result, block * BLOCK_TOKENS)
+                    token, add = block * BLOCK_TOKENS, first_group > 0
+                    arguments = (tile[number], tile_steps[number], x, sums, units, out, result, token, add)
                     if kind <= _DEPTH_OF_PAIRS:
                         _multiply_tile(isa, D3, *arguments)
                     else:
