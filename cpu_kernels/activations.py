@@ -231,17 +231,34 @@ def normalize_batch(stream, residual, weight, epsilon, x, integers, offsets, sca
 
 
 @numba.njit(cache=True, nogil=True)
-def gate_batch(gate_up, x, integers, offsets, scales, thread, threads):
+def gate_batch(gate_up, keep, x, integers, offsets, scales, thread, threads):
     """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
+        keep: whether `x` is to be written: it is as much memory as all the rest, and packed matrices do not read it.
+            Without, columns are whole groups.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
         thread, threads: which share.
 
     """
-    columns = x.shape[1]
+    columns, groups = x.shape[1], scales.shape[1]
+    gated = np.empty(_GROUPS_AT_ONCE * GROUP_SIZE, np.float32)
     for block in _share(len(scales), thread, threads):
-        for t in _tokens(block, x):
-            gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
-        _quantize_tokens(block, x, integers, offsets, scales)
+        if keep:
+            for t in _tokens(block, x):
+                gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
+            _quantize_tokens(block, x, integers, offsets, scales)
+            continue
+        for first in range(0, groups, _GROUPS_AT_ONCE):
+            some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
+            start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
+            for t in _tokens(block, x):
+                part, lane = gated[: end - start], t % BLOCK_TOKENS
+                gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], part)
+                _quantize(
+                    _groups(part),
+                    integers[block, some, :, lane],
+                    offsets[block, :, some, lane],
+                    scales[block, some, lane],
+                )

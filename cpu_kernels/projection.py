@@ -146,6 +146,11 @@ class Projection:
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
 
+    @property
+    def reads_floats(self) -> bool:
+        """Whether a matrix multiplies the batch's `x` instead of its integers."""
+        return bool((self.kinds == HALVES).any())
+
     def multiply(self, batch: Batch, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
         """Multiply every vector of a batch.
 

@@ -172,9 +172,15 @@ def test_gate(tokens: int, columns: int) -> None:
     gate_row(gate[0], up[0], out)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
     batch = Batch(tokens, columns)
-    CREW.run(gate_batch, np.concatenate([gate, up], axis=1), *batch.buffers)
+    both = np.concatenate([gate, up], axis=1)
+    CREW.run(gate_batch, both, True, *batch.buffers)
     np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
+        np.testing.assert_array_equal(part, again)
+    unkept = Batch(tokens, columns)
+    CREW.run(gate_batch, both, False, *unkept.buffers)
+    assert not unkept.x.any()
+    for part, again in zip(unkept.buffers[1:], batch.buffers[1:], strict=True):
         np.testing.assert_array_equal(part, again)
 
 

@@ -72,7 +72,8 @@ class Prefill:
             crew.run(attend, self._isa, space.qkv, keys, values, position, heads, attended.x)
             attended.quantize(crew)
             layer.output.multiply(attended, space.residual, crew, exact=exact)
-            space.residual += layer.output_bias
+            if layer.output_bias.any():
+                space.residual += layer.output_bias
             crew.run(
                 normalize_batch,
                 space.stream,
@@ -82,7 +83,8 @@ class Prefill:
                 *hidden.buffers,
             )
             layer.gate_up.multiply(hidden, space.gate_up, crew, exact=exact)
-            crew.run(gate_batch, space.gate_up, *gated.buffers)
+            keep = exact or layer.down.reads_floats
+            crew.run(gate_batch, space.gate_up, keep, *gated.buffers)
             layer.down.multiply(gated, space.residual, crew, exact=exact)
         crew.run(normalize_batch, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
         return hidden
