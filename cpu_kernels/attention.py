@@ -45,11 +45,12 @@ class Cache(NamedTuple):
     """Keys, values and the rotation of every place.
 
     Keys and values are float32, or float16 as uint16. Keys lie in panels of 32 places, so that the scores of
-    neighbouring places are neighbouring lanes. A head's dimensions are padded with zeros to a multiple of 32.
+    neighbouring places are neighbouring lanes, and values in panels of 32 dimensions, so that both are read in the
+    order of the memory. A head's dimensions are padded with zeros to a multiple of 32.
     """
 
     keys: np.ndarray  # [layers, kv_heads, places / 32, padded_dim, 32]
-    values: np.ndarray  # [layers, kv_heads, places, padded_dim]
+    values: np.ndarray  # [layers, kv_heads, padded_dim / 32, places, 32]
     cosines: np.ndarray  # float32 [places, head_dim / 2]
     sines: np.ndarray  # float32 [places, head_dim / 2]
     scratch: Scratch
@@ -90,12 +91,12 @@ def rotate(head, cosines, sines, interleaved, out):
 
 @numba.njit(cache=True)
 def _store(keys, values, place, key, value):
-    """Store one head's key and value, float32 [head_dim], at a place of keys [panels, padded_dim, 32] and values."""
+    """Store one head's key and value, float32 [head_dim], at a place of its part of the cache."""
     panel, lane = place // PANEL, place % PANEL
     for k in range(len(key)):
         keys[panel, k, lane] = narrow(keys, key[k])
     for k in range(len(value)):
-        values[place, k] = narrow(values, value[k])
+        values[k // PANEL, place, k % PANEL] = narrow(values, value[k])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -153,17 +154,14 @@ def _attend_tile(isa, queries, row, rows, per_token, keys, values, tile, positio
         return
     padded = -(-places // PANEL) * PANEL
     tile_keys = keys.ctypes.data + tile * dim * size
-    tile_values = values.ctypes.data + tile * dim * size
+    tile_values, panel_of_values = values.ctypes.data + tile * PANEL * size, values.shape[1] * PANEL * size
     scores_at, queries_at, sums_at = scores.ctypes.data, queries[row].ctypes.data, sums[row].ctypes.data
     for r in range(rows):
         for k in range(padded):
             scores[r, k] = np.float32(0.0)
     for c in range(0, padded, columns):
         panel = tile_keys + (c // PANEL * PANEL * dim + c % PANEL) * size
-        add_product(
-            isa, keys, rows, queries_at, 4 * dim, panel, PANEL * size, dim, scores_at + 4 * c, 4 * TILE,
-            tile_values + c * dim * size,
-        )  # fmt: skip
+        add_product(isa, keys, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * TILE)
     for r in range(rows):
         valid = min(places, position + (row + r) // per_token + 1 - tile)
         if valid > 0:
@@ -171,12 +169,9 @@ def _attend_tile(isa, queries, row, rows, per_token, keys, values, tile, positio
         else:
             for k in range(padded):
                 scores[r, k] = np.float32(0.0)
-    next_keys = tile_keys + TILE * dim * size
     for c in range(0, dim, columns):
-        add_product(
-            isa, values, rows, scores_at, 4 * TILE, tile_values + c * size, dim * size, places, sums_at + 4 * c,
-            4 * dim, next_keys + c * places * size,
-        )  # fmt: skip
+        panel = tile_values + c // PANEL * panel_of_values + c % PANEL * size
+        add_product(isa, values, rows, scores_at, 4 * TILE, panel, places, sums_at + 4 * c, 4 * dim)
 
 
 @numba.njit(cache=True)
@@ -221,7 +216,7 @@ def attend(isa, qkv, keys, values, position, heads, out, thread, threads):
         thread, threads: the share.
 
     """
-    kv_heads, tokens, dim, padded = len(keys), len(qkv), out.shape[1] // heads, values.shape[2]
+    kv_heads, tokens, dim, padded = len(keys), len(qkv), out.shape[1] // heads, keys.shape[2]
     group = heads // kv_heads
     at_once = max(1, _QUERIES_AT_ONCE // group)
     queries, sums = np.zeros((at_once * group, padded), np.float32), np.empty((at_once * group, padded), np.float32)

@@ -18,6 +18,7 @@ from cpu_kernels.simd import FLOAT, HALF, I16, I32, I64, Vectors, vector
 PANEL = 32  # columns that lie together in the cache: places of keys, dimensions of values
 LARGEST_HALF = 65504.0
 _CACHE_LINE = 64
+_PREFETCH_BYTES = 4096  # how far ahead
 
 
 @register_jitable
@@ -37,17 +38,16 @@ def lanes_of(isa: int) -> int:
     return 8 if isa in (AVX2, AVX2_VNNI) else 16
 
 
-def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inner, out, prefetched) -> None:
+def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inner, out) -> None:
     """Emit out[rows, columns] += left[rows, inner] * right[inner, columns].
 
     Args:
         vectors: where to emit.
         element: HALF or FLOAT, what `right` consists of.
         rows: how many, a constant.
-        left, right, out: address of the first element and bytes from row to row, i64 each; `left` and `out` are
-            float32.
+        left, out: address of the first element and bytes from row to row, i64 each, of float32.
+        right: address of the first element, i64; a row has PANEL elements.
         inner: how many products are added, i64.
-        prefetched: address of memory that will be needed next; as much of it is asked for as is read of `right`.
 
     """
     builder, isa = vectors.builder, vectors.isa
@@ -65,10 +65,9 @@ def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inn
         for first, total in zip(parts, row_sums, strict=True):
             builder.store(vectors.load(address, FLOAT, lanes, 4 * first), total)
     with cgutils.for_range(builder, inner) as loop:
-        row_of_right = place(right, loop.index)
-        ahead = builder.add(prefetched, builder.mul(loop.index, I64(columns * element_bytes)))
+        row_of_right = place((right, I64(PANEL * element_bytes)), loop.index)
         for offset in range(0, columns * element_bytes, _CACHE_LINE):
-            vectors.prefetch(ahead, offset, into_first_level=False)
+            vectors.prefetch(row_of_right, _PREFETCH_BYTES + offset, into_first_level=False)
         factors = []
         for first in parts:
             factor = vectors.load(row_of_right, element, lanes, element_bytes * first)
@@ -88,13 +87,11 @@ def _element(array: types.Array) -> ir.Type:
 
 
 @intrinsic
-def add_product(
-    typing_context, isa, cached, rows, left, left_stride, right, right_stride, inner, out, out_stride, prefetched
-):
+def add_product(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride):
     """Emit `emit_product` for 1 to `most_rows` rows; `cached` is an array of the type that `right` points into."""
 
     def generate(context, builder, signature, arguments):
-        rows, left, left_stride, right, right_stride, inner, out, out_stride, prefetched = arguments[2:]
+        rows, left, left_stride, right, inner, out, out_stride = arguments[2:]
         vectors = Vectors(builder, isa.count)
         done = builder.append_basic_block("done")
         choice = builder.switch(rows, done)
@@ -102,15 +99,12 @@ def add_product(
             block = builder.append_basic_block(f"rows{count}")
             choice.add_case(I64(count), block)
             builder.position_at_end(block)
-            emit_product(
-                vectors, _element(cached), count, (left, left_stride), (right, right_stride), inner,
-                (out, out_stride), prefetched,
-            )  # fmt: skip
+            emit_product(vectors, _element(cached), count, (left, left_stride), right, inner, (out, out_stride))
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(isa, cached, *[types.intp] * 9), generate
+    return types.void(isa, cached, *[types.intp] * 7), generate
 
 
 @intrinsic

@@ -70,7 +70,8 @@ class Layer:
 
     @property
     def values(self) -> np.ndarray:
-        return as_float64(self.cached_values)[:, :, : self.dim]
+        kv_heads, _, places, _ = self.cached_values.shape
+        return as_float64(self.cached_values).transpose(0, 2, 1, 3).reshape(kv_heads, places, -1)[:, :, : self.dim]
 
 
 def random_layer(kv_heads: int, places: int, dim: int, dtype: type, filled: int) -> Layer:
@@ -81,6 +82,7 @@ def random_layer(kv_heads: int, places: int, dim: int, dtype: type, filled: int)
         cache[:, :, dim:] = 0
         cache[:, filled:, :dim] = np.nan
     in_panels = np.ascontiguousarray(keys.reshape(kv_heads, panels, PANEL, padded).transpose(0, 1, 3, 2))
+    values = np.ascontiguousarray(values.reshape(kv_heads, -1, padded // PANEL, PANEL).transpose(0, 2, 1, 3))
     return Layer(as_cached(in_panels, dtype), as_cached(values, dtype), dim)
 
 
@@ -164,7 +166,7 @@ def test_no_token_sees_a_later_one(variant: str) -> None:
         Crew(1).run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, before)
         for later in range(place + 1, tokens):
             layer.cached_keys[:, later // PANEL, :, later % PANEL] += 3
-        layer.cached_values[:, place + 1 :] *= -2
+        layer.cached_values[:, :, place + 1 :] *= -2
         Crew(1).run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, after)
         np.testing.assert_array_equal(after[: place + 1], before[: place + 1])
         assert (after[place + 1 :] != before[place + 1 :]).any(axis=1).all()
@@ -174,7 +176,7 @@ def attend_to_last(
     layer: Layer, qkv: np.ndarray, bias: np.ndarray, position: int, heads: int, interleaved: bool, threads: int
 ) -> np.ndarray:
     """Store one token and attend with it as decode does; return [heads * dim]."""
-    places = layer.cached_values.shape[1]
+    places = layer.cached_values.shape[2]
     turns = angles(places, layer.dim)
     cache = Cache(
         layer.cached_keys[np.newaxis],
@@ -227,8 +229,7 @@ def test_threads_do_not_change_a_bit(position: int, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_attend_layers(threads: int) -> None:
     layers = [random_layer(KV_HEADS, CONTEXT, DIM, np.uint16, 10) for _ in range(3)]
-    layers[2].cached_values[:] = layers[2].cached_values[:, ::-1]
-    layers[2].cached_values[:, :10] = layers[0].cached_values[:, 9::-1]
+    layers[2].cached_values[:, :, :10] = layers[0].cached_values[:, :, 9::-1]
     turns = angles(64, DIM)
     cache = Cache(
         np.stack([layer.cached_keys for layer in layers]),
@@ -253,7 +254,7 @@ def test_attention_to_one_place_is_its_value(variant: str, size: float) -> None:
     layer.cached_keys[:] *= np.float32(size)
     out = np.zeros((1, HEADS * DIM), np.float32)
     CREW.run(attend, chosen(), qkv, layer.cached_keys, layer.cached_values, 0, HEADS, out)
-    expected = np.repeat(layer.cached_values[:, :1, :DIM], HEADS // KV_HEADS, axis=1)
+    expected = np.repeat(layer.values[:, :1], HEADS // KV_HEADS, axis=1)
     np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), expected)
 
 
@@ -262,7 +263,7 @@ def test_every_place_counts(variant: str) -> None:
     places, dim = 777, 32
     layer = random_layer(1, places, dim, np.float32, places)
     layer.cached_keys[:] = 0
-    layer.cached_values[:, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
+    layer.cached_values[:, :, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
     out = np.zeros((1, dim), np.float32)
     CREW.run(attend, chosen(), random(1, 3 * dim), layer.cached_keys, layer.cached_values, places - 1, 1, out)
     np.testing.assert_allclose(out, (places - 1) / 2, rtol=1e-6)

@@ -35,8 +35,8 @@ def chosen() -> Variant:
 @numba.njit
 def product(isa: Variant, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
     add_product(
-        isa, right, len(left), left.ctypes.data, left.strides[0], right.ctypes.data, right.strides[0], left.shape[1],
-        out.ctypes.data, out.strides[0], right.ctypes.data,
+        isa, right, len(left), left.ctypes.data, left.strides[0], right.ctypes.data, left.shape[1], out.ctypes.data,
+        out.strides[0],
     )  # fmt: skip
 
 
@@ -63,10 +63,10 @@ def test_products(variant: str, dtype: type, inner: int) -> None:
     for rows in range(1, most_rows(len(isa)) + 1):
         generator = np.random.default_rng((rows, inner))
         left = generator.standard_normal((rows, inner)).astype(np.float32)
-        right: np.ndarray = generator.standard_normal((inner, sum_columns(len(isa)) + 5)).astype(dtype)
+        right: np.ndarray = generator.standard_normal((inner, PANEL)).astype(dtype)
         out = generator.standard_normal((rows, sum_columns(len(isa)) + 3)).astype(np.float32)
         expected = out.astype(np.float64)
-        expected[:, :-3] += left.astype(np.float64) @ right[:, :-5].astype(np.float64)
+        expected[:, :-3] += left.astype(np.float64) @ right[:, : sum_columns(len(isa))].astype(np.float64)
         product(isa, left, right.view(np.uint16) if dtype is np.float16 else right, out)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
@@ -143,16 +143,14 @@ def arm_instructions(element: ir.Type | None) -> Counter[str]:
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), "step")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 6), "step")
     builder = ir.IRBuilder(function.append_basic_block())
     vectors = Vectors(builder, PORTABLE)
-    left, left_stride, right, right_stride, inner, out, out_stride, ahead = function.args
+    left, left_stride, right, inner, out, out_stride = function.args
     if element is None:
         vectors.store(vectors.power_of_two(vectors.load(left, FLOAT, PANEL)), out)
     else:
-        emit_product(
-            vectors, element, 6, (left, left_stride), (right, right_stride), inner, (out, out_stride), ahead
-        )  # fmt: skip
+        emit_product(vectors, element, 6, (left, left_stride), right, inner, (out, out_stride))
     builder.ret_void()
     machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=3)
     parsed = llvm.parse_assembly(str(module))

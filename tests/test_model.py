@@ -182,16 +182,6 @@ def test_truncate_and_go_on(tiny_trit_file: Files) -> None:
     assert model.position == 11
 
 
-def test_the_cache_grows_with_its_contents(tiny_trit_file: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = expected_logits(tiny_trit_file(), TOKENS)
-    monkeypatch.setattr("tritgguf.cache._FIRST_CAPACITY", 2)
-    model = precise_model(tiny_trit_file(), context=11)
-    for piece in (slice(0, 1), slice(1, 3), slice(3, 10), slice(10, 11)):
-        assert_close(model.forward(TOKENS[piece], all_logits=True), expected[piece])
-    with pytest.raises(TritGgufError):
-        model.forward([1])
-
-
 def test_context(tiny_trit_file: Files) -> None:
     assert precise_model(tiny_trit_file()).context == 256
     model = precise_model(tiny_trit_file(), context=11)

@@ -50,7 +50,7 @@ class KeyValueCache:
             return
         self.arrays = self._allocate(min(self.context, max(tokens, 2 * capacity)))
         self.arrays.keys[:, :, : old.keys.shape[2]] = old.keys
-        self.arrays.values[:, :, :capacity] = old.values
+        self.arrays.values[:, :, :, :capacity] = old.values
 
     def _allocate(self, capacity: int) -> Cache:
         """Return arrays of at least this capacity, in whole panels."""
@@ -60,7 +60,7 @@ class KeyValueCache:
         angles = np.outer(np.arange(panels * PANEL), self._config.rotation_frequencies)
         return Cache(
             keys=np.zeros((*heads, panels, padded, PANEL), self._dtype),
-            values=np.zeros((*heads, panels * PANEL, padded), self._dtype),
+            values=np.zeros((*heads, padded // PANEL, panels * PANEL, PANEL), self._dtype),
             cosines=np.cos(angles).astype(np.float32),
             sines=np.sin(angles).astype(np.float32),
             scratch=self._scratch,
