@@ -117,19 +117,20 @@ def _tokens(block, x):
 
 
 @numba.njit(cache=True)
+def _quantize_part(t, some, groups, integers, offsets, scales):
+    """Quantize some groups, a slice, of token t into its lane of its block; groups float32 [some, 16]."""
+    block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
+    _quantize(groups, integers[block, some, :, lane], offsets[block, :, some, lane], scales[block, some, lane])
+
+
+@numba.njit(cache=True)
 def _quantize_tokens(block, x, integers, offsets, scales):
     """Quantize the tokens of a block, some groups at a time: what they write lies mixed, and should stay in cache."""
     groups = scales.shape[1]
     for first in range(0, groups, _GROUPS_AT_ONCE):
         some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
         for t in _tokens(block, x):
-            lane = t % BLOCK_TOKENS
-            _quantize(
-                _groups(x[t])[some],
-                integers[block, some, :, lane],
-                offsets[block, :, some, lane],
-                scales[block, some, lane],
-            )
+            _quantize_part(t, some, _groups(x[t])[some], integers, offsets, scales)
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
@@ -254,11 +255,6 @@ def gate_batch(gate_up, keep, x, integers, offsets, scales, thread, threads):
             some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
             start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
             for t in _tokens(block, x):
-                part, lane = gated[: end - start], t % BLOCK_TOKENS
+                part = gated[: end - start]
                 gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], part)
-                _quantize(
-                    _groups(part),
-                    integers[block, some, :, lane],
-                    offsets[block, :, some, lane],
-                    scales[block, some, lane],
-                )
+                _quantize_part(t, some, _groups(part), integers, offsets, scales)

@@ -41,10 +41,12 @@ _NEEDED = {
 }
 
 
+@functools.cache
 def supported() -> list[int]:
     """Return the variants that this processor's features promise, slowest first.
 
-    The features come from LLVM, which asks the processor and whether the operating system saves its registers.
+    The features come from LLVM, which asks the processor and whether the operating system saves its registers. They
+    are asked for once: LLVM takes 0.2 ms to answer, and each of a model's hundred projections wants to know.
     """
     import llvmlite.binding
 
@@ -101,6 +103,11 @@ def choose() -> int:
     if reason := _failure(NAMES[wanted]):
         raise ValueError(f"{label} {reason}; choose another one")
     return NAMES[wanted]
+
+
+def chosen() -> tuple[int, ...]:
+    """Return what `choose` returns in the form in which compiled functions take it."""
+    return as_type(choose())
 
 
 def _failure(isa: int) -> str | None:

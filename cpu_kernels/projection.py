@@ -139,7 +139,7 @@ class Projection:
         if any(matrix.columns != self.columns for matrix in matrices):
             raise ValueError("matrices of one projection have rows of one length")
         self.matrices = list(matrices)
-        self._isa = instruction_set.as_type(instruction_set.choose())
+        self._isa = instruction_set.chosen()
         self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
         self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
         self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
@@ -180,10 +180,16 @@ class Projection:
                     out[:, first : first + matrix.rows] += rest
             first += matrix.rows
 
-    def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew) -> None:
-        """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]."""
+    def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
+        """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
         if x.shape != (self.columns,) or out.shape != (self.rows,):
             raise ValueError("vector, matrices and output do not fit each other")
+        if exact:
+            batch = Batch(1, self.columns)
+            batch.x[0] = x
+            batch.quantize(crew)
+            self.multiply(batch, out[np.newaxis], crew, exact=True)
+            return
         vector = Activations(1, self.columns).vector(0)
         vector[0][:] = x
         quantize_row(*vector)

@@ -52,7 +52,7 @@ def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.n
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)
-    isa = instruction_set.as_type(instruction_set.choose())
+    isa = instruction_set.chosen()
     (crew or default_crew()).run(_unpack_rows, isa, words, depth, levels, indices)
     return levels.reshape(len(rows), -1), indices
 

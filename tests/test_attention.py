@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_inputs import CREW
 
-from cpu_kernels import instruction_set
 from cpu_kernels.attend_layers import attend_layers
 from cpu_kernels.attention import (
     Cache,
@@ -26,6 +25,7 @@ from cpu_kernels.attention import (
 )
 from cpu_kernels.attention_tile import PANEL
 from cpu_kernels.crew import Crew
+from cpu_kernels.instruction_set import chosen
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
 Variant = tuple[int, ...]
@@ -39,10 +39,6 @@ def angles(places: int, dim: int) -> np.ndarray:
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
-
-
-def chosen() -> Variant:
-    return instruction_set.as_type(instruction_set.choose())
 
 
 def as_cached(x: np.ndarray, dtype: type) -> np.ndarray:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from arm_assembly import arm_assembly
 from llvmlite import ir
 
-from cpu_kernels import instruction_set
 from cpu_kernels.attention_tile import (
     PANEL,
     add_product,
@@ -22,14 +21,10 @@ from cpu_kernels.attention_tile import (
     powers_of_two,
     sum_columns,
 )
-from cpu_kernels.instruction_set import PORTABLE
-from cpu_kernels.simd import FLOAT, HALF, I64, Vectors
+from cpu_kernels.instruction_set import PORTABLE, chosen
+from cpu_kernels.simd import FLOAT, HALF, Vectors
 
 Variant = tuple[int, ...]
-
-
-def chosen() -> Variant:
-    return instruction_set.as_type(instruction_set.choose())
 
 
 @numba.njit
@@ -137,36 +132,19 @@ def test_float16_rounds_to_nearest_even_and_saturates() -> None:
     np.testing.assert_array_equal(kept, beyond)
 
 
-def arm_instructions(element: ir.Type | None) -> Counter[str]:
-    """Compile a product of 6 rows with `element`, or a power of two, for a 64-bit Arm processor; count instructions."""
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 6), "step")
-    builder = ir.IRBuilder(function.append_basic_block())
-    vectors = Vectors(builder, PORTABLE)
-    left, left_stride, right, inner, out, out_stride = function.args
-    if element is None:
-        vectors.store(vectors.power_of_two(vectors.load(left, FLOAT, PANEL)), out)
-    else:
-        emit_product(vectors, element, 6, (left, left_stride), right, inner, (out, out_stride))
-    builder.ret_void()
-    machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=3)
-    parsed = llvm.parse_assembly(str(module))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    return Counter(re.findall(r"^\t(\w+)\t", machine.emit_assembly(parsed), re.MULTILINE))
-
-
 @pytest.mark.parametrize("element", [HALF, FLOAT, None])
 def test_portable_is_vector_code_on_arm(element: ir.Type | None) -> None:
-    try:
-        llvm.initialize_all_targets()
-        llvm.Target.from_triple("aarch64-unknown-linux-gnu")
-    except RuntimeError:
-        pytest.skip("this llvmlite compiles for no Arm processor")
-    found = arm_instructions(element)
+    """A product of 6 rows with `element`, or a power of two."""
+
+    def emit(
+        vectors: Vectors, left: ir.Value, stride: ir.Value, right: ir.Value, inner: ir.Value, *out: ir.Value
+    ) -> None:
+        if element is None:
+            vectors.store(vectors.power_of_two(vectors.load(left, FLOAT, PANEL)), out[0])
+        else:
+            emit_product(vectors, element, 6, (left, stride), right, inner, out)
+
+    found = Counter(re.findall(r"^\t(\w+)\t", arm_assembly(emit, 6), re.MULTILINE))
     assert found["bl"] == 0  # nothing is left to a library
     assert found["fmadd"] == 0  # nor to scalar registers
     if element is None:

@@ -8,33 +8,41 @@ from collections.abc import Iterator
 
 import llvmlite.binding as llvm
 import pytest
-from llvmlite import ir
+from arm_assembly import arm_assembly
+from llvmlite.ir import Value
 from random_inputs import trit_matrix
 
 from cpu_kernels import instruction_set, self_test
 from cpu_kernels.extract import EXTRACT, GroupLanes
 from cpu_kernels.instruction_set import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.projection import Projection
-from cpu_kernels.simd import I32, I64, Vectors
+from cpu_kernels.simd import I32, Vectors
 from tritgguf.trit_types import DEPTHS
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 
+def forget_the_processor() -> None:
+    """Let the next question about it be answered anew."""
+    instruction_set.supported.cache_clear()
+    instruction_set._works.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(instruction_set, "_forced", None)
+    forget_the_processor()
     yield
-    instruction_set._works.cache_clear()
+    forget_the_processor()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
     """Let LLVM report a processor with these features only, on which everything works that is not in `failures`."""
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
     monkeypatch.setattr(self_test, "failure", (failures or {}).get)
-    instruction_set._works.cache_clear()
+    forget_the_processor()
 
 
 def test_this_processor_has_the_portable_variant() -> None:
@@ -117,37 +125,17 @@ def test_a_projection_takes_the_chosen_variant(variant: str) -> None:
     assert projection._isa == instruction_set.as_type(instruction_set.NAMES[variant])
 
 
-def aarch64_assembly(depth: int) -> str:
-    """Compile one vector step of 16 groups, the heart of every product, for a 64-bit Arm processor."""
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 5), "step")
-    builder = ir.IRBuilder(function.append_basic_block())
-    vectors = Vectors(builder, PORTABLE)
-    words, activations, groups, first_group, out = function.args
-    zero = vectors.constant(I32, 0, 16)
-    step = GroupLanes(vectors, words, activations, groups, first_group, zero)
-    indices = EXTRACT[depth](step)
-    vectors.store(step.sums, out)
-    vectors.store(indices, out, offset=64)
-    builder.ret_void()
-    machine = llvm.Target.from_triple(module.triple).create_target_machine(opt=3)
-    parsed = llvm.parse_assembly(str(module))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    return str(machine.emit_assembly(parsed))
-
-
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_portable_is_vector_code_on_arm(depth: int) -> None:
-    try:
-        llvm.initialize_all_targets()
-        llvm.Target.from_triple("aarch64-unknown-linux-gnu")
-    except RuntimeError:
-        pytest.skip("this llvmlite compiles for no Arm processor")
-    instructions = re.findall(r"^\t(\w+)\t(\S+)", aarch64_assembly(depth), re.MULTILINE)
+    def emit(vectors: Vectors, words: Value, activations: Value, groups: Value, first_group: Value, out: Value) -> None:
+        """Emit one vector step of 16 groups, the heart of every product."""
+        zero = vectors.constant(I32, 0, 16)
+        step = GroupLanes(vectors, words, activations, groups, first_group, zero)
+        indices = EXTRACT[depth](step)
+        vectors.store(step.sums, out)
+        vectors.store(indices, out, offset=64)
+
+    instructions = re.findall(r"^\t(\w+)\t(\S+)", arm_assembly(emit, 5), re.MULTILINE)
     on_vectors = Counter(name for name, target in instructions if re.match(r"v\d+\.", target))
     # 8 steps of 32 lanes: digits by unsigned, products by signed widening multiplies of 8 lanes at a time.
     assert on_vectors["umull"] + on_vectors["umull2"] >= 8 * 8

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tritgguf.gguf_file import GgufFile
 
 # `convert` writes these for what the new file holds.
-_KEYS_OF_THE_OUTPUT = ("general.file_type", "general.quantization_version", "general.alignment")
+_KEYS_OF_THE_OUTPUT = ("general.file_type", "general.quantization_version")
 # Buffers that old checkpoints carry beside the weights; llama.cpp's converter passes over the same three.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -303,16 +303,11 @@ def _is_well_typed(value: GGUFValue) -> bool:
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
     """Return a file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
 
-    Keys of trits are left out, because the output has its own, and so are empty arrays: they say nothing, and
-    gguf-py's writer has none.
+    The output has its own keys of trits and of its types.
     """
     from gguf import GGUFValue, GGUFValueType
 
-    metadata = {
-        key: file.value(key)
-        for key, value in file.metadata.items()
-        if key not in _KEYS_OF_THE_OUTPUT and not key.startswith("trit.") and value != []
-    }
+    metadata = {key: value for key, value in file.stock_metadata().items() if key not in _KEYS_OF_THE_OUTPUT}
     if HUGGINGFACE_JSON_KEY not in metadata:
         text = tokenizer_json_from_gguf(file.metadata, where=str(file.path))
         metadata[HUGGINGFACE_JSON_KEY] = GGUFValue(value=text, type=GGUFValueType.STRING)

@@ -23,7 +23,7 @@ class Decoder:
         head_columns = sizes.heads * sizes.head_dim
         layers = weights.layers
         self._embeddings = weights.embeddings
-        self._isa = instruction_set.as_type(instruction_set.choose())
+        self._isa = instruction_set.chosen()
         self._weights = Weights(
             addresses=np.stack([np.concatenate([p.addresses for p in layer.projections]) for layer in layers]),
             rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),

@@ -57,12 +57,8 @@ def _plan(info: TensorInfo, kind: GGMLQuantizationType) -> PlannedTensor:
 
 
 def _metadata(file: GgufFile, file_type: LlamaFileType) -> dict[str, GGUFValue]:
-    """Return the file's keys but for those about trits; empty arrays, which gguf-py cannot write, say nothing."""
-    metadata = {
-        key: file.value(key)
-        for key, value in file.metadata.items()
-        if not key.startswith("trit.") and key != "general.alignment" and value != []
-    }
+    """Return the file's keys but for those about trits, with the type of the file."""
+    metadata = file.stock_metadata()
     metadata["general.file_type"] = GGUFValue(int(file_type), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
     return metadata

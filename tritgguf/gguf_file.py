@@ -28,6 +28,8 @@ from tritgguf.errors import TritGgufError
 if TYPE_CHECKING:
     from gguf import GGUFValue
 
+    from cpu_kernels.crew import Crew
+
 F32, F16, BF16 = 0, 1, 30
 _MAGIC = b"GGUF"
 _SCALARS = {
@@ -163,27 +165,45 @@ class GgufFile:
             )
         return codebook
 
+    def decode_rows(self, name: str, rows: np.ndarray, crew: Crew | None = None) -> np.ndarray:
+        """Return some rows, uint8 [rows, bytes of a row], of a tensor in trits, F32 or F16 as float32 [rows, columns].
+
+        F32 is returned as a view. `crew` are the threads to use for trits; None for all cores.
+        """
+        info = self.tensors[name]
+        if trit_types.is_trit_type(info.type_id):
+            from cpu_kernels.unpack import dequantize
+
+            return dequantize(rows, self.codebook(name), trit_types.TritType(info.type_id).depth, crew)
+        if info.type_id == F32:
+            return rows.view(np.float32)
+        if info.type_id == F16:
+            return rows.view(np.float16).astype(np.float32)
+        raise ValueError(f"{info.type_name} is not decoded row by row")
+
+    def stock_metadata(self) -> dict[str, GGUFValue]:
+        """Return the keys that outlive a conversion: all but those of trits, the alignment and empty arrays.
+
+        The alignment is the writer's own affair; empty arrays say nothing, and gguf-py's writer has none.
+        """
+        return {
+            key: self.value(key)
+            for key, value in self.metadata.items()
+            if not key.startswith("trit.") and key != "general.alignment" and value != []
+        }
+
     def read_float32(self, name: str) -> np.ndarray:
         """Return a tensor dequantized: float32, `shape` of its TensorInfo.
 
         Raises TritGgufError for a type that gguf-py does not dequantize.
         """
         info = self.tensors[name]
-        raw = self.raw(name)
-        if trit_types.is_trit_type(info.type_id):
-            from cpu_kernels.unpack import dequantize
-
-            depth = trit_types.TritType(info.type_id).depth
-            rows = raw.reshape(-1, trit_types.row_bytes(depth, info.shape[-1]))
-            return dequantize(rows, self.codebook(name), depth).reshape(info.shape)
-        if info.type_id == F32:
-            return raw.view(np.float32).reshape(info.shape)
-        if info.type_id == F16:
-            return raw.view(np.float16).astype(np.float32).reshape(info.shape)
+        rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)
+        if trit_types.is_trit_type(info.type_id) or info.type_id in (F32, F16):
+            return self.decode_rows(name, rows).reshape(info.shape)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as dequantize_stock
 
-        rows = raw.reshape(info.n_weights // info.shape[-1], -1)
         weights = np.empty((len(rows), info.shape[-1]), np.float32)
         step = max(1, _WEIGHTS_AT_ONCE // info.shape[-1])
         try:

@@ -149,7 +149,7 @@ def decode_seconds(
     one, is subtracted.
     """
     layers = weights.layers
-    isa = instruction_set.as_type(instruction_set.choose())
+    isa = instruction_set.chosen()
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
         "attention": _attention(isa, config, crew, places, cache_type),

@@ -8,7 +8,6 @@ import numpy as np
 
 from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation
 from cpu_kernels.instruction_set import choose
-from cpu_kernels.projection import Batch
 from tritgguf.cache import DEFAULT_CACHE_TYPE, KeyValueCache
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
@@ -123,11 +122,5 @@ class Model:
                 self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew, exact=self._exact)
         if all_logits:
             return logits
-        if self._exact:
-            last = Batch(1, hidden.x.shape[1])
-            last.x[:] = hidden.x[-1]
-            last.quantize(self.crew)
-            self._weights.head.multiply(last, logits, self.crew, exact=True)
-        else:
-            self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew)
+        self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew, exact=self._exact)
         return logits[0]

@@ -47,7 +47,7 @@ class Prefill:
         self._weights = weights
         self.crew = crew
         self._bits, self._exact = bits, exact
-        self._isa = instruction_set.as_type(instruction_set.choose())
+        self._isa = instruction_set.chosen()
         self._workspace = _Workspace(0, config.dimensions, bits)
 
     def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:

@@ -10,11 +10,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from cpu_kernels.crew import Crew
-from cpu_kernels.unpack import dequantize
 from tritgguf import trit_types
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32, GgufFile
-from tritgguf.trit_types import TritType
 
 _WEIGHTS_AT_ONCE = 1 << 22
 
@@ -70,17 +68,13 @@ class RowBlocks:
         return quantize(block, kind)
 
     def _decode(self, raw: np.ndarray) -> np.ndarray:
-        type_id = self.file.tensors[self.name].type_id
-        if trit_types.is_trit_type(type_id):
-            return dequantize(raw, self.file.codebook(self.name), TritType(type_id).depth, self.crew)
-        if type_id == F32:
-            return raw.view(np.float32)
-        if type_id == F16:
-            return raw.view(np.float16).astype(np.float32)
-        raise TritGgufError(
-            f"{self.file.path}: tensor {self.name} is {self.file.tensors[self.name].type_name}, which no trit file has;"
-            " convert the model again"
-        )
+        info = self.file.tensors[self.name]
+        if not trit_types.is_trit_type(info.type_id) and info.type_id not in (F32, F16):
+            raise TritGgufError(
+                f"{self.file.path}: tensor {self.name} is {info.type_name}, which no trit file has;"
+                " convert the model again"
+            )
+        return self.file.decode_rows(self.name, raw, self.crew)
 
 
 def stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
