@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from cpu_kernels import instruction_set
 from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.extract import D1, D2, D3, D4, EXTRACT, RowLanes
+from cpu_kernels.instruction_set import PORTABLE
 from cpu_kernels.layout import (
     BLOCK_SIZE,
     GROUP_SIZE,
@@ -28,7 +29,8 @@ from cpu_kernels.layout import (
     WORDS_PER_BLOCK,
     level_offset,
 )
-from cpu_kernels.simd import FLOAT, I8, I64, Vectors, vector
+from cpu_kernels.simd import FLOAT, I8, I16, I32, I64, Vectors, vector
+from cpu_kernels.transpose import transpose
 
 _CACHE_LINE = 64
 _PAIRED = 8
@@ -136,7 +138,7 @@ def _prefetch(typing_context, address):
     """Ask for the cache line of an address; it need not exist."""
 
     def generate(context, builder, signature, arguments):
-        Vectors(builder, instruction_set.PORTABLE).prefetch(arguments[0])
+        Vectors(builder, PORTABLE).prefetch(arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
@@ -155,6 +157,75 @@ def _prefetch_next(rows, first_word, words):
             _prefetch(start + r * row_bytes + offset)
 
 
+def _turning(pairs, paired):
+    """Return an intrinsic that turns pairs of words of 16 rows, 16 or 8 of them at once.
+
+    Args:
+        pairs: how many of each row.
+        paired: whether the words of a pair stay side by side, or all rows' first words come before the second ones.
+
+    The intrinsic takes the address of the first row's words, the bytes from row to row, and the address of the result:
+    uint16 [pairs, 16 rows, 2], or [pairs, 2, 16 rows].
+
+    """
+
+    @intrinsic
+    def emit(typing_context, source, row_bytes, target):
+        def generate(context, builder, signature, arguments):
+            vectors = Vectors(builder, PORTABLE)
+            source, row_bytes, target = arguments
+            rows = []
+            for _ in range(TILE_ROWS):
+                row = vectors.load(source, I32, pairs)
+                rows.append(row if pairs == TILE_ROWS else vectors.join(row, row))
+                source = builder.add(source, row_bytes)
+            for pair, column in enumerate(transpose(vectors, rows)[:pairs]):
+                offset = 4 * TILE_ROWS * pair
+                if paired:
+                    vectors.store(column, target, offset)
+                    continue
+                second = builder.lshr(column, vectors.constant(I32, 16, TILE_ROWS))
+                vectors.store(builder.trunc(column, vector(I16, TILE_ROWS)), target, offset)
+                vectors.store(builder.trunc(second, vector(I16, TILE_ROWS)), target, offset + 2 * TILE_ROWS)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), generate
+
+    return emit
+
+
+_turn_16_pairs, _turn_8_pairs = _turning(16, True), _turning(8, True)
+_turn_32_words, _turn_16_words = _turning(16, False), _turning(8, False)
+
+
+@numba.njit(cache=True)
+def _turn_plane(rows, paired, first_word, words, turned):
+    """Lay words of up to 16 rows side by side, the paired ones two by two.
+
+    turned: uint16 [words, 16 rows] or [words / 2, 16 rows, 2], out.
+    """
+    done = 0
+    if len(rows) == TILE_ROWS:
+        source, target = rows.ctypes.data + 2 * first_word, turned.ctypes.data
+        while done + 16 <= words:
+            some = 32 if done + 32 <= words else 16
+            start, end = source + 2 * done, target + 2 * TILE_ROWS * done
+            if paired:
+                if some == 32:
+                    _turn_16_pairs(start, rows.strides[0], end)
+                else:
+                    _turn_8_pairs(start, rows.strides[0], end)
+            elif some == 32:
+                _turn_32_words(start, rows.strides[0], end)
+            else:
+                _turn_16_words(start, rows.strides[0], end)
+            done += some
+    for w in range(done, words):
+        for r in range(len(rows)):
+            place = (w // 2 * TILE_ROWS + r) * 2 + w % 2 if paired else w * TILE_ROWS + r
+            turned[place] = rows[r, first_word + w]
+
+
 @numba.njit(cache=True)
 def _turn(rows, depth, first_block, turned):
     """Lay the words of some blocks of up to 16 rows side by side, those of planes with pairs two by two."""
@@ -164,17 +235,8 @@ def _turn(rows, depth, first_block, turned):
     for words in _PLANES[depth]:
         source = start + first_block * words
         _prefetch_next(rows, source, some * words)
-        if words == _PAIRED:
-            for w in range(source, source + some * words, 2):
-                for r in range(len(rows)):
-                    turned[target + 2 * r] = rows[r, w]
-                    turned[target + 2 * r + 1] = rows[r, w + 1]
-                target += 2 * TILE_ROWS
-        else:
-            for w in range(source, source + some * words):
-                for r in range(len(rows)):
-                    turned[target + r] = rows[r, w]
-                target += TILE_ROWS
+        _turn_plane(rows, words == _PAIRED, source, some * words, turned[target:])
+        target += some * words * TILE_ROWS
         start += blocks * words
 
 
