@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping
 
 PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512 = 0, 1, 2, 3, 4
 NAMES = {
@@ -48,10 +49,8 @@ def supported() -> list[int]:
     The features come from LLVM, which asks the processor and whether the operating system saves its registers. They
     are asked for once: LLVM takes 0.2 ms to answer, and each of a model's hundred projections wants to know.
     """
-    import llvmlite.binding
-
-    features = llvmlite.binding.get_host_cpu_features()
-    return [isa for isa, needed in _NEEDED.items() if all(features.get(name, False) for name in needed)]
+    host = _host_features()
+    return [isa for isa, needed in _NEEDED.items() if all(host.get(name, False) for name in needed)]
 
 
 def as_type(isa: int) -> tuple[int, ...]:
@@ -108,6 +107,24 @@ def choose() -> int:
 def chosen() -> tuple[int, ...]:
     """Return what `choose` returns in the form in which compiled functions take it."""
     return as_type(choose())
+
+
+def features() -> list[str]:
+    """Return those of the features that any variant needs which this processor has."""
+    wanted = dict.fromkeys(name for needed in _NEEDED.values() for name in needed)
+    return [name for name in wanted if _host_features().get(name, False)]
+
+
+def obstacle(isa: int) -> str | None:
+    """Return why a variant cannot be used here, as a sentence without its subject; None where it can."""
+    missing = [name for name in _NEEDED[isa] if name not in features()]
+    return f"needs {', '.join(missing)}, which this processor lacks" if missing else _failure(isa)
+
+
+def _host_features() -> Mapping[str, bool]:
+    import llvmlite.binding
+
+    return llvmlite.binding.get_host_cpu_features()
 
 
 def _failure(isa: int) -> str | None:

@@ -65,6 +65,14 @@ class KernelCache(FunctionCache):
             _say_once(f"{self.cache_path}: {error.strerror or error}")
 
 
+def folder() -> Path | None:
+    """Return where machine code is kept; None where there is no place for it."""
+    from cpu_kernels.bandwidth import read  # any kernel: they share a folder
+
+    path = read._cache.cache_path
+    return None if path is None else Path(path)
+
+
 def _enable_caching(dispatcher: Any) -> None:
     """Give a kernel of this package its cache, if there is a folder for it; functions of others get Numba's."""
     if Path(inspect.getfile(dispatcher.py_func)).resolve().parent != _PACKAGE:

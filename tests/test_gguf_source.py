@@ -12,6 +12,7 @@ import pytest
 from source_checks import fails
 from tiny_models import write_tiny_model
 
+from tritgguf import matrix_rows
 from tritgguf.checkpoint import GgufSource, Source, open_source
 from tritgguf.convert import convert
 from tritgguf.gguf_file import GgufFile
@@ -92,20 +93,32 @@ def test_stored_numbers_are_views_of_the_file(tmp_path: Path, name: str, dtype: 
     folder = open_source(write_tiny_model(tmp_path / "folder", "llama"))
     file = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType[name]))
     for tensor in file.tensors:
-        stored = file.stored(tensor.name)
+        stored = file.rows(tensor.name).whole()
         assert stored.dtype == (dtype if len(tensor.shape) == 2 else np.float32)
         assert stored.base is not None
         assert not stored.flags.writeable
-        np.testing.assert_array_equal(to_float32(stored), file.read(tensor.name))
+        np.testing.assert_array_equal(to_float32(stored).reshape(tensor.shape), file.read(tensor.name))
         assert file.packed(tensor.name) is None
 
 
 def test_stored_numbers_of_other_types_are_float32(tmp_path: Path) -> None:
     folder = open_source(write_tiny_model(tmp_path / "folder", "llama"))
     file = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType.Q8_0))
-    stored = file.stored("blk.0.ffn_up.weight")
+    stored = file.rows("blk.0.ffn_up.weight").whole()
     assert stored.dtype == np.float32
     np.testing.assert_array_equal(stored, file.read("blk.0.ffn_up.weight"))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0"])
+def test_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(matrix_rows, "_WEIGHTS_AT_ONCE", 1000)
+    folder = open_source(write_tiny_model(tmp_path / "folder"))
+    source = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType[name]))
+    for tensor in source.tensors:
+        blocks = list(source.rows(tensor.name).blocks())
+        assert all(block.size <= 1000 for block in blocks)
+        numbers = to_float32(np.concatenate(blocks)).reshape(tensor.shape)
+        np.testing.assert_array_equal(numbers, source.read(tensor.name))
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

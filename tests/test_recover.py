@@ -17,6 +17,7 @@ from simulated_producer import HALVES, ORDERS, produce, random_case
 from cpu_kernels.crew import Crew
 from tritgguf import recover
 from tritgguf.codec import QuantizedMatrix
+from tritgguf.matrix_rows import MatrixRows
 from tritgguf.recover import Fit, HalfType, NoFit, find_fit, recover_matrix
 from tritgguf.trit_types import DEPTHS
 
@@ -214,7 +215,7 @@ def test_refused_groups_have_no_scale(order: str) -> None:
         levels = generator.permutation(np.arange(16))[np.newaxis, np.newaxis] % 14
         scales = np.full((1, 1), generator.uniform(0.1, 1), np.float32)
         weights = produce(scales, trits_of(levels, 3), order, "float16")
-        found = recover._find_fit_of_depth(weights.view(np.uint16).reshape(1, 1, 16), HalfType.FLOAT16, 3, CREW)
+        found = recover._find_fit_of_depth(MatrixRows.of(weights.reshape(1, 16)), HalfType.FLOAT16, 3, CREW)
         assert isinstance(found, Fit) == some_scale_gives(weights, 3)
         answers.add(isinstance(found, Fit))
     assert False in answers

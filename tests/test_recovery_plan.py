@@ -52,7 +52,7 @@ def differing_numbers(source: Path, output: Path) -> int:
     count = 0
     for name, info in file.tensors.items():
         if is_trit_type(info.type_id):
-            stored, depth = opened.stored(name), TritType(info.type_id).depth
+            stored, depth = opened.rows(name).whole(), TritType(info.type_id).depth
             rows = file.raw(name).reshape(len(stored), -1)
             decoded = reference_halves(rows, info.shape[-1], depth, file.codebook(name), stored.dtype)
             count += int(np.count_nonzero(to_float32(decoded) != to_float32(stored)))

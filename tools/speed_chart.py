@@ -12,7 +12,7 @@ from tritgguf.disk import disk_errors, write_text
 
 _WIDTH, _LABELS, _RIGHT = 820, 350, 60  # of the whole, of the labels left and of the figures right of the bars
 _ROW, _BAR, _TOP, _FIGURE = 26, 14, 56, 40
-_STYLE = """
+STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f }
   .title { font-weight: 600 }
   .small { font-size: 11px; fill: #57606a }
@@ -39,7 +39,7 @@ def draw(result: dict[str, Any]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + 24}" role="img">',
         f"<title>{escape(title)}</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         f'<text class="title" x="8" y="20">{escape(title)}</text>',
         f'<text class="small" x="8" y="38">{escape(result["absolute"]["processor"])};'
         " a line across a bar is the least it has to reach, orange falls short of it</text>",

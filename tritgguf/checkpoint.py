@@ -22,6 +22,7 @@ from tritgguf import architectures
 from tritgguf.architectures import ROPE_FREQS, Dimensions
 from tritgguf.errors import TritGgufError
 from tritgguf.hf_files import READABLE_DTYPES, StoredTensor, is_unicode, open_shards, read_json, to_float32
+from tritgguf.matrix_rows import MatrixRows
 from tritgguf.tokenizer_metadata import HUGGINGFACE_JSON_KEY, tokenizer_json_from_gguf, tokenizer_metadata
 from tritgguf.trit_types import TritType, is_trit_type
 
@@ -73,10 +74,10 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; nothing is kept."""
 
-    def stored(self, name: str) -> np.ndarray:
-        """Return it in the source's own numbers: float32, float16, or uint16, which are the bits of bfloat16.
+    def rows(self, name: str) -> MatrixRows:
+        """Return it in the source's own numbers, to be read some rows at a time; a vector is a single row.
 
-        Of a type that is none of the three, float32. The array may be a view of the source, until `release`.
+        Of a type other than F32, F16 and BF16, float32. What is read may be a view of the source, until `release`.
         """
 
     def packed(self, name: str) -> PackedTensor | None:
@@ -118,12 +119,12 @@ class HfFolderSource:
                 f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
             )
         self.dimensions = architectures.dimensions_from_config(self.config, str(where))
-        self._readers: dict[str, Callable[[], np.ndarray]] = {}
+        self._rows: dict[str, MatrixRows] = {}
         self.tensors: list[SourceTensor] = []
         self._add_rope_factors(where)
         for name, stored in self._select_tensors().items():
             self.tensors.append(SourceTensor(name, stored.shape, stored.n_bytes))
-            self._readers[name] = stored.read_stored
+            self._rows[name] = self._rows_of(name, stored)
         self.metadata = self._make_metadata(where, hub_id)
 
     def read(self, name: str) -> np.ndarray:
@@ -131,17 +132,12 @@ class HfFolderSource:
 
         Raises TritGgufError when the shard has been cut short or taken away since it was opened.
         """
-        return to_float32(self.stored(name))
+        shape = next(tensor.shape for tensor in self.tensors if tensor.name == name)
+        return to_float32(self._rows[name].whole()).reshape(shape)
 
-    def stored(self, name: str) -> np.ndarray:
-        """Return a tensor as it is stored: float32, float16 or the bits of bfloat16; otherwise as `read`."""
-        return architectures.from_hf(
-            self.architecture.gguf_name,
-            name,
-            self._readers[name](),
-            self.dimensions.heads,
-            self.dimensions.kv_heads,
-        )
+    def rows(self, name: str) -> MatrixRows:
+        """Return a tensor as it is stored: float32, float16 or the bits of bfloat16; raises as `read` does."""
+        return self._rows[name]
 
     def packed(self, name: str) -> PackedTensor | None:
         """Return None: no folder holds trits."""
@@ -154,7 +150,22 @@ class HfFolderSource:
         factors = architectures.rope_factors(self.config, str(where))
         if factors is not None:
             self.tensors.append(SourceTensor(ROPE_FREQS, factors.shape, factors.nbytes))
-            self._readers[ROPE_FREQS] = factors.copy
+            self._rows[ROPE_FREQS] = MatrixRows(
+                (1, len(factors)), factors.dtype, lambda first, last: factors[np.newaxis].copy(), 1
+            )
+
+    def _rows_of(self, name: str, stored: StoredTensor) -> MatrixRows:
+        """Return a tensor with its rows in GGUF's order, which differs within a head only."""
+        is_vector = len(stored.shape) == 1
+        shape = (1, stored.shape[0]) if is_vector else (stored.shape[0], stored.shape[1])
+        head_dim = self.dimensions.head_dim
+
+        def read(first: int, last: int) -> np.ndarray:
+            part = stored.read_rows(0, stored.shape[0]) if is_vector else stored.read_rows(first, last)
+            heads = len(part) // head_dim
+            return architectures.from_hf(self.architecture.gguf_name, name, part, heads, heads).reshape(-1, shape[1])
+
+        return MatrixRows(shape, READABLE_DTYPES[stored.dtype], read, 1 if is_vector else head_dim)
 
     def _select_tensors(self) -> dict[str, StoredTensor]:
         """Return the tensors that go into the file by GGUF name, all of them checked against config.json."""
@@ -227,15 +238,21 @@ class GgufSource:
         self._file.release(name)
         return weights
 
-    def stored(self, name: str) -> np.ndarray:
-        """Return a tensor's numbers as a view of the file where they are F32, F16 or BF16; otherwise as `read`."""
+    def rows(self, name: str) -> MatrixRows:
+        """Return a tensor's numbers as views of the file where they are F32, F16 or BF16; otherwise dequantized."""
         info = self._file.tensors[name]
-        dtype = READABLE_DTYPES.get(info.type_name)
-        if dtype is None:
-            return self.read(name)
-        raw = self._file.raw(name)
-        raw[:: mmap.PAGESIZE].max()  # brings the pages in, so that whoever computes need not wait for the disk
-        return raw.view(dtype).reshape(info.shape)
+        shape = (info.n_weights // info.shape[-1], info.shape[-1])
+        is_readable = info.type_name in READABLE_DTYPES
+        dtype = READABLE_DTYPES.get(info.type_name, np.dtype(np.float32))
+
+        def read(first: int, last: int) -> np.ndarray:
+            if not is_readable:
+                return self._file.read_rows(name, first, last)
+            raw = self._file.raw(name).reshape(shape[0], -1)[first:last].reshape(-1)
+            raw[:: mmap.PAGESIZE].max()  # brings the pages in, so that whoever computes need not wait for the disk
+            return raw.view(dtype).reshape(-1, shape[1])
+
+        return MatrixRows(shape, dtype, read, 1)
 
     def packed(self, name: str) -> PackedTensor | None:
         """Return a trit tensor as views of the file; None for any other."""

@@ -1,4 +1,4 @@
-"""The command line: `tritgguf convert`, `export`, `run`, `bench`, `verify`, `inspect`. Options carry llama.cpp's names.
+"""The command line: `tritgguf convert`, `export`, `run` and the others. Options carry llama.cpp's names.
 
 Each command parses, calls the function of the same name and prints. What a command needs is imported inside
 it, because `run` has to show its first word within a second of being typed.
@@ -13,11 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tritgguf import __version__, console
+from tritgguf.cli_options import CacheType, InstructionSet, Json, PrefillBits, Threads, TritFile, option
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
@@ -31,48 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
-    """Return an option whose help line says N, TEXT or FILE instead of a type's name."""
-    return typer.Option(*names, help=help, metavar=metavar, **settings)
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
-InstructionSet = Annotated[
-    str | None,
-    _option(
-        "--isa",
-        metavar="NAME",
-        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2 or portable.",
-        show_default="the best that works here",
-    ),
-]
-
-
-def _check_bits(bits: int) -> int:
-    if bits not in (8, 16):
-        raise typer.BadParameter("it must be 8 or 16")
-    return bits
-
-
-PrefillBits = Annotated[
-    int,
-    _option(
-        "--prefill-bits",
-        metavar="8|16",
-        help="Bits of the activations of a prompt; generated tokens have 16.",
-        callback=_check_bits,
-    ),
-]
-CacheType = Annotated[
-    str | None,
-    _option("--cache-type", metavar="TYPE", help="Keys and values in memory: f16 or f32.", show_default="f16"),
-]
-Threads = Annotated[
-    int | None, _option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,17 +100,17 @@ def convert_command(
     output: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
     depth: Annotated[
         int | None,
-        _option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered"),
+        option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered"),
     ] = None,
     output_depth: Annotated[
-        int | None, _option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
+        int | None, option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
     ] = None,
     embedding_depth: Annotated[
-        int | None, _option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
+        int | None, option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
     ] = None,
     encoder: Annotated[
         str,
-        _option(
+        option(
             "--encoder",
             metavar="NAME",
             help="v2: quantize; recover: recover dequantized trits exactly; recover+v2: v2 where that cannot be done;"
@@ -196,14 +155,14 @@ def export_command(
     output: Annotated[Path, typer.Argument(help="The folder or GGUF file to write.", metavar="OUT")],
     to: Annotated[
         str,
-        _option("--to", metavar="FORMAT", help="hf: a Hugging Face folder; f16, bf16, q8_0, q4_0: a stock GGUF file."),
+        option("--to", metavar="FORMAT", help="hf: a Hugging Face folder; f16, bf16, q8_0, q4_0: a stock GGUF file."),
     ],
     max_shard_size: Annotated[
-        str, _option("--max-shard-size", metavar="SIZE", help="Most weights in one file of a folder.")
+        str, option("--max-shard-size", metavar="SIZE", help="Most weights in one file of a folder.")
     ] = "5GB",
     base_model: Annotated[
         str | None,
-        _option("--base-model", metavar="ORG/NAME", help="The source's hub id for the model card.", show_default=False),
+        option("--base-model", metavar="ORG/NAME", help="The source's hub id for the model card.", show_default=False),
     ] = None,
     threads: Threads = None,
     overwrite: Annotated[
@@ -237,25 +196,23 @@ def export_command(
 @app.command("run")
 def run_command(
     file: TritFile,
-    prompt: Annotated[str | None, _option("--prompt", "-p", metavar="TEXT", help="What to answer.")] = None,
-    prompt_file: Annotated[Path | None, _option("--file", "-f", metavar="FILE", help="File with the prompt.")] = None,
-    system: Annotated[
-        str | None, _option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")
-    ] = None,
+    prompt: Annotated[str | None, option("--prompt", "-p", metavar="TEXT", help="What to answer.")] = None,
+    prompt_file: Annotated[Path | None, option("--file", "-f", metavar="FILE", help="File with the prompt.")] = None,
+    system: Annotated[str | None, option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")] = None,
     predict: Annotated[
-        int, _option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")
+        int, option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")
     ] = -1,
     context: Annotated[
-        int, _option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
+        int, option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
     ] = 0,
     threads: Threads = None,
-    temperature: Annotated[float, _option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, _option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 40,
-    top_p: Annotated[float, _option("--top-p", help="Keep the likeliest up to this probability.")] = 0.95,
-    min_p: Annotated[float, _option("--min-p", help="Least probability, relative to the likeliest.")] = 0.05,
-    repeat_penalty: Annotated[float, _option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")] = 1.0,
-    repeat_last_n: Annotated[int, _option("--repeat-last-n", help="How many tokens are recent.")] = 64,
-    seed: Annotated[int, _option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
+    temperature: Annotated[float, option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[float, option("--top-p", help="Keep the likeliest up to this probability.")] = 0.95,
+    min_p: Annotated[float, option("--min-p", help="Least probability, relative to the likeliest.")] = 0.05,
+    repeat_penalty: Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")] = 1.0,
+    repeat_last_n: Annotated[int, option("--repeat-last-n", help="How many tokens are recent.")] = 64,
+    seed: Annotated[int, option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
     prefill_bits: PrefillBits = 8,
     exact: Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")] = False,
@@ -398,13 +355,11 @@ def _read_line() -> str | None:
 @app.command("bench")
 def bench_command(
     file: TritFile,
-    prompt_tokens: Annotated[
-        int, _option("--n-prompt", "-p", min=0, help="Tokens of the prompt; 0: no prefill.")
-    ] = 512,
-    generated_tokens: Annotated[int, _option("--n-gen", "-n", min=0, help="Tokens to decode; 0: no decode.")] = 128,
-    depth: Annotated[int, _option("--n-depth", "-d", min=0, help="Tokens in the cache before each test.")] = 0,
+    prompt_tokens: Annotated[int, option("--n-prompt", "-p", min=0, help="Tokens of the prompt; 0: no prefill.")] = 512,
+    generated_tokens: Annotated[int, option("--n-gen", "-n", min=0, help="Tokens to decode; 0: no decode.")] = 128,
+    depth: Annotated[int, option("--n-depth", "-d", min=0, help="Tokens in the cache before each test.")] = 0,
     threads: Threads = None,
-    repetitions: Annotated[int, _option("--repetitions", "-r", min=1, help="How often each test is run.")] = 5,
+    repetitions: Annotated[int, option("--repetitions", "-r", min=1, help="How often each test is run.")] = 5,
     prefill_bits: PrefillBits = 8,
     cache_type: CacheType = None,
     isa: InstructionSet = None,
@@ -444,9 +399,9 @@ def verify_command(
     file: TritFile,
     text_file: Annotated[
         Path | None,
-        _option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
+        option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
     ] = None,
-    tokens: Annotated[int, _option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
+    tokens: Annotated[int, option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
     threads: Threads = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -484,3 +439,19 @@ def inspect_command(
         console.print_json(description.as_dict())
     else:
         console.print_description(description)
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Show what this machine gives the kernels, what they make of it, and what would make them faster.
+
+    Example: tritgguf doctor
+    """
+    from tritgguf.doctor import doctor
+
+    diagnosis = doctor(on_compilation=console.print_compilation_note)
+    if as_json:
+        console.print_json(diagnosis.as_dict())
+    else:
+        for table in diagnosis.tables():
+            console.print_table(*table)

@@ -24,12 +24,13 @@ from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter, check_output
 from tritgguf.hf_files import to_float32
-from tritgguf.peak_memory import peak_memory_bytes
+from tritgguf.matrix_rows import MatrixRows
+from tritgguf.memory import peak_memory_bytes
 from tritgguf.recovery_plan import AUTOMATIC, RecoveryPlan, encoder_names, plan_recovery
 from tritgguf.trit_types import TritType
 
 _ROWS_AT_ONCE = 1 << 22  # weights of a kept tensor that are turned into halves at once
-_UNWRITTEN_BYTES = 1 << 28  # of tensors that wait to be written; at least three halves of the largest one
+_UNWRITTEN_BYTES = 1 << 28  # of parts of tensors that wait to be written
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _DEFAULT_DEPTH = 2
 
@@ -248,39 +249,49 @@ class _Encoded:
     """A tensor that is ready to be written.
 
     Attributes:
-        data: its bytes in the file, or the numbers of a tensor that is kept.
+        parts: its rows in their order: bytes of the file, or the numbers of a tensor that is kept. Made as they are
+            taken, where the tensor is too large to be held.
         codebook: float32 [27] of a trit tensor.
-        squares: summed squared error and summed squared weights; zeros where nothing was quantized.
+        squares: summed squared error and summed squared weights of the parts that were taken; zeros where nothing is
+            quantized.
 
     """
 
-    data: np.ndarray
-    codebook: np.ndarray | None
-    squares: np.ndarray
+    parts: Iterator[np.ndarray]
+    codebook: np.ndarray | None = None
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
 
 def _stream(source: Source, writer: StreamingWriter, recovery: RecoveryPlan, crew: Crew) -> Iterator[np.ndarray]:
     """Read, encode and write the planned tensors; yield the squares of each when it is written.
 
-    Not more than a few tensors are in memory, however much slower the disk is than the crew.
+    Not more than a few tensors that can be held are in memory, however much slower the disk is than the crew.
     """
     plan = writer.tensors
-    room = max(_UNWRITTEN_BYTES, 3 * max(tensor.n_bytes for tensor in plan) // 2)
-    waiting: deque[tuple[Future[np.ndarray], int]] = deque()
+    waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
+
+    def written(most_bytes: int) -> Iterator[np.ndarray]:
+        while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > most_bytes):
+            squares = waiting.popleft()[0].result()
+            if squares is not None:
+                yield squares
+
     with _thread("reader") as reader, _thread("writer") as writing:
         reading = reader.submit(_read, source, plan[0])
         for index, tensor in enumerate(plan):
-            weights = reading.result()
+            rows = reading.result()
             if index + 1 < len(plan):
                 reading = reader.submit(_read, source, plan[index + 1])
-            encoded = _encode(source, tensor, weights, recovery, crew)
-            del weights
-            waiting.append((writing.submit(_write, source, writer, tensor, encoded), tensor.n_bytes))
-            del encoded
-            while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > room):
-                yield waiting.popleft()[0].result()
-        while waiting:
-            yield waiting.popleft()[0].result()
+            encoded = _encode(source, tensor, rows, recovery, crew)
+            del rows
+            waiting.append((writing.submit(writer.begin, tensor), 0))
+            for part in encoded.parts:
+                waiting.append((writing.submit(_write, source, writer, tensor, part), part.nbytes))
+                del part
+                yield from written(_UNWRITTEN_BYTES)
+            waiting.append((writing.submit(_finish, source, writer, tensor, encoded), 0))
+            yield from written(_UNWRITTEN_BYTES)
+        yield from written(-1)
 
 
 @contextmanager
@@ -293,37 +304,55 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, tensor: PlannedTensor) -> np.ndarray | _Encoded:
-    """Read a tensor: its numbers, or what it is in the file if the source has just that."""
+def _read(source: Source, tensor: PlannedTensor) -> MatrixRows | _Encoded:
+    """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that."""
     packed = source.packed(tensor.name)
     if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
-        return _Encoded(packed.data, packed.codebook, np.zeros(2))
-    return source.stored(tensor.name)
+        return _Encoded(iter([packed.data]), packed.codebook)
+    return source.rows(tensor.name).held()
 
 
 def _encode(
-    source: Source, tensor: PlannedTensor, weights: np.ndarray | _Encoded, recovery: RecoveryPlan, crew: Crew
+    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, recovery: RecoveryPlan, crew: Crew
 ) -> _Encoded:
     """Recover or quantize, and pack, what is to be packed."""
-    if isinstance(weights, _Encoded):
-        return weights
+    if isinstance(rows, _Encoded):
+        return rows
     if not trit_types.is_trit_type(tensor.type_id):
-        return _Encoded(weights, None, np.zeros(2))
+        return _Encoded(rows.blocks())
+    with _damage_named(source, tensor):
+        quantized = recovery.encode(tensor.name, rows, TritType(tensor.type_id).depth, crew)
+    squares = np.zeros(2)
+
+    def packed() -> Iterator[np.ndarray]:
+        with _damage_named(source, tensor):
+            for part in quantized.parts:
+                squares[:] += part.squared_error, part.squared_weights
+                yield part.pack(crew)
+
+    return _Encoded(packed(), quantized.codebook, squares)
+
+
+@contextmanager
+def _damage_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
+    """Say which tensor an encoder has refused."""
     try:
-        matrix = recovery.encode(tensor.name, weights, TritType(tensor.type_id).depth, crew)
+        yield
     except ValueError as error:
         raise TritGgufError(f"{source.name}: tensor {tensor.name} {error}; the checkpoint is damaged") from error
-    squares = np.array([matrix.squared_error, matrix.squared_weights])
-    return _Encoded(matrix.pack(crew), matrix.codebook, squares)
 
 
-def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
-    """Write a tensor and return its squares."""
-    writer.begin(tensor)
-    if encoded.codebook is None:
-        _write_kept(writer, source, tensor, encoded.data)
+def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part: np.ndarray) -> None:
+    """Write a part of the tensor that was begun."""
+    if trit_types.is_trit_type(tensor.type_id):
+        writer.write(part)
     else:
-        writer.write(encoded.data)
+        _write_kept(writer, source, tensor, part)
+
+
+def _finish(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
+    """Complete a tensor whose parts are written, and return its squares."""
+    if encoded.codebook is not None:
         writer.set_metadata(trit_types.codebook_key(tensor.name), _codebook_value(encoded.codebook))
     source.release(tensor.name)
     writer.sync()

@@ -16,7 +16,7 @@ from tritgguf.export_gguf import STOCK_TYPES, export_file
 from tritgguf.export_hf import export_folder
 from tritgguf.gguf_file import GgufFile
 from tritgguf.gguf_writer import check_output
-from tritgguf.peak_memory import peak_memory_bytes
+from tritgguf.memory import peak_memory_bytes
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")

@@ -198,9 +198,14 @@ class GgufFile:
         Raises TritGgufError for a type that gguf-py does not dequantize.
         """
         info = self.tensors[name]
-        rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)
+        return self.read_rows(name, 0, info.n_weights // info.shape[-1]).reshape(info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Return the rows from `first` to before `last`, as `read_float32` does: float32 [rows, row length]."""
+        info = self.tensors[name]
+        rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)[first:last]
         if trit_types.is_trit_type(info.type_id) or info.type_id in (F32, F16):
-            return self.decode_rows(name, rows).reshape(info.shape)
+            return self.decode_rows(name, rows)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as dequantize_stock
 
@@ -215,7 +220,7 @@ class GgufFile:
             raise TritGgufError(
                 f"{self.path}: tensor {name} has type {info.type_name}, which cannot be read; use an F16 or Q8_0 file"
             ) from error
-        return weights.reshape(info.shape)
+        return weights
 
 
 class _Metadata(Mapping[str, Any]):

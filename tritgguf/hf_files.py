@@ -94,8 +94,13 @@ class StoredTensor:
 
     def read_stored(self) -> np.ndarray:
         """Return the tensor of a dtype in READABLE_DTYPES as it is: float32, float16, or uint16, the bits of BF16."""
-        stored = np.empty(self.shape, READABLE_DTYPES[self.dtype])
-        self._read_into(stored.reshape(-1).view(np.uint8), 0)
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, first: int, last: int) -> np.ndarray:
+        """Return, as `read_stored` does, the rows from `first` to before `last`; of a vector, elements."""
+        stored = np.empty((last - first, *self.shape[1:]), READABLE_DTYPES[self.dtype])
+        row_bytes = self.n_bytes // self.shape[0]
+        self._read_into(stored.reshape(-1).view(np.uint8), first * row_bytes)
         return stored
 
     def equals(self, other: StoredTensor) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy as np
 from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import CODEBOOK_SIZE, GROUP_SIZE, level_offset
 from cpu_kernels.recover import allowed_scales, encode_halves, find_misfits
-from tritgguf.codec import QuantizedMatrix
+from tritgguf.codec import QuantizedMatrix, QuantizedRows
 from tritgguf.hf_files import to_float32
+from tritgguf.matrix_rows import MatrixRows
 from tritgguf.scale_cover import NoCover, cover
 from tritgguf.trit_types import DEPTHS
 
@@ -103,6 +105,10 @@ class Fit:
             self.depth, levels.reshape(weights.shape), indices, self.codebook, float(error), float(power)
         )
 
+    def encode_rows(self, matrix: MatrixRows, crew: Crew | None = None) -> QuantizedRows:
+        """Encode the matrix as `encode` does, block by block; the parts raise ValueError as it does."""
+        return QuantizedRows(self.codebook, (self.encode(block, crew) for block in matrix.blocks()))
+
 
 def recover_matrix(weights: np.ndarray, crew: Crew | None = None) -> QuantizedMatrix | NoFit:
     """Recover a dequantized matrix, as `find_fit` takes it, at the least depth that fits; or say why there is none."""
@@ -110,22 +116,22 @@ def recover_matrix(weights: np.ndarray, crew: Crew | None = None) -> QuantizedMa
     return fit if isinstance(fit, NoFit) else fit.encode(weights, crew)
 
 
-def find_fit(weights: np.ndarray, *, deepest: int = DEPTHS[-1], crew: Crew | None = None) -> Fit | NoFit:
+def find_fit(weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], crew: Crew | None = None) -> Fit | NoFit:
     """Find the least depth, and a codebook for it, that give every weight of a matrix; or say why there is none.
 
     Args:
         weights: [rows, columns], columns a multiple of 64: float16, or uint16, which stands for the bits of bfloat16.
-            Any other dtype has no fit: nothing was rounded to halves.
+            Any other dtype has no fit: nothing was rounded to halves. `MatrixRows` are read once for every codebook.
         deepest: the greatest depth to try.
         crew: the threads to use; None for all cores.
 
     """
     if weights.dtype not in [half_type.value for half_type in HalfType]:
         return NoFit(f"is stored as {weights.dtype}, not as halves")
-    groups = _groups(weights)
+    matrix = MatrixRows.of(weights) if isinstance(weights, np.ndarray) else weights
     found: Fit | NoFit = NoFit("has no weights")
-    for depth in range(DEPTHS[0], deepest + 1) if groups.size else ():
-        found = _find_fit_of_depth(groups, HalfType(weights.dtype), depth, crew or default_crew())
+    for depth in range(DEPTHS[0], deepest + 1) if math.prod(matrix.shape) else ():
+        found = _find_fit_of_depth(matrix, HalfType(matrix.dtype), depth, crew or default_crew())
         if isinstance(found, Fit):
             break
     return found
@@ -138,32 +144,64 @@ def _groups(weights: np.ndarray) -> np.ndarray:
     return halves
 
 
-def _find_fit_of_depth(groups: np.ndarray, half_type: HalfType, depth: int, crew: Crew) -> Fit | NoFit:
+def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, crew: Crew) -> Fit | NoFit:
     """Make a codebook for a few groups, look for groups that it misses, make one for these too, and so on.
 
     What the few groups do not allow, the matrix does not, so a matrix without a fit need not be read to its end.
     """
-    flat = groups.reshape(-1, GROUP_SIZE)
+    count = math.prod(matrix.shape) // GROUP_SIZE
     constraints = _Constraints(half_type, depth)
-    misfits = np.empty((crew.threads, -(-_MISFITS // crew.threads)), np.int64)
-    numbers = _spread(len(flat), _PROBES)
+    numbers = _spread(count, _PROBES)
+    groups = _groups_with(matrix, numbers)
     is_sampled = False
     while True:
-        refusal = constraints.add(flat[numbers], numbers, groups.shape[1])
+        refusal = constraints.add(groups, numbers, matrix.shape[1] // GROUP_SIZE)
         if refusal is not None:
             return refusal
         codebook = constraints.codebook()
         if isinstance(codebook, NoFit):
             return codebook
-        if not is_sampled:
-            numbers, is_sampled = _spread(len(flat), _SAMPLE), True
-            continue
-        fit = Fit(depth, codebook)
-        entries, _ = _decoding_tables(fit, half_type)
-        counts = crew.run(find_misfits, groups, entries, misfits)
-        if not sum(counts):
-            return fit
-        numbers = np.concatenate([misfits[thread, :count] for thread, count in enumerate(counts)])
+        if is_sampled:
+            fit = Fit(depth, codebook)
+            numbers, groups = _misfits(matrix, fit, half_type, crew)
+            if not numbers.size:
+                return fit
+        else:
+            numbers, is_sampled = _spread(count, _SAMPLE), True
+            groups = _groups_with(matrix, numbers)
+
+
+def _groups_with(matrix: MatrixRows, numbers: np.ndarray) -> np.ndarray:
+    """Return the groups that have these numbers, which ascend: uint16 [numbers, 16]."""
+    groups_per_row = matrix.shape[1] // GROUP_SIZE
+    found = []
+    for first_row, part in matrix.parts_with(numbers // groups_per_row):
+        flat = _groups(part).reshape(-1, GROUP_SIZE)
+        places = numbers - first_row * groups_per_row
+        found.append(flat[places[(places >= 0) & (places < len(flat))]])
+    return np.concatenate(found)
+
+
+def _misfits(matrix: MatrixRows, fit: Fit, half_type: HalfType, crew: Crew) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of groups that no codebook entry gives, int64 [n], and these groups, uint16 [n, 16].
+
+    There may be more of them: no block is read after the first `_MISFITS`.
+    """
+    entries, _ = _decoding_tables(fit, half_type)
+    room = np.empty((crew.threads, -(-_MISFITS // crew.threads)), np.int64)
+    numbers, found = [np.empty(0, np.int64)], [np.empty((0, GROUP_SIZE), np.uint16)]
+    first = 0
+    for block in matrix.blocks():
+        groups = _groups(block)
+        counts = crew.run(find_misfits, groups, entries, room)
+        places = np.concatenate([room[thread, :count] for thread, count in enumerate(counts)])
+        flat = groups.reshape(-1, GROUP_SIZE)
+        numbers.append(first + places)
+        found.append(flat[places])
+        first += len(flat)
+        if sum(map(len, numbers)) >= _MISFITS:
+            break
+    return np.concatenate(numbers), np.concatenate(found)
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:

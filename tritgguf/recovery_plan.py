@@ -11,8 +11,9 @@ import numpy as np
 from cpu_kernels.crew import Crew
 from tritgguf import codec
 from tritgguf.checkpoint import Source
-from tritgguf.codec import QuantizedMatrix
+from tritgguf.codec import QuantizedRows
 from tritgguf.errors import TritGgufError
+from tritgguf.matrix_rows import MatrixRows
 from tritgguf.recover import Fit, NoFit, find_fit
 
 AUTOMATIC, RECOVER, _OR = "auto", "recover", "+"
@@ -42,13 +43,14 @@ class RecoveryPlan:
     fits: dict[str, Fit] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def encode(self, name: str, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
+    def encode(self, name: str, matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
         """Encode a matrix, as the source stores it, at the depth of its fit or else at `depth`.
 
-        Raises ValueError for weights that no encoder takes, and those that are not what the fit was found for.
+        Raises ValueError, here or in the parts, for weights that no encoder takes, and those that are not what the
+        fit was found for.
         """
         fit = self.fits.get(name)
-        return codec.quantize(weights, depth, self.fallback, crew) if fit is None else fit.encode(weights, crew)
+        return codec.quantize_rows(matrix, depth, self.fallback, crew) if fit is None else fit.encode_rows(matrix, crew)
 
 
 def plan_recovery(
@@ -83,7 +85,7 @@ def plan_recovery(
     found: dict[str, Fit | NoFit] = {}
 
     def look(name: str) -> None:
-        found[name] = find_fit(source.stored(name), deepest=deepest, crew=crew)
+        found[name] = find_fit(source.rows(name).held(), deepest=deepest, crew=crew)
         source.release(name)
 
     if encoder == AUTOMATIC:
