@@ -17,11 +17,13 @@ from random_inputs import CREW
 from simulated_producer import produce
 from tiny_models import VARIANTS, write_tiny_model
 
-from tritgguf import codec, convert, matrix_rows
+from tritgguf import convert, matrix_rows
 from tritgguf.checkpoint import open_source
-from tritgguf.codec import QuantizedMatrix, QuantizedRows, quantize, quantize_rows
+from tritgguf.codebooks import in_ascending_order
+from tritgguf.codec import ENCODERS, quantize, quantize_rows
 from tritgguf.hf_files import to_float32
 from tritgguf.matrix_rows import MatrixRows
+from tritgguf.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.recover import Fit, find_fit
 from tritgguf.trit_types import DEPTHS
 
@@ -143,6 +145,7 @@ def test_rows_of_a_folder(tmp_path: Path, variant: str) -> None:
 # -- encoders
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
 @given(
     rows=st.integers(1, 12),
     blocks=st.integers(1, 4),
@@ -154,7 +157,15 @@ def test_rows_of_a_folder(tmp_path: Path, variant: str) -> None:
     zeros=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
 )
 def test_quantized_in_blocks(
-    rows: int, blocks: int, multiple: int, weights_at_once: int, depth: int, seed: int, kind: str, zeros: float
+    encoder: str,
+    rows: int,
+    blocks: int,
+    multiple: int,
+    weights_at_once: int,
+    depth: int,
+    seed: int,
+    kind: str,
+    zeros: float,
 ) -> None:
     generator = np.random.default_rng(seed)
     weights = generator.standard_normal((rows, 64 * blocks)).astype(np.float32)
@@ -162,18 +173,8 @@ def test_quantized_in_blocks(
     if kind != "float32":
         weights = weights.astype(np.float16) if kind == "float16" else (weights.view(np.uint32) >> 16).astype(np.uint16)
     with blocks_of(weights_at_once):
-        found = joined(quantize_rows(lazily(weights, multiple), depth, crew=CREW))
-    assert_same(found, quantize(weights, depth, crew=CREW))
-
-
-def test_an_encoder_that_needs_the_whole_matrix_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = np.random.default_rng(0).standard_normal((9, 128)).astype(np.float32)
-    monkeypatch.setattr(codec, "ENCODERS_IN_BLOCKS", {})
-    with blocks_of(64):
-        quantized = quantize_rows(lazily(weights), 2)
-        parts = list(quantized.parts)
-    assert len(parts) == 1
-    assert_same(parts[0], quantize(weights, 2))
+        found = joined(quantize_rows(lazily(weights, multiple), depth, encoder, CREW))
+    assert_same(found, quantize(weights, depth, encoder, CREW))
 
 
 @pytest.mark.parametrize("row", [0, 5])
@@ -191,7 +192,7 @@ def test_places_in_ascending_order(seed: int, blocks: int, spread: float) -> Non
     parts[0][generator.random((3, 7)) < 0.3] = 0
     ordered = np.sort(np.concatenate(parts), axis=None)
     places = {0, len(ordered) - 1, int(generator.integers(len(ordered)))}
-    assert all(codec._in_ascending_order(parts, place) == ordered[place] for place in places)
+    assert all(in_ascending_order(parts, place) == ordered[place] for place in places)
 
 
 def dequantized(seed: int, rows: int, depth: int, half: str = "float16") -> np.ndarray:

@@ -13,8 +13,9 @@ from cpu_kernels.crew import Crew
 from cpu_kernels.quantize import as_stored, best_candidates
 from cpu_kernels.unpack import dequantize
 from tritgguf import codec
-from tritgguf.codec import QuantizedMatrix, quantize
+from tritgguf.codec import quantize
 from tritgguf.hf_files import to_float32
+from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)

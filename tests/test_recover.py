@@ -16,8 +16,8 @@ from simulated_producer import HALVES, ORDERS, produce, random_case
 
 from cpu_kernels.crew import Crew
 from tritgguf import recover
-from tritgguf.codec import QuantizedMatrix
 from tritgguf.matrix_rows import MatrixRows
+from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.recover import Fit, HalfType, NoFit, find_fit, recover_matrix
 from tritgguf.trit_types import DEPTHS
 

@@ -13,8 +13,8 @@ import recover_roundtrip
 import simulated_producer
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
-from tritgguf.codec import QuantizedMatrix
 from tritgguf.gguf_file import GgufFile
+from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.recover import recover_matrix
 
 Output = pytest.CaptureFixture[str]

@@ -21,9 +21,9 @@ import numpy as np
 
 from cpu_kernels.crew import Crew
 from tritgguf.architectures import gguf_tensor_name, quantized_tensor
-from tritgguf.codec import QuantizedMatrix
 from tritgguf.gguf_file import GgufFile
 from tritgguf.hf_files import open_shards
+from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.recover import NoFit, recover_matrix
 from tritgguf.trit_types import TritType, is_trit_type, row_bytes
 

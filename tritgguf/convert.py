@@ -5,9 +5,10 @@ One thread reads the next tensor and one writes the last ones, while the crew qu
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +21,15 @@ from cpu_kernels.crew import Crew
 from tritgguf import trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
+from tritgguf.codec import DEFAULT_ENCODER
+from tritgguf.encoders import CALIBRATED, IMATRIX, Encoder, make_encoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter, check_output
 from tritgguf.hf_files import to_float32
 from tritgguf.matrix_rows import MatrixRows
 from tritgguf.memory import peak_memory_bytes
+from tritgguf.recover import Fit
 from tritgguf.recovery_plan import AUTOMATIC, RecoveryPlan, encoder_names, plan_recovery
 from tritgguf.trit_types import TritType
 
@@ -97,6 +101,8 @@ def convert(
     output_depth: int | None = None,
     embedding_depth: int | None = None,
     encoder: str = AUTOMATIC,
+    importance: Mapping[str, np.ndarray] | None = None,
+    windows: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
@@ -116,6 +122,8 @@ def convert(
             too, but leaves packed ones of a trit file as they are. Where both are one tensor, either will do.
         encoder: how scales are chosen, one of `recovery_plan.encoder_names`: `auto` recovers dequantized trits and
             quantizes everything else, `recover` wants an exact fit for every matrix.
+        importance: what the encoder `imatrix` needs, see `encoders.make_encoder`; `auto` takes that encoder then.
+        windows: the same for `calibrated`.
         threads: processor cores to use; None for all.
         overwrite: whether an existing output may be replaced.
         progress: called after every tensor.
@@ -132,17 +140,24 @@ def convert(
     opened = open_source(str(source))
     counted = _Progress(opened, progress)
     depths = _depths(opened, depth or _DEFAULT_DEPTH, output_depth, embedding_depth)
-    recovery = _plan_recovery(opened, depths, encoder, depth, crew, counted)
+    default = IMATRIX if importance is not None else CALIBRATED if windows is not None else DEFAULT_ENCODER
+    recovery = _plan_recovery(opened, depths, encoder, depth, crew, counted, default)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     plan = [_plan(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
+    if recovery.fallback == CALIBRATED:
+        plan.sort(key=_block_number)  # checkpoints may have the tenth block before the second
+    wanted = {
+        t.name: depths[t.name] for t in plan if trit_types.is_trit_type(t.type_id) and t.name not in recovery.fits
+    }
+    rest = make_encoder(recovery.fallback, opened, wanted, crew, importance=importance, windows=windows)
     deepest = max((fit.depth for fit in recovery.fits.values()), default=depth or _DEFAULT_DEPTH)
     report = ConvertReport(output, opened.name, deepest, recovery.encoder)
     report.warnings = [*opened.warnings, *_loss_warning(opened, plan), *recovery.warnings]
     report.kept_unaligned = [tensor.name for tensor in plan if depths[tensor.name] and tensor.type_id == F16]
     squares = np.zeros(2)  # of the errors, of the weights
     with StreamingWriter(output, _metadata(opened, plan, recovery.encoder), plan, overwrite=overwrite) as writer:
-        written = _stream(opened, writer, recovery, crew)
-        for tensor, tensor_squares in zip(opened.tensors, written, strict=True):
+        written = _stream(opened, writer, recovery.fits, rest, crew)
+        for tensor, tensor_squares in zip(plan, written, strict=True):
             squares += tensor_squares
             counted.finished(tensor.name)
     _summarize(report, plan)
@@ -162,7 +177,13 @@ def _check_options(depth: int | None, output_depth: int | None, embedding_depth:
 
 
 def _plan_recovery(
-    source: Source, depths: dict[str, int], encoder: str, depth: int | None, crew: Crew, progress: _Progress
+    source: Source,
+    depths: dict[str, int],
+    encoder: str,
+    depth: int | None,
+    crew: Crew,
+    progress: _Progress,
+    default: str,
 ) -> RecoveryPlan:
     """Look for dequantized trits in the layers' matrices that are to be packed."""
     names = [
@@ -173,7 +194,7 @@ def _plan_recovery(
         and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
         and source.packed(tensor.name) is None
     ]
-    return plan_recovery(source, names, encoder, depth or max(trit_types.DEPTHS), crew, progress.searched)
+    return plan_recovery(source, names, encoder, depth or max(trit_types.DEPTHS), crew, progress.searched, default)
 
 
 def _depths(source: Source, depth: int, output_depth: int | None, embedding_depth: int | None) -> dict[str, int]:
@@ -208,6 +229,12 @@ def _plan(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
         rows = weights // shape[-1]
         return PlannedTensor(name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1]))
     return PlannedTensor(name, shape, F16, 2 * weights)
+
+
+def _block_number(tensor: PlannedTensor) -> int:
+    """Return the number of the decoder block that a tensor belongs to; -1 for none."""
+    block = re.match(r"blk\.(\d+)\.", tensor.name)
+    return int(block[1]) if block else -1
 
 
 def _loss_warning(source: Source, plan: list[PlannedTensor]) -> list[str]:
@@ -262,7 +289,9 @@ class _Encoded:
     squares: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
 
-def _stream(source: Source, writer: StreamingWriter, recovery: RecoveryPlan, crew: Crew) -> Iterator[np.ndarray]:
+def _stream(
+    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: Encoder, crew: Crew
+) -> Iterator[np.ndarray]:
     """Read, encode and write the planned tensors; yield the squares of each when it is written.
 
     Not more than a few tensors that can be held are in memory, however much slower the disk is than the crew.
@@ -277,12 +306,12 @@ def _stream(source: Source, writer: StreamingWriter, recovery: RecoveryPlan, cre
                 yield squares
 
     with _thread("reader") as reader, _thread("writer") as writing:
-        reading = reader.submit(_read, source, plan[0])
+        reading = reader.submit(_read, source, plan[0], rest)
         for index, tensor in enumerate(plan):
             rows = reading.result()
             if index + 1 < len(plan):
-                reading = reader.submit(_read, source, plan[index + 1])
-            encoded = _encode(source, tensor, rows, recovery, crew)
+                reading = reader.submit(_read, source, plan[index + 1], rest)
+            encoded = _encode(source, tensor, rows, fits.get(tensor.name), rest, crew)
             del rows
             waiting.append((writing.submit(writer.begin, tensor), 0))
             for part in encoded.parts:
@@ -304,16 +333,20 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, tensor: PlannedTensor) -> MatrixRows | _Encoded:
-    """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that."""
+def _read(source: Source, tensor: PlannedTensor, rest: Encoder) -> MatrixRows | _Encoded:
+    """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that.
+
+    What an encoder reads by itself is left to it.
+    """
     packed = source.packed(tensor.name)
     if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
         return _Encoded(iter([packed.data]), packed.codebook)
-    return source.rows(tensor.name).held()
+    rows = source.rows(tensor.name)
+    return rows.held() if rest.reads(tensor.name) else rows
 
 
 def _encode(
-    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, recovery: RecoveryPlan, crew: Crew
+    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, fit: Fit | None, rest: Encoder, crew: Crew
 ) -> _Encoded:
     """Recover or quantize, and pack, what is to be packed."""
     if isinstance(rows, _Encoded):
@@ -321,7 +354,8 @@ def _encode(
     if not trit_types.is_trit_type(tensor.type_id):
         return _Encoded(rows.blocks())
     with _damage_named(source, tensor):
-        quantized = recovery.encode(tensor.name, rows, TritType(tensor.type_id).depth, crew)
+        depth = TritType(tensor.type_id).depth
+        quantized = rest.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, crew)
     squares = np.zeros(2)
 
     def packed() -> Iterator[np.ndarray]:

@@ -20,9 +20,9 @@ import numpy as np
 from cpu_kernels.crew import Crew, default_crew
 from cpu_kernels.layout import CODEBOOK_SIZE, GROUP_SIZE, level_offset
 from cpu_kernels.recover import allowed_scales, encode_halves, find_misfits
-from tritgguf.codec import QuantizedMatrix, QuantizedRows
 from tritgguf.hf_files import to_float32
 from tritgguf.matrix_rows import MatrixRows
+from tritgguf.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.scale_cover import NoCover, cover
 from tritgguf.trit_types import DEPTHS
 

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cpu_kernels.crew import Crew
-from tritgguf import codec
+from tritgguf import codec, encoders
 from tritgguf.checkpoint import Source
-from tritgguf.codec import QuantizedRows
 from tritgguf.errors import TritGgufError
-from tritgguf.matrix_rows import MatrixRows
 from tritgguf.recover import Fit, NoFit, find_fit
 
 AUTOMATIC, RECOVER, _OR = "auto", "recover", "+"
@@ -23,7 +21,7 @@ _NAMED = 3  # tensors that a message names
 
 def encoder_names() -> list[str]:
     """Return what `convert` takes as its encoder."""
-    return [AUTOMATIC, RECOVER, *(f"{RECOVER}{_OR}{name}" for name in codec.ENCODERS), *codec.ENCODERS]
+    return [AUTOMATIC, RECOVER, *(f"{RECOVER}{_OR}{name}" for name in encoders.NAMES), *encoders.NAMES]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class RecoveryPlan:
 
     Attributes:
         encoder: its name for the report and for the file's metadata: what was really used.
-        fallback: key of `codec.ENCODERS`, for the matrices that are not in `fits`.
+        fallback: one of `encoders.NAMES`, for the matrices that are not in `fits`.
         fits: matrices that are recovered exactly, by GGUF name.
         warnings: a line for the user where some are not and that was asked for.
 
@@ -43,15 +41,6 @@ class RecoveryPlan:
     fits: dict[str, Fit] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def encode(self, name: str, matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
-        """Encode a matrix, as the source stores it, at the depth of its fit or else at `depth`.
-
-        Raises ValueError, here or in the parts, for weights that no encoder takes, and those that are not what the
-        fit was found for.
-        """
-        fit = self.fits.get(name)
-        return codec.quantize_rows(matrix, depth, self.fallback, crew) if fit is None else fit.encode_rows(matrix, crew)
-
 
 def plan_recovery(
     source: Source,
@@ -60,6 +49,7 @@ def plan_recovery(
     deepest: int,
     crew: Crew,
     progress: Callable[[str], None] = lambda name: None,
+    default: str = codec.DEFAULT_ENCODER,
 ) -> RecoveryPlan:
     """Decide which matrices are recovered and how the others are encoded.
 
@@ -74,14 +64,15 @@ def plan_recovery(
         deepest: the greatest depth to try.
         crew: the threads to use.
         progress: called with the name of each matrix that was looked through, the first few excepted.
+        default: one of `encoders.NAMES`, for what `auto` does not recover.
 
     Raises:
         TritGgufError: a matrix has no exact fit, and the encoder says not what to do with it.
 
     """
-    if encoder in codec.ENCODERS:
+    if encoder in encoders.NAMES:
         return RecoveryPlan(encoder, encoder)
-    fallback = encoder.rpartition(_OR)[2] if _OR in encoder else codec.DEFAULT_ENCODER
+    fallback = encoder.rpartition(_OR)[2] if _OR in encoder else default
     found: dict[str, Fit | NoFit] = {}
 
     def look(name: str) -> None:

@@ -69,7 +69,7 @@ class ReferenceModel:
         model = cls(_empty_module(metadata, shapes, source.name), threads=threads)
         model.load_tensors(metadata, list(shapes), source.read, source.name)
         if ROPE_FREQS in shapes:
-            model.slow_rotation(source.read(ROPE_FREQS))
+            slow_rotation(model.module, source.read(ROPE_FREQS))
         return model
 
     def load_file(self, file: GgufFile, *, progress: Callable[[int, int], None] | None = None) -> None:
@@ -93,7 +93,7 @@ class ReferenceModel:
         Raises TritGgufError for a tensor that the model lacks, lacks a value for, or has in another shape.
         """
         arch = metadata["general.architecture"]
-        heads, kv_heads = _head_counts(metadata)
+        heads, kv_heads = head_counts(metadata)
         tied = _HEAD not in names
         self._set_head(tied)
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
@@ -122,10 +122,6 @@ class ReferenceModel:
         elif head.weight is embeddings.weight:
             head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight), requires_grad=False)
 
-    def slow_rotation(self, factors: np.ndarray) -> None:
-        """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
-        self.module.model.rotary_emb.inv_freq.numpy()[:] /= factors
-
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits behind every token of one sequence: float32 [n, vocabulary]."""
         import torch
@@ -151,7 +147,7 @@ class ReferenceModel:
         return answer[:-1] if answer and answer[-1] in stop_tokens else answer
 
 
-def _head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
+def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
     """Return the numbers of query heads and of key-value heads of a GGUF model."""
     arch = metadata["general.architecture"]
     heads = metadata[f"{arch}.attention.head_count"]
@@ -181,23 +177,64 @@ def _load_folder(folder: Path) -> Any:
     return module
 
 
+def slow_rotation(module: Any, factors: np.ndarray) -> None:
+    """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
+    module.model.rotary_emb.inv_freq.numpy()[:] /= factors
+
+
 def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
     """Return a module whose weights are memory that nobody has written to yet."""
+    config = _config(metadata, shapes, where)
+    # On the meta device no weight is filled with random numbers, which would take longest of all.
+    module = _on_meta(config, attn_implementation="eager").to_empty(device="cpu")
+    _restore_rotation(module, config)
+    return module
+
+
+def meta_module(source: Source) -> Any:
+    """Return the model of a source with weights that take no memory, on torch's meta device.
+
+    Its rotation is real, but for rope_freqs.weight. Raises TritGgufError when transformers cannot build it.
+    """
+    from transformers import AutoConfig
+
+    from tritgguf.checkpoint import HfFolderSource
+
+    if isinstance(source, HfFolderSource):
+        with silent_transformers():
+            try:
+                config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+            except Exception as error:  # transformers raises whatever its many parts raise
+                raise TritGgufError(
+                    f"{source.folder}: transformers cannot read its config ({_first_line(error)})"
+                ) from error
+    else:
+        metadata = {key: value.value for key, value in source.metadata.items()}
+        config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
+    module = _on_meta(config)
+    _restore_rotation(module, config)
+    return module.eval()
+
+
+def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """Return transformers' config of a GGUF model."""
+    import transformers
+
+    entries = config_entries(metadata, shapes, where)
+    return getattr(transformers, _CONFIG_CLASSES[metadata["general.architecture"]])(**entries)
+
+
+def _on_meta(config: Any, **settings: Any) -> Any:
     import torch
     import transformers
 
-    arch = metadata["general.architecture"]
-    config = getattr(transformers, _CONFIG_CLASSES[arch])(**config_entries(metadata, shapes, where))
-    with silent_transformers():
-        # On the meta device no weight is filled with random numbers, which would take longest of all.
-        with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
-            )
-        module.to_empty(device="cpu")
-        # The frequencies are in no file: to_empty lost them, so their module is made again.
-        module.model.rotary_emb = type(module.model.rotary_emb)(config)
-    return module
+    with silent_transformers(), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
+
+
+def _restore_rotation(module: Any, config: Any) -> None:
+    """Make the module of the rotation's frequencies again: no file has them, and the meta device loses them."""
+    module.model.rotary_emb = type(module.model.rotary_emb)(config)
 
 
 @contextlib.contextmanager

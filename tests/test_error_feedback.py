@@ -1,0 +1,143 @@
+"""Error feedback: the kernel against the formula, and the whole against plain rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpu_kernels.crew import Crew
+from cpu_kernels.error_feedback import quantize_columns
+from cpu_kernels.layout import GROUP_SIZE, level_offset
+from tritgguf.encoder_search import quantize_searched
+from tritgguf.error_feedback import Feedback, InputMoments
+from tritgguf.matrix_rows import MatrixRows
+from tritgguf.trit_types import DEPTHS
+
+torch = pytest.importorskip("torch")
+
+CREW = Crew(2)
+depths = pytest.mark.parametrize("depth", DEPTHS)
+
+
+def naive_columns(
+    weights: np.ndarray, factor: np.ndarray, steps: np.ndarray, offset: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return levels, indices, errors and the costs by entry, in float64, row by row."""
+    rows, columns = weights.shape
+    levels, errors = np.zeros((rows, columns)), np.zeros((rows, columns))
+    indices, costs = np.zeros((rows, columns // 16), int), np.zeros((rows, columns // 16, len(steps)))
+    for row in range(rows):
+        left = weights[row].astype(np.float64)
+        for group in range(columns // 16):
+            first = group * 16
+            tried = []
+            for step in steps.astype(np.float64):
+                trial, trial_levels, trial_errors = left.copy(), [], []
+                for j in range(first, first + 16):
+                    level = np.clip(np.rint(trial[j] / step), -offset, offset)
+                    error = (trial[j] - level * step) / factor[j, j]
+                    trial[j:] -= error * factor[j, j:]
+                    trial_levels.append(level)
+                    trial_errors.append(error)
+                tried.append((float(np.square(trial_errors).sum()), trial, trial_levels, trial_errors))
+            costs[row, group] = [cost for cost, *_ in tried]
+            indices[row, group] = int(np.argmin(costs[row, group]))
+            _, left, levels[row, first : first + 16], errors[row, first : first + 16] = tried[indices[row, group]]
+    return levels + offset, indices, errors, costs
+
+
+@depths
+@given(rows=st.integers(1, 20), groups=st.integers(1, 3), seed=st.integers(0, 1 << 30))
+def test_columns_follow_the_formula(depth: int, rows: int, groups: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    columns = GROUP_SIZE * groups
+    weights = generator.standard_normal((rows, columns)).astype(np.float32)
+    factor = np.triu(0.1 * generator.standard_normal((columns, columns))) + np.diag(generator.uniform(1, 2, columns))
+    factor = factor.astype(np.float32)
+    offset = level_offset(depth)
+    steps = (np.geomspace(0.5, 3, 5) / offset).astype(np.float32)
+    levels, errors = np.empty(weights.shape, np.uint8), np.empty_like(weights)
+    indices = np.empty((rows, groups), np.uint8)
+    CREW.run(quantize_columns, weights, factor, steps, np.float32(offset), levels, indices, errors)
+    expected_levels, expected_indices, expected_errors, costs = naive_columns(weights, factor, steps, offset)
+    # Where float32 and float64 round a weight to different levels, or two steps cost the same, the rows part.
+    same = (levels == expected_levels).all(1) & (indices == expected_indices).all(1)
+    np.testing.assert_allclose(errors[same], expected_errors[same], rtol=1e-3, atol=1e-4)
+    assert same.mean() > 0.5 or rows < 6
+    for row in np.flatnonzero(~same):
+        group = int(np.flatnonzero((levels[row] != expected_levels[row]).reshape(groups, 16).any(1))[0])
+        least = np.sort(costs[row, group])[0]
+        assert costs[row, group, indices[row, group]] <= least * 1.2 + 1e-6
+
+
+def random_moments(columns: int, seed: int, *, drift: float = 0.0) -> tuple[InputMoments, np.ndarray, np.ndarray]:
+    """Return moments of correlated inputs, those inputs and the original ones, both [n, columns]."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.standard_normal((columns, columns)) / np.sqrt(columns) + np.eye(columns)
+    mixing *= np.exp(generator.standard_normal(columns))
+    original = (generator.standard_normal((4 * columns, columns)) @ mixing).astype(np.float32)
+    inputs = original + drift * (original @ generator.standard_normal((columns, columns)).astype(np.float32) / columns)
+    moments = InputMoments(columns)
+    for part, part_original in zip(np.split(inputs, 4), np.split(original, 4), strict=True):
+        moments.add(torch.from_numpy(part), torch.from_numpy(part_original))
+    return moments, inputs, original
+
+
+def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: np.ndarray, original: np.ndarray) -> float:
+    wanted = original @ weights.T
+    return float(np.square(inputs @ decoded.T - wanted).sum() / np.square(wanted).sum())
+
+
+@depths
+def test_output_is_closer_than_with_importance_alone(depth: int) -> None:
+    moments, inputs, original = random_moments(192, depth)
+    weights = np.random.default_rng(9).standard_normal((40, 192)).astype(np.float32)
+    with_feedback = Feedback(moments).quantize(weights, depth, CREW)
+    importance = np.square(inputs).mean(0)
+    (alone,) = quantize_searched(MatrixRows.of(weights), depth, CREW, importance=importance).parts
+    errors = [output_error(weights, q.decoded(), inputs, original) for q in (with_feedback, alone)]
+    assert errors[0] < 0.8 * errors[1]
+    decoded = with_feedback.decoded()
+    assert with_feedback.squared_error == pytest.approx(np.square(weights - decoded, dtype=np.float64).sum())
+
+
+def test_a_shift_of_the_inputs_is_repaired() -> None:
+    moments, inputs, original = random_moments(128, 3, drift=3.0)
+    weights = np.random.default_rng(8).standard_normal((32, 128)).astype(np.float32)
+    repaired = Feedback(moments).quantize(weights, 4, CREW)
+    moments.shift[:] = 0
+    ignored = Feedback(moments).quantize(weights, 4, CREW)
+    errors = [output_error(weights, q.decoded(), inputs, original) for q in (repaired, ignored)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_inputs_of_zeros_leave_plain_rounding() -> None:
+    weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    moments = InputMoments(64)
+    moments.add(torch.zeros(5, 64), torch.zeros(5, 64))
+    found = Feedback(moments).quantize(weights, 3, CREW)
+    (expected,) = quantize_searched(MatrixRows.of(weights), 3, CREW).parts
+    np.testing.assert_array_equal(found.levels, expected.levels)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(bad: float) -> None:
+    moments, _, _ = random_moments(64, 0)
+    weights = np.ones((2, 64), np.float32)
+    weights[1, 5] = bad
+    with pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
+        Feedback(moments).quantize(weights, 2, CREW)
+    moments.second[3, 3] = bad
+    with pytest.raises(ValueError, match="has inputs that are NaN or infinite"):
+        Feedback(moments)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_of_the_kernel_change_nothing(threads: int) -> None:
+    moments, _, _ = random_moments(128, 5)
+    weights = np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32)
+    one, many = (Feedback(moments).quantize(weights, 2, Crew(n)) for n in (2, threads))
+    np.testing.assert_array_equal(one.levels, many.levels)
+    np.testing.assert_array_equal(one.codebook, many.codebook)

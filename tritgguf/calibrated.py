@@ -1,0 +1,108 @@
+"""The encoder that follows the model: every matrix is quantized for the inputs that it will really get.
+
+A text goes through two copies of the model, decoder block after decoder block: the original one, and the one whose
+matrices so far are quantized. What the second gives a matrix is what its error is measured on, and what it has lost is
+what the matrix is to repair (`error_feedback`). In memory are one block, the hidden states of both copies, and the
+inputs of the original block: nothing that grows with the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpu_kernels.crew import Crew
+from tritgguf.decoder_blocks import Block, DecoderBlocks
+from tritgguf.error_feedback import Feedback, InputMoments
+from tritgguf.quantized_matrix import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tritgguf.checkpoint import Source
+
+
+class CalibratedEncoder:
+    """Quantizes the matrices of a source, block after block.
+
+    Args:
+        source: the model.
+        depths: GGUF name -> trits per weight of the matrices to quantize; others stay as they are.
+        windows: token ids of the calibration text, in windows of equal length.
+        crew: the threads to use; torch takes as many.
+        written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
+            already, or None. A block whose matrices all are is not quantized again.
+
+    Raises TritGgufError when torch or transformers is missing or cannot build the model.
+
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        depths: Mapping[str, int],
+        windows: Sequence[Sequence[int]],
+        crew: Crew,
+        *,
+        written: Callable[[str], np.ndarray | None] = lambda name: None,
+    ) -> None:
+        self._blocks = DecoderBlocks(source, threads=crew.threads)
+        self._depths, self._crew, self._written = depths, crew, written
+        self._original = self._blocks.embed(windows)
+        self._hidden = self._original.clone()
+        self._next = 0
+        self._quantized: dict[str, QuantizedMatrix] = {}
+
+    def quantize(self, name: str) -> QuantizedMatrix:
+        """Return a quantized matrix, once; matrices are asked for in the order of their blocks.
+
+        Raises ValueError for weights, or inputs on the calibration text, that are NaN or infinite.
+        """
+        while name not in self._quantized:
+            self._advance()
+        return self._quantized.pop(name)
+
+    def _advance(self) -> None:
+        """Quantize the next block and send the text through it."""
+        if self._next == self._blocks.count:
+            raise ValueError("is in no decoder block")
+        self._quantized.clear()
+        with self._blocks.block(self._next) as block:
+            names = [name for name in block.matrices if name in self._depths]
+            written = {name: weights for name in names if (weights := self._written(name)) is not None}
+            if len(written) == len(names):
+                self._original = block.forward(self._original)
+                for name, weights in written.items():
+                    block.set(name, weights)
+            else:
+                self._quantize_block(block)
+            self._hidden = block.forward(self._hidden)
+        self._next += 1
+
+    def _quantize_block(self, block: Block) -> None:
+        groups = block.input_groups(self._original)
+        original_inputs = self._pass_original(block, [group[0] for group in groups])
+        for group in groups:
+            originals = original_inputs.pop(group[0])
+            moments = InputMoments(originals[0].shape[-1])
+
+            def add(inputs: Tensor, originals: list[Tensor] = originals, moments: InputMoments = moments) -> None:
+                moments.add(inputs, originals.pop(0))
+
+            block.inputs(self._hidden, {group[0]: add}, last=group[0])
+            wanted = [name for name in group if name in self._depths]
+            if not wanted:
+                continue
+            feedback = Feedback(moments)
+            for name in wanted:
+                quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
+                block.set(name, quantized.decoded())
+                self._quantized[name] = quantized
+
+    def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Send the original hidden states through the original block; return some matrices' inputs there."""
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._original = block.forward(self._original, {name: seen[name].append for name in names})
+        return seen

@@ -1,0 +1,131 @@
+"""Quantizing a matrix so that its output, not its weights, stays close.
+
+Two things are known of a matrix's inputs: their second moments H, and how far the inputs that it gets in the quantized
+model are from those that it got in the original one. The first say what an error costs and how later columns can make
+up for it (`cpu_kernels.error_feedback`). The second say what the matrix has to repair: with x the inputs now and x' the
+original ones, W' = W + W E[(x' - x) x^T] H^-1 comes closest to the original output W x', and is what is quantized.
+(The idea that a layer should correct what the layers before it lost is that of Qronos and GPTAQ, 2025.)
+
+torch does the large products; it is imported inside functions, because only the `verify` extra brings it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpu_kernels.crew import Crew
+from cpu_kernels.error_feedback import quantize_columns
+from cpu_kernels.layout import GROUP_SIZE, level_offset
+from tritgguf.encoder_search import searched_codebook
+from tritgguf.quantized_matrix import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DAMPING = 0.05
+"""What is added to the second moments' diagonal, as a share of its mean (`docs/quality.md`)."""
+_COLUMNS_AT_ONCE = 128
+
+
+class InputMoments:
+    """Second moments of a matrix's inputs.
+
+    Attributes:
+        second: float32 [columns, columns], sums of x x^T.
+        shift: float32 [columns, columns], sums of (x' - x) x^T, x' being the original model's inputs.
+        count: how many inputs were added.
+
+    """
+
+    def __init__(self, columns: int) -> None:
+        import torch
+
+        self.second, self.shift = torch.zeros(columns, columns), torch.zeros(columns, columns)
+        self.count = 0
+
+    def add(self, inputs: Tensor, original: Tensor) -> None:
+        """Add inputs and the original model's inputs in the same places, both float32 [..., columns]."""
+        columns = len(self.second)
+        x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
+        self.second.addmm_(x.T, x)
+        self.shift.addmm_((x_original - x).T, x)
+        self.count += len(x)
+
+
+class Feedback:
+    """Quantizes the matrices that share one input.
+
+    Raises ValueError when the moments hold a number that is NaN or infinite.
+    """
+
+    def __init__(self, moments: InputMoments) -> None:
+        import torch
+
+        second = moments.second / max(1, moments.count)
+        if not bool(torch.isfinite(second).all()):
+            raise ValueError("has inputs that are NaN or infinite on the calibration text")
+        mean = second.diagonal().mean()
+        second.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        self._moments = moments
+        self._second = second
+        # Groups whose inputs are largest come first: their errors can be made up for by all the others.
+        importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
+        groups = importance.argsort(descending=True, stable=True)
+        self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
+        self._factor = _factor_of_inverse(second[self._order][:, self._order])
+
+    def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
+        """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
+
+        Raises ValueError for NaN or infinite weights.
+        """
+        import torch
+
+        if not np.isfinite(weights).all():
+            raise ValueError("has a weight that is NaN or infinite")
+        target = self._target(torch.from_numpy(weights))
+        codebook = searched_codebook(target.numpy(), self._second.diagonal().numpy(), depth, crew)
+        offset = np.float32(level_offset(depth))
+        steps = codebook / offset
+        remaining = target[:, self._order].contiguous()
+        rows, columns = remaining.shape
+        levels, indices = np.empty((rows, columns), np.uint8), np.empty((rows, columns // GROUP_SIZE), np.uint8)
+        for first in range(0, columns, _COLUMNS_AT_ONCE):
+            last = min(first + _COLUMNS_AT_ONCE, columns)
+            some = np.ascontiguousarray(remaining[:, first:last].numpy())
+            factor = np.ascontiguousarray(self._factor[first:last, first:last].numpy())
+            some_levels, errors = np.empty(some.shape, np.uint8), np.empty_like(some)
+            some_indices = np.empty((rows, (last - first) // GROUP_SIZE), np.uint8)
+            crew.run(quantize_columns, some, factor, steps, offset, some_levels, some_indices, errors)
+            levels[:, first:last] = some_levels
+            indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = some_indices
+            remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
+        places = np.argsort(self._order.numpy())
+        levels, indices = levels[:, places], indices[:, places[::GROUP_SIZE] // GROUP_SIZE]
+        quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)
+        error = float(np.square(weights - quantized.decoded(), dtype=np.float64).sum())
+        return QuantizedMatrix(
+            depth, levels, indices, codebook, error, float(np.square(weights, dtype=np.float64).sum())
+        )
+
+    def _target(self, weights: Tensor) -> Tensor:
+        """Return the weights that come closest to the original output from the inputs as they are now."""
+        import torch
+
+        if not hasattr(self, "_cholesky"):
+            self._cholesky = torch.linalg.cholesky(self._second)
+        missing = weights @ (self._moments.shift / max(1, self._moments.count))
+        return weights + torch.cholesky_solve(missing.T, self._cholesky).T
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor:
+    """Return the upper triangular U with U^T U = matrix^-1, without the inverse.
+
+    Backwards, the matrix has a Cholesky factor that forwards is upper triangular, matrix = A A^T; then U = A^-1.
+    """
+    import torch
+
+    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(matrix)), upper=True)
