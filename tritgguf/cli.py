@@ -1,4 +1,4 @@
-"""The command line: `tritgguf convert`, `export`, `run` and the others. Options carry llama.cpp's names.
+"""The command line: `tritgguf convert`, `calibrate`, `export`, `run` and the others. Options carry llama.cpp's names.
 
 Each command parses, calls the function of the same name and prints. What a command needs is imported inside
 it, because `run` has to show its first word within a second of being typed.
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf import __version__, console
+from tritgguf.cli_convert import calibrate_command, convert_command, export_command
 from tritgguf.cli_options import CacheType, InstructionSet, Json, PrefillBits, Threads, TritFile, option
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
-    from tritgguf.convert import ConvertProgress
     from tritgguf.generate import LoadedModel
     from tritgguf.sampling import SamplingOptions
 
@@ -78,6 +78,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+for _name, _command in (("convert", convert_command), ("calibrate", calibrate_command), ("export", export_command)):
+    app.command(_name)(_command)
+
+
 @app.callback()
 def _options(
     context: typer.Context,
@@ -89,108 +93,6 @@ def _options(
     """Balanced-ternary language models in GGUF files: convert them, run them on the CPU, prove them right."""
     if context.invoked_subcommand is None:
         print(context.get_help())
-
-
-@app.command("convert")
-def convert_command(
-    source: Annotated[
-        str,
-        typer.Argument(help="A Hugging Face folder, a hub id (org/name), or a GGUF file.", metavar="SOURCE"),
-    ],
-    output: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
-    depth: Annotated[
-        int | None,
-        option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered"),
-    ] = None,
-    output_depth: Annotated[
-        int | None, option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
-    ] = None,
-    embedding_depth: Annotated[
-        int | None, option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
-    ] = None,
-    encoder: Annotated[
-        str,
-        option(
-            "--encoder",
-            metavar="NAME",
-            help="v2: quantize; recover: recover dequantized trits exactly; recover+v2: v2 where that cannot be done;"
-            " auto: recover where a source holds such trits, otherwise v2.",
-        ),
-    ] = "auto",
-    threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Pack a model's matrices into trits.
-
-    Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
-    """
-    from tritgguf.convert import convert
-
-    with console.progress(in_bytes=True) as report:
-
-        def show(state: ConvertProgress) -> None:
-            report(state.tensor, state.bytes_done, state.bytes_total)
-
-        result = convert(
-            source,
-            output,
-            depth=depth,
-            output_depth=output_depth,
-            embedding_depth=embedding_depth,
-            encoder=encoder,
-            threads=threads,
-            overwrite=overwrite,
-            progress=show,
-        )
-    if as_json:
-        console.print_json(vars(result))
-    else:
-        console.print_conversion(result)
-
-
-@app.command("export")
-def export_command(
-    file: TritFile,
-    output: Annotated[Path, typer.Argument(help="The folder or GGUF file to write.", metavar="OUT")],
-    to: Annotated[
-        str,
-        option("--to", metavar="FORMAT", help="hf: a Hugging Face folder; f16, bf16, q8_0, q4_0: a stock GGUF file."),
-    ],
-    max_shard_size: Annotated[
-        str, option("--max-shard-size", metavar="SIZE", help="Most weights in one file of a folder.")
-    ] = "5GB",
-    base_model: Annotated[
-        str | None,
-        option("--base-model", metavar="ORG/NAME", help="The source's hub id for the model card.", show_default=False),
-    ] = None,
-    threads: Threads = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output file; a folder never is.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a trit file's model for transformers, or for llama.cpp and Ollama.
-
-    Example: tritgguf export d3.gguf d3-q8_0.gguf --to q8_0
-    """
-    from tritgguf.export import export
-
-    with console.progress(in_bytes=True) as report:
-        result = export(
-            file,
-            output,
-            to=to,
-            max_shard_size=max_shard_size,
-            base_model=base_model,
-            threads=threads,
-            overwrite=overwrite,
-            progress=report,
-        )
-    if as_json:
-        console.print_json(result.as_dict())
-    else:
-        console.print_export(result)
 
 
 @app.command("run")

@@ -48,3 +48,12 @@ CacheType = Annotated[
 Threads = Annotated[
     int | None, option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
 ]
+TextFile = Annotated[
+    Path | None,
+    option("--text", "-f", metavar="FILE", help="Calibrate on this text.", show_default="text of the model's own"),
+]
+OwnText = Annotated[
+    bool, typer.Option("--self", help="Calibrate on text that the model itself writes, which needs no data set.")
+]
+CalibrationTokens = Annotated[int, option("--tokens", min=1, help="Length of the calibration text.")]
+TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Of the text that the model itself writes.")]

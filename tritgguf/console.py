@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from tritgguf.calibrate import CalibrateReport
     from tritgguf.convert import ConvertReport
     from tritgguf.export import ExportReport
     from tritgguf.generate import Generation, LoadedModel, Timings
@@ -174,6 +175,18 @@ def print_conversion(report: ConvertReport) -> None:
         note(f"note: kept in F16, because their row length is no multiple of 64: {names}")
     for warning in report.warnings:
         note(f"warning: {warning}")
+
+
+def print_calibration(report: CalibrateReport) -> None:
+    """Print what a calibration measured."""
+    rows = [
+        ("text", report.text),
+        ("tokens", str(report.tokens)),
+        ("matrices", str(report.matrices)),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", format_bytes(report.peak_memory_bytes)),
+    ]
+    print_table(f"{report.source} -> {report.output}", ("", ">"), rows)
 
 
 def print_export(report: ExportReport) -> None:

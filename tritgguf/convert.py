@@ -5,7 +5,7 @@ One thread reads the next tensor and one writes the last ones, while the crew qu
 
 from __future__ import annotations
 
-import re
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +22,8 @@ from tritgguf import trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.codec import DEFAULT_ENCODER
+from tritgguf.convert_plan import block_number, loss_warning, planned_tensor, wanted_depths
+from tritgguf.depth_plan import NO_CHOICE, DepthChoice, Sensitivities
 from tritgguf.encoders import CALIBRATED, IMATRIX, Encoder, make_encoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
@@ -35,8 +37,8 @@ from tritgguf.trit_types import TritType
 
 _ROWS_AT_ONCE = 1 << 22  # weights of a kept tensor that are turned into halves at once
 _UNWRITTEN_BYTES = 1 << 28  # of parts of tensors that wait to be written
-_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _DEFAULT_DEPTH = 2
+_SENSITIVITY_WINDOWS = 4  # of the calibration text
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def convert(
     encoder: str = AUTOMATIC,
     importance: Mapping[str, np.ndarray] | None = None,
     windows: Sequence[Sequence[int]] | None = None,
+    choice: DepthChoice = NO_CHOICE,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
@@ -123,7 +126,8 @@ def convert(
         encoder: how scales are chosen, one of `recovery_plan.encoder_names`: `auto` recovers dequantized trits and
             quantizes everything else, `recover` wants an exact fit for every matrix.
         importance: what the encoder `imatrix` needs, see `encoders.make_encoder`; `auto` takes that encoder then.
-        windows: the same for `calibrated`.
+        windows: the same for `calibrated`; a depth choice that measures needs them too.
+        choice: which matrices of the layers have another depth than `depth`.
         threads: processor cores to use; None for all.
         overwrite: whether an existing output may be replaced.
         progress: called after every tensor.
@@ -139,23 +143,30 @@ def convert(
     crew = Crew(threads)
     opened = open_source(str(source))
     counted = _Progress(opened, progress)
-    depths = _depths(opened, depth or _DEFAULT_DEPTH, output_depth, embedding_depth)
+    depths = wanted_depths(opened, depth or _DEFAULT_DEPTH, output_depth, embedding_depth)
     default = IMATRIX if importance is not None else CALIBRATED if windows is not None else DEFAULT_ENCODER
     recovery = _plan_recovery(opened, depths, encoder, depth, crew, counted, default)
+    depths |= _chosen_depths(opened, depths, recovery, choice, depth or _DEFAULT_DEPTH, windows, crew)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
-    plan = [_plan(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
+    plan = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
     if recovery.fallback == CALIBRATED:
-        plan.sort(key=_block_number)  # checkpoints may have the tenth block before the second
+        plan.sort(key=block_number)  # checkpoints may have the tenth block before the second
     wanted = {
         t.name: depths[t.name] for t in plan if trit_types.is_trit_type(t.type_id) and t.name not in recovery.fits
     }
-    rest = make_encoder(recovery.fallback, opened, wanted, crew, importance=importance, windows=windows)
-    deepest = max((fit.depth for fit in recovery.fits.values()), default=depth or _DEFAULT_DEPTH)
+    text = windows if recovery.fallback == CALIBRATED or not choice.needs_text else None
+    rest = make_encoder(recovery.fallback, opened, wanted, crew, importance=importance, windows=text)
+    deepest = max((depths[name] for name in depths if quantized_tensor(name)), default=depth or _DEFAULT_DEPTH)
     report = ConvertReport(output, opened.name, deepest, recovery.encoder)
-    report.warnings = [*opened.warnings, *_loss_warning(opened, plan), *recovery.warnings]
+    report.warnings = [*opened.warnings, *loss_warning(opened, plan), *recovery.warnings]
     report.kept_unaligned = [tensor.name for tensor in plan if depths[tensor.name] and tensor.type_id == F16]
     squares = np.zeros(2)  # of the errors, of the weights
-    with StreamingWriter(output, _metadata(opened, plan, recovery.encoder), plan, overwrite=overwrite) as writer:
+    with StreamingWriter(
+        output,
+        _metadata(opened, plan, recovery.encoder, choice.describe(depth or _DEFAULT_DEPTH)),
+        plan,
+        overwrite=overwrite,
+    ) as writer:
         written = _stream(opened, writer, recovery.fits, rest, crew)
         for tensor, tensor_squares in zip(plan, written, strict=True):
             squares += tensor_squares
@@ -164,6 +175,35 @@ def convert(
     report.relative_error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _chosen_depths(
+    source: Source,
+    depths: Mapping[str, int],
+    recovery: RecoveryPlan,
+    choice: DepthChoice,
+    depth: int,
+    windows: Sequence[Sequence[int]] | None,
+    crew: Crew,
+) -> dict[str, int]:
+    """Return the depths of the layers' matrices that are packed here and not recovered."""
+    weights = {
+        tensor.name: math.prod(tensor.shape)
+        for tensor in source.tensors
+        if quantized_tensor(tensor.name)
+        and depths[tensor.name]
+        and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
+        and tensor.name not in recovery.fits
+    }
+
+    def measure(names: list[str], some_depths: Sequence[int]) -> Sensitivities:
+        from tritgguf.sensitivity import measure_sensitivities
+
+        if windows is None:
+            raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
+        return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], crew)
+
+    return choice.depths(weights, depth, measure)
 
 
 def _check_options(depth: int | None, output_depth: int | None, embedding_depth: int | None, encoder: str) -> None:
@@ -197,60 +237,7 @@ def _plan_recovery(
     return plan_recovery(source, names, encoder, depth or max(trit_types.DEPTHS), crew, progress.searched, default)
 
 
-def _depths(source: Source, depth: int, output_depth: int | None, embedding_depth: int | None) -> dict[str, int]:
-    """Return the wanted depth of every tensor, 0 for those that are not to be packed."""
-    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
-    from_trits = any(packed.values())
-    wanted = {_EMBEDDINGS: embedding_depth, _HEAD: output_depth}
-    if _HEAD not in packed:
-        if None not in wanted.values() and output_depth != embedding_depth:
-            raise TritGgufError(
-                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
-                " and --embedding-depth, or the same for both"
-            )
-        wanted[_EMBEDDINGS] = output_depth if embedding_depth is None else embedding_depth
-    depths = {}
-    for name, already in packed.items():
-        if quantized_tensor(name):
-            depths[name] = 0 if from_trits and already is None else depth
-        elif (given := wanted.get(name)) is not None:
-            depths[name] = given
-        else:
-            depths[name] = 0 if already is None else already.depth
-    return depths
-
-
-def _plan(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
-    """Choose a tensor's type in the file: trits where there is a depth, F32 for vectors, F16 for the rest."""
-    weights = int(np.prod(shape, dtype=np.int64))
-    if len(shape) == 1:
-        return PlannedTensor(name, shape, F32, 4 * weights)
-    if depth and shape[-1] % trit_types.BLOCK_SIZE == 0:
-        rows = weights // shape[-1]
-        return PlannedTensor(name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1]))
-    return PlannedTensor(name, shape, F16, 2 * weights)
-
-
-def _block_number(tensor: PlannedTensor) -> int:
-    """Return the number of the decoder block that a tensor belongs to; -1 for none."""
-    block = re.match(r"blk\.(\d+)\.", tensor.name)
-    return int(block[1]) if block else -1
-
-
-def _loss_warning(source: Source, plan: list[PlannedTensor]) -> list[str]:
-    """Return what to say when tensors are decoded from trits to be stored otherwise."""
-    packed = [(source.packed(tensor.name), tensor.type_id) for tensor in plan]
-    decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
-    if not decoded:
-        return []
-    depths = ", ".join(map(str, sorted({found.depth for found in decoded})))
-    return [
-        f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
-        " what that lost, so convert the original where you have it"
-    ]
-
-
-def _metadata(source: Source, plan: list[PlannedTensor], encoder: str) -> dict[str, GGUFValue]:
+def _metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: str) -> dict[str, GGUFValue]:
     """Return the source's keys, then ours; codebooks hold zeros until their matrix is quantized."""
     metadata = dict(source.metadata)
     # The file mixes types that llama.cpp has no name for; "guessed" is its word for: look at the tensors.
@@ -259,6 +246,8 @@ def _metadata(source: Source, plan: list[PlannedTensor], encoder: str) -> dict[s
     metadata[trit_types.KEY_VERSION] = GGUFValue(trit_types.FORMAT_VERSION, GGUFValueType.UINT32)
     metadata[trit_types.KEY_CODEC] = GGUFValue(trit_types.CODEC_NAME, GGUFValueType.STRING)
     metadata[trit_types.KEY_ENCODER] = GGUFValue(encoder, GGUFValueType.STRING)
+    if depths:
+        metadata[trit_types.KEY_DEPTHS] = GGUFValue(depths, GGUFValueType.STRING)
     metadata[trit_types.KEY_GROUP_SIZE] = GGUFValue(trit_types.GROUP_SIZE, GGUFValueType.UINT32)
     metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
     for tensor in plan:

@@ -24,7 +24,7 @@ from tritgguf.quantized_matrix import QuantizedMatrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-DAMPING = 0.05
+DAMPING = 0.1
 """What is added to the second moments' diagonal, as a share of its mean (`docs/quality.md`)."""
 _COLUMNS_AT_ONCE = 128
 

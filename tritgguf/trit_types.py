@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 KEY_VERSION = "trit.version"
 KEY_CODEC = "trit.codec"
 KEY_ENCODER = "trit.encoder"
+KEY_DEPTHS = "trit.depths"
 KEY_GROUP_SIZE = "trit.group_size"
 KEY_SCALE_DEPTH = "trit.scale_depth"
 CODEC_NAME = "tritllm-v2"

@@ -1,0 +1,70 @@
+"""What a conversion will write: every tensor's depth, its type and its place in the file."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from tritgguf import trit_types
+from tritgguf.architectures import quantized_tensor
+from tritgguf.checkpoint import Source
+from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import F16, F32
+from tritgguf.gguf_writer import PlannedTensor
+from tritgguf.trit_types import TritType
+
+_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
+
+
+def wanted_depths(source: Source, depth: int, output_depth: int | None, embedding_depth: int | None) -> dict[str, int]:
+    """Return the wanted depth of every tensor, 0 for those that are not to be packed."""
+    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
+    from_trits = any(packed.values())
+    wanted = {_EMBEDDINGS: embedding_depth, _HEAD: output_depth}
+    if _HEAD not in packed:
+        if None not in wanted.values() and output_depth != embedding_depth:
+            raise TritGgufError(
+                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
+                " and --embedding-depth, or the same for both"
+            )
+        wanted[_EMBEDDINGS] = output_depth if embedding_depth is None else embedding_depth
+    depths = {}
+    for name, already in packed.items():
+        if quantized_tensor(name):
+            depths[name] = 0 if from_trits and already is None else depth
+        elif (given := wanted.get(name)) is not None:
+            depths[name] = given
+        else:
+            depths[name] = 0 if already is None else already.depth
+    return depths
+
+
+def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
+    """Choose a tensor's type in the file: trits where there is a depth, F32 for vectors, F16 for the rest."""
+    weights = int(np.prod(shape, dtype=np.int64))
+    if len(shape) == 1:
+        return PlannedTensor(name, shape, F32, 4 * weights)
+    if depth and shape[-1] % trit_types.BLOCK_SIZE == 0:
+        rows = weights // shape[-1]
+        return PlannedTensor(name, shape, TritType.of_depth(depth), rows * trit_types.row_bytes(depth, shape[-1]))
+    return PlannedTensor(name, shape, F16, 2 * weights)
+
+
+def block_number(tensor: PlannedTensor) -> int:
+    """Return the number of the decoder block that a tensor belongs to; -1 for none."""
+    block = re.match(r"blk\.(\d+)\.", tensor.name)
+    return int(block[1]) if block else -1
+
+
+def loss_warning(source: Source, plan: list[PlannedTensor]) -> list[str]:
+    """Return what to say when tensors are decoded from trits to be stored otherwise."""
+    packed = [(source.packed(tensor.name), tensor.type_id) for tensor in plan]
+    decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
+    if not decoded:
+        return []
+    depths = ", ".join(map(str, sorted({found.depth for found in decoded})))
+    return [
+        f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
+        " what that lost, so convert the original where you have it"
+    ]
