@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +15,6 @@ from tritgguf.encoder_search import quantize_searched
 from tritgguf.error_feedback import Feedback, InputMoments
 from tritgguf.matrix_rows import MatrixRows
 from tritgguf.trit_types import DEPTHS
-
-torch = pytest.importorskip("torch")
 
 CREW = Crew(2)
 depths = pytest.mark.parametrize("depth", DEPTHS)

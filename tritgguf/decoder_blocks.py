@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.architectures import ROPE_FREQS, from_hf, hf_tensor_name, quantized_tensor, to_hf
-from tritgguf.reference_model import head_counts, meta_module, require_torch, silent_transformers, slow_rotation
+from tritgguf.architectures import from_hf, hf_tensor_name, quantized_tensor, to_hf
+from tritgguf.reference_model import head_counts, meta_module, require_torch, silent_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +51,6 @@ class DecoderBlocks:
         self._source = source
         self._metadata = {key: value.value for key, value in source.metadata.items()}
         self._module = meta_module(source)
-        if any(tensor.name == ROPE_FREQS for tensor in source.tensors):
-            slow_rotation(self._module, source.read(ROPE_FREQS))
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
             self._module.model.layers[index] = _pass_on(layer)

@@ -194,9 +194,9 @@ def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 
 def meta_module(source: Source) -> Any:
-    """Return the model of a source with weights that take no memory, on torch's meta device.
+    """Return the model of a source with weights that take no memory, on torch's meta device; its rotation is real.
 
-    Its rotation is real, but for rope_freqs.weight. Raises TritGgufError when transformers cannot build it.
+    Raises TritGgufError when transformers cannot build it.
     """
     from transformers import AutoConfig
 
@@ -215,6 +215,8 @@ def meta_module(source: Source) -> Any:
         config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
     module = _on_meta(config)
     _restore_rotation(module, config)
+    if not isinstance(source, HfFolderSource) and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
+        slow_rotation(module, source.read(ROPE_FREQS))  # a folder has them in its config
     return module.eval()
 
 

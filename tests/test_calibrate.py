@@ -1,0 +1,134 @@
+"""`calibrate`: sums against hooks on the whole model, the texts, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import write_tiny_model
+
+from tritgguf import cli
+from tritgguf.architectures import hf_tensor_name, quantized_tensor
+from tritgguf.calibrate import calibrate, summed_squares
+from tritgguf.calibration_text import (
+    calibration_windows,
+    window_length,
+    windows_of_own_text,
+    windows_of_text,
+)
+from tritgguf.checkpoint import open_source
+from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import GgufFile
+from tritgguf.imatrix import read_importance
+from tritgguf.reference_model import ReferenceModel
+from tritgguf.tokenizer import Tokenizer
+
+WINDOWS = np.random.default_rng(0).integers(3, 400, (5, 32)).tolist()
+TEXT = "The quick brown fox jumps over the lazy dog. " * 200
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-tied"])
+def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
+    found = summed_squares(source, WINDOWS)
+    model = ReferenceModel.open(source)
+    names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
+    assert set(found) == set(names)
+    expected = {}
+    for name in names:
+        path = hf_tensor_name(source.metadata["general.architecture"].value, name).removesuffix(".weight")
+
+        def hook(module: object, arguments: tuple[torch.Tensor], name: str = name) -> None:
+            squares = arguments[0].double().square().sum((0, 1)).numpy()
+            expected[name] = expected.get(name, 0) + squares
+
+        model.module.get_submodule(path).register_forward_pre_hook(hook)
+    for window in WINDOWS:
+        model.logits(window)
+    for name in names:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+
+
+def test_the_file_is_an_importance_matrix(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    steps: list[tuple[int, int]] = []
+    report = calibrate(source, tmp_path / "out.gguf", WINDOWS, text="mine", progress=lambda *step: steps.append(step))
+    assert (report.tokens, report.matrices) == (160, 14)
+    assert steps == [(1, 2), (2, 2)]
+    sums = summed_squares(open_source(str(source)), WINDOWS)
+    found = read_importance(tmp_path / "out.gguf", {name: len(total) for name, total in sums.items()})
+    for name, total in sums.items():
+        np.testing.assert_allclose(found[name], total / 160, rtol=1e-5)
+
+
+def test_windows_of_a_text(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    length = window_length(source)
+    assert length == 256, "the tiny model's context"
+    windows = windows_of_text(source, TEXT, 4 * length)
+    assert [len(window) for window in windows] == [length] * 4
+    tokenizer = Tokenizer({key: value.value for key, value in source.metadata.items()})
+    assert tokenizer.decode(windows[0])[:9] == TEXT[:9]
+    assert len(windows_of_text(source, TEXT, 10**9)) <= len(TEXT) // length + 1
+    with pytest.raises(TritGgufError, match="it needs at least 256"):
+        windows_of_text(source, "too short", 1000)
+
+
+def test_bos_begins_every_window_where_the_model_uses_it(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model", "llama-sentencepiece")))
+    windows = windows_of_text(source, TEXT, 1000)
+    assert len(windows) > 1
+    assert {window[0] for window in windows} == {1}
+    assert {len(window) for window in windows} == {window_length(source)}
+
+
+def test_own_text(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    steps: list[tuple[int, int]] = []
+    length = window_length(source)
+    windows = windows_of_own_text(source, 2 * length, seed=3, progress=lambda *step: steps.append(step))
+    assert [len(window) for window in windows] == [length] * 2
+    assert steps[-1] == (2 * length, 2 * length)
+    assert windows == windows_of_own_text(source, 2 * length, seed=3)
+    assert windows != windows_of_own_text(source, 2 * length, seed=4)
+    assert windows[0] != windows[1]
+
+
+def test_text_files(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    with pytest.raises(TritGgufError, match=r"absent.txt: .*; give a text file"):
+        calibration_windows(source, tmp_path / "absent.txt", 512)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(TritGgufError, match=r"short.txt: the calibration text has"):
+        calibration_windows(source, tmp_path / "short.txt", 512)
+    (tmp_path / "long.txt").write_bytes(b"\xff\xfe" + TEXT.encode())
+    windows, origin = calibration_windows(source, tmp_path / "long.txt", 512)
+    assert (len(windows), origin) == (2, "long.txt")
+
+
+def test_the_command_and_what_convert_makes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(write_tiny_model(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    imatrix, out = str(tmp_path / "imatrix.gguf"), str(tmp_path / "out.gguf")
+    arguments = ["calibrate", source, "-o", imatrix, "--text", str(tmp_path / "text.txt"), "--tokens", "512", "--json"]
+    assert cli.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tokens"], report["text"]) == (512, "text.txt")
+    assert cli.main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["convert", source, out, "--imatrix", imatrix]) == 0
+    assert GgufFile(out).metadata["trit.encoder"] == "imatrix"
+
+
+def test_convert_calibrated_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(write_tiny_model(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = str(tmp_path / "out.gguf")
+    text = ["--text", str(tmp_path / "text.txt"), "--tokens", "512"]
+    assert cli.main(["convert", source, out, "--encoder", "calibrated", *text]) == 0
+    assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
+    assert cli.main(["convert", source, out, "--overwrite", "--self", *text]) == 1
+    assert "give one of them" in capsys.readouterr().err
