@@ -37,7 +37,7 @@ def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str) -> None
     model = ReferenceModel.open(source)
     names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
     assert set(found) == set(names)
-    expected = {}
+    expected: dict[str, np.ndarray] = {}
     for name in names:
         path = hf_tensor_name(source.metadata["general.architecture"].value, name).removesuffix(".weight")
 

@@ -26,6 +26,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("llama") / "model")
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
 def assert_fails(source: Path, folder: Path, message: str) -> None:
     """Assert that a conversion fails in one line and leaves nothing in the folder."""
     with pytest.raises(TritGgufError, match=message) as caught:
@@ -59,7 +63,9 @@ def test_the_disk_fills_up(tmp_path: Path, llama: Path, monkeypatch: pytest.Monk
         write(self, data)
 
     monkeypatch.setattr(StreamingWriter, "write", fill)
-    assert_fails(llama, tmp_path, r"out\.gguf: cannot be written \(No space left on device\); make room")
+    with pytest.raises(TritGgufError, match=r"out\.gguf: cannot be written \(No space left on device\); make room"):
+        convert(llama, tmp_path / "out.gguf")
+    assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
 
 
 def test_the_source_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,4 +109,4 @@ def test_ctrl_c(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, la
     monkeypatch.setattr(MODULE, "_encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "out.gguf")
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]

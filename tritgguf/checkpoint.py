@@ -70,6 +70,8 @@ class Source(Protocol):
     """In the order of the file; `output.weight` only where the head is not the embedding."""
     warnings: list[str]
     """What the user should know although it stops nothing; a line each."""
+    files: list[Path]
+    """What is read; a change of one of them is a change of the source."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; nothing is kept."""
@@ -108,6 +110,7 @@ class HfFolderSource:
 
     def __init__(self, folder: Path, *, hub_id: str | None = None) -> None:
         self.folder = folder
+        self.files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
         self.name = hub_id or str(folder)
         self.warnings: list[str] = []
         where = folder / "config.json"
@@ -224,6 +227,7 @@ class GgufSource:
         from tritgguf.gguf_file import GgufFile
 
         self.name = str(path)
+        self.files = [path]
         self.warnings: list[str] = []
         self._file = GgufFile(path)
         if self._file.metadata.get("split.count", 0) not in (0, 1):

@@ -23,6 +23,7 @@ from tritgguf.cli_options import CacheType, InstructionSet, Json, PrefillBits, T
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
+    from tritgguf.check import CheckReport
     from tritgguf.generate import LoadedModel
     from tritgguf.sampling import SamplingOptions
 
@@ -118,6 +119,7 @@ def run_command(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
     prefill_bits: PrefillBits = 8,
     exact: Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")] = False,
+    check_first: Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")] = False,
     cache_type: CacheType = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -143,6 +145,8 @@ def run_command(
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    if check_first:
+        _check(file, None)
     _force_instruction_set(isa)
     gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
     try:
@@ -341,6 +345,26 @@ def inspect_command(
         console.print_json(description.as_dict())
     else:
         console.print_description(description)
+
+
+@app.command("check")
+def check_command(file: TritFile, threads: Threads = None, as_json: Json = False) -> None:
+    """Check that a file is whole: its structure, every codebook and word, and the checksum of every tensor.
+
+    Example: tritgguf check d3.gguf
+    """
+    report = _check(file, threads)
+    if as_json:
+        console.print_json(vars(report))
+    else:
+        console.print_check(report)
+
+
+def _check(file: Path, threads: int | None) -> CheckReport:
+    from tritgguf.check import check
+
+    with console.progress(in_bytes=True) as report:
+        return check(file, threads=threads, progress=lambda done, total: report("checking", done, total))
 
 
 @app.command("doctor")

@@ -74,6 +74,9 @@ def convert_command(
     seed: TextSeed = 0,
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was interrupted, if it was.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Pack a model's matrices into trits.
@@ -104,6 +107,7 @@ def convert_command(
             choice=choice,
             threads=threads,
             overwrite=overwrite,
+            resume=resume,
             progress=show,
         )
     if as_json:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from tritgguf.calibrate import CalibrateReport
+    from tritgguf.check import CheckReport
     from tritgguf.convert import ConvertReport
     from tritgguf.export import ExportReport
     from tritgguf.generate import Generation, LoadedModel, Timings
@@ -175,6 +176,19 @@ def print_conversion(report: ConvertReport) -> None:
         note(f"note: kept in F16, because their row length is no multiple of 64: {names}")
     for warning in report.warnings:
         note(f"warning: {warning}")
+
+
+def print_check(report: CheckReport) -> None:
+    """Print what was checked and found whole."""
+    rows = [
+        ("tensors", str(report.tensors)),
+        ("of them in trits", str(report.trit_tensors)),
+        ("checksums", str(report.checksums) if report.checksums else "none: written by an earlier version"),
+        ("file", format_bytes(report.file_bytes)),
+        ("time", f"{report.seconds:.2f} s"),
+        ("speed", f"{report.bytes_per_second / 1e9:.1f} GB/s"),
+    ]
+    print_table(f"{report.file}: whole", ("", ">"), rows)
 
 
 def print_calibration(report: CalibrateReport) -> None:

@@ -12,23 +12,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
 
 from cpu_kernels.crew import Crew
+from cpu_kernels.unpack import dequantize
 from tritgguf import trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.codec import DEFAULT_ENCODER
-from tritgguf.convert_plan import block_number, loss_warning, planned_tensor, wanted_depths
+from tritgguf.convert_plan import block_number, job_of, loss_warning, planned_tensor, wanted_depths
 from tritgguf.depth_plan import NO_CHOICE, DepthChoice, Sensitivities
 from tritgguf.encoders import CALIBRATED, IMATRIX, Encoder, make_encoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter, check_output
 from tritgguf.hf_files import to_float32
+from tritgguf.journal import Journal
 from tritgguf.matrix_rows import MatrixRows
 from tritgguf.memory import peak_memory_bytes
 from tritgguf.recover import Fit
@@ -108,6 +111,7 @@ def convert(
     choice: DepthChoice = NO_CHOICE,
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint to a GGUF file with packed trit matrices.
@@ -130,10 +134,12 @@ def convert(
         choice: which matrices of the layers have another depth than `depth`.
         threads: processor cores to use; None for all.
         overwrite: whether an existing output may be replaced.
+        resume: whether to go on where the same conversion was interrupted, if it was; otherwise it starts over.
         progress: called after every tensor.
 
     Raises:
-        TritGgufError: bad input or no way to write the output; nothing is left behind.
+        TritGgufError: bad input or no way to write the output. Nothing is left behind, unless the disk was full or, as
+            after Ctrl-C, it was no error of the input: then `OUTPUT.part` and its journal stay to be continued.
 
     """
     started = time.perf_counter()
@@ -155,18 +161,23 @@ def convert(
         t.name: depths[t.name] for t in plan if trit_types.is_trit_type(t.type_id) and t.name not in recovery.fits
     }
     text = windows if recovery.fallback == CALIBRATED or not choice.needs_text else None
-    rest = make_encoder(recovery.fallback, opened, wanted, crew, importance=importance, windows=text)
     deepest = max((depths[name] for name in depths if quantized_tensor(name)), default=depth or _DEFAULT_DEPTH)
     report = ConvertReport(output, opened.name, deepest, recovery.encoder)
     report.warnings = [*opened.warnings, *loss_warning(opened, plan), *recovery.warnings]
     report.kept_unaligned = [tensor.name for tensor in plan if depths[tensor.name] and tensor.type_id == F16]
     squares = np.zeros(2)  # of the errors, of the weights
-    with StreamingWriter(
-        output,
-        _metadata(opened, plan, recovery.encoder, choice.describe(depth or _DEFAULT_DEPTH)),
-        plan,
-        overwrite=overwrite,
-    ) as writer:
+    metadata = _metadata(opened, plan, recovery.encoder, choice.describe(depth or _DEFAULT_DEPTH))
+    journal = Journal(output, job_of(opened, plan, metadata, importance, windows, crew.threads))
+    with StreamingWriter(output, metadata, plan, overwrite=overwrite, journal=journal, resume=resume) as writer:
+        rest = make_encoder(
+            recovery.fallback,
+            opened,
+            wanted,
+            crew,
+            importance=importance,
+            windows=text,
+            written=partial(_written, writer),
+        )
         written = _stream(opened, writer, recovery.fits, rest, crew)
         for tensor, tensor_squares in zip(plan, written, strict=True):
             squares += tensor_squares
@@ -252,12 +263,18 @@ def _metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: s
     metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
     for tensor in plan:
         if trit_types.is_trit_type(tensor.type_id):
-            metadata[trit_types.codebook_key(tensor.name)] = _codebook_value(np.zeros(trit_types.CODEBOOK_SIZE))
+            metadata[trit_types.codebook_key(tensor.name)] = _codebook_value([0.0] * trit_types.CODEBOOK_SIZE)
+    for tensor in plan:
+        metadata[trit_types.checksum_key(tensor.name)] = _checksum_value(0)
     return metadata
 
 
-def _codebook_value(codebook: np.ndarray) -> GGUFValue:
-    return GGUFValue(codebook.tolist(), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+def _codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
+    return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+
+
+def _checksum_value(checksum: int) -> GGUFValue:
+    return GGUFValue(checksum, GGUFValueType.UINT64)
 
 
 @dataclass(frozen=True)
@@ -285,7 +302,12 @@ def _stream(
 
     Not more than a few tensors that can be held are in memory, however much slower the disk is than the crew.
     """
-    plan = writer.tensors
+    plan = writer.tensors[len(writer.resumed) :]
+    for done in writer.resumed:
+        _note(writer, done.name, done.checksum, done.codebook)
+        yield np.array([done.squared_error, done.squared_weights])
+    if not plan:
+        return
     waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
 
     def written(most_bytes: int) -> Iterator[np.ndarray]:
@@ -375,11 +397,26 @@ def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part:
 
 def _finish(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
     """Complete a tensor whose parts are written, and return its squares."""
-    if encoded.codebook is not None:
-        writer.set_metadata(trit_types.codebook_key(tensor.name), _codebook_value(encoded.codebook))
+    error, power = encoded.squares.tolist()
+    _note(writer, tensor.name, writer.end(encoded.codebook, (error, power)), encoded.codebook)
     source.release(tensor.name)
-    writer.sync()
     return encoded.squares
+
+
+def _written(writer: StreamingWriter, name: str) -> np.ndarray | None:
+    """Return the weights of a matrix that an earlier run has written, decoded: float32 [rows, columns]; or None."""
+    for index, (tensor, done) in enumerate(zip(writer.tensors, writer.resumed, strict=False)):
+        if tensor.name == name and done.codebook is not None:
+            rows = writer.read_back(index).reshape(tensor.shape[0], -1)
+            return dequantize(rows, np.array(done.codebook, np.float32), TritType(tensor.type_id).depth)
+    return None
+
+
+def _note(writer: StreamingWriter, name: str, checksum: int, codebook: Sequence[float] | np.ndarray | None) -> None:
+    """Put what is known of a tensor now into the header."""
+    writer.set_metadata(trit_types.checksum_key(name), _checksum_value(checksum))
+    if codebook is not None:
+        writer.set_metadata(trit_types.codebook_key(name), _codebook_value(codebook))
 
 
 def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import xxhash
+from gguf import GGUFValue
 
-from tritgguf import trit_types
+from tritgguf import __version__, trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source
 from tritgguf.errors import TritGgufError
@@ -68,3 +72,30 @@ def loss_warning(source: Source, plan: list[PlannedTensor]) -> list[str]:
         f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
         " what that lost, so convert the original where you have it"
     ]
+
+
+def job_of(
+    source: Source,
+    plan: Sequence[PlannedTensor],
+    metadata: Mapping[str, GGUFValue],
+    importance: Mapping[str, np.ndarray] | None,
+    windows: Sequence[Sequence[int]] | None,
+    threads: int,
+) -> dict[str, Any]:
+    """Return all that decides about a file's bytes, for the journal of a conversion: hashes and plain values."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(importance or {}):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray((importance or {})[name]).data)
+    for window in windows or ():
+        digest.update(np.array(window, np.int64).data)
+    for key, value in metadata.items():
+        digest.update(f"{key}={value.type}:{value.value!r}".encode("utf-8", "surrogatepass"))
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+    return {
+        "version": __version__,
+        "source": sorted(files),
+        "tensors": [(tensor.name, tensor.type_id, tensor.n_bytes) for tensor in plan],
+        "settings": digest.hexdigest(),
+        "threads": threads if windows is not None else None,  # sums of a text depend on them
+    }

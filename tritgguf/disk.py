@@ -21,14 +21,18 @@ def check_room(output: Path, needed: int) -> None:
         )
 
 
+class DiskError(TritGgufError):
+    """The disk has refused to take what was written: no fault of the input."""
+
+
 @contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Turn an OSError in the block into a TritGgufError that names the output."""
+    """Turn an OSError in the block into a DiskError that names the output."""
     try:
         yield
     except OSError as error:
         remedy = "make room" if error.errno == errno.ENOSPC else "choose another place"
-        raise TritGgufError(f"{output}: cannot be written ({error.strerror}); {remedy}") from error
+        raise DiskError(f"{output}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:

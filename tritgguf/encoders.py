@@ -8,7 +8,7 @@ calibrated  error feedback, with a text that goes through the model (`calibrated
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,7 @@ def make_encoder(
     *,
     importance: Mapping[str, np.ndarray] | None = None,
     windows: Sequence[Sequence[int]] | None = None,
+    written: Callable[[str], np.ndarray | None] = lambda name: None,
 ) -> Encoder:
     """Return the encoder of this name, one of `NAMES`.
 
@@ -54,6 +55,7 @@ def make_encoder(
         crew: the threads to use.
         importance: for `imatrix`: GGUF name -> float32 [columns], the mean square of each input.
         windows: for `calibrated`: token ids of the calibration text, in windows of equal length.
+        written: for `calibrated`: see `CalibratedEncoder`.
 
     Raises:
         TritGgufError: importance or windows are missing or do not fit the encoder.
@@ -65,7 +67,7 @@ def make_encoder(
         raise TritGgufError(f"encoder {CALIBRATED} and a calibration text go together; give --encoder {CALIBRATED}")
     if name == CALIBRATED:
         assert windows is not None
-        return _WithText(source, depths, windows, crew)
+        return _WithText(source, depths, windows, crew, written)
     return _MatrixByMatrix(name, importance or {}, crew)
 
 
@@ -87,11 +89,18 @@ class _MatrixByMatrix:
 class _WithText:
     """Error feedback for the matrices of the decoder blocks; the others are encoded by default."""
 
-    def __init__(self, source: Source, depths: Mapping[str, int], windows: Sequence[Sequence[int]], crew: Crew) -> None:
+    def __init__(
+        self,
+        source: Source,
+        depths: Mapping[str, int],
+        windows: Sequence[Sequence[int]],
+        crew: Crew,
+        written: Callable[[str], np.ndarray | None],
+    ) -> None:
         from tritgguf.calibrated import CalibratedEncoder
 
         in_blocks = {name: depth for name, depth in depths.items() if quantized_tensor(name)}
-        self._calibrated = CalibratedEncoder(source, in_blocks, windows, crew)
+        self._calibrated = CalibratedEncoder(source, in_blocks, windows, crew, written=written)
         self._others = _MatrixByMatrix(codec.DEFAULT_ENCODER, {}, crew)
 
     def reads(self, name: str) -> bool:

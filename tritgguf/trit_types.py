@@ -63,6 +63,11 @@ def row_bytes(depth: int, columns: int) -> int:
     return columns // BLOCK_SIZE * _BLOCK_BYTES[depth]
 
 
+def checksum_key(tensor_name: str) -> str:
+    """The metadata key of a tensor's checksum: XXH3, 64 bits, of its bytes in the file."""
+    return f"trit.xxh3.{tensor_name}"
+
+
 def codebook_key(tensor_name: str) -> str:
     """Return the metadata key under which a tensor's 27 scales are stored."""
     return f"trit.codebook.{tensor_name}"

@@ -1,0 +1,116 @@
+"""Is a trit file as it was written? Structure, codebooks, every word, and checksums.
+
+Opening the file checks its header, see `gguf_file`. Here every tensor is read once, in pieces that stay in the cache
+while they are hashed and their words are looked at; threads take tensors, the largest first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from cpu_kernels.check_words import first_damaged_row, first_not_finite
+from cpu_kernels.crew import physical_cores
+from tritgguf import trit_types
+from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import F16, F32, GgufFile, TensorInfo
+from tritgguf.trit_types import TritType
+
+_BYTES_AT_ONCE = 1 << 19
+_EXPONENTS = {F16: (np.uint16, 0x7C00), F32: (np.uint32, 0x7F800000)}
+_REMEDY = "the file is damaged, fetch or convert it again"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` has looked at and found whole."""
+
+    file: Path
+    tensors: int
+    trit_tensors: int
+    checksums: int
+    """Tensors that have one; files of earlier versions have none."""
+    file_bytes: int
+    seconds: float
+    bytes_per_second: float
+
+
+def check(
+    path: str | Path, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> CheckReport:
+    """Check a file that `convert` wrote.
+
+    Args:
+        path: the file.
+        threads: processor cores to use; None for all.
+        progress: called with the bytes that are checked and those in all.
+
+    Raises:
+        TritGgufError: the file is damaged; names the file, the tensor and, of trits, the row.
+
+    """
+    started = time.perf_counter()
+    file = GgufFile(path)
+    tensors = sorted(file.tensors.values(), key=lambda info: info.n_bytes, reverse=True)
+    total, done = sum(info.n_bytes for info in tensors), 0
+    for info in tensors:
+        if trit_types.is_trit_type(info.type_id):
+            _check_codebook(file, info.name)
+    pool = ThreadPoolExecutor(threads or physical_cores(), thread_name_prefix="check")
+    try:
+        for info, _ in zip(tensors, pool.map(partial(_check_tensor, file), tensors), strict=True):
+            done += info.n_bytes
+            if progress is not None:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    seconds = time.perf_counter() - started
+    return CheckReport(
+        file=Path(path),
+        tensors=len(tensors),
+        trit_tensors=sum(trit_types.is_trit_type(info.type_id) for info in tensors),
+        checksums=sum(trit_types.checksum_key(info.name) in file.metadata for info in tensors),
+        file_bytes=Path(path).stat().st_size,
+        seconds=seconds,
+        bytes_per_second=total / seconds,
+    )
+
+
+def _check_codebook(file: GgufFile, name: str) -> None:
+    """Check what an encoder promises and a decoder need not rely on; `GgufFile.codebook` checks the rest."""
+    codebook = file.codebook(name)
+    if (np.diff(codebook) < 0).any():
+        raise TritGgufError(f"{file.path}: the codebook of tensor {name} is not ascending; {_REMEDY}")
+
+
+def _check_tensor(file: GgufFile, info: TensorInfo) -> None:
+    row_bytes = info.n_bytes * info.shape[-1] // info.n_weights
+    step = max(1, _BYTES_AT_ONCE // row_bytes) * row_bytes
+    raw, digest = file.raw(info.name), xxhash.xxh3_64()
+    for start in range(0, info.n_bytes, step):
+        part = raw[start : start + step]
+        digest.update(part.data)
+        if trit_types.is_trit_type(info.type_id):
+            row = first_damaged_row(part.view(np.uint16).reshape(-1, row_bytes // 2), TritType(info.type_id).depth)
+            if row >= 0:
+                raise TritGgufError(
+                    f"{file.path}: tensor {info.name}, row {start // row_bytes + row} has a word that no encoder"
+                    f" writes; {_REMEDY}"
+                )
+        elif info.type_id in _EXPONENTS:
+            bits, exponent = _EXPONENTS[info.type_id]
+            place = first_not_finite(part.view(bits), exponent)
+            if place >= 0:
+                place += start * info.n_weights // info.n_bytes
+                raise TritGgufError(f"{file.path}: tensor {info.name}, weight {place} is NaN or infinite; {_REMEDY}")
+    stated = file.metadata.get(trit_types.checksum_key(info.name))
+    if stated is not None and stated != digest.intdigest():
+        raise TritGgufError(f"{file.path}: tensor {info.name} does not match its checksum; {_REMEDY}")
+    file.release(info.name)

@@ -1,0 +1,92 @@
+"""What of a file that is being written is on the disk already, so that a conversion that was killed can go on.
+
+Beside `OUT.part` lies `OUT.part.journal`: a line of JSON that says what is converted and how, then one for each tensor
+that is whole and synced. A line is written only after its tensor, so it is true whenever the machine stops; the last
+line may be torn, and then counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tritgguf.disk import disk_errors, sync_folder
+from tritgguf.errors import TritGgufError
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor that is whole on the disk.
+
+    Attributes:
+        name: its GGUF name.
+        end: where the file goes on behind it and its padding, in bytes from the file's start.
+        checksum: of its bytes.
+        codebook: 27 numbers, of a trit tensor.
+        squared_error, squared_weights: sums that the report adds up.
+
+    """
+
+    name: str
+    end: int
+    checksum: int
+    codebook: list[float] | None
+    squared_error: float
+    squared_weights: float
+
+
+class Journal:
+    """The journal of one output; `job` is what has to be the same for the conversion to go on, as JSON holds it."""
+
+    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
+        self.path = output.with_name(f"{output.name}.part.journal")
+        self._output = output
+        self._job = json.loads(json.dumps(job))
+
+    def read(self) -> list[WrittenTensor]:
+        """Return the tensors that are written; none where there is no journal.
+
+        Raises TritGgufError for the journal of another job.
+        """
+        try:
+            lines = self.path.read_text("utf-8").split("\n")
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._misfit("cannot be read") from error
+        complete = lines[:-1]  # behind the last line feed is nothing, or a torn line
+        try:
+            entries = [json.loads(line) for line in complete]
+            if not entries:
+                return []
+            if entries[0] != self._job:
+                raise self._misfit("is of another conversion: source, options or version differ")
+            return [WrittenTensor(**entry) for entry in entries[1:]]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise self._misfit("is damaged") from error
+
+    def begin(self) -> None:
+        """Start a new journal in the place of an old one."""
+        self._append([self._job], mode="w")
+        sync_folder(self.path.parent)
+
+    def add(self, tensors: Sequence[WrittenTensor]) -> None:
+        """Add tensors, which are on the disk."""
+        self._append([asdict(tensor) for tensor in tensors], mode="a")
+
+    def remove(self) -> None:
+        """Remove the journal, if it is there."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, entries: Sequence[Any], *, mode: str) -> None:
+        with disk_errors(self._output), self.path.open(mode, encoding="utf-8", newline="\n") as file:
+            file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _misfit(self, what: str) -> TritGgufError:
+        return TritGgufError(f"{self.path}: the journal {what}; start over without --resume")
