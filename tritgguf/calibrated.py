@@ -34,6 +34,7 @@ class CalibratedEncoder:
         crew: the threads to use; torch takes as many.
         written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
             already, or None. A block whose matrices all are is not quantized again.
+        feedback: makes the quantizer of matrices that share an input.
 
     Raises TritGgufError when torch or transformers is missing or cannot build the model.
 
@@ -47,9 +48,10 @@ class CalibratedEncoder:
         crew: Crew,
         *,
         written: Callable[[str], np.ndarray | None] = lambda name: None,
+        feedback: Callable[[InputMoments], Feedback] = Feedback,
     ) -> None:
         self._blocks = DecoderBlocks(source, threads=crew.threads)
-        self._depths, self._crew, self._written = depths, crew, written
+        self._depths, self._crew, self._written, self._feedback = depths, crew, written, feedback
         self._original = self._blocks.embed(windows)
         self._hidden = self._original.clone()
         self._next = 0
@@ -95,7 +97,7 @@ class CalibratedEncoder:
             wanted = [name for name in group if name in self._depths]
             if not wanted:
                 continue
-            feedback = Feedback(moments)
+            feedback = self._feedback(moments)
             for name in wanted:
                 quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
                 block.set(name, quantized.decoded())

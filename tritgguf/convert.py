@@ -24,7 +24,7 @@ from tritgguf import trit_types
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.codec import DEFAULT_ENCODER
-from tritgguf.convert_plan import block_number, job_of, loss_warning, planned_tensor, wanted_depths
+from tritgguf.convert_plan import block_of, job_of, loss_warning, planned_tensor, wanted_depths
 from tritgguf.depth_plan import NO_CHOICE, DepthChoice, Sensitivities
 from tritgguf.encoders import CALIBRATED, IMATRIX, Encoder, make_encoder
 from tritgguf.errors import TritGgufError
@@ -156,7 +156,7 @@ def convert(
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     plan = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
     if recovery.fallback == CALIBRATED:
-        plan.sort(key=block_number)  # checkpoints may have the tenth block before the second
+        plan.sort(key=lambda tensor: block_of(tensor.name))  # checkpoints may have the tenth block before the second
     wanted = {
         t.name: depths[t.name] for t in plan if trit_types.is_trit_type(t.type_id) and t.name not in recovery.fits
     }

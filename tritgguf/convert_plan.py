@@ -55,9 +55,9 @@ def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTens
     return PlannedTensor(name, shape, F16, 2 * weights)
 
 
-def block_number(tensor: PlannedTensor) -> int:
-    """Return the number of the decoder block that a tensor belongs to; -1 for none."""
-    block = re.match(r"blk\.(\d+)\.", tensor.name)
+def block_of(name: str) -> int:
+    """Return the number of the decoder block that a tensor belongs to by its GGUF name; -1 for none."""
+    block = re.match(r"blk\.(\d+)\.", name)
     return int(block[1]) if block else -1
 
 

@@ -57,24 +57,34 @@ class InputMoments:
 class Feedback:
     """Quantizes the matrices that share one input.
 
+    Args:
+        moments: of the input.
+        damping: see `DAMPING`.
+        repairs: whether the matrices make up for the difference between original and present inputs.
+        in_order_of_size: whether groups are quantized in the order of their inputs' size, or as they come.
+
     Raises ValueError when the moments hold a number that is NaN or infinite.
     """
 
-    def __init__(self, moments: InputMoments) -> None:
+    def __init__(
+        self, moments: InputMoments, *, damping: float = DAMPING, repairs: bool = True, in_order_of_size: bool = True
+    ) -> None:
         import torch
 
         second = moments.second / max(1, moments.count)
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
         mean = second.diagonal().mean()
-        second.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-        self._moments = moments
-        self._second = second
+        second.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        self._moments, self._second, self._repairs = moments, second, repairs
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
         groups = importance.argsort(descending=True, stable=True)
+        if not in_order_of_size:
+            groups = torch.arange(len(importance))
         self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
         self._factor = _factor_of_inverse(second[self._order][:, self._order])
+        self._cholesky = torch.linalg.cholesky(second)
 
     def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
@@ -114,8 +124,8 @@ class Feedback:
         """Return the weights that come closest to the original output from the inputs as they are now."""
         import torch
 
-        if not hasattr(self, "_cholesky"):
-            self._cholesky = torch.linalg.cholesky(self._second)
+        if not self._repairs:
+            return weights
         missing = weights @ (self._moments.shift / max(1, self._moments.count))
         return weights + torch.cholesky_solve(missing.T, self._cholesky).T
 

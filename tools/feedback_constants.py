@@ -1,0 +1,88 @@
+"""Which constants of error feedback give the least KL? One row for each setting, the same text in all.
+
+    python tools/feedback_constants.py models/SmolLM2-135M-Instruct --depth 2 damping=0.05 damping=0.2 windows=96
+
+Without arguments that name a setting, the constants as they are and each of them changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults would take half of the time
+
+import numpy as np
+import quality_text
+from tokenizers import Tokenizer
+
+from cpu_kernels.crew import Crew
+from tritgguf.architectures import quantized_tensor
+from tritgguf.calibrated import CalibratedEncoder
+from tritgguf.checkpoint import Source, open_source
+from tritgguf.convert_plan import block_of
+from tritgguf.error_feedback import Feedback
+from tritgguf.reference_model import ReferenceModel
+from tritgguf.verify import Comparison, compare_logits
+
+SETTINGS = ("", "damping=0.02", "damping=0.05", "damping=0.2", "repairs=0", "in_order_of_size=0", "windows=96")
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", help="HF folder or hub id")
+    parser.add_argument(
+        "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
+    )
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens (default 12)")
+    options = parser.parse_args()
+
+    source = open_source(options.source)
+    tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
+    calibration, evaluation = quality_text.texts()
+    windows = quality_text.windows_of(evaluation, tokenizer, options.evaluate)
+    reference = ReferenceModel.open(source)
+    expected = [reference.logits(window) for window in windows]
+    print("setting                KL   99th  top-1  seconds", flush=True)
+    for setting in options.settings:
+        values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
+        some = quality_text.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
+        started = time.perf_counter()
+        quantize(source, options.depth, some, values, reference)
+        found = Comparison.concatenate(
+            [
+                compare_logits(logits, reference.logits(window), window[1:])
+                for window, logits in zip(windows, expected, strict=True)
+            ]
+        )
+        print(
+            f"{setting or 'as it is':18}  {found.kl_mean:5.4f}  {found.kl_p99:5.2f}  {found.top1_agreement:5.3f}"
+            f"  {time.perf_counter() - started:7.0f}",
+            flush=True,
+        )
+
+
+def quantize(
+    source: Source, depth: int, windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
+) -> None:
+    """Load the model with weights that were quantized with these settings of `Feedback`."""
+    names = sorted((t.name for t in source.tensors if quantized_tensor(t.name)), key=block_of)
+    encoder = CalibratedEncoder(
+        source, dict.fromkeys(names, depth), windows, Crew(None), feedback=partial(Feedback, **settings)
+    )
+    decoded = {name: encoder.quantize(name).decoded() for name in names}
+
+    def read(name: str) -> np.ndarray:
+        return decoded[name] if name in decoded else source.read(name)
+
+    metadata = {key: value.value for key, value in source.metadata.items()}
+    model.load_tensors(metadata, [tensor.name for tensor in source.tensors], read, source.name)
+
+
+if __name__ == "__main__":
+    main()
