@@ -61,6 +61,7 @@ def test_json_is_complete_and_valid(stock_file: Path) -> None:
         "shape": [3, 64],
         "bytes": 384,
         "codebook": None,
+        "xxh3": None,
         "weights": 192,
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tritgguf.gguf_file import GgufFile, TensorInfo
-from tritgguf.trit_types import codebook_key, is_trit_type
+from tritgguf.trit_types import checksum_key, codebook_key, is_trit_type
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class TensorDescription:
     shape: tuple[int, ...]
     bytes: int
     codebook: tuple[float, ...] | None
+    xxh3: int | None = None
+    """Checksum of its bytes; None in files of earlier versions."""
 
     @property
     def weights(self) -> int:
@@ -107,8 +109,8 @@ class FileDescription:
 def describe(path: str | Path) -> FileDescription:
     """Read and check a file's header; any GGUF file, with or without trit tensors. Raises TritGgufError."""
     file = GgufFile(path)
-    codebook_keys = {codebook_key(name) for name in file.tensors}
-    metadata = {key: value for key, value in file.metadata.items() if key not in codebook_keys}
+    of_tensors = {key for name in file.tensors for key in (codebook_key(name), checksum_key(name))}
+    metadata = {key: value for key, value in file.metadata.items() if key not in of_tensors}
     return FileDescription(
         path=file.path,
         name=str(metadata.get("general.name", file.path.stem)),
@@ -126,6 +128,7 @@ def _describe_tensor(file: GgufFile, info: TensorInfo) -> TensorDescription:
         shape=info.shape,
         bytes=info.n_bytes,
         codebook=tuple(file.codebook(info.name).tolist()) if is_trit_type(info.type_id) else None,
+        xxh3=file.metadata.get(checksum_key(info.name)),
     )
 
 
