@@ -212,7 +212,7 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
 
 def test_a_kept_tensor_is_written_in_parts(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(llama, tmp_path / "whole.gguf")
-    monkeypatch.setattr(MODULE, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(importlib.import_module("tritgguf.convert_stream"), "_ROWS_AT_ONCE", 1000)
     convert(llama, tmp_path / "parts.gguf")
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 

@@ -17,7 +17,7 @@ from tritgguf.disk import disk_errors
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter
 
-MODULE = importlib.import_module("tritgguf.convert")
+MODULE = importlib.import_module("tritgguf.convert_stream")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_source_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shard.write_bytes(shard.read_bytes()[:-4000])
         return source
 
-    monkeypatch.setattr(MODULE, "open_source", open_and_cut)
+    monkeypatch.setattr(importlib.import_module("tritgguf.convert"), "open_source", open_and_cut)
     assert_fails(folder, tmp_path / "outputs", r"model\.safetensors: ends inside tensor")
 
 

@@ -79,17 +79,20 @@ def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
     assert torch.cat(some[last]).shape == (5, 24, 128)
 
 
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
-def test_a_weight_is_replaced_and_read_back(tmp_path: Path, variant: str) -> None:
+def test_a_weight_is_replaced_and_read_back(tmp_path: Path, variant: str, name: str) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
     blocks = DecoderBlocks(source)
-    hidden, name = blocks.embed(WINDOWS), "blk.0.attn_q.weight"
+    hidden = blocks.embed(WINDOWS)
     with blocks.block(0) as block:
         np.testing.assert_array_equal(block.get(name), source.read(name))
+        kept = block.get(name)
         before = block.forward(hidden)
         weights = np.random.default_rng(0).standard_normal(block.get(name).shape).astype(np.float32)
         block.set(name, weights)
         np.testing.assert_array_equal(block.get(name), weights)
+        np.testing.assert_array_equal(kept, source.read(name))  # what was read before does not change
         assert not torch.equal(block.forward(hidden), before)
     with blocks.block(0) as block:
         torch.testing.assert_close(block.forward(hidden), before)

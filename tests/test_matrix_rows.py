@@ -301,7 +301,7 @@ def test_memory_of_recovering() -> None:
 @pytest.mark.parametrize("options", [{}, {"output_depth": 2, "embedding_depth": 4}])
 def test_memory_of_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     model = write_tiny_model(tmp_path / "model", "llama", dtype="F32", intermediate_size=16384, num_hidden_layers=1)
-    monkeypatch.setattr(importlib.import_module("tritgguf.convert"), "_UNWRITTEN_BYTES", 0)
+    monkeypatch.setattr(importlib.import_module("tritgguf.convert_stream"), "_UNWRITTEN_BYTES", 0)
 
     def run() -> None:
         convert(model, tmp_path / "out.gguf", overwrite=True, threads=1, **options)

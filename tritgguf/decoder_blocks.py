@@ -163,8 +163,8 @@ class Block:
         self.matrices = {name: value for name, value in parameters.items() if quantized_tensor(name)}
 
     def get(self, name: str) -> np.ndarray:
-        """Return a weight in GGUF's row order, float32."""
-        weights = self._parameters[name].detach().numpy()
+        """Return a copy of a weight in GGUF's row order, float32."""
+        weights = self._parameters[name].detach().numpy().copy()
         return from_hf(self._blocks.architecture, name, weights, *self._blocks.heads())
 
     def set(self, name: str, weights: np.ndarray) -> None:
