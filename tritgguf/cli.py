@@ -308,6 +308,7 @@ def verify_command(
         option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
     ] = None,
     tokens: Annotated[int, option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
+    layers: Annotated[bool, typer.Option("--layers", help="Show which blocks the error comes from, too.")] = False,
     threads: Threads = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -323,7 +324,7 @@ def verify_command(
     _force_instruction_set(isa)
     text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
     with console.progress(in_bytes=False) as report:
-        result = verify(source, file, text=text, tokens=tokens, threads=threads, progress=report)
+        result = verify(source, file, text=text, tokens=tokens, layers=layers, threads=threads, progress=report)
     if as_json:
         console.print_json(result.as_dict())
     else:

@@ -265,6 +265,12 @@ def print_verification(report: VerifyReport) -> None:
             ("perplexity of the source", f"{report.perplexity_reference:.3f}"),
         ],
     )
+    if report.layers is not None:
+        print_table(
+            "Hidden states behind each block, error relative to the original",
+            (">block", ">of this block", ">of all so far"),
+            [(str(layer.block), f"{layer.own:.4f}", f"{layer.accumulated:.4f}") for layer in report.layers],
+        )
 
 
 def print_description(file: FileDescription) -> None:

@@ -61,7 +61,7 @@ def measure_sensitivities(
                             MatrixRows.of(weights), depth, crew, importance=importance[name]
                         ).parts
                         block.set(name, quantized.decoded())
-                        sensitivities[name][depth] = _relative_error(block.forward(hidden), expected)
+                        sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
                     block.set(name, weights)
             hidden = expected
         progress(index + 1, blocks.count)
@@ -80,7 +80,7 @@ def _pass(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
     return output, {name: (total / hidden[..., 0].numel()).numpy() for name, total in sums.items()}
 
 
-def _relative_error(output: Tensor, expected: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
     """Return the mean over all tokens of the squared error over the square of the hidden state."""
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-30)
     return float(errors.double().mean())

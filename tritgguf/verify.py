@@ -31,6 +31,7 @@ from tritgguf.errors import TritGgufError
 if TYPE_CHECKING:
     from tritgguf.checkpoint import Source
     from tritgguf.gguf_file import GgufFile
+    from tritgguf.layer_errors import LayerError
 
 WINDOW_TOKENS = 512
 _SIZES = {
@@ -66,6 +67,8 @@ class VerifyReport:
     perplexity: float
     perplexity_reference: float
     seconds: float
+    layers: list[LayerError] | None = None
+    """Where the error comes from, if that was asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
@@ -87,6 +90,7 @@ class VerifyReport:
                 "perplexity_reference": self.perplexity_reference,
             },
             "seconds": self.seconds,
+            **({} if self.layers is None else {"layers": [vars(layer) for layer in self.layers]}),
         }
 
 
@@ -96,6 +100,7 @@ def verify(
     *,
     text: str | None = None,
     tokens: int = 512,
+    layers: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -106,13 +111,14 @@ def verify(
     (fewer if it is shorter; the report says how many) in windows of up to 512 tokens that do not see each
     other, each starting with the BOS token where the model uses one. Divergence and agreement count at every
     position, perplexity at every position whose next token lies in the same window. `threads` counts for the
-    runner and for torch.
+    runner and for torch. `layers` asks for each block's error too, on the windows of full length.
 
     Raises TritGgufError when torch or transformers is missing, when source and file do not belong together or
     when the text is too short.
     """
     from tritgguf.checkpoint import open_source
     from tritgguf.gguf_file import GgufFile
+    from tritgguf.layer_errors import layer_errors
     from tritgguf.reference_model import ReferenceModel, require_torch
 
     start = time.perf_counter()
@@ -148,6 +154,11 @@ def verify(
         difference_int16 = max(difference_int16, float(np.abs(ours - theirs).max()))
         largest = max(largest, float(np.abs(theirs).max()))
     report("dequantized", len(windows), len(windows))
+    del reference
+    of_layers = None
+    if layers:
+        equally_long = [window for window in windows if len(window) == len(windows[0])]
+        of_layers = layer_errors(opened, trit_file, equally_long, threads=threads, progress=partial(report, "layers"))
     return VerifyReport(
         source=opened.name,
         file=trit_file.path,
@@ -162,6 +173,7 @@ def verify(
         perplexity=quantization.perplexity,
         perplexity_reference=quantization.perplexity_reference,
         seconds=time.perf_counter() - start,
+        layers=of_layers,
     )
 
 
