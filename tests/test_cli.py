@@ -25,6 +25,7 @@ from tiny_models import write_tiny_model
 import tritgguf
 from tritgguf import cli, console
 from tritgguf.convert import ConvertProgress, ConvertReport, convert
+from tritgguf.depth_plan import DepthChoice, KeepRule
 from tritgguf.errors import TritGgufError
 from tritgguf.sampling import Sampler, SamplingOptions
 from tritgguf.verify import VerifyReport
@@ -375,10 +376,22 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         return conversion()
 
     monkeypatch.setattr(CONVERT, "convert", fake)
-    arguments = ["--depth", "3", "--embedding-depth", "4", "-j", "2", "--overwrite"]
+    arguments = [
+        "--depth",
+        "3",
+        "--embedding-depth",
+        "4",
+        "-j",
+        "2",
+        "--overwrite",
+        "--keep",
+        "*.ffn_down=4",
+        "--resume",
+    ]
     assert cli.main(["convert", "org/name", "out.gguf", *arguments]) == 0
-    options = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True}
-    options |= {"output_depth": None, "embedding_depth": 4}
+    options: dict[str, Any] = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True, "resume": True}
+    options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
+    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),))}
     assert calls == [("org/name", Path("out.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "12.3 s", "1.23 GB"):
@@ -438,9 +451,10 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
 
     monkeypatch.setattr(VERIFY, "verify", fake)
     (tmp_path / "text.txt").write_text("Some text.\n")
-    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50"]
+    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
     assert cli.main(["verify", "models/x", "x.gguf", *arguments]) == 0
-    assert calls == [("models/x", Path("x.gguf"), {"text": "Some text.\n", "tokens": 50, "threads": None})]
+    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None}
+    assert calls == [("models/x", Path("x.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
         assert text in captured.out
