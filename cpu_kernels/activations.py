@@ -22,6 +22,7 @@ VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 _SMALLEST = 1e-30  # below, a reciprocal would overflow
 _LOG2_E = 1.4426950408889634
+_SQRT_2_BY_PI = 0.7978845608028654
 _MOST_EXPONENT = 126.0  # a gate that is so far below zero lets nothing through
 _GROUPS_AT_ONCE = 64
 _OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
@@ -145,33 +146,90 @@ def normalize_row(x, residual, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor)
 
 
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+def advance_row(x, residual, output_norm, scale, weight, epsilon, out):
+    """Add a layer's output to the stream, then normalize the stream for the next matrices; all float32.
+
+    Args:
+        x: [columns], the stream; changed.
+        residual: [columns], the output.
+        output_norm: [columns], weights of a norm of the output; [0] for no norm.
+        scale: of the output.
+        weight: [columns], weights of the stream's norm; [0] for no norm, which copies it.
+        epsilon: of the norms.
+        out: [columns].
+
+    """
+    if len(output_norm) == 0 and scale == 1 and len(weight) > 0:
+        normalize_row(x, residual, weight, epsilon, out)
+        return
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        total += residual[k] * residual[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
+    for k in range(len(x)):
+        own = factor * output_norm[k] if len(output_norm) > 0 else np.float32(1.0)
+        x[k] += residual[k] * own * scale
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        total += x[k] * x[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
+    for k in range(len(x)):
+        out[k] = weight[k] * (x[k] * factor) if len(weight) > 0 else x[k]
+
+
+def _emit_gate(builder, arguments, inner):
+    """Emit x / (1 + exp(-inner(x))) * y for `count` float32 x of the gate and y; addresses as integers."""
+    vectors = Vectors(builder, PORTABLE)
+    gate, up, out, count = arguments
+    whole = builder.and_(count, I64(-GROUP_SIZE))
+    for lanes, start, end in ((GROUP_SIZE, I64(0), whole), (1, whole, count)):
+        with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
+            offset = builder.shl(index, I64(2))
+            x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
+            exponent = builder.fmul(inner(builder, vectors, x, lanes), vectors.constant(FLOAT, -_LOG2_E, lanes))
+            zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
+            closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MOST_EXPONENT, lanes))
+            power = vectors.power_of_two(builder.select(closed, zero, exponent))
+            share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
+            vectors.store(builder.fmul(share, y), builder.add(out, offset))
+
+
 @intrinsic
-def _gate(typing_context, gate, up, out, count):
-    """Emit SwiGLU for `count` float32; addresses as integers."""
+def _gate_by_silu(typing_context, gate, up, out, count):
+    """Emit SwiGLU: silu(x) = x / (1 + exp(-x))."""
 
     def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, PORTABLE)
-        gate, up, out, count = arguments
-        whole = builder.and_(count, I64(-GROUP_SIZE))
-        for lanes, start, end in ((GROUP_SIZE, I64(0), whole), (1, whole, count)):
-            with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
-                offset = builder.shl(index, I64(2))
-                x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
-                exponent = builder.fmul(x, vectors.constant(FLOAT, -_LOG2_E, lanes))
-                zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
-                closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MOST_EXPONENT, lanes))
-                power = vectors.power_of_two(builder.select(closed, zero, exponent))
-                share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
-                vectors.store(builder.fmul(share, y), builder.add(out, offset))
+        _emit_gate(builder, arguments, lambda builder, vectors, x, lanes: x)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def _gate_by_gelu(typing_context, gate, up, out, count):
+    """Emit GEGLU: gelu(x) = x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x**3)."""
+
+    def inner(builder, vectors, x, lanes):
+        square = builder.fmul(x, x)
+        cubic = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI * 0.044715, lanes)
+        linear = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI, lanes)
+        return builder.fmul(x, builder.fadd(builder.fmul(square, cubic), linear))
+
+    def generate(context, builder, signature, arguments):
+        _emit_gate(builder, arguments, inner)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), generate
 
 
 @numba.njit(cache=True)
-def gate_row(gate, up, out):
-    """SwiGLU: out = silu(gate) * up; all float32 [columns], contiguous."""
-    _gate(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+def gate_row(gate, up, gelu, out):
+    """Open the gate: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
+    if gelu:
+        _gate_by_gelu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+    else:
+        _gate_by_silu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -213,30 +271,30 @@ def remainder_of_batch(x, integers, scales, out, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def normalize_batch(stream, residual, weight, epsilon, x, integers, offsets, scales, thread, threads):
-    """Add a residual, normalize and quantize a thread's share of a batch.
+def advance_batch(stream, residual, output_norm, scale, weight, epsilon, x, integers, offsets, scales, thread, threads):
+    """Add a layer's output, normalize and quantize a thread's share of a batch; see `advance_row`.
 
     Args:
         stream: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
         residual: float32 [tokens, columns], the last matrix's result.
-        weight: float32 [columns].
-        epsilon: float32.
+        output_norm, scale, weight, epsilon: as in `advance_row`.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
         thread, threads: which share.
 
     """
     for block in _share(len(scales), thread, threads):
         for t in _tokens(block, x):
-            normalize_row(stream[t], residual[t], weight, epsilon, x[t])
+            advance_row(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
         _quantize_tokens(block, x, integers, offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def gate_batch(gate_up, keep, x, integers, offsets, scales, thread, threads):
+def gate_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
     """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
+        gelu: as in `gate_row`.
         keep: whether `x` is to be written: it is as much memory as all the rest, and packed matrices do not read it.
             Without, columns are whole groups.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
@@ -248,7 +306,7 @@ def gate_batch(gate_up, keep, x, integers, offsets, scales, thread, threads):
     for block in _share(len(scales), thread, threads):
         if keep:
             for t in _tokens(block, x):
-                gate_row(gate_up[t, :columns], gate_up[t, columns:], x[t])
+                gate_row(gate_up[t, :columns], gate_up[t, columns:], gelu, x[t])
             _quantize_tokens(block, x, integers, offsets, scales)
             continue
         for first in range(0, groups, _GROUPS_AT_ONCE):
@@ -256,5 +314,5 @@ def gate_batch(gate_up, keep, x, integers, offsets, scales, thread, threads):
             start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
             for t in _tokens(block, x):
                 part = gated[: end - start]
-                gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], part)
+                gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], gelu, part)
                 _quantize_part(t, some, _groups(part), integers, offsets, scales)

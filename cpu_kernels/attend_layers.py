@@ -9,7 +9,7 @@ from cpu_kernels.barrier import wait_for_all
 
 
 @numba.njit(cache=True, nogil=True)
-def attend_layers(isa, cache, qkv, bias, interleaved, position, out, counter, thread, threads):
+def attend_layers(isa, cache, qkv, bias, norms, rules, position, out, counter, thread, threads):
     """Compute a thread's share of a token's attention, layer by layer, as decode does.
 
     Args:
@@ -17,7 +17,8 @@ def attend_layers(isa, cache, qkv, bias, interleaved, position, out, counter, th
         cache: see `Cache`.
         qkv: float32 [(heads + 2 * kv_heads) * head_dim], the same in every layer.
         bias: float32, as long; zeros, because it is added to the value in place.
-        interleaved: how heads are rotated, see `rotate`.
+        norms: float32 [layers, (heads + kv_heads) * head_dim], or [layers, 0] for none.
+        rules: see `Rules`.
         position: the token's place.
         out: float32 [threads, heads * head_dim]: every thread's copy of the last layer's result.
         counter: int64 [1], the barrier's.
@@ -25,7 +26,7 @@ def attend_layers(isa, cache, qkv, bias, interleaved, position, out, counter, th
 
     """
     for layer in range(len(cache.keys)):
-        attend_token(isa, cache, layer, qkv, bias, interleaved, position, thread, threads)
+        attend_token(isa, cache, layer, qkv, bias, norms[layer], rules, position, thread, threads)
         wait_for_all(counter, threads)
-        join_spans(isa, cache, position, out[thread], thread)
+        join_spans(isa, cache, rules.windows[layer], position, out[thread], thread)
         wait_for_all(counter, threads)

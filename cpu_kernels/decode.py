@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from cpu_kernels.activations import VectorBuffers, gate_row, normalize_row, quantize_row
+from cpu_kernels.activations import VectorBuffers, advance_row, gate_row, quantize_row
 from cpu_kernels.attention import attend_token, join_spans
 from cpu_kernels.barrier import wait_for_all
 from cpu_kernels.gemv import gemv, multiply_rows
@@ -21,16 +21,22 @@ QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in 
 
 
 class Weights(NamedTuple):
-    """All layers' weights; matrices by address."""
+    """All layers' weights; matrices by address. A vector that the model has not has no elements."""
 
     addresses: np.ndarray  # int64 [layers, 7]
     rows: np.ndarray  # int64 [7]
     kinds: np.ndarray  # int64 [layers, 7]
     steps: np.ndarray  # float32 [layers, 7, 32]
-    attention_norms: np.ndarray  # float32 [layers, hidden]
-    feed_forward_norms: np.ndarray  # float32 [layers, hidden]
+    attention_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    query_key_norms: np.ndarray  # float32 [layers, rows of Q and K]
+    attention_output_norms: np.ndarray  # float32 [layers, hidden]
+    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    feed_forward_output_norms: np.ndarray  # float32 [layers, hidden]
     qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros where there are none
     output_biases: np.ndarray  # float32 [layers, hidden]
+    gate_biases: np.ndarray  # float32 [layers, feed_forward]
+    up_biases: np.ndarray  # float32 [layers, feed_forward]
+    down_biases: np.ndarray  # float32 [layers, hidden]
 
 
 class Head(NamedTuple):
@@ -63,7 +69,15 @@ def _row(vectors, index):
 
 
 @numba.njit(cache=True)
-def _feed_forward(isa, weights, layer, hidden, buffers, thread, threads):
+def _add(bias, out, first, last):
+    """Add a bias, if there is one, to some elements."""
+    if len(bias) > 0:
+        for k in range(first, last):
+            out[k] += bias[k]
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads):
     """Compute this thread's share of gate and up, join them and quantize the result."""
     columns = len(buffers.gate)
     groups = columns // GROUP_SIZE
@@ -74,8 +88,10 @@ def _feed_forward(isa, weights, layer, hidden, buffers, thread, threads):
     addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
     multiply_rows(isa, addresses[GATE], kinds[GATE], steps[GATE], hidden, buffers.gate, first, last)
     multiply_rows(isa, addresses[UP], kinds[UP], steps[UP], hidden, buffers.up, first, last)
+    _add(weights.gate_biases[layer], buffers.gate, first, last)
+    _add(weights.up_biases[layer], buffers.up, first, last)
     x, pairs, offsets, scales = _row(buffers.gated, 0)
-    gate_row(buffers.gate[first:last], buffers.up[first:last], x[first:last])
+    gate_row(buffers.gate[first:last], buffers.up[first:last], rules.gelu, x[first:last])
     quantize_row(
         x[first:last],
         pairs[:, first_group:last_group],
@@ -85,7 +101,7 @@ def _feed_forward(isa, weights, layer, hidden, buffers, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, logits, counter, thread, threads):
+def decode(isa, weights, head, cache, buffers, rules, position, logits, counter, thread, threads):
     """Run one thread's share of one token; all `threads` calls return when the logits are complete.
 
     Args:
@@ -93,8 +109,7 @@ def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, l
         weights, head, buffers: see their classes. `own_stream` holds the token's embedding in every row and
             `residual` zeros.
         cache: see `attention.Cache`.
-        epsilon: float32, of the norms.
-        interleaved: how heads are rotated, see `rotate`.
+        rules: see `Rules`.
         position: the token's place in the cache.
         logits: float32 [vocabulary], out.
         counter: int64 [1], the barrier's.
@@ -104,9 +119,13 @@ def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, l
     stream = buffers.own_stream[thread]
     hidden = _row(buffers.own_hidden, thread)
     attended = _row(buffers.own_attended, thread)
+    output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
     for layer in range(len(weights.addresses)):
         addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
-        normalize_row(stream, buffers.residual, weights.attention_norms[layer], epsilon, hidden[0])
+        advance_row(
+            stream, buffers.residual, output_norm, rules.residual_scale, weights.attention_norms[layer], rules.epsilon,
+            hidden[0],
+        )  # fmt: skip
         quantize_row(*hidden)
         gemv(
             isa,
@@ -120,23 +139,31 @@ def decode(isa, weights, head, cache, buffers, epsilon, interleaved, position, l
             threads,
         )
         wait_for_all(counter, threads)
-        attend_token(isa, cache, layer, buffers.qkv, weights.qkv_biases[layer], interleaved, position, thread, threads)
+        attend_token(
+            isa, cache, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], rules, position,
+            thread, threads,
+        )  # fmt: skip
         wait_for_all(counter, threads)
-        join_spans(isa, cache, position, attended[0], thread)
+        join_spans(isa, cache, rules.windows[layer], position, attended[0], thread)
         quantize_row(*attended)
         out = buffers.residual
         first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
         multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
-        for k in range(first, last):
-            out[k] += weights.output_biases[layer, k]
+        _add(weights.output_biases[layer], out, first, last)
         wait_for_all(counter, threads)
-        normalize_row(stream, buffers.residual, weights.feed_forward_norms[layer], epsilon, hidden[0])
+        output_norm = weights.attention_output_norms[layer]
+        advance_row(
+            stream, buffers.residual, output_norm, rules.residual_scale, weights.feed_forward_norms[layer],
+            rules.epsilon, hidden[0],
+        )  # fmt: skip
         quantize_row(*hidden)
-        _feed_forward(isa, weights, layer, hidden, buffers, thread, threads)
+        _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads)
         wait_for_all(counter, threads)
         multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last)
+        _add(weights.down_biases[layer], out, first, last)
+        output_norm = weights.feed_forward_output_norms[layer]
         wait_for_all(counter, threads)
-    normalize_row(stream, buffers.residual, head.norm, epsilon, hidden[0])
+    advance_row(stream, buffers.residual, output_norm, rules.residual_scale, head.norm, rules.epsilon, hidden[0])
     quantize_row(*hidden)
     gemv(isa, head.addresses, head.rows, head.kinds, head.steps, hidden, logits, thread, threads)
     wait_for_all(counter, threads)

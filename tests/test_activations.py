@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from random_inputs import CREW, batch_integers, batch_of, vector_integers, vectors
 
-from cpu_kernels.activations import gate_batch, gate_row, normalize_batch, normalize_row, quantize_row
+from cpu_kernels.activations import advance_batch, advance_row, gate_batch, gate_row, normalize_row, quantize_row
 from cpu_kernels.crew import Crew
 from cpu_kernels.projection import Activations, Batch
 
+NO_NORM = np.empty(0, np.float32)
 tokens_and_columns = pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (1, 576), (3, 192), (9, 64)])
 Integers = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -148,11 +149,31 @@ def test_normalize(tokens: int, columns: int) -> None:
     np.testing.assert_array_equal(alone, summed[0])
     np.testing.assert_allclose(out, expected[0], rtol=3e-6)
     batch = Batch(tokens, columns)
-    CREW.run(normalize_batch, stream, residual, weight, np.float32(1e-5), *batch.buffers)
+    CREW.run(advance_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers)
     np.testing.assert_array_equal(stream, summed)
     np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
         np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("normalizes_output", [False, True])
+@pytest.mark.parametrize("normalizes_stream", [False, True])
+def test_advance(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
+    stream, residual = vectors(1, 96, seed=1)[0], vectors(1, 96, seed=2)[0]
+    weights = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
+    output_norm = weights[0] if normalizes_output else NO_NORM
+    stream_norm = weights[1] if normalizes_stream else NO_NORM
+    added = residual.astype(np.float64)
+    if normalizes_output:
+        added = naive.root_mean_square_norm(added, weights[0].astype(np.float64), 1e-5)
+    summed = stream + scale * added
+    expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
+    out = np.empty(96, np.float32)
+    advance_row(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    largest = np.abs(summed).max()
+    np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])
@@ -163,29 +184,33 @@ def test_normalize_extreme_vectors(value: float) -> None:
     assert (np.abs(out) <= 1.0001).all()
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @tokens_and_columns
-def test_gate(tokens: int, columns: int) -> None:
+def test_gate(tokens: int, columns: int, gelu: bool) -> None:
     gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
+    x = gate.astype(np.float64)
+    inner = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3) if gelu else x
     with np.errstate(over="ignore"):
-        expected = gate / (1 + np.exp(-gate.astype(np.float64))) * up
+        expected = x / (1 + np.exp(-inner)) * up
     out = np.empty(columns, np.float32)
-    gate_row(gate[0], up[0], out)
+    gate_row(gate[0], up[0], gelu, out)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
     batch = Batch(tokens, columns)
     both = np.concatenate([gate, up], axis=1)
-    CREW.run(gate_batch, both, True, *batch.buffers)
+    CREW.run(gate_batch, both, gelu, True, *batch.buffers)
     np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
         np.testing.assert_array_equal(part, again)
     unkept = Batch(tokens, columns)
-    CREW.run(gate_batch, both, False, *unkept.buffers)
+    CREW.run(gate_batch, both, gelu, False, *unkept.buffers)
     assert not unkept.x.any()
     for part, again in zip(unkept.buffers[1:], batch.buffers[1:], strict=True):
         np.testing.assert_array_equal(part, again)
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
-def test_gate_of_extreme_vectors(value: float) -> None:
+def test_gate_of_extreme_vectors(value: float, gelu: bool) -> None:
     out = np.empty(64, np.float32)
-    gate_row(np.full(64, value, np.float32), np.ones(64, np.float32), out)
+    gate_row(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
     np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

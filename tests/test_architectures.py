@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import VARIANTS, random_weights, tiny_config
 
-from tritgguf import architectures
+from tritgguf import architectures, model_keys
 from tritgguf.errors import TritGgufError
+from tritgguf.rope import ROPE_FREQS
 
 VARIANT_NAMES = list(VARIANTS)
 
@@ -23,8 +24,12 @@ def config_of(variant: str, **changes: Any) -> dict[str, Any]:
     return tiny_config(**{k: v for k, v in arguments.items() if k not in ("dtype", "shards", "seed")})
 
 
+def arch_of(config: dict[str, Any]) -> str:
+    return architectures.find_architecture(config).gguf_name
+
+
 def values_of(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.value for key, value in architectures.gguf_metadata(config).items()}
+    return {key: value.value for key, value in model_keys.gguf_metadata(config).items()}
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
@@ -33,7 +38,10 @@ def test_shapes_are_those_of_a_model_with_this_config(variant: str) -> None:
     expected = architectures.dimensions_from_config(config).shapes()
     if config["tie_word_embeddings"]:
         del expected["output.weight"]
-    found = {architectures.gguf_tensor_name(name): array.shape for name, array in random_weights(config).items()}
+    found = {
+        architectures.gguf_tensor_name(arch_of(config), name): array.shape
+        for name, array in random_weights(config).items()
+    }
     assert found == expected
 
 
@@ -42,7 +50,7 @@ def test_names_agree_with_gguf_pys_table(arch: str, variant: str) -> None:
     model_arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[arch]
     table = gguf.get_tensor_name_map(model_arch, 2)
     for hf_name in random_weights(config_of(variant)):
-        ours = architectures.gguf_tensor_name(hf_name)
+        ours = architectures.gguf_tensor_name(arch, hf_name)
         assert ours == table.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert ours is not None
         assert architectures.hf_tensor_name(arch, ours) == hf_name
@@ -61,12 +69,12 @@ def test_names_agree_with_gguf_pys_table(arch: str, variant: str) -> None:
     ],
 )
 def test_an_unknown_tensor_has_no_gguf_name(name: str) -> None:
-    assert architectures.gguf_tensor_name(name) is None
+    assert architectures.gguf_tensor_name("llama", name) is None
 
 
 def test_rope_factors_have_no_hugging_face_name() -> None:
     with pytest.raises(TritGgufError, match=r"rope_freqs\.weight has no counterpart"):
-        architectures.hf_tensor_name("llama", architectures.ROPE_FREQS)
+        architectures.hf_tensor_name("llama", ROPE_FREQS)
 
 
 def test_the_seven_matrices_of_a_layer_are_quantized_and_nothing_else() -> None:
@@ -74,7 +82,7 @@ def test_the_seven_matrices_of_a_layer_are_quantized_and_nothing_else() -> None:
     packed = {name for name in names if architectures.quantized_tensor(name)}
     kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     assert packed == {f"blk.{layer}.{kind}.weight" for layer in range(2) for kind in kinds}
-    assert not architectures.quantized_tensor(architectures.ROPE_FREQS)
+    assert not architectures.quantized_tensor(ROPE_FREQS)
 
 
 # ---- row order ----
@@ -152,7 +160,7 @@ _LLAMA_KEYS = {
 
 
 def test_keys_of_llama_in_order_and_with_their_types() -> None:
-    metadata = architectures.gguf_metadata(config_of("llama"))
+    metadata = model_keys.gguf_metadata(config_of("llama"))
     assert [(key, value.value) for key, value in metadata.items()] == list(_LLAMA_KEYS.items())
     floats = {key for key, value in metadata.items() if value.type == gguf.GGUFValueType.FLOAT32}
     assert floats == {"llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"}
@@ -196,7 +204,7 @@ def test_both_layouts_of_the_rope_parameters_mean_the_same() -> None:
     old = config_of("llama", rope_theta=500000.0, rope_scaling=scaling)
     new = config_of("llama", rope_parameters={**scaling, "rope_theta": 500000.0})
     assert values_of(old) == values_of(new)
-    np.testing.assert_array_equal(architectures.rope_factors(old), architectures.rope_factors(new))
+    np.testing.assert_array_equal(model_keys.rope_factors(old), model_keys.rope_factors(new))
 
 
 def test_what_config_json_may_leave_out() -> None:
@@ -229,7 +237,7 @@ def test_llama_3_rope_factors_follow_its_formula() -> None:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
             slowed = (1 - smooth) * frequency / 32.0 + smooth * frequency
             expected.append(frequency / slowed)
-    factors = architectures.rope_factors(config)
+    factors = model_keys.rope_factors(config)
     assert factors is not None
     assert factors.dtype == np.float32
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
@@ -237,8 +245,8 @@ def test_llama_3_rope_factors_follow_its_formula() -> None:
 
 
 def test_other_models_have_no_rope_factors() -> None:
-    assert architectures.rope_factors(config_of("llama")) is None
-    assert architectures.rope_factors(config_of("linear-rope")) is None
+    assert model_keys.rope_factors(config_of("llama")) is None
+    assert model_keys.rope_factors(config_of("linear-rope")) is None
 
 
 # ---- errors ----
@@ -259,7 +267,32 @@ def test_other_models_have_no_rope_factors() -> None:
         ({"num_attention_heads": 1000}, "head_dim is 0"),
         ({"head_dim": 33}, "cannot be rotated in pairs"),
         ({"hidden_act": "gelu"}, "activation gelu is not supported"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["Qwen2ForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "hidden_act": "gelu_pytorch_tanh",
+                "layer_types": ["full_attention"] * 2,
+            },
+            "layer_types are not those of a Gemma2ForCausalLM",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [0, 1]},
+            "layers without rotation",
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            "a sliding window of a Qwen2ForCausalLM",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
+        ({"architectures": ["GraniteForCausalLM"], "logits_scaling": 0}, "logits_scaling is 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"rope_theta": math.nan}, "rope_theta is nan"),
@@ -273,7 +306,7 @@ def test_other_models_have_no_rope_factors() -> None:
 )
 def test_a_bad_config_names_the_entry(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TritGgufError, match=message) as caught:
-        architectures.gguf_metadata({**config_of("llama"), **changes}, "folder/config.json")
+        model_keys.gguf_metadata({**config_of("llama"), **changes}, "folder/config.json")
     assert str(caught.value).startswith("folder/config.json: ")
     assert "\n" not in str(caught.value)
 
@@ -282,8 +315,12 @@ def test_a_bad_config_names_the_entry(changes: dict[str, Any], message: str) -> 
     ("changes", "message"),
     [
         (
-            {"general.architecture": "gemma3"},
-            r"architecture gemma3 is not supported \(supported: llama, qwen2\)",
+            {"general.architecture": "bloom"},
+            r"architecture bloom is not supported \(supported: llama, qwen2, .*, gemma3\)",
+        ),
+        (
+            {"general.architecture": ["llama"]},
+            r"is not supported",
         ),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count": [4, 4]}, "head_count is"),

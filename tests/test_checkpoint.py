@@ -23,8 +23,9 @@ from tiny_models import (
     write_tiny_model,
 )
 
-from tritgguf import architectures
+from tritgguf import architectures, model_keys
 from tritgguf.checkpoint import HfFolderSource, open_source
+from tritgguf.rope import ROPE_FREQS
 from tritgguf.tokenizer_metadata import HUGGINGFACE_JSON_KEY
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -53,9 +54,10 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 def test_every_variant_reads_as_it_was_written(tmp_path: Path, variant: str) -> None:
     folder = write_tiny_model(tmp_path / "model", variant)
     config, dtype = read_config(folder), VARIANTS[variant].get("dtype", "F16")
-    source = open_source(folder)
+    source = HfFolderSource(folder)
     expected = {
-        str(architectures.gguf_tensor_name(name)): rounded(v, dtype) for name, v in random_weights(config).items()
+        str(architectures.gguf_tensor_name(source.architecture.gguf_name, name)): rounded(v, dtype)
+        for name, v in random_weights(config).items()
     }
     if config["architectures"][0] != "Qwen2ForCausalLM":
         for layer in range(2):
@@ -65,7 +67,7 @@ def test_every_variant_reads_as_it_was_written(tmp_path: Path, variant: str) -> 
                     if name in expected:
                         expected[name] = interleave(expected[name], config[heads])
     names = [tensor.name for tensor in source.tensors]
-    assert sorted(set(names) - {architectures.ROPE_FREQS}) == sorted(expected)
+    assert sorted(set(names) - {ROPE_FREQS}) == sorted(expected)
     for tensor in source.tensors:
         array = source.read(tensor.name)
         assert array.dtype == np.float32
@@ -100,10 +102,10 @@ def test_tensors_come_in_llama_cpps_order(tmp_path: Path) -> None:
 
 def test_rope_factors_are_a_tensor_of_their_own(tmp_path: Path) -> None:
     source = open_source(write_tiny_model(tmp_path / "m", "llama3-rope"))
-    factors = source.read(architectures.ROPE_FREQS)
-    np.testing.assert_array_equal(factors, architectures.rope_factors(read_config(tmp_path / "m")))
+    factors = source.read(ROPE_FREQS)
+    np.testing.assert_array_equal(factors, model_keys.rope_factors(read_config(tmp_path / "m")))
     factors[:] = 0
-    assert source.read(architectures.ROPE_FREQS).all()
+    assert source.read(ROPE_FREQS).all()
 
 
 def test_metadata_is_what_llama_cpps_converter_writes(tmp_path: Path) -> None:
@@ -200,13 +202,15 @@ def test_reading_keeps_one_matrix_in_memory(tmp_path: Path) -> None:
     assert peak < 3.2 * largest  # the float32 matrix and what it is read from
 
 
-def test_a_sliding_window_is_mentioned(tmp_path: Path) -> None:
+def test_a_sliding_window_is_a_key(tmp_path: Path) -> None:
+    key = "llama.attention.sliding_window"
     folder = write_tiny_model(tmp_path / "model", "mistral")
-    assert open_source(folder).warnings == []
+    assert key not in open_source(folder).metadata
     edit_json(folder / "config.json", sliding_window=64)
-    assert "sliding window of 64 tokens" in open_source(folder).warnings[0]
-    qwen2 = write_tiny_model(tmp_path / "qwen2", "qwen2", sliding_window=64)
-    assert open_source(qwen2).warnings == []
+    assert open_source(folder).metadata[key].value == 64
+    for variant in ("llama", "qwen2"):  # which have none unless they are told to use it
+        other = write_tiny_model(tmp_path / variant, variant, sliding_window=64)
+        assert not any("sliding" in name for name in open_source(other).metadata)
 
 
 # ---- locations and the hub ----

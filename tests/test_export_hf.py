@@ -14,12 +14,13 @@ from test_reference_decoder import decode
 from tiny_models import VARIANTS, edit_json, read_config, write_tiny_model
 
 from tritgguf import convert, export
-from tritgguf.architectures import ROPE_FREQS, hf_tensor_name, to_hf
+from tritgguf.architectures import hf_tensor_name, to_hf
 from tritgguf.checkpoint import open_source
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
 from tritgguf.hf_files import open_shards
 from tritgguf.reference_model import ReferenceModel, silent_transformers
+from tritgguf.rope import ROPE_FREQS
 from tritgguf.trit_types import is_trit_type
 
 CHAT = [

@@ -12,11 +12,11 @@ from gguf import GGUFValue, GGUFValueType
 from test_convert import as_stock_gguf
 from tiny_models import tiny_config, write_tiny_model
 
-from tritgguf import architectures, hf_config
-from tritgguf.architectures import ROPE_FREQS
+from tritgguf import hf_config, model_keys
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
+from tritgguf.rope import ROPE_FREQS
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,7 +42,7 @@ def test_llama3s_scaling_is_read_back(head_dim: int, changes: dict[str, Any]) ->
     scaling = {**LLAMA3, **changes}
     config = tiny_config(head_dim=head_dim, rope_scaling=scaling)
     config["rope_theta"] = 500000.0
-    factors = architectures.rope_factors(config)
+    factors = model_keys.rope_factors(config)
     assert factors is not None
     assert hf_config._llama3_scaling(factors, config, "here") == scaling
 
@@ -52,7 +52,7 @@ def test_any_unit_of_llama3s_scaling_is_as_good(tmp_path: Path) -> None:
     scaling = {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16384}
     config = tiny_config(head_dim=128, rope_scaling=scaling)
     config["rope_theta"] = 500000.0
-    factors = architectures.rope_factors(config)
+    factors = model_keys.rope_factors(config)
     assert factors is not None
     assert hf_config._llama3_scaling(factors, config, "here") == LLAMA3
 
@@ -82,7 +82,7 @@ def test_numbers_are_those_of_the_source(tiny_trit_file: Callable[..., GgufFile]
 def test_the_config_gives_the_files_keys(tiny_trit_file: Callable[..., GgufFile], variant: str) -> None:
     file = tiny_trit_file(variant)
     config = hf_config.model_config(file)
-    for key, value in architectures.gguf_metadata(config).items():
+    for key, value in model_keys.gguf_metadata(config).items():
         expected = np.float32(value.value) if isinstance(value.value, float) else value.value
         assert file.metadata[key] == expected, key
 
@@ -135,6 +135,6 @@ def test_tensors_and_keys_that_disagree(
 
 def test_rope_factors_of_a_file(tiny_trit_file: Callable[..., GgufFile]) -> None:
     file = tiny_trit_file("llama3-rope")
-    factors = architectures.rope_factors(hf_config.model_config(file))
+    factors = model_keys.rope_factors(hf_config.model_config(file))
     assert factors is not None
     np.testing.assert_allclose(factors, file.read_float32(ROPE_FREQS), rtol=1e-6)

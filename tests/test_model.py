@@ -257,5 +257,6 @@ def test_tied_embeddings_are_the_head(tiny_trit_file: Files) -> None:
 def test_config(tiny_trit_file: Files) -> None:
     config = precise_model(tiny_trit_file("qwen2"), context=8).config
     assert (config.vocab_size, config.embedding_length, config.layer_count) == (448, 128, 2)
-    assert (config.context_length, config.architecture, config.interleaved_rotation) == (256, "qwen2", False)
-    assert precise_model(tiny_trit_file("mistral"), context=8).config.interleaved_rotation
+    assert (config.context_length, config.architecture.gguf_name) == (256, "qwen2")
+    assert not config.rules.interleaved
+    assert precise_model(tiny_trit_file("mistral"), context=8).config.rules.interleaved

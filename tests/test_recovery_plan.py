@@ -38,7 +38,7 @@ def write_model(folder: Path, *, dtype: str = "F16", is_changed: Names = lambda 
     write_tiny_model(folder)
     weights = random_weights(read_config(folder))
     for number, (hf_name, tensor) in enumerate(weights.items()):
-        name = gguf_tensor_name(hf_name) or ""
+        name = gguf_tensor_name("llama", hf_name) or ""
         if quantized_tensor(name) and not is_changed(name):
             half = "bfloat16" if dtype == "BF16" else "float16"
             weights[hf_name] = dequantized(tensor.shape, DEPTHS[number % 4], half, number)

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from cpu_kernels.crew import Crew
-from tritgguf.architectures import gguf_tensor_name, quantized_tensor
+from tritgguf.architectures import find_architecture, gguf_tensor_name, quantized_tensor
 from tritgguf.gguf_file import GgufFile
-from tritgguf.hf_files import open_shards
+from tritgguf.hf_files import open_shards, read_json
 from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.recover import NoFit, recover_matrix
 from tritgguf.trit_types import TritType, is_trit_type, row_bytes
@@ -65,8 +65,9 @@ def differing_numbers(matrix: QuantizedMatrix, weights: np.ndarray) -> int:
 def published_matrices(location: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield a trit file's packed matrices as a producer would publish them, or those of a Hugging Face folder."""
     if location.is_dir():
+        arch = find_architecture(read_json(location / "config.json"), str(location)).gguf_name
         for name, stored in open_shards(location).items():
-            if quantized_tensor(gguf_tensor_name(name) or ""):
+            if quantized_tensor(gguf_tensor_name(arch, name) or ""):
                 yield name, stored.read_stored()
         return
     file = GgufFile(location)

@@ -1,49 +1,54 @@
-"""Hugging Face model classes and their GGUF form: names, keys, shapes, row order.
+"""Hugging Face model classes and their GGUF form: tensors, names, shapes, row order.
 
-One entry of `ARCHITECTURES` per class that config.json may name. The facts (keys and their order, the row
-permutation, the rope factors) are those of llama.cpp's convert_hf_to_gguf.py, so that a stock file made from
-the same checkpoint and ours differ in nothing but the packed matrices.
+One entry of `ARCHITECTURES` per class that config.json may name; `model_keys` and `model_config` say what its keys are.
+The facts (names, the row permutation, what layers have which attention) are those of llama.cpp's
+convert_hf_to_gguf.py and of its models, so that a stock file made from the same checkpoint and ours differ in nothing
+but the packed matrices.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tritgguf.errors import TritGgufError
-from tritgguf.hf_files import count_of, positive_number
-
-if TYPE_CHECKING:
-    from gguf import GGUFValue
+from tritgguf.hf_files import count_of, to_float32
 
 _MAX_LAYERS = 1000
 
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
+_MATRICES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_MODEL_NAMES_TO_GGUF = {hf: gguf for gguf, hf in _MODEL_NAMES.items()}
-_LAYER_NAMES_TO_GGUF = {hf: gguf for gguf, hf in _LAYER_NAMES.items()}
+_FUSED_MATRICES = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_QUERY_KEY_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_OUTPUT_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_FOUR_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
+
 _INDEX = r"(0|[1-9][0-9]{0,5})"
-_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight")
+_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join({**_MATRICES, **_FUSED_MATRICES})})\.weight")
 _GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.(\w+)\.(weight|bias)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
-
-ROPE_FREQS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -52,26 +57,133 @@ class Architecture:
 
     hf_class: str
     gguf_name: str
-    permutes_rotary_rows: bool
-    """Whether GGUF interleaves the halves of each head's rows in Q and K (`llama` rotates pairs)."""
-    biased: frozenset[str]
-    """Projections that always have a bias, by GGUF name."""
     default_context: int
     """`max_position_embeddings` where config.json leaves it out."""
+    permutes_rotary_rows: bool = False
+    """Whether GGUF interleaves the halves of each head's rows in Q and K (`llama` rotates pairs)."""
+    biased: frozenset[str] = frozenset()
+    """Matrices that always have a bias, by GGUF name."""
+    may_be_biased: bool = False
+    """Whether config.json's `attention_bias` and `mlp_bias` give the others one."""
     default_kv_heads: int | None = None
     """`num_key_value_heads` where config.json leaves it out; None stands for `num_attention_heads`."""
+    default_head_dim: int | None = None
+    """`head_dim` where config.json leaves it out; None stands for the width over the heads."""
+    norms: Mapping[str, str] | None = None
+    """GGUF name -> Hugging Face name of a layer's norms; None for Llama's two."""
+    normalizes_together: bool = False
+    """Whether all queries (and all keys) of a token have one norm, or each head its own."""
+    norm_offset: int = 0
+    """What Hugging Face adds to the weight of a norm; GGUF's is the sum."""
+    fused: bool = False
+    """Whether Q, K and V are one matrix, and gate and up."""
+    gelu: bool = False
+    """Whether the feed-forward's gate is GELU (tanh) instead of SiLU."""
+    tied_by_default: bool = False
+    """`tie_word_embeddings` where config.json leaves it out."""
+    default_window: int | None = None
+    """`sliding_window` where config.json leaves it out."""
+    full_attention_every: int | None = None
+    """Every so many layers attend to everything, the others to a sliding window, if there is one; 0: no layer does,
+    None: all do."""
+    unrotated_every: int = 0
+    """Every so many layers rotate nothing; 0: all do."""
+    sliding_rope: bool = False
+    """Whether layers with a sliding window have a rotation of their own."""
+    scales_embeddings: bool = False
+    """Whether embeddings are multiplied with the root of the width."""
+
+    def matrices(self) -> Mapping[str, str]:
+        """Return GGUF name -> Hugging Face name of a layer's matrices."""
+        return _FUSED_MATRICES if self.fused else _MATRICES
+
+    def layer_norms(self) -> Mapping[str, str]:
+        """Return GGUF name -> Hugging Face name of a layer's norms."""
+        return _NORMS if self.norms is None else self.norms
+
+    def slides(self, layer: int) -> bool:
+        """Tell whether a layer attends to no more than the sliding window, if the model has one."""
+        every = self.full_attention_every
+        return every is not None and (every == 0 or (layer + 1) % every != 0)
+
+    def rotates(self, layer: int) -> bool:
+        """Tell whether a layer rotates its queries and keys."""
+        return self.unrotated_every == 0 or (layer + 1) % self.unrotated_every != 0
 
 
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_WITH_HEAD_NORMS = {**_NORMS, **_QUERY_KEY_NORMS}
 ARCHITECTURES = {
     architecture.hf_class: architecture
     for architecture in (
-        Architecture("LlamaForCausalLM", "llama", True, frozenset(), default_context=2048),
-        Architecture("MistralForCausalLM", "llama", True, frozenset(), default_context=131072, default_kv_heads=8),
-        Architecture("Qwen2ForCausalLM", "qwen2", False, _QKV, default_context=32768, default_kv_heads=32),
+        Architecture(
+            "LlamaForCausalLM",
+            "llama",
+            2048,
+            permutes_rotary_rows=True,
+            may_be_biased=True,
+            full_attention_every=0,  # Mistral's files are of this kind too
+        ),
+        Architecture(
+            "MistralForCausalLM",
+            "llama",
+            131072,
+            permutes_rotary_rows=True,
+            default_kv_heads=8,
+            default_window=4096,
+            full_attention_every=0,
+        ),
+        Architecture("Qwen2ForCausalLM", "qwen2", 32768, biased=_QKV, default_kv_heads=32),
+        Architecture("Qwen3ForCausalLM", "qwen3", 32768, default_head_dim=128, norms=_WITH_HEAD_NORMS),
+        Architecture("GraniteForCausalLM", "granite", 2048, permutes_rotary_rows=True),
+        Architecture(
+            "SmolLM3ForCausalLM",
+            "smollm3",
+            32768,
+            permutes_rotary_rows=True,
+            default_kv_heads=4,
+            tied_by_default=True,
+            unrotated_every=4,
+        ),
+        Architecture(
+            "Olmo2ForCausalLM", "olmo2", 2048, norms={**_OUTPUT_NORMS, **_QUERY_KEY_NORMS}, normalizes_together=True
+        ),
+        Architecture("Phi3ForCausalLM", "phi3", 4096, fused=True, full_attention_every=0),
+        Architecture(
+            "Gemma2ForCausalLM",
+            "gemma2",
+            8192,
+            default_kv_heads=4,
+            default_head_dim=256,
+            norms=_FOUR_NORMS,
+            norm_offset=1,
+            gelu=True,
+            tied_by_default=True,
+            default_window=4096,
+            full_attention_every=2,
+            scales_embeddings=True,
+        ),
+        Architecture(
+            "Gemma3ForCausalLM",
+            "gemma3",
+            131072,
+            default_kv_heads=4,
+            default_head_dim=256,
+            norms={**_FOUR_NORMS, **_QUERY_KEY_NORMS},
+            norm_offset=1,
+            gelu=True,
+            tied_by_default=True,
+            default_window=4096,
+            full_attention_every=6,
+            sliding_rope=True,
+            scales_embeddings=True,
+        ),
     )
 }
-GGUF_ARCHITECTURES = tuple(sorted({architecture.gguf_name for architecture in ARCHITECTURES.values()}))
+GGUF_ARCHITECTURES: dict[str, Architecture] = {}
+"""GGUF name -> the first class that has it."""
+for _entry in ARCHITECTURES.values():
+    GGUF_ARCHITECTURES.setdefault(_entry.gguf_name, _entry)
 
 
 @dataclass(frozen=True)
@@ -86,41 +198,60 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     biased: frozenset[str] = frozenset()
-    """Projections with a bias, by GGUF name."""
+    """Matrices with a bias, by GGUF name."""
+    architecture: str = "llama"
+    """GGUF name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return GGUF tensor name -> shape in NumPy order, for every tensor the model must have.
 
         `output.weight` is among them; a model with tied embeddings does without it.
         """
-        rows, rows_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        layer: dict[str, tuple[int, ...]] = {
-            "attn_norm": (self.hidden,),
-            "attn_q": (rows, self.hidden),
-            "attn_k": (rows_kv, self.hidden),
-            "attn_v": (rows_kv, self.hidden),
-            "attn_output": (self.hidden, rows),
-            "ffn_norm": (self.hidden,),
-            "ffn_gate": (self.feed_forward, self.hidden),
-            "ffn_up": (self.feed_forward, self.hidden),
-            "ffn_down": (self.hidden, self.feed_forward),
-        }
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocabulary, self.hidden),
             "output_norm.weight": (self.hidden,),
             "output.weight": (self.vocabulary, self.hidden),
         }
+        matrices, norms = self._layer_matrices(), self._layer_norms()
         for index in range(self.layers):
-            for name, shape in layer.items():
+            for name, shape in {**norms, **matrices}.items():
                 shapes[f"blk.{index}.{name}.weight"] = shape
-                if name in self.biased:
+                if name in self.biased and name in matrices:
                     shapes[f"blk.{index}.{name}.bias"] = shape[:1]
         return shapes
 
+    def _layer_matrices(self) -> dict[str, tuple[int, ...]]:
+        rows, rows_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        fused = GGUF_ARCHITECTURES[self.architecture].fused
+        sizes = {
+            "attn_q": (rows, self.hidden),
+            "attn_k": (rows_kv, self.hidden),
+            "attn_v": (rows_kv, self.hidden),
+            "attn_qkv": (rows + 2 * rows_kv, self.hidden),
+            "attn_output": (self.hidden, rows),
+            "ffn_gate": (self.feed_forward, self.hidden),
+            "ffn_up": ((2 if fused else 1) * self.feed_forward, self.hidden),
+            "ffn_down": (self.hidden, self.feed_forward),
+        }
+        return {name: sizes[name] for name in GGUF_ARCHITECTURES[self.architecture].matrices()}
+
+    def _layer_norms(self) -> dict[str, tuple[int, ...]]:
+        entry = GGUF_ARCHITECTURES[self.architecture]
+        of_queries = self.heads * self.head_dim if entry.normalizes_together else self.head_dim
+        of_keys = self.kv_heads * self.head_dim if entry.normalizes_together else self.head_dim
+        sizes = {"attn_q_norm": of_queries, "attn_k_norm": of_keys}
+        return {name: (sizes.get(name, self.hidden),) for name in entry.layer_norms()}
+
 
 def quantized_tensor(name: str) -> bool:
-    """Tell whether a GGUF tensor is one of the seven matrices of a layer that are packed into trits."""
+    """Tell whether a GGUF tensor is one of the matrices of a layer that are packed into trits."""
     return _QUANTIZED.fullmatch(name) is not None
+
+
+def biased_matrices(names: Iterable[str]) -> frozenset[str]:
+    """Return the GGUF names, without layer, of the matrices that have a bias among a model's tensors."""
+    layers = (_GGUF_LAYER.fullmatch(name) for name in names)
+    return frozenset(layer[2] for layer in layers if layer is not None and layer[3] == "bias")
 
 
 def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -143,9 +274,6 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
     hidden = count_of(config, "hidden_size", where)
     heads = count_of(config, "num_attention_heads", where)
     kv_heads = count_of(config, "num_key_value_heads", where, default=architecture.default_kv_heads or heads)
-    biased = architecture.biased
-    if architecture.hf_class == "LlamaForCausalLM" and config.get("attention_bias"):
-        biased = _QKV | {"attn_output"}
     dimensions = Dimensions(
         layers=count_of(config, "num_hidden_layers", where, most=_MAX_LAYERS),
         vocabulary=count_of(config, "vocab_size", where),
@@ -153,15 +281,27 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
         feed_forward=count_of(config, "intermediate_size", where),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=count_of(config, "head_dim", where, default=hidden // heads),
-        biased=biased,
+        head_dim=count_of(config, "head_dim", where, default=architecture.default_head_dim or hidden // heads),
+        biased=_biased(config, architecture, where),
+        architecture=architecture.gguf_name,
     )
     check_heads(dimensions, where)
-    if config.get("hidden_act", "silu") != "silu":
-        raise TritGgufError(f"{where}: activation {config['hidden_act']} is not supported (silu is)")
-    if config.get("mlp_bias"):
-        raise TritGgufError(f"{where}: biases in the feed-forward layers (mlp_bias) are not supported")
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    expected = "gelu_pytorch_tanh" if architecture.gelu else "silu"
+    if activation not in (None, expected):
+        raise TritGgufError(f"{where}: activation {activation} is not supported ({expected} is)")
     return dimensions
+
+
+def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -> frozenset[str]:
+    asked = {"attention_bias": _QKV | {"attn_output"}, "mlp_bias": {"ffn_gate", "ffn_up", "ffn_down"}}
+    biased = set(architecture.biased)
+    for key, names in asked.items():
+        if config.get(key) and not architecture.may_be_biased:
+            raise TritGgufError(f"{where}: biases ({key}) of a {architecture.hf_class} are not supported")
+        if config.get(key):
+            biased |= names
+    return frozenset(biased)
 
 
 def dimensions_from_gguf(
@@ -174,7 +314,7 @@ def dimensions_from_gguf(
     experts, partial rotation.
     """
     arch = metadata.get("general.architecture")
-    if arch not in GGUF_ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
         raise TritGgufError(
             f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
         )
@@ -191,6 +331,8 @@ def dimensions_from_gguf(
             )
     if metadata.get(f"{arch}.expert_count"):
         raise TritGgufError(f"{where}: models with experts are not supported")
+    if GGUF_ARCHITECTURES[arch].fused and biased:
+        raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
     dimensions = Dimensions(
         layers=count_of(metadata, f"{arch}.block_count", where, most=_MAX_LAYERS),
         vocabulary=vocabulary,
@@ -200,6 +342,7 @@ def dimensions_from_gguf(
         kv_heads=count_of(metadata, f"{arch}.attention.head_count_kv", where, default=heads),
         head_dim=head_dim,
         biased=biased,
+        architecture=arch,
     )
     check_heads(dimensions, where)
     return dimensions
@@ -214,138 +357,46 @@ def check_heads(dimensions: Dimensions, where: str) -> None:
         raise TritGgufError(f"{where}: a head of {dimensions.head_dim} elements cannot be rotated in pairs")
 
 
-def rope_parameters(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """Return `rope_type`, `rope_theta` and what the type needs, from both layouts of config.json.
-
-    Before transformers 5, `rope_theta` stood beside `rope_scaling`; since then both are in `rope_parameters`.
-    """
-    stored = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(stored, dict):
-        raise TritGgufError(f"{where}: rope_parameters is not an object")
-    context = config.get("max_position_embeddings", find_architecture(config, where).default_context)
-    defaults = {
-        "rope_type": stored.get("type", "default"),
-        "rope_theta": config.get("rope_theta", 10000.0),
-        "original_max_position_embeddings": config.get("original_max_position_embeddings", context),
-    }
-    parameters = {**defaults, **stored}
-    kind = parameters["rope_type"]
-    # `dynamic` changes nothing up to max_position_embeddings, where the model's context ends.
-    if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
-        raise TritGgufError(
-            f"{where}: rope type {kind} is not supported (default, linear, dynamic, yarn and llama3 are)"
-        )
-    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise TritGgufError(f"{where}: rotating only a part of each head (partial_rotary_factor) is not supported")
-    numbers = ["rope_theta", *(("factor",) if kind in ("linear", "yarn") else ())]
-    if kind == "llama3":
-        parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
-        numbers += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for key in numbers:
-        positive_number(parameters.get(key), key, where)
-    if kind == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
-        raise TritGgufError(f"{where}: low_freq_factor and high_freq_factor of the rope scaling are equal")
-    return parameters
-
-
-def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict[str, GGUFValue]:
-    """Return general.architecture and the keys `llama.*` or `qwen2.*`, in llama.cpp's order."""
-    from gguf import GGUFWriter
-
-    architecture = find_architecture(config, where)
-    dimensions = dimensions_from_config(config, where)
-    rope = rope_parameters(config, where)
-    writer = GGUFWriter(path=None, arch=architecture.gguf_name)
-    writer.add_block_count(dimensions.layers)
-    writer.add_context_length(count_of(config, "max_position_embeddings", where, default=architecture.default_context))
-    writer.add_embedding_length(dimensions.hidden)
-    writer.add_feed_forward_length(dimensions.feed_forward)
-    writer.add_head_count(dimensions.heads)
-    writer.add_head_count_kv(dimensions.kv_heads)
-    _add_rope_scaling(writer, rope, where)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where))
-    # transformers always fills in head_dim for Llama and Mistral, never for Qwen2, and llama.cpp writes what
-    # it finds.
-    if architecture.gguf_name == "llama" or config.get("head_dim") is not None:
-        writer.add_key_length(dimensions.head_dim)
-        writer.add_value_length(dimensions.head_dim)
-    if architecture.gguf_name == "llama":
-        writer.add_vocab_size(dimensions.vocabulary)
-        writer.add_rope_dimension_count(dimensions.head_dim)
-    return dict(writer.kv_data[0])
-
-
-def _add_rope_scaling(writer: Any, rope: Mapping[str, Any], where: str) -> None:
-    from gguf import RopeScalingType
-
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(count_of(rope, "original_max_position_embeddings", where))
-        for key, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(positive_number(rope[key], key, where))
-
-
-def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> np.ndarray | None:
-    """Return `rope_freqs.weight` of a model with Llama 3's rope scaling, else None.
-
-    float32 [head_dim / 2]: what each pair's rotation frequency is divided by. Waves shorter than the original
-    context over `high_freq_factor` keep their frequency, those longer than it over `low_freq_factor` are
-    slowed by `factor`, and between the two the reciprocal goes over linearly in the number of turns per
-    original context (Llama 3.1).
-    """
-    rope = rope_parameters(config, where)
-    if rope["rope_type"] != "llama3":
-        return None
-    head_dim = dimensions_from_config(config, where).head_dim
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1.0 / np.float32(rope["rope_theta"]) ** exponents
-    turns = rope["original_max_position_embeddings"] * frequencies.astype(np.float64) / (2 * math.pi)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
-
-
-def gguf_tensor_name(hf_name: str) -> str | None:
-    """Return the GGUF name of a Hugging Face tensor, or None when the table has no such tensor."""
+def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
+    """Return the GGUF name of a Hugging Face tensor, or None when the architecture has no such tensor."""
     if layer := _HF_LAYER.fullmatch(hf_name):
-        index, name, suffix = layer.groups()
-        return f"blk.{index}.{_LAYER_NAMES_TO_GGUF[name]}.{suffix}" if name in _LAYER_NAMES_TO_GGUF else None
+        index, hf_stem, suffix = layer.groups()
+        names = (name for name, of_hf in _layer_names(arch).items() if of_hf == hf_stem)
+        return next((f"blk.{index}.{name}.{suffix}" for name in names), None)
     stem, _, suffix = hf_name.rpartition(".")
-    return f"{_MODEL_NAMES_TO_GGUF[stem]}.weight" if suffix == "weight" and stem in _MODEL_NAMES_TO_GGUF else None
+    names = (name for name, of_hf in _MODEL_NAMES.items() if of_hf == stem and suffix == "weight")
+    return next((f"{name}.weight" for name in names), None)
 
 
 def hf_tensor_name(arch: str, gguf_name: str) -> str:
-    """Return the Hugging Face name of a tensor of a GGUF architecture (`llama` or `qwen2`).
+    """Return the Hugging Face name of a tensor of a GGUF architecture.
 
     Raises TritGgufError for a tensor that a Hugging Face checkpoint does not have, such as rope_freqs.weight.
     """
     if layer := _GGUF_LAYER.fullmatch(gguf_name):
         index, name, suffix = layer.groups()
-        if name in _LAYER_NAMES:
-            return f"model.layers.{index}.{_LAYER_NAMES[name]}.{suffix}"
+        if name in _layer_names(arch):
+            return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}"
     stem, _, suffix = gguf_name.rpartition(".")
     if suffix == "weight" and stem in _MODEL_NAMES:
         return f"{_MODEL_NAMES[stem]}.weight"
     raise TritGgufError(f"tensor {gguf_name} has no counterpart in a Hugging Face checkpoint of architecture {arch}")
 
 
+def _layer_names(arch: str) -> dict[str, str]:
+    """Return GGUF name -> Hugging Face name of everything in a layer."""
+    entry = GGUF_ARCHITECTURES[arch]
+    return {**entry.layer_norms(), **entry.matrices()}
+
+
 def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
-    """Return a Hugging Face tensor with its rows in GGUF's order; contiguous.
+    """Return a Hugging Face tensor as GGUF has it: its rows in GGUF's order, norms with their offset; contiguous.
 
     In `llama`, row 2i of a head of Q or K (weight or bias) is what was row i, and row 2i + 1 what was row i +
     half.
     """
+    if offset := _norm_offset(arch, gguf_name):
+        return to_float32(array) + np.float32(offset)
     heads = _rotary_heads(arch, gguf_name, head_count, head_count_kv)
     if heads is None:
         return np.ascontiguousarray(array)
@@ -354,7 +405,9 @@ def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_
 
 
 def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
-    """Return a GGUF tensor with its rows in Hugging Face's order; contiguous. The inverse of `from_hf`."""
+    """Return a GGUF tensor as Hugging Face has it; contiguous. The inverse of `from_hf`."""
+    if offset := _norm_offset(arch, gguf_name):
+        return array - np.float32(offset)
     heads = _rotary_heads(arch, gguf_name, head_count, head_count_kv)
     if heads is None:
         return np.ascontiguousarray(array)
@@ -364,7 +417,11 @@ def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_co
 
 def permutes_rotary_rows(arch: str) -> bool:
     """Tell whether a GGUF architecture interleaves each head's halves, so that pairs (2i, 2i + 1) rotate."""
-    return any(a.permutes_rotary_rows for a in ARCHITECTURES.values() if a.gguf_name == arch)
+    return GGUF_ARCHITECTURES[arch].permutes_rotary_rows
+
+
+def _norm_offset(arch: str, gguf_name: str) -> int:
+    return GGUF_ARCHITECTURES[arch].norm_offset if gguf_name.endswith("norm.weight") else 0
 
 
 def _rotary_heads(arch: str, gguf_name: str, head_count: int, head_count_kv: int) -> int | None:

@@ -208,7 +208,7 @@ def bench(
     infos = file.tensors.values()
     return BenchReport(
         file=file.path,
-        architecture=config.architecture,
+        architecture=config.dimensions.architecture,
         types="+".join(sorted({TritType(info.type_id).name for info in infos if is_trit_type(info.type_id)})),
         file_bytes=file.path.stat().st_size,
         weights=sum(info.n_weights for info in infos),

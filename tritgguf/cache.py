@@ -45,7 +45,7 @@ class KeyValueCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all, keeping what is stored; `tokens` is at most the context."""
-        old, capacity = self.arrays, len(self.arrays.cosines)
+        old, capacity = self.arrays, self.arrays.cosines.shape[1]
         if tokens <= capacity:
             return
         self.arrays = self._allocate(min(self.context, max(tokens, 2 * capacity)))
@@ -57,11 +57,13 @@ class KeyValueCache:
         sizes = self._config.dimensions
         panels, padded = -(-capacity // PANEL), padded_dimension(sizes.head_dim)
         heads = (sizes.layers, sizes.kv_heads)
-        angles = np.outer(np.arange(panels * PANEL), self._config.rotation_frequencies)
+        places, rotations = np.arange(panels * PANEL), self._config.rotations
+        angles = np.stack([np.outer(places, rotation.frequencies) for rotation in rotations])
+        lengths = np.array([rotation.length for rotation in rotations])[:, np.newaxis, np.newaxis]
         return Cache(
             keys=np.zeros((*heads, panels, padded, PANEL), self._dtype),
             values=np.zeros((*heads, padded // PANEL, panels * PANEL, PANEL), self._dtype),
-            cosines=np.cos(angles).astype(np.float32),
-            sines=np.sin(angles).astype(np.float32),
+            cosines=(lengths * np.cos(angles)).astype(np.float32),
+            sines=(lengths * np.sin(angles)).astype(np.float32),
             scratch=self._scratch,
         )

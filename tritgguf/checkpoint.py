@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tritgguf import architectures
-from tritgguf.architectures import ROPE_FREQS, Dimensions
+from tritgguf import architectures, model_keys
+from tritgguf.architectures import Dimensions, biased_matrices
 from tritgguf.errors import TritGgufError
 from tritgguf.hf_files import READABLE_DTYPES, StoredTensor, is_unicode, open_shards, read_json, to_float32
 from tritgguf.matrix_rows import MatrixRows
+from tritgguf.rope import ROPE_FREQS
 from tritgguf.tokenizer_metadata import HUGGINGFACE_JSON_KEY, tokenizer_json_from_gguf, tokenizer_metadata
 from tritgguf.trit_types import TritType, is_trit_type
 
@@ -150,7 +151,7 @@ class HfFolderSource:
         """Do nothing: what was read belongs to its reader."""
 
     def _add_rope_factors(self, where: Path) -> None:
-        factors = architectures.rope_factors(self.config, str(where))
+        factors = model_keys.rope_factors(self.config, str(where))
         if factors is not None:
             self.tensors.append(SourceTensor(ROPE_FREQS, factors.shape, factors.nbytes))
             self._rows[ROPE_FREQS] = MatrixRows(
@@ -176,7 +177,7 @@ class HfFolderSource:
         for hf_name, stored in open_shards(self.folder).items():
             if hf_name.endswith(_BUFFERS):
                 continue
-            name = architectures.gguf_tensor_name(hf_name)
+            name = architectures.gguf_tensor_name(self.architecture.gguf_name, hf_name)
             if name is None:
                 raise TritGgufError(
                     f"{stored.path}: tensor {hf_name} does not belong to a {self.architecture.hf_class}"
@@ -186,7 +187,7 @@ class HfFolderSource:
                     f"{stored.path}: tensor {hf_name} has dtype {stored.dtype}; F32, F16 or BF16 is needed"
                 )
             selected[name] = stored
-        tied = bool(self.config.get("tie_word_embeddings", False))
+        tied = model_keys.is_tied(self.config, self.architecture)
         head, embedding = selected.get("output.weight"), selected.get("token_embd.weight")
         if tied and head is not None and embedding is not None:
             # Where the two differ in spite of what config.json says, transformers keeps both, and so do we.
@@ -203,20 +204,13 @@ class HfFolderSource:
     def _make_metadata(self, where: Path, hub_id: str | None) -> dict[str, GGUFValue]:
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
         general = _general_metadata(self.folder, self.architecture.gguf_name, weights, hub_id)
-        model = architectures.gguf_metadata(self.config, str(where))
+        model = model_keys.gguf_metadata(self.config, str(where))
         tokenizer, warnings = tokenizer_metadata(
             self.folder,
             self.dimensions.vocabulary,
             add_space_prefix_key=self.architecture.gguf_name == "llama",
         )
         self.warnings += warnings
-        window, context = self.config.get("sliding_window"), self.config.get("max_position_embeddings")
-        is_windowed = self.config.get("use_sliding_window", self.architecture.hf_class == "MistralForCausalLM")
-        if is_windowed and isinstance(window, int) and isinstance(context, int) and window < context:
-            self.warnings.append(
-                f"{self.name}: attention over a sliding window of {window} tokens has no GGUF key;"
-                f" beyond {window} tokens the model will attend to more than it was trained to"
-            )
         return {**general, **model, **tokenizer}
 
 
@@ -271,9 +265,7 @@ class GgufSource:
 
     def _check_tensors(self) -> Dimensions:
         shapes = {info.name: info.shape for info in self._file.tensors.values()}
-        biased = frozenset(
-            match[1] for name in shapes if (match := re.fullmatch(r"blk\.0\.(attn_(?:q|k|v|output))\.bias", name))
-        )
+        biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
         dimensions = architectures.dimensions_from_gguf(self._file.metadata, vocabulary, biased, self.name)
         factors = shapes.pop(ROPE_FREQS, None)

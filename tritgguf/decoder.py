@@ -30,9 +30,15 @@ class Decoder:
             kinds=np.stack([np.concatenate([p.kinds for p in layer.projections]) for layer in layers]),
             steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
             attention_norms=np.stack([layer.attention_norm for layer in layers]),
+            query_key_norms=np.stack([layer.query_key_norm for layer in layers]),
+            attention_output_norms=np.stack([layer.attention_output_norm for layer in layers]),
             feed_forward_norms=np.stack([layer.feed_forward_norm for layer in layers]),
+            feed_forward_output_norms=np.stack([layer.feed_forward_output_norm for layer in layers]),
             qkv_biases=np.stack([layer.qkv_bias for layer in layers]),
             output_biases=np.stack([layer.output_bias for layer in layers]),
+            gate_biases=np.stack([layer.gate_bias for layer in layers]),
+            up_biases=np.stack([layer.up_bias for layer in layers]),
+            down_biases=np.stack([layer.down_bias for layer in layers]),
         )
         head = weights.head
         self._head = Head(weights.final_norm.copy(), head.addresses, head.matrix_rows, head.kinds, head.steps)
@@ -46,8 +52,8 @@ class Decoder:
             up=np.zeros(sizes.feed_forward, np.float32),
             gated=Activations(1, sizes.feed_forward).buffers,
         )
-        self._epsilon = np.float32(config.norm_epsilon)
-        self._interleaved = config.interleaved_rotation
+        self._rules = config.rules
+        self._embedding_scale = config.embedding_scale
         self._logits = np.zeros(sizes.vocabulary, np.float32)
         self._counter = np.zeros(1, np.int64)
         self.crew = crew
@@ -55,9 +61,11 @@ class Decoder:
     def run(self, token: int, position: int, cache: Cache) -> np.ndarray:
         """Run one token at `position`; return its logits, float32 [vocabulary], valid until the next call."""
         self._buffers.own_stream[:] = self._embeddings[token]
+        if self._embedding_scale != 1:
+            self._buffers.own_stream[:] *= self._embedding_scale
         self._buffers.residual[:] = 0.0
         self.crew.run(
-            decode, self._isa, self._weights, self._head, cache, self._buffers, self._epsilon,
-            self._interleaved, position, self._logits, self._counter,
+            decode, self._isa, self._weights, self._head, cache, self._buffers, self._rules, position, self._logits,
+            self._counter,
         )  # fmt: skip
         return self._logits

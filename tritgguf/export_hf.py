@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType
 from cpu_kernels.crew import Crew
 from tritgguf import architectures, disk, hf_config, model_card
 from tritgguf import safetensors_writer as safetensors
-from tritgguf.architectures import ROPE_FREQS
 from tritgguf.gguf_file import GgufFile
+from tritgguf.rope import ROPE_FREQS
 from tritgguf.row_blocks import RowBlocks
 from tritgguf.tokenizer import KEY_HUGGINGFACE, Tokenizer
 
@@ -34,10 +34,8 @@ def export_folder(
     exists, for a file that is no complete model and for a weight that float16 cannot hold.
     """
     disk.check_new_folder(output)
-    config = hf_config.model_config(file)
-    gguf_names = {
-        architectures.hf_tensor_name(config["model_type"], name): name for name in file.tensors if name != ROPE_FREQS
-    }
+    config, arch = hf_config.model_config(file), file.metadata["general.architecture"]
+    gguf_names = {architectures.hf_tensor_name(arch, name): name for name in file.tensors if name != ROPE_FREQS}
     shards = safetensors.plan_shards(
         {hf_name: file.tensors[name].shape for hf_name, name in gguf_names.items()}, max_shard_bytes
     )
@@ -49,7 +47,7 @@ def export_folder(
     disk.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
 
     def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        yield from _halves(RowBlocks(file, gguf_names[hf_name], crew), config)
+        yield from _halves(RowBlocks(file, gguf_names[hf_name], crew), arch, config)
         on_tensor(gguf_names[hf_name])
 
     with disk.new_folder(output) as folder:
@@ -60,12 +58,12 @@ def export_folder(
         return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-def _halves(rows: RowBlocks, config: dict[str, Any]) -> Iterator[np.ndarray]:
+def _halves(rows: RowBlocks, arch: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
     """Yield a tensor's float16 values with its rows in Hugging Face's order, some whole heads at a time."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for block in rows.decoded(multiple=head_dim):
         heads = len(block) // head_dim
-        ordered = architectures.to_hf(config["model_type"], rows.name, block, heads, heads)
+        ordered = architectures.to_hf(arch, rows.name, block, heads, heads)
         yield rows.narrow(ordered, GGMLQuantizationType.F16)
 
 

@@ -1,8 +1,8 @@
 """GGUF keys -> the JSON files of a Hugging Face folder: config.json, generation_config.json, the tokenizer's.
 
-The other direction is `architectures.gguf_metadata` and `tokenizer_metadata`. Of a checkpoint's own files GGUF keeps
-what a model needs, not their words: a Mistral model becomes a LlamaForCausalLM, which computes the same, and training
-settings have their defaults.
+The other direction is `model_keys.gguf_metadata` and `tokenizer_metadata`. Of a checkpoint's own files GGUF keeps
+what a model needs, not their words: a Mistral model without a sliding window becomes a LlamaForCausalLM, which computes
+the same, and training settings have their defaults.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tokenizers
 
-from tritgguf import architectures
-from tritgguf.architectures import ARCHITECTURES, ROPE_FREQS
+from tritgguf import architectures, model_keys
+from tritgguf.architectures import GGUF_ARCHITECTURES
 from tritgguf.errors import TritGgufError
+from tritgguf.rope import ROPE_FREQS
 from tritgguf.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -49,22 +50,23 @@ def model_config(file: GgufFile) -> dict[str, Any]:
     where, arch = str(file.path), file.metadata.get("general.architecture")
     if "token_embd.weight" not in file.tensors:
         raise TritGgufError(f"{where}: has no tensor token_embd.weight; it is no language model")
-    hf_class = next((name for name, entry in ARCHITECTURES.items() if entry.gguf_name == arch), None)
-    if hf_class is None:
+    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
         raise TritGgufError(f"{where}: architecture {arch} is not supported")
     shapes = {name: info.shape for name, info in file.tensors.items()}
     entries = config_entries(file.metadata, shapes, where)
     rope = entries.pop("rope_parameters")
     config = {
-        "architectures": [hf_class],
-        "model_type": arch,
+        "architectures": [hf_class_of(file.metadata)],
+        "model_type": model_type_of(file.metadata),
         "torch_dtype": "float16",
         **entries,
+        # The classes of some families make up a padding token, which may lie beyond the vocabulary.
+        "pad_token_id": None,
         **{f"{name}_token_id": token for name, token in _special_ids(file.metadata).items()},
-        "hidden_act": "silu",
-        "rope_theta": rope.pop("rope_theta"),
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        **_rope_entries(rope),
     }
+    activation = ("hidden_activation", "gelu_pytorch_tanh") if GGUF_ARCHITECTURES[arch].gelu else ("hidden_act", "silu")
+    config[activation[0]] = activation[1]
     if f"{arch}.attention.key_length" not in file.metadata:
         del config["head_dim"]
     if ROPE_FREQS in file.tensors:
@@ -158,8 +160,63 @@ def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         "rope_parameters": rope,
         "tie_word_embeddings": _HEAD not in shapes,
     }
-    if arch == "llama":
+    if GGUF_ARCHITECTURES[arch].sliding_rope:
+        sliding = {"rope_type": "default", "rope_theta": value("rope.freq_base_swa", 10000.0)}
+        entries["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding}
+    return {**entries, **_family_entries(metadata, shapes, where)}
+
+
+def hf_class_of(metadata: Mapping[str, Any]) -> str:
+    """Return the model class of a GGUF model; several of llama.cpp's kind `llama` are one class but for windows."""
+    arch = metadata["general.architecture"]
+    if arch == "llama" and "llama.attention.sliding_window" in metadata:
+        return "MistralForCausalLM"
+    return GGUF_ARCHITECTURES[arch].hf_class
+
+
+def model_type_of(metadata: Mapping[str, Any]) -> str:
+    """Return transformers' `model_type` of a GGUF model."""
+    name = hf_class_of(metadata).removesuffix("ForCausalLM").lower()
+    return {"gemma3": "gemma3_text"}.get(name, name)
+
+
+def _rope_entries(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return rope_parameters in the older words."""
+    entries = {}
+    if "sliding_attention" in rope:
+        entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    entries["rope_theta"] = rope["rope_theta"]
+    entries["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+    return entries
+
+
+def _family_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
+    """Return what single families have besides: biases, windows, scales and soft caps."""
+    arch = metadata["general.architecture"]
+
+    def value(key: str, default: Any = None) -> Any:
+        return _shortest(metadata.get(f"{arch}.{key}", default))
+
+    entries: dict[str, Any] = {}
+    if GGUF_ARCHITECTURES[arch].may_be_biased and hf_class_of(metadata) == "LlamaForCausalLM":
         entries["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        entries["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
+    if GGUF_ARCHITECTURES[arch].full_attention_every is not None and hf_class_of(metadata) != "LlamaForCausalLM":
+        entries["sliding_window"] = value("attention.sliding_window")
+    if arch == "granite":
+        entries["attention_multiplier"] = value("attention.scale", 1.0)
+        entries["embedding_multiplier"] = value("embedding_scale", 1.0)
+        entries["residual_multiplier"] = value("residual_scale", 1.0)
+        entries["logits_scaling"] = value("logit_scale", 1.0)
+    if arch in ("gemma2", "gemma3"):
+        scale = metadata.get(f"{arch}.attention.scale")
+        if scale is not None and not (isinstance(scale, float) and 1e-6 < scale < 1e6):
+            raise TritGgufError(f"{where}: {arch}.attention.scale is {scale!r}, which is no scale")
+        entries["query_pre_attn_scalar"] = value("attention.key_length") if scale is None else round(scale**-2)
+        entries["attn_logit_softcapping"] = value("attn_logit_softcapping")
+        entries["final_logit_softcapping"] = value("final_logit_softcapping")
     return entries
 
 
@@ -211,7 +268,7 @@ def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) 
         "original_max_position_embeddings": round(original) if math.isfinite(original) else 0,
     }
     if scaling["original_max_position_embeddings"] > 0 and high != low:
-        again = architectures.rope_factors({**config, "rope_scaling": scaling}, where)
+        again = model_keys.rope_factors({**config, "rope_scaling": scaling}, where)
         if again is not None and np.allclose(again, factors, rtol=1e-4):
             return scaling
     raise TritGgufError(f"{where}: config.json has no words for tensor {ROPE_FREQS}; export a GGUF file instead")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from tritgguf.decoder import Decoder
 from tritgguf.model import BATCH_TOKENS
 from tritgguf.model_config import ModelConfig
 from tritgguf.prefill import Prefill
-from tritgguf.weights import ModelWeights
+from tritgguf.weights import LayerWeights, ModelWeights
 
 REST = "the rest"
 
@@ -152,7 +152,7 @@ def decode_seconds(
     isa = instruction_set.chosen()
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
-        "attention": _attention(isa, config, crew, places, cache_type),
+        "attention": _attention(isa, config, layers, crew, places, cache_type),
         "attention output": _product(isa, *[layer.output for layer in layers]),
         "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
         "down": _product(isa, *[layer.down for layer in layers]),
@@ -180,14 +180,22 @@ def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:
     return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.kinds, matrices.steps, vector, out
 
 
-def _attention(isa: tuple[int, ...], config: ModelConfig, crew: Crew, places: int, cache_type: str) -> tuple[Any, ...]:
+def _attention(
+    isa: tuple[int, ...],
+    config: ModelConfig,
+    layers: Sequence[LayerWeights],
+    crew: Crew,
+    places: int,
+    cache_type: str,
+) -> tuple[Any, ...]:
     """Return kernel and arguments of one token's attention in all layers, with `places` of the cache filled."""
     sizes = config.dimensions
     arrays = _filled_cache(config, crew.threads, places, cache_type).arrays
     qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
     out = np.empty((crew.threads, sizes.heads * sizes.head_dim), np.float32)
-    interleaved, counter = config.interleaved_rotation, np.zeros(1, np.int64)
-    return attend_layers, isa, arrays, qkv, np.zeros_like(qkv), interleaved, places - 1, out, counter
+    norms = np.stack([layer.query_key_norm for layer in layers])
+    counter = np.zeros(1, np.int64)
+    return attend_layers, isa, arrays, qkv, np.zeros_like(qkv), norms, config.rules, places - 1, out, counter
 
 
 def _filled_cache(config: ModelConfig, threads: int, places: int, cache_type: str) -> KeyValueCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels import instruction_set
-from cpu_kernels.activations import gate_batch, normalize_batch
+from cpu_kernels.activations import advance_batch, gate_batch
 from cpu_kernels.attention import Cache, attend, rotate_and_store
 from cpu_kernels.crew import Crew
 from cpu_kernels.projection import Batch
@@ -57,34 +57,42 @@ class Prefill:
         space = self._workspace.first(len(tokens))
         hidden, attended, gated = space.hidden, space.attended, space.gated
         exact = self._exact
-        heads, interleaved = self._config.dimensions.heads, self._config.interleaved_rotation
-        epsilon, crew = np.float32(self._config.norm_epsilon), self.crew
+        heads, rules, crew = self._config.dimensions.heads, self._config.rules, self.crew
 
         space.stream[:] = self._weights.embeddings[tokens]
+        if self._config.embedding_scale != 1:
+            space.stream *= self._config.embedding_scale
         space.residual[:] = 0.0
-        for layer, keys, values in zip(self._weights.layers, cache.keys, cache.values, strict=True):
-            crew.run(normalize_batch, space.stream, space.residual, layer.attention_norm, epsilon, *hidden.buffers)
+        output_norm = self._weights.layers[0].feed_forward_output_norm  # of nothing: no layer is before the first
+
+        def advance(norm: np.ndarray) -> None:
+            scale, epsilon = rules.residual_scale, rules.epsilon
+            crew.run(advance_batch, space.stream, space.residual, output_norm, scale, norm, epsilon, *hidden.buffers)
+
+        for index, layer in enumerate(self._weights.layers):
+            advance(layer.attention_norm)
             layer.qkv.multiply(hidden, space.qkv, crew, exact=exact)
-            crew.run(
-                rotate_and_store, space.qkv, layer.qkv_bias, cache.cosines, cache.sines, interleaved, heads,
-                keys, values, position,
-            )  # fmt: skip
-            crew.run(attend, self._isa, space.qkv, keys, values, position, heads, attended.x)
+            bias, norm = layer.qkv_bias, layer.query_key_norm
+            crew.run(rotate_and_store, space.qkv, bias, norm, rules, index, cache, heads, position)
+            crew.run(attend, self._isa, space.qkv, rules, index, cache, position, heads, attended.x)
             attended.quantize(crew)
             layer.output.multiply(attended, space.residual, crew, exact=exact)
-            if layer.output_bias.any():
-                space.residual += layer.output_bias
-            crew.run(
-                normalize_batch,
-                space.stream,
-                space.residual,
-                layer.feed_forward_norm,
-                epsilon,
-                *hidden.buffers,
-            )
+            _add(layer.output_bias, space.residual)
+            output_norm = layer.attention_output_norm
+            advance(layer.feed_forward_norm)
             layer.gate_up.multiply(hidden, space.gate_up, crew, exact=exact)
+            _add(layer.gate_bias, space.gate_up[:, : len(layer.gate_bias)])
+            _add(layer.up_bias, space.gate_up[:, len(layer.gate_bias) :])
             keep = exact or layer.down.reads_floats
-            crew.run(gate_batch, space.gate_up, keep, *gated.buffers)
+            crew.run(gate_batch, space.gate_up, rules.gelu, keep, *gated.buffers)
             layer.down.multiply(gated, space.residual, crew, exact=exact)
-        crew.run(normalize_batch, space.stream, space.residual, self._weights.final_norm, epsilon, *hidden.buffers)
+            _add(layer.down_bias, space.residual)
+            output_norm = layer.feed_forward_output_norm
+        advance(self._weights.final_norm)
         return hidden
+
+
+def _add(bias: np.ndarray, out: np.ndarray) -> None:
+    """Add a bias, if there is one, to every row."""
+    if bias.any():
+        out += bias

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.architectures import ROPE_FREQS, hf_tensor_name, to_hf
+from tritgguf.architectures import hf_tensor_name, to_hf
 from tritgguf.errors import TritGgufError
-from tritgguf.hf_config import config_entries
+from tritgguf.hf_config import config_entries, model_type_of
+from tritgguf.rope import ROPE_FREQS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tritgguf.gguf_file import GgufFile
 
 _HEAD = "output.weight"
-_CONFIG_CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}
 
 
 def require_torch() -> None:
@@ -189,7 +189,7 @@ def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     config = _config(metadata, shapes, where)
     # On the meta device no weight is filled with random numbers, which would take longest of all.
     module = _on_meta(config, attn_implementation="eager").to_empty(device="cpu")
-    _restore_rotation(module, config)
+    _restore_buffers(module, config)
     return module
 
 
@@ -214,7 +214,7 @@ def meta_module(source: Source) -> Any:
         metadata = {key: value.value for key, value in source.metadata.items()}
         config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
     module = _on_meta(config)
-    _restore_rotation(module, config)
+    _restore_buffers(module, config)
     if not isinstance(source, HfFolderSource) and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
         slow_rotation(module, source.read(ROPE_FREQS))  # a folder has them in its config
     return module.eval()
@@ -225,7 +225,9 @@ def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     import transformers
 
     entries = config_entries(metadata, shapes, where)
-    return getattr(transformers, _CONFIG_CLASSES[metadata["general.architecture"]])(**entries)
+    # Token ids that the class would make up may lie beyond the vocabulary.
+    ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return transformers.AutoConfig.for_model(model_type_of(metadata), **ids, **entries)
 
 
 def _on_meta(config: Any, **settings: Any) -> Any:
@@ -236,9 +238,14 @@ def _on_meta(config: Any, **settings: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
 
 
-def _restore_rotation(module: Any, config: Any) -> None:
-    """Make the module of the rotation's frequencies again: no file has them, and the meta device loses them."""
+def _restore_buffers(module: Any, config: Any) -> None:
+    """Make again what no file has and the meta device loses: the rotation's frequencies, a scale of embeddings."""
+    import torch
+
     module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    embeddings = module.get_input_embeddings()
+    if hasattr(embeddings, "scalar_embed_scale"):
+        embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
 
 
 @contextlib.contextmanager

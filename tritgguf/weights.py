@@ -9,40 +9,67 @@ from cpu_kernels.projection import Matrix, Projection
 from cpu_kernels.unpack import dequantize
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, GgufFile
-from tritgguf.model_config import ATTENTION_INPUTS, ModelConfig, read_vector
+from tritgguf.model_config import ModelConfig, read_vector
 from tritgguf.trit_types import TritType, is_trit_type
 
 
 class LayerWeights:
-    """One layer: norms and biases float32, matrices grouped by their input."""
+    """One layer: norms and biases float32, matrices grouped by their input. Norms that it has not are [0]."""
 
     def __init__(self, file: GgufFile, config: ModelConfig, index: int) -> None:
         """Map layer `index`; TritGgufError for a tensor of a type that is not run."""
         sizes = config.dimensions
         shapes = sizes.shapes()
+        rows, rows_kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
 
-        def projection(*names: str) -> Projection:
-            return Projection([_read_matrix(file, f"blk.{index}.{name}.weight") for name in names])
+        def matrix(name: str) -> Matrix:
+            return _read_matrix(file, f"blk.{index}.{name}.weight")
 
-        def bias(name: str) -> np.ndarray:
-            length = shapes[f"blk.{index}.{name}.weight"][0]
+        def bias(name: str, length: int) -> np.ndarray:
             if name not in sizes.biased:
                 return np.zeros(length, np.float32)
             return read_vector(file, f"blk.{index}.{name}.bias", length)
 
-        self.attention_norm = read_vector(file, f"blk.{index}.attn_norm.weight", sizes.hidden)
-        self.qkv = projection(*ATTENTION_INPUTS)
-        self.qkv_bias = np.concatenate([bias(name) for name in ATTENTION_INPUTS])
-        self.output = projection("attn_output")
-        self.output_bias = bias("attn_output")
-        self.feed_forward_norm = read_vector(file, f"blk.{index}.ffn_norm.weight", sizes.hidden)
-        self.gate_up = projection("ffn_gate", "ffn_up")
-        self.down = projection("ffn_down")
+        def norm(name: str) -> np.ndarray:
+            full_name = f"blk.{index}.{name}.weight"
+            if full_name not in shapes:
+                return np.zeros(0, np.float32)
+            return read_vector(file, full_name, shapes[full_name][0])
+
+        if config.architecture.fused:
+            self.qkv = Projection(_split(matrix("attn_qkv"), rows, rows_kv, rows_kv))
+            self.gate_up = Projection(_split(matrix("ffn_up"), sizes.feed_forward, sizes.feed_forward))
+        else:
+            self.qkv = Projection([matrix("attn_q"), matrix("attn_k"), matrix("attn_v")])
+            self.gate_up = Projection([matrix("ffn_gate"), matrix("ffn_up")])
+        self.output = Projection([matrix("attn_output")])
+        self.down = Projection([matrix("ffn_down")])
+        self.qkv_bias = np.concatenate([bias("attn_q", rows), bias("attn_k", rows_kv), bias("attn_v", rows_kv)])
+        self.output_bias = bias("attn_output", sizes.hidden)
+        self.gate_bias, self.up_bias = bias("ffn_gate", sizes.feed_forward), bias("ffn_up", sizes.feed_forward)
+        self.down_bias = bias("ffn_down", sizes.hidden)
+        self.attention_norm, self.feed_forward_norm = norm("attn_norm"), norm("ffn_norm")
+        self.attention_output_norm = norm("post_attention_norm")
+        self.feed_forward_output_norm = norm("post_ffw_norm")
+        of_queries, of_keys = norm("attn_q_norm"), norm("attn_k_norm")
+        if not config.rules.normalizes_together:
+            of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
+        self.query_key_norm = np.concatenate([of_queries, of_keys])
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All matrices, in the order of the forward pass."""
         return self.qkv, self.output, self.gate_up, self.down
+
+
+def _split(matrix: Matrix, *rows: int) -> list[Matrix]:
+    """Return parts of a matrix with so many rows each, as views."""
+    data = matrix.data.reshape(matrix.rows, -1)
+    ends = np.cumsum(rows)
+    return [
+        Matrix(data[end - count : end].reshape(-1), count, matrix.columns, matrix.depth, matrix.codebook)
+        for end, count in zip(ends.tolist(), rows, strict=True)
+    ]
 
 
 class Embeddings:
