@@ -22,14 +22,14 @@ def _turn(weights, importance, row, first_group, some, emphasis, turned, factors
     """
     for lane in range(some):
         first = (first_group + lane) * GROUP_SIZE
-        mean = np.float32(0)
+        half_of_mean = np.float32(0)
         for j in range(GROUP_SIZE):
-            mean += weights[row, first + j] * weights[row, first + j]
-        mean *= np.float32(1.0 / GROUP_SIZE)
+            half_of_mean += weights[row, first + j] * weights[row, first + j]
+        half_of_mean *= np.float32(0.5 / GROUP_SIZE)
         for j in range(GROUP_SIZE):
             weight = weights[row, first + j]
             turned[j, lane] = weight
-            own = emphasis * weight * weight + (np.float32(1) - emphasis) * mean if emphasis > 0 else np.float32(1)
+            own = np.sqrt(half_of_mean + weight * weight) if emphasis else np.float32(1)
             factors[j, lane] = own * importance[first + j]
 
 
@@ -52,8 +52,8 @@ def best_scales(weights, importance, emphasis, fractions, offset, scales, thread
     Args:
         weights: float32 [rows, columns], columns a multiple of 16.
         importance: float32 [columns]: what the squared error of a column's weights counts.
-        emphasis: float32, 0 to 1: how much the error of a weight counts with its own square, and the rest with the
-            mean square of its group; 0 for not at all with either.
+        emphasis: whether the squared error of a weight also counts with its size: with the root of its square and half
+            the mean square of its group.
         fractions: float32 [n], of the largest magnitude, to try.
         offset: float32, h of the depth.
         scales: float32 [rows, columns / 16], out; 0 for a group of zeros.

@@ -46,7 +46,7 @@ from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
 MODELS = {
-    "smollm2": ("SmolLM2-135M-Instruct", 16, 32),
+    "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
     "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32),
 }
 """Name -> folder in models/, windows to evaluate, windows to calibrate on."""
@@ -54,7 +54,8 @@ ENCODERS = ("v2", "best", "imatrix", "calibrated", "self")
 TARGETS = ("2.5", "3.0", "4.0", "4.5")
 TYPES = ("Q2_K", "Q3_K", "IQ3_S", "Q4_0", "IQ4_NL")
 ROWS = (
-    *(f"trit{depth}-{encoder}" for depth in (1, 2, 3, 4) for encoder in ENCODERS),
+    *(f"trit{depth}-{encoder}" for depth in (1, 2) for encoder in (*ENCODERS, "tuned")),
+    *(f"trit{depth}-{encoder}" for depth in (3, 4) for encoder in ENCODERS),
     *(f"mixed-{target}" for target in TARGETS),
     *(f"{name}{suffix}" for name in TYPES for suffix in ("", "-imatrix")),
 )
@@ -144,9 +145,10 @@ class Measurement:
         settings: dict[str, Any] = {"encoder": encoder}
         if encoder == "imatrix":
             settings["importance"] = self._importance
-        if encoder in ("calibrated", "self"):
-            windows = self.calibration if encoder == "calibrated" else self._own_text
-            settings = {"encoder": "calibrated", "windows": windows}
+        if encoder == "self":
+            settings = {"encoder": "calibrated", "windows": self._own_text}
+        if encoder in ("calibrated", "tuned"):
+            settings["windows"] = self.calibration
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
             path = Path(folder) / "row.gguf"
             report = convert(self._path, path, depth=depth, choice=choice, threads=self._crew.threads, **settings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tritgguf.checkpoint import open_source
-from tritgguf.decoder_blocks import DecoderBlocks
+from tritgguf.decoder_blocks import DecoderBlocks, fast_products
 from tritgguf.gguf_writer import check_output
 from tritgguf.imatrix import write_importance
 from tritgguf.memory import peak_memory_bytes
@@ -97,7 +97,7 @@ def summed_squares(
         sums[name] = sums.get(name, 0.0) + squares
 
     for index in range(blocks.count):
-        with blocks.block(index) as block:
+        with fast_products(), blocks.block(index) as block:
             hidden = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
         if progress is not None:
             progress(index + 1, blocks.count)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpu_kernels.crew import Crew
-from tritgguf.decoder_blocks import Block, DecoderBlocks
+from tritgguf.decoder_blocks import Block, DecoderBlocks, fast_products
 from tritgguf.error_feedback import Feedback, InputMoments
 from tritgguf.quantized_matrix import QuantizedMatrix
+from tritgguf.tuning import Tuning, tune_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ class CalibratedEncoder:
         written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
             already, or None. A block whose matrices all are is not quantized again.
         feedback: makes the quantizer of matrices that share an input.
+        tuning: how each block is trained when its matrices are quantized; None for not at all.
 
     Raises TritGgufError when torch or transformers is missing or cannot build the model.
 
@@ -49,9 +51,11 @@ class CalibratedEncoder:
         *,
         written: Callable[[str], np.ndarray | None] = lambda name: None,
         feedback: Callable[[InputMoments], Feedback] = Feedback,
+        tuning: Tuning | None = None,
     ) -> None:
         self._blocks = DecoderBlocks(source, threads=crew.threads)
         self._depths, self._crew, self._written, self._feedback = depths, crew, written, feedback
+        self._tuning = tuning
         self._original = self._blocks.embed(windows)
         self._hidden = self._original.clone()
         self._next = 0
@@ -71,7 +75,7 @@ class CalibratedEncoder:
         if self._next == self._blocks.count:
             raise ValueError("is in no decoder block")
         self._quantized.clear()
-        with self._blocks.block(self._next) as block:
+        with fast_products(), self._blocks.block(self._next) as block:
             names = [name for name in block.matrices if name in self._depths]
             written = {name: weights for name in names if (weights := self._written(name)) is not None}
             if len(written) == len(names):
@@ -84,6 +88,7 @@ class CalibratedEncoder:
         self._next += 1
 
     def _quantize_block(self, block: Block) -> None:
+        before = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = block.input_groups(self._original)
         original_inputs = self._pass_original(block, [group[0] for group in groups])
         for group in groups:
@@ -102,6 +107,8 @@ class CalibratedEncoder:
                 quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
                 block.set(name, quantized.decoded())
                 self._quantized[name] = quantized
+        if self._tuning is not None:
+            self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)
 
     def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Send the original hidden states through the original block; return some matrices' inputs there."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tritgguf.generate import LoadedModel
 
 WINDOW_TOKENS = 512
-DEFAULT_TOKENS = 32 * WINDOW_TOKENS
+DEFAULT_TOKENS = 128 * WINDOW_TOKENS
+DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which a model has to write one after the other
 _WRITING_DEPTH = 4
 _DRAWS = 10_000
 
@@ -35,7 +36,7 @@ Progress = Callable[[int, int], None]
 def calibration_windows(
     source: Source,
     text: Path | None,
-    tokens: int,
+    tokens: int | None = None,
     *,
     seed: int = 0,
     threads: int | None = None,
@@ -43,17 +44,19 @@ def calibration_windows(
 ) -> tuple[list[list[int]], str]:
     """Return the windows of a text file, or of the model's own text, and a few words on where they come from.
 
+    `tokens` None is for `DEFAULT_TOKENS` or `DEFAULT_OWN_TOKENS`.
     Raises TritGgufError for a file that cannot be read or is too short.
     """
     if text is None:
-        windows = windows_of_own_text(source, tokens, seed=seed, threads=threads, progress=progress)
+        wanted = tokens or DEFAULT_OWN_TOKENS
+        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, progress=progress)
         return windows, f"own text, seed {seed}"
     try:
         content = text.read_text("utf-8", errors="replace")
     except OSError as error:
         raise TritGgufError(f"{text}: {error.strerror}; give a text file") from error
     try:
-        return windows_of_text(source, content, tokens), text.name
+        return windows_of_text(source, content, tokens or DEFAULT_TOKENS), text.name
     except TritGgufError as error:
         raise TritGgufError(f"{text}: {error}") from error
 

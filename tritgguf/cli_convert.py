@@ -42,8 +42,8 @@ def convert_command(
             "--encoder",
             metavar="NAME",
             help="v2: quantize as published; best: try every scale; imatrix: by importance; calibrated: let a text go"
-            " through the model and make up for what is lost; recover: recover dequantized trits exactly; recover+v2:"
-            " v2 where that cannot be done.",
+            " through the model and make up for what is lost; tuned: train on the text besides; recover: recover"
+            " dequantized trits exactly; recover+v2: v2 where that cannot be done.",
             show_default="recover where a source holds such trits, otherwise v2",
         ),
     ] = "auto",
@@ -70,8 +70,11 @@ def convert_command(
     ] = None,
     text: TextFile = None,
     own_text: OwnText = False,
-    tokens: CalibrationTokens = 16384,
+    tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Train every block on the text; much slower, worth it at depths 1 and 2.")
+    ] = False,
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
     resume: Annotated[
@@ -85,10 +88,13 @@ def convert_command(
     """
     from tritgguf.convert import convert
     from tritgguf.depth_plan import DepthChoice, parse_rules
+    from tritgguf.encoders import WITH_TEXT
 
     choice = DepthChoice(tuple(parse_rules(keep)) if keep is not None else (), target_bpw, sensitivity)
     windows = None
-    if text is not None or own_text or encoder.endswith("calibrated") or choice.needs_text:
+    if tune:
+        encoder = _tuned(encoder)
+    if text is not None or own_text or encoder.endswith(WITH_TEXT) or choice.needs_text:
         windows, _ = _calibration_windows(source, text, own_text, tokens, seed, threads)
     with console.progress(in_bytes=True) as report:
 
@@ -116,8 +122,19 @@ def convert_command(
         console.print_conversion(result)
 
 
+def _tuned(encoder: str) -> str:
+    """Return the encoder that trains besides."""
+    if encoder == "auto":
+        return "tuned"
+    if not encoder.endswith(("calibrated", "tuned")):
+        raise TritGgufError(
+            f"--tune trains on a text, which the encoder {encoder} does not take; leave one of them away"
+        )
+    return encoder.replace("calibrated", "tuned")
+
+
 def _calibration_windows(
-    source: str, text: Path | None, own_text: bool, tokens: int, seed: int, threads: int | None
+    source: str, text: Path | None, own_text: bool, tokens: int | None, seed: int, threads: int | None
 ) -> tuple[list[list[int]], str]:
     """Return the calibration text that the options ask for, as windows of tokens, and where it comes from."""
     from tritgguf.calibration_text import calibration_windows
@@ -153,7 +170,7 @@ def calibrate_command(
     output: Annotated[Path, option("--output", "-o", metavar="FILE", help="The GGUF file to write.")],
     text: TextFile = None,
     own_text: OwnText = False,
-    tokens: CalibrationTokens = 16384,
+    tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,

@@ -55,5 +55,13 @@ TextFile = Annotated[
 OwnText = Annotated[
     bool, typer.Option("--self", help="Calibrate on text that the model itself writes, which needs no data set.")
 ]
-CalibrationTokens = Annotated[int, option("--tokens", min=1, help="Length of the calibration text.")]
+CalibrationTokens = Annotated[
+    int | None,
+    option(
+        "--tokens",
+        min=1,
+        help="Length of the calibration text.",
+        show_default="65536, or 16384 of text that the model writes",
+    ),
+]
 TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Of the text that the model itself writes.")]

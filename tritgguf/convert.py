@@ -20,7 +20,7 @@ from tritgguf.codec import DEFAULT_ENCODER
 from tritgguf.convert_plan import block_of, job_of, loss_warning, planned_tensor, wanted_depths
 from tritgguf.convert_stream import checksum_value, codebook_value, stream, written_weights
 from tritgguf.depth_plan import NO_CHOICE, DepthChoice, Sensitivities
-from tritgguf.encoders import CALIBRATED, IMATRIX, make_encoder
+from tritgguf.encoders import CALIBRATED, IMATRIX, WITH_TEXT, make_encoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import F16, F32
 from tritgguf.gguf_writer import PlannedTensor, StreamingWriter, check_output
@@ -119,7 +119,7 @@ def convert(
         encoder: how scales are chosen, one of `recovery_plan.encoder_names`: `auto` recovers dequantized trits and
             quantizes everything else, `recover` wants an exact fit for every matrix.
         importance: what the encoder `imatrix` needs, see `encoders.make_encoder`; `auto` takes that encoder then.
-        windows: the same for `calibrated`; a depth choice that measures needs them too.
+        windows: the same for `calibrated` and `tuned`; a depth choice that measures needs them too.
         choice: which matrices of the layers have another depth than `depth`.
         threads: processor cores to use; None for all.
         overwrite: whether an existing output may be replaced.
@@ -144,12 +144,12 @@ def convert(
     depths |= _chosen_depths(opened, depths, recovery, choice, depth or _DEFAULT_DEPTH, windows, crew)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     plan = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in opened.tensors]
-    if recovery.fallback == CALIBRATED:
+    if recovery.fallback in WITH_TEXT:
         plan.sort(key=lambda tensor: block_of(tensor.name))  # checkpoints may have the tenth block before the second
     wanted = {
         t.name: depths[t.name] for t in plan if trit_types.is_trit_type(t.type_id) and t.name not in recovery.fits
     }
-    text = windows if recovery.fallback == CALIBRATED or not choice.needs_text else None
+    text = windows if recovery.fallback in WITH_TEXT or not choice.needs_text else None
     deepest = max((depths[name] for name in depths if quantized_tensor(name)), default=depth or _DEFAULT_DEPTH)
     report = ConvertReport(output, opened.name, deepest, recovery.encoder)
     report.warnings = [*opened.warnings, *loss_warning(opened, plan), *recovery.warnings]

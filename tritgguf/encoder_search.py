@@ -1,7 +1,7 @@
 """The encoder that tries all 27 scales of the codebook for every group, and what it takes for an error.
 
-The squared error of a weight counts with the importance of its column, if there is one: the mean square of the input
-that it is multiplied with. `docs/quality.md` has the measurements behind the constants.
+The squared error of a weight counts with the importance of its column: the mean square of the input that it is
+multiplied with. Where that is not known, it counts with the weight's own size. `docs/quality.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEAST_IMPORTANCE = 1e-6  # of the mean: a column whose input was always zero st
 
 
 def quantize_searched(
-    matrix: MatrixRows, depth: int, crew: Crew, *, importance: np.ndarray | None = None, emphasis: float = 0.0
+    matrix: MatrixRows, depth: int, crew: Crew, *, importance: np.ndarray | None = None
 ) -> QuantizedRows:
     """Quantize with the best scale of the codebook for every group.
 
@@ -38,15 +38,14 @@ def quantize_searched(
         matrix: columns a multiple of 64; it is read twice.
         depth: 1 to 4.
         crew: the threads to use.
-        importance: float32 [columns], not negative: what squared errors count; None for one and the same.
-        emphasis: 0 to 1: how much a weight's own square adds to what its error counts, the rest being the mean square
-            of its group; 0 for not at all with either.
+        importance: float32 [columns], not negative: what squared errors count. None where it is not known: then they
+            count with the size of the weight instead.
 
     Raises:
         ValueError: a weight is NaN or infinite.
 
     """
-    factors = _factors(importance, matrix.shape[1])
+    factors, emphasis = _factors(importance, matrix.shape[1]), importance is None
     wanted = [_wanted_scales(to_float32(block), factors, emphasis, depth, crew) for block in matrix.blocks()]
     codebook = log_spaced_codebook(wanted, float(max(scales.max() for scales in wanted)), LOWEST_QUANTILE)
     offset = np.float32(level_offset(depth))
@@ -57,7 +56,7 @@ def quantize_searched(
             weights = to_float32(block)
             levels = np.empty(weights.shape, np.uint8)
             indices = np.empty((len(weights), weights.shape[1] // GROUP_SIZE), np.uint8)
-            sums = crew.run(round_to_best, weights, factors, np.float32(emphasis), steps, offset, levels, indices)
+            sums = crew.run(round_to_best, weights, factors, emphasis, steps, offset, levels, indices)
             error, power = np.sum(sums, axis=0)
             yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
@@ -66,7 +65,7 @@ def quantize_searched(
 
 def searched_codebook(weights: np.ndarray, importance: np.ndarray, depth: int, crew: Crew) -> np.ndarray:
     """Return the 27 scales, float32, that `quantize_searched` would choose for float32 weights [rows, columns]."""
-    scales = _wanted_scales(weights, _factors(importance, weights.shape[1]), 0.0, depth, crew)
+    scales = _wanted_scales(weights, _factors(importance, weights.shape[1]), False, depth, crew)
     return log_spaced_codebook([scales], float(scales.max()), LOWEST_QUANTILE)
 
 
@@ -77,11 +76,11 @@ def _factors(importance: np.ndarray | None, columns: int) -> np.ndarray:
     return np.maximum(importance / np.float32(mean), np.float32(_LEAST_IMPORTANCE)).astype(np.float32, copy=False)
 
 
-def _wanted_scales(weights: np.ndarray, factors: np.ndarray, emphasis: float, depth: int, crew: Crew) -> np.ndarray:
+def _wanted_scales(weights: np.ndarray, factors: np.ndarray, emphasis: bool, depth: int, crew: Crew) -> np.ndarray:
     """Return each group's best scale, whatever the codebook: float32 [rows, columns / 16]."""
     if not np.isfinite(weights).all():
         raise ValueError("has a weight that is NaN or infinite")
     scales = np.zeros((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)
     fractions = _FRACTIONS_BY_DEPTH[depth]
-    crew.run(best_scales, weights, factors, np.float32(emphasis), fractions, np.float32(level_offset(depth)), scales)
+    crew.run(best_scales, weights, factors, emphasis, fractions, np.float32(level_offset(depth)), scales)
     return scales

@@ -4,6 +4,7 @@ v2          what the published codec does
 best        the best scale of all for every group, by the error of the weights
 imatrix     the same, by the error that the importance of each column makes of it
 calibrated  error feedback, with a text that goes through the model (`calibrated`)
+tuned       the same, and every block trained on the text (`tuning`)
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from tritgguf.errors import TritGgufError
 from tritgguf.matrix_rows import MatrixRows
 from tritgguf.quantized_matrix import QuantizedRows
 
-IMATRIX, CALIBRATED = "imatrix", "calibrated"
-NAMES = (*codec.ENCODERS, IMATRIX, CALIBRATED)
+IMATRIX, CALIBRATED, TUNED = "imatrix", "calibrated", "tuned"
+WITH_TEXT = (CALIBRATED, TUNED)
+NAMES = (*codec.ENCODERS, IMATRIX, *WITH_TEXT)
 
 
 class Encoder(Protocol):
@@ -54,8 +56,8 @@ def make_encoder(
         depths: GGUF name -> trits per weight of the matrices that it will be asked for, in the order of their blocks.
         crew: the threads to use.
         importance: for `imatrix`: GGUF name -> float32 [columns], the mean square of each input.
-        windows: for `calibrated`: token ids of the calibration text, in windows of equal length.
-        written: for `calibrated`: see `CalibratedEncoder`.
+        windows: for `calibrated` and `tuned`: token ids of the calibration text, in windows of equal length.
+        written: for these: see `CalibratedEncoder`.
 
     Raises:
         TritGgufError: importance or windows are missing or do not fit the encoder.
@@ -63,11 +65,11 @@ def make_encoder(
     """
     if (importance is None) == (name == IMATRIX):
         raise TritGgufError(f"encoder {IMATRIX} and an importance matrix go together; give --imatrix FILE")
-    if (windows is None) == (name == CALIBRATED):
+    if (windows is None) == (name in WITH_TEXT):
         raise TritGgufError(f"encoder {CALIBRATED} and a calibration text go together; give --encoder {CALIBRATED}")
-    if name == CALIBRATED:
+    if name in WITH_TEXT:
         assert windows is not None
-        return _WithText(source, depths, windows, crew, written)
+        return _WithText(source, depths, windows, crew, written, tunes=name == TUNED)
     return _MatrixByMatrix(name, importance or {}, crew)
 
 
@@ -96,11 +98,15 @@ class _WithText:
         windows: Sequence[Sequence[int]],
         crew: Crew,
         written: Callable[[str], np.ndarray | None],
+        *,
+        tunes: bool,
     ) -> None:
         from tritgguf.calibrated import CalibratedEncoder
+        from tritgguf.tuning import Tuning
 
         in_blocks = {name: depth for name, depth in depths.items() if quantized_tensor(name)}
-        self._calibrated = CalibratedEncoder(source, in_blocks, windows, crew, written=written)
+        tuning = Tuning() if tunes else None
+        self._calibrated = CalibratedEncoder(source, in_blocks, windows, crew, written=written, tuning=tuning)
         self._others = _MatrixByMatrix(codec.DEFAULT_ENCODER, {}, crew)
 
     def reads(self, name: str) -> bool:
