@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo test check fetch referee clean
+.PHONY: demo test check fetch referee fuzz clean
 
 demo: fetch
 	@mkdir -p build
@@ -28,6 +28,10 @@ fetch: .venv/stamp
 # Builds the part of llama.cpp that tests/test_against_llama_cpp.py asks; without it, those tests are skipped.
 referee: .venv/stamp
 	$(BIN)/python tools/llama_cpp_referee.py
+
+# Damaged input for a minute, always the same (docs/safety.md).
+fuzz: .venv/stamp
+	$(BIN)/python tools/fuzz.py --seconds 60 --seed 1
 
 # Removes what can be made again; the models in models/ stay.
 clean:

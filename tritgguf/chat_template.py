@@ -1,8 +1,8 @@
 """A chat to a prompt, with the Jinja template that the model's file carries.
 
-Two things are untrusted here. The template comes with the file, so it runs in Jinja's sandbox. And what a
-user types must not become control tokens: `<|im_end|>` in a message is text that talks about a token, not the
-end of a turn.
+Two things are untrusted here. The template comes with the file, so it runs in Jinja's sandbox, with bounds on time
+and memory (`template_limits`). And what a user types must not become control tokens: `<|im_end|>` in a
+message is text that talks about a token, not the end of a turn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, TypedDict
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tritgguf.errors import TritGgufError
+from tritgguf.template_limits import MOST_CHARACTERS, BoundedEnvironment, limited
 from tritgguf.tokenizer import Tokenizer
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -57,14 +57,22 @@ def render(
     it.
     """
     try:
-        return _compile(template).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt,
-        )
+        with limited():  # compiling too: Jinja computes constants then
+            text = _compile(template).render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                add_generation_prompt=add_generation_prompt,
+            )
+        if len(text) > MOST_CHARACTERS:
+            raise TemplateError(f"it makes a text of more than {MOST_CHARACTERS} characters")
+        return text
+    except MemoryError as error:
+        raise TritGgufError(
+            "the chat template takes too much memory; --raw gives the model your text as it is"
+        ) from error
     except Exception as error:  # a template is a program of somebody else: anything may come
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TritGgufError(f"the chat template fails ({reason}); --raw gives the model your text as it is") from error
@@ -72,8 +80,8 @@ def render(
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    environment = BoundedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -9,3 +9,7 @@ class TritGgufError(Exception):
     Its message is one line that names the file, the tensor where there is one, and the remedy.
     The command line prints it to stderr and exits with code 1.
     """
+
+    def __init__(self, message: str) -> None:
+        """Take the message, in one line: names and values of a damaged file, which it quotes, may hold line ends."""
+        super().__init__(" ".join(message.splitlines()))

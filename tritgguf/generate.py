@@ -187,7 +187,10 @@ def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
         raise TritGgufError(f"{model.path} has no chat template, it may be a base model; continue a text with --raw")
     from tritgguf.chat_template import encode_chat
 
-    return encode_chat(model.tokenizer, model.chat_template, messages)
+    try:
+        return encode_chat(model.tokenizer, model.chat_template, messages)
+    except TritGgufError as error:
+        raise TritGgufError(f"{model.path}: {error}") from error
 
 
 class TextStream:

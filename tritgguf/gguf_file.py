@@ -155,11 +155,10 @@ class GgufFile:
             raise TritGgufError(
                 f"{self.path}: tensor {name} has no codebook of 27 entries ({key}); convert the model again"
             )
-        try:
-            codebook = np.array(values, dtype=np.float32)
-        except (TypeError, ValueError):
-            codebook = np.full(trit_types.CODEBOOK_SIZE, np.nan, np.float32)
-        if codebook.ndim != 1 or not np.isfinite(codebook).all() or (codebook < 0).any():
+        is_numbers = all(type(value) in (int, float) for value in values)
+        with np.errstate(over="ignore"):
+            codebook = np.array(values if is_numbers else np.nan, dtype=np.float32)
+        if not is_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
             raise TritGgufError(
                 f"{self.path}: tensor {name} has a codebook that is no list of scales; convert the model again"
             )

@@ -34,6 +34,7 @@ _MAX_COUNT = 1 << 31
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; TritGgufError when there is no such file or no object in it."""
+    check_inside(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -45,6 +46,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TritGgufError(f"{path}: holds no JSON object; fetch the file again")
     return value
+
+
+def check_inside(path: Path) -> None:
+    """Raise TritGgufError when a file of a folder is a link to somewhere else, which no model's folder needs.
+
+    The hub's cache is the exception: what its folders `snapshots/COMMIT` show lies in `blobs` beside `snapshots`.
+    """
+    if not path.is_symlink():
+        return
+    folder, target = path.parent.resolve(), path.resolve()
+    in_hub_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    if not in_hub_cache and not target.is_relative_to(folder):
+        raise TritGgufError(f"{path}: is a link to {target}, outside of its folder; copy the file here if you trust it")
 
 
 def is_unicode(text: str) -> bool:
@@ -205,6 +219,7 @@ def _list_shards(folder: Path) -> list[str]:
 def _open_shard(path: Path) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
+    check_inside(path)
     if not path.is_file():
         raise TritGgufError(f"{path}: this shard is missing; fetch it")
     try:

@@ -6,7 +6,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
@@ -33,6 +34,17 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_TOKENS = 1 << 31
 _MAX_CHARACTER_BYTES = 4
 _CONTEXT_TOKENS = 8
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what the `tokenizers` library raises into a TritGgufError: bare exceptions, and panics of its Rust core."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TritGgufError(f"{what} ({error}); fetch the original or convert the model again") from error
 
 
 class Tokenizer:
@@ -65,12 +77,8 @@ class Tokenizer:
             raise TritGgufError(
                 f"{self._name} carries no tokenizer ({KEY_HUGGINGFACE}); write it with `tritgguf convert`"
             )
-        try:
+        with refused(f"{self._name}: the tokenizer cannot be read"):
             return tokenizers.Tokenizer.from_str(serialized)
-        except Exception as error:  # the library raises bare Exception
-            raise TritGgufError(
-                f"{self._name}: the tokenizer cannot be read ({error}); convert the model again"
-            ) from error
 
     def _token_id(self, metadata: Mapping[str, Any], kind: str) -> int | None:
         token = metadata.get(f"tokenizer.ggml.{kind}_token_id")
@@ -102,7 +110,8 @@ class Tokenizer:
         if not text.isascii():
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         self._tokenizer.encode_special_tokens = not parse_special
-        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with refused(f"{self._name}: the tokenizer cannot read this text"):
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         return self.with_bos(tokens) if add_special else tokens
 
     def with_bos(self, tokens: list[int]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 from gguf import TokenType
 
 from tritgguf.errors import TritGgufError
+from tritgguf.tokenizer import refused
 
 SPACE_SIGN = "\u2581"  # what SentencePiece writes for a space
 
@@ -236,7 +237,5 @@ def check_loads(text: str, where: str) -> None:
     """Raise TritGgufError unless the `tokenizers` library, which `run` uses, accepts a tokenizer.json."""
     from tokenizers import Tokenizer
 
-    try:
+    with refused(f"{where}: makes no valid tokenizer"):
         Tokenizer.from_str(text)
-    except Exception as error:  # the bindings raise bare Exception
-        raise TritGgufError(f"{where}: makes no valid tokenizer ({error})") from error

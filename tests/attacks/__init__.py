@@ -1,0 +1,1 @@
+"""One small generator for each rule of docs/safety.md that a file can break."""

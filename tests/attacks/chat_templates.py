@@ -1,0 +1,39 @@
+"""Chat templates that do not end, want all memory, or reach for the interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attacks.attack import Attack
+from tiny_models import edit_json, write_tiny_model
+
+from tritgguf.convert import convert
+
+
+def _template(name: str, template: str, *says: str) -> Attack:
+    """Return an attack on `run` by a file that carries a template."""
+
+    def build(folder: Path) -> list[str]:
+        source = write_tiny_model(folder / "model")
+        edit_json(source / "tokenizer_config.json", chat_template=template)
+        convert(source, folder / "evil.gguf", depth=1)
+        return ["run", str(folder / "evil.gguf"), "-p", "hello", "-n", "1"]
+
+    return Attack(name, build, ("evil.gguf", "chat template", *says, "--raw"))
+
+
+_GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+
+ATTACKS = [
+    _template("loops in loops", 3 * "{% for a in range(9999) %}" + 3 * "{% endfor %}", "seconds"),
+    _template("a macro that calls itself", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    _template("a text of a thousand million letters", "{{ 'a' * 1000000000 }}", "memory"),
+    _template("a text that doubles sixty times", _GROW, "memory"),
+    _template("a width of a thousand million", "{{ '%1000000000d' % 1 }}", "memory"),
+    _template("a number of a hundred million digits", "{{ 7 ** (7 ** 9) }}", "too large"),
+    _template("a range beyond the sandbox's", "{% for a in range(10**9) %}{% endfor %}", "ange"),
+    _template("the classes of the interpreter", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    _template("the globals of a function", "{{ cycler.__init__.__globals__.os.system('id') }}", "unsafe"),
+    _template("a change of what it is given", "{{ messages.append(1) }}", "unsafe"),
+    _template("a template that is no template", "{% for", "end of template"),
+]

@@ -1,0 +1,50 @@
+"""Trit tensors that no encoder writes."""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+
+from attacks.attack import Attack
+from gguf_bytes import FLOAT32, STRING, array, floats, string, trit_bytes
+
+_AGAIN = "convert the model again"
+
+
+def _codebook(name: str, codebook: bytes) -> Attack:
+    def build(folder: Path) -> list[str]:
+        return ["check", str(trit_bytes(2, codebook).write(folder / "evil.gguf"))]
+
+    return Attack(name, build, ("evil.gguf", "tensor w", "codebook", _AGAIN))
+
+
+def _version(version: int) -> Attack:
+    def build(folder: Path) -> list[str]:
+        parts = trit_bytes()
+        parts.keys[1] = parts.keys[1][:-4] + struct.pack("<I", version)
+        return ["inspect", str(parts.write(folder / "evil.gguf"))]
+
+    return Attack(f"version {version} of the format", build, ("evil.gguf", f"version {version}", "newer tritgguf"))
+
+
+def _word(folder: Path) -> list[str]:
+    """Write a word whose product with 3**10 leaves the largest remainder: it is no code's (docs/format.md)."""
+    parts = trit_bytes()
+    word = pow(3**10, -1, 1 << 16) * 0xFFFF % (1 << 16)
+    parts.data = struct.pack("<H", word) + parts.data[2:]
+    return ["check", str(parts.write(folder / "evil.gguf"))]
+
+
+ATTACKS = [
+    _codebook("a codebook of 26 scales", floats([1.0] * 26)),
+    _codebook("a codebook of 28 scales", floats([1.0] * 28)),
+    _codebook("a scale that is no number", floats([1.0] * 26 + [math.nan])),
+    _codebook("a scale that is infinite", floats([math.inf] * 27)),
+    _codebook("a scale below zero", floats([-1.0] * 27)),
+    _codebook("a codebook of texts", array(STRING, [string("1")] * 27)),
+    _codebook("a codebook of nothing", array(FLOAT32, [])),
+    _version(0),
+    _version(2),
+    Attack("a word that no encoder writes", _word, ("evil.gguf", "tensor w", "again")),
+]
