@@ -9,12 +9,31 @@ import numpy as np
 from cpu_kernels.attention import Cache, make_scratch, padded_dimension
 from cpu_kernels.attention_tile import PANEL
 from tritgguf.errors import TritGgufError
+from tritgguf.memory import machine_memory_bytes
 from tritgguf.model_config import ModelConfig
 
 # As llama.cpp names them. Kernels take float16 as its bits.
 CACHE_TYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
 DEFAULT_CACHE_TYPE = "f16"
 _FIRST_CAPACITY = 256
+
+
+def cache_bytes(config: ModelConfig, tokens: int, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
+    """Return how much memory keys, values and rotations of so many tokens take, in bytes."""
+    sizes, places = config.dimensions, -(-tokens // PANEL) * PANEL
+    of_head = padded_dimension(sizes.head_dim) * CACHE_TYPES[cache_type].itemsize
+    rotations = len(config.rotations) * sizes.head_dim * np.dtype(np.float32).itemsize
+    return places * (2 * sizes.layers * sizes.kv_heads * of_head + rotations)
+
+
+def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
+    """Raise TritGgufError when a full cache of this context needs more memory than the machine has free."""
+    memory, needed = machine_memory_bytes(), cache_bytes(config, context, cache_type)
+    if memory is not None and needed > memory[1]:
+        raise TritGgufError(
+            f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
+            " use a smaller one (-c)"
+        )
 
 
 class KeyValueCache:

@@ -10,7 +10,9 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +25,8 @@ from tritgguf.cli_options import CacheType, InstructionSet, Json, PrefillBits, T
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from tritgguf.check import CheckReport
     from tritgguf.generate import LoadedModel
     from tritgguf.sampling import SamplingOptions
@@ -35,6 +39,16 @@ app = typer.Typer(
 )
 
 
+def _unwind_when_terminated() -> None:
+    """Let SIGTERM end a command as Ctrl-C does: what can be continued stays, and nothing is half written."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 after an error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
@@ -42,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a model's text may not fit the terminal's encoding
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
     try:
+        _unwind_when_terminated()
         command = typer.main.get_command(app)
         code = command.main(args=arguments, prog_name="tritgguf", standalone_mode=False)
         sys.stdout.flush()

@@ -8,7 +8,7 @@ import numpy as np
 
 from cpu_kernels.crew import CompilingCrew, Crew, announcing_compilation
 from cpu_kernels.instruction_set import choose
-from tritgguf.cache import DEFAULT_CACHE_TYPE, KeyValueCache
+from tritgguf.cache import CACHE_TYPES, DEFAULT_CACHE_TYPE, KeyValueCache, check_cache_fits
 from tritgguf.decoder import Decoder
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
@@ -61,6 +61,8 @@ class Model:
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
         cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
+        if context is not None and cache_type in CACHE_TYPES:
+            check_cache_fits(self.config, context, cache_type, str(file.path))
         self._cache = KeyValueCache(self.config, self.context, self.crew.threads, cache_type)
         self._prefill = Prefill(self.config, self._weights, self.crew, bits=16 if exact else prefill_bits, exact=exact)
         self._decoder = Decoder(self.config, self._weights, self.crew)
