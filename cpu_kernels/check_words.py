@@ -17,12 +17,14 @@ from cpu_kernels.simd import I16, I32, I64, Vectors, vector
 
 _CODES = np.uint16(3**10)
 _BYTES_AT_ONCE = 1024
-# By depth: the radix of the digit that is zero, and in which words: the odd ones, or the last one of each block.
-_ZERO_RADIX = np.array([0, 3, 0, 729, 9], np.uint16)
-# A multiple of 3, and no other number, is at most a third of 65535 when it is multiplied with 3's inverse mod 65536.
-_THIRD, _THIRD_OF_ALL = np.uint16(43691), np.uint16(21845)
-_WORDS_PER_BLOCK = np.array([1, *(WORDS_PER_BLOCK[depth] for depth in (1, 2, 3, 4))])
+# By depth: the radix of the digit that is zero, or 1 for none, and in which words: the odd ones, or each block's last.
+_ZERO_RADIX = [1, 3, 1, 729, 9]
 _IN_ODD_WORDS = np.array([False, True, False, False, False])
+_WORDS_PER_BLOCK = np.array([1, *(WORDS_PER_BLOCK[depth] for depth in (1, 2, 3, 4))])
+# Multiplied with the inverse of an odd radix, modulo 65536, its multiples give the numbers up to 65535 / radix and no
+# others do. So every test is an upper bound, and of a row only the largest products are needed.
+_INVERSE = np.array([pow(radix, -1, 1 << 16) for radix in _ZERO_RADIX], np.uint16)
+_LARGEST_MULTIPLE = np.array([65535 // radix for radix in _ZERO_RADIX], np.uint16)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -32,21 +34,20 @@ def first_damaged_row(rows, depth):
     rows: uint16 [rows, words], depth: 1 to 4.
     """
     words = rows.shape[1]
-    radix = _ZERO_RADIX[depth]
-    tail = words if not radix or _IN_ODD_WORDS[depth] else words - words // _WORDS_PER_BLOCK[depth]
+    inverse, in_odd_words = _INVERSE[depth], _IN_ODD_WORDS[depth]
+    last_words = 0 if in_odd_words or inverse == 1 else words // _WORDS_PER_BLOCK[depth]
     for row in range(len(rows)):
-        wrong = np.uint16(0)
+        remainder = multiple = np.uint16(0)
         for k in range(words):
-            wrong |= np.uint16(np.uint16(rows[row, k] * _CODES) >= _CODES)
-        if _IN_ODD_WORDS[depth]:
-            for k in range(words // 2 * 2):
-                product = np.uint32(rows[row, k]) * np.uint32(_CODES)
-                is_multiple = np.uint16(np.uint16(product >> np.uint32(16)) * _THIRD) <= _THIRD_OF_ALL
-                wrong |= np.uint16(k & 1) & np.uint16(not is_multiple)
-        for k in range(tail, words):
+            remainder = max(remainder, np.uint16(rows[row, k] * _CODES))
+        if in_odd_words:
+            for k in range(words):
+                code = (np.uint32(rows[row, k]) * np.uint32(_CODES)) >> np.uint32(16)
+                multiple = max(multiple, np.uint16(np.uint16(code) * inverse * np.uint16(k & 1)))
+        for k in range(words - last_words, words):
             code = (np.uint32(rows[row, k]) * np.uint32(_CODES)) >> np.uint32(16)
-            wrong |= np.uint16(code % np.uint32(radix) != 0)
-        if wrong:
+            multiple = max(multiple, np.uint16(np.uint16(code) * inverse))
+        if remainder >= _CODES or multiple > _LARGEST_MULTIPLE[depth]:
             return row
     return -1
 
