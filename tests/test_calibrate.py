@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +34,10 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 200
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-tied"])
-def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str) -> None:
+def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are exact; in bfloat16 they are this near to one another, and no further."""
+    fast = summed_squares(open_source(str(write_tiny_model(tmp_path / "model", variant))), WINDOWS)
+    monkeypatch.setattr("tritgguf.calibrate.fast_products", contextlib.nullcontext)
     source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
     found = summed_squares(source, WINDOWS)
     model = ReferenceModel.open(source)
@@ -50,6 +56,7 @@ def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str) -> None
         model.logits(window)
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+        np.testing.assert_allclose(fast[name], expected[name], rtol=0.05)
 
 
 def test_the_file_is_an_importance_matrix(tmp_path: Path) -> None:
@@ -132,3 +139,48 @@ def test_convert_calibrated_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixt
     assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
     assert cli.main(["convert", source, out, "--overwrite", "--self", *text]) == 1
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_how_much_text_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    monkeypatch.setattr("tritgguf.calibration_text.DEFAULT_TOKENS", 1024)
+    monkeypatch.setattr("tritgguf.calibration_text.DEFAULT_OWN_TOKENS", 512)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400, "utf-8")
+    taken = [
+        sum(map(len, calibration_windows(source, text, tokens)[0]))
+        for text, tokens in ((tmp_path / "text.txt", None), (tmp_path / "text.txt", 256), (None, None), (None, 256))
+    ]
+    assert taken == [1024, 256, 512, 256]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "encoder"),
+    [
+        (["--tune"], "tuned"),
+        (["--tune", "--encoder", "calibrated"], "tuned"),
+        (["--encoder", "tuned"], "tuned"),
+        (["--tune", "--encoder", "recover+calibrated"], "recover+tuned"),
+        (["--encoder", "calibrated"], "calibrated"),
+    ],
+)
+def test_the_option_tune_names_an_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], encoder: str
+) -> None:
+    source, text = write_tiny_model(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100, "utf-8")
+    seen: list[tuple[str, int]] = []
+
+    def convert(source: str, output: Path, **options: Any) -> None:
+        seen.append((options["encoder"], len(options["windows"])))
+        raise TritGgufError("enough")
+
+    monkeypatch.setattr(importlib.import_module("tritgguf.convert"), "convert", convert)
+    assert cli.main(["convert", str(source), str(tmp_path / "out.gguf"), "--text", str(text), *arguments]) == 1
+    assert seen[0][0] == encoder
+    assert seen[0][1] > 1
+
+
+def test_tuning_needs_an_encoder_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    assert cli.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune", "--encoder", "v2"]) == 1
+    assert "--tune trains on a text, which the encoder v2 does not take" in " ".join(capsys.readouterr().err.split())

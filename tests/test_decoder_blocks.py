@@ -10,7 +10,7 @@ import torch
 from tiny_models import VARIANTS, write_tiny_model
 
 from tritgguf.checkpoint import open_source
-from tritgguf.decoder_blocks import DecoderBlocks
+from tritgguf.decoder_blocks import DecoderBlocks, fast_products
 from tritgguf.export import export
 from tritgguf.reference_model import ReferenceModel
 
@@ -104,3 +104,11 @@ def test_a_closed_block_takes_no_memory(tmp_path: Path) -> None:
         assert all(parameter.device.type == "cpu" for parameter in block.matrices.values())
     assert all(parameter.is_meta for layer in blocks._layers for parameter in layer.parameters())
     assert all(parameter.is_meta for parameter in blocks._module.parameters())
+
+
+def test_fast_products_last_as_long_as_they_are_asked_for() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), fast_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
