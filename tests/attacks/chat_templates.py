@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attacks.attack import Attack
 from tiny_models import edit_json, write_tiny_model
 
+from attacks.attack import Attack
 from tritgguf.convert import convert
 
 
