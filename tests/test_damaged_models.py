@@ -148,8 +148,10 @@ def test_missing_keys_with_defaults(tiny_trit_file: Files, tmp_path: Path) -> No
     np.testing.assert_array_equal(Model(changed, context=8).forward([1]), Model(file, context=8).forward([1]))
 
 
-def test_rope_scaling_that_cannot_be_run(tiny_trit_file: Files) -> None:
-    refused(tiny_trit_file("yarn-rope"), "rope scaling yarn cannot be run")
+def test_rope_scaling_that_cannot_be_run(tiny_trit_file: Files, tmp_path: Path) -> None:
+    scaling = {"llama.rope.scaling.type": GGUFValue("longrope", GGUFValueType.STRING)}
+    file = rewritten(tiny_trit_file("linear-rope"), tmp_path / "bad.gguf", metadata=scaling)
+    refused(file, "rope scaling longrope cannot be run")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])

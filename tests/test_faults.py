@@ -28,6 +28,8 @@ Files = Callable[..., GgufFile]
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tritgguf", *arguments]
+    # Where the tests run in the background, Ctrl-C may be ignored, which a child would inherit.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
 

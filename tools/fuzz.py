@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +36,10 @@ TARGETS = (
     "gguf-header", "gguf-file", "command", "safetensors", "config", "tokenizer", "chat-template", "trit-rows",
 )  # fmt: skip
 _MOST_FINDINGS = 20
-_PROGRESS = struct.Struct("<qd")  # cases begun, and when the last one was
+_MOST_SECONDS_TO_START = 300.0
+Target = Callable[[random.Random], object]
+Make = Callable[[], Target]
+_PROGRESS = struct.Struct("qd")  # cases begun, and when the last one was; native, so that no number is half written
 
 
 @dataclass
@@ -47,19 +52,22 @@ class Result:
     findings: list[str] = field(default_factory=list)
 
 
-def fuzz(run: object, result: Result, *, seed: int, first: int, cases: int, seconds: float) -> None:
-    """Run cases of a target, `run(chance)`, from number `first` on until there are enough, into `result`."""
+def fuzz(make: Make, result: Result, *, seed: int, first: int, cases: int, seconds: float) -> None:
+    """Run cases of a target from number `first` on until there are enough, into `result`.
+
+    `make` returns the target in the child process: threads that the parent had would be missing there.
+    """
     started = time.perf_counter()
     number = first
     while number < first + cases and time.perf_counter() - started < seconds:
         left = seconds - (time.perf_counter() - started)
-        number = _child(run, result, seed=seed, first=number, last=first + cases, seconds=left)
+        number = _child(make, result, seed=seed, first=number, last=first + cases, seconds=left)
         if len(result.findings) >= _MOST_FINDINGS:
             break
     result.cases, result.seconds = number - first, time.perf_counter() - started
 
 
-def _child(run: object, result: Result, *, seed: int, first: int, last: int, seconds: float) -> int:
+def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seconds: float) -> int:
     """Run cases in a child process until it ends; return the number of the next case."""
     shared = mmap.mmap(-1, mmap.PAGESIZE)
     _PROGRESS.pack_into(shared, 0, first - 1, time.monotonic())
@@ -69,7 +77,7 @@ def _child(run: object, result: Result, *, seed: int, first: int, last: int, sec
         os.close(reports_out)
         code = 1
         try:
-            _run_cases(run, result.target, shared, reports_in, seed, first, last, time.monotonic() + seconds)
+            _run_cases(make, result.target, shared, reports_in, seed, first, last, seconds)
             code = 0
         finally:
             os._exit(code)
@@ -81,7 +89,7 @@ def _child(run: object, result: Result, *, seed: int, first: int, last: int, sec
         number, begun = _PROGRESS.unpack_from(shared, 0)
         if ended:
             status = code
-        elif number >= first and time.monotonic() - begun > MOST_SECONDS_PER_CASE:
+        elif time.monotonic() - begun > (MOST_SECONDS_PER_CASE if number >= first else _MOST_SECONDS_TO_START):
             os.kill(child, signal.SIGKILL)
             hung = True
             os.waitpid(child, 0)
@@ -100,11 +108,12 @@ def _child(run: object, result: Result, *, seed: int, first: int, last: int, sec
 
 
 def _run_cases(
-    run: object, target: str, shared: mmap.mmap, reports: int, seed: int, first: int, last: int, deadline: float
+    make: Make, target: str, shared: mmap.mmap, reports: int, seed: int, first: int, last: int, seconds: float
 ) -> None:
     """Run cases one after the other, each with a random generator of its own; write findings down."""
     faulthandler.enable()
-    assert callable(run)
+    run = make()
+    deadline = time.monotonic() + seconds
     for number in range(first, last):
         now = time.monotonic()
         if now > deadline:
@@ -133,13 +142,16 @@ def main(
     names = [target] if target else list(TARGETS)
     results = []
     with tempfile.TemporaryDirectory(prefix="tritgguf-fuzz-", dir=_fast_folder()) as folder:
-        from fuzz_targets import Targets
 
-        targets = Targets(Path(folder))
+        def make(name: str) -> Target:
+            from fuzz_targets import Targets
+
+            return Targets(Path(folder)).by_name[name]
+
         for name in names:
             result = Result(name)
             share = seconds / len(names) if cases is None else float("inf")
-            fuzz(targets.by_name[name], result, seed=seed, first=first, cases=cases or sys.maxsize // 2, seconds=share)
+            fuzz(partial(make, name), result, seed=seed, first=first, cases=cases or sys.maxsize // 2, seconds=share)
             results.append(result)
             console.note(f"{name}: {result.cases} cases in {result.seconds:.0f} s, {len(result.findings)} findings")
     for result in results:

@@ -37,6 +37,7 @@ from tritgguf.model_config import ModelConfig
 from tritgguf.tokenizer import Tokenizer
 from tritgguf.trit_types import codebook_key, row_bytes
 
+_OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
 Target = Callable[[random.Random], None]
 _HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
 
@@ -51,12 +52,14 @@ class Targets:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.source = families.write_random_family(folder / "model", "qwen3")
-        convert(self.source, folder / "sound.gguf", depth=2, threads=1)
+        self.source = folder / "model"
+        if not (folder / "sound.gguf").exists():
+            families.write_random_family(self.source, "qwen3")
+            convert(self.source, folder / "sound.gguf", depth=2, threads=1)
         self._file = mark_gguf(str(folder / "sound.gguf"))
         self._header = _short_header(folder)
         self._damaged = folder / "damaged.gguf"
-        _compile_kernels(folder / "sound.gguf")
+        self._compile_kernels()
         self.by_name: dict[str, Target] = {
             "gguf-header": self.gguf_header,
             "gguf-file": self.gguf_file,
@@ -67,6 +70,13 @@ class Targets:
             "chat-template": self.chat_template,
             "trit-rows": self.trit_rows,
         }
+
+    def _compile_kernels(self) -> None:
+        """Compile what the targets run, or load it from the cache: a case has ten seconds."""
+        for command in self._commands(self.folder / "sound.gguf"):
+            self._call(command)
+        for number in range(40):
+            self.trit_rows(random.Random(number))
 
     def gguf_header(self, chance: random.Random) -> None:
         """Open a file whose short header is damaged, and look at every key and tensor."""
@@ -101,22 +111,26 @@ class Targets:
 
     def command(self, chance: random.Random) -> None:
         """Give a damaged file to a command as a user would."""
-        path = str(self._damaged)
         self._damaged.write_bytes(mutate_bytes(self._file, chance))
-        arguments = chance.choice(
-            (
-                ["inspect", path],
-                ["check", path, "-t", "1"],
-                ["run", path, "--raw", "-p", "a", "-n", "1", "-c", "8", "-t", "1", "--temp", "0"],
-                ["convert", path, str(self.folder / "out.gguf"), "--depth", "1", "-t", "1"],
-            )
+        self._call(chance.choice(self._commands(self._damaged)))
+
+    def _commands(self, file: Path) -> tuple[list[str], ...]:
+        path, out = str(file), str(self.folder / "out.gguf")
+        return (
+            ["inspect", path],
+            ["check", path, "-t", "1"],
+            ["run", path, "--raw", "-p", "a", "-n", "1", "-c", "8", "-t", "1", "--temp", "0"],
+            ["convert", path, out, "--depth", "1", "-t", "1", "--overwrite"],
         )
+
+    def _call(self, arguments: list[str]) -> None:
+        """Run a command in this process and look at what it says, returns and leaves behind."""
+        for name in _OUTPUTS:
+            (self.folder / name).unlink(missing_ok=True)  # of a case that did not come to its end
         printed, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             code = cli.main(arguments)
-        left = [name for name in ("out.gguf", "out.gguf.part") if (self.folder / name).exists()]
-        for name in (*left, "out.gguf.part.journal"):
-            (self.folder / name).unlink(missing_ok=True)
+        left = [name for name in _OUTPUTS if (self.folder / name).exists()]
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
         if code not in (0, 1) or (code == 1) != (len(lines) == 1):
             raise FindingError(f"{arguments[0]}: exit code {code}, stderr {errors.getvalue()[-300:]!r}")
@@ -228,15 +242,6 @@ def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
         yield placed
     finally:
         libc.mprotect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def _compile_kernels(sound: Path) -> None:
-    """Compile what the targets run, or load it from the cache: a case has ten seconds."""
-    model = Model(GgufFile(sound), context=4, threads=1)
-    model.compile(lambda: None)
-    model.forward([1, 2])
-    model.forward([3])
-    check(sound, threads=1)
 
 
 def _short_header(folder: Path) -> MarkedBytes:
