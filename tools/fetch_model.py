@@ -214,9 +214,11 @@ def pip_download(wheel: Wheel, folder: Path, advance: Advance) -> None:
 
 def _bytes_of_largest_wheel(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*.whl"):
-        with suppress(OSError):  # pip has moved it meanwhile
-            sizes.append(path.stat().st_size)
+    for parent, _, names in os.walk(folder):  # which passes over a folder that pip removes meanwhile
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):  # pip has moved it meanwhile
+                    sizes.append(os.stat(os.path.join(parent, name)).st_size)
     return max(sizes)
 
 
