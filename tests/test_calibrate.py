@@ -17,6 +17,7 @@ from tritgguf import cli
 from tritgguf.architectures import hf_tensor_name, quantized_tensor
 from tritgguf.calibrate import calibrate, summed_squares
 from tritgguf.calibration_text import (
+    KeptText,
     calibration_windows,
     window_length,
     windows_of_own_text,
@@ -104,6 +105,45 @@ def test_own_text(tmp_path: Path) -> None:
     assert windows[0] != windows[1]
 
 
+def test_own_text_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    length = window_length(source)
+    whole = windows_of_own_text(source, 3 * length, seed=5)
+    out, log = tmp_path / "out.gguf", tmp_path / "out.gguf.part.text"
+
+    def written(tokens: int, *, resume: bool, stop: int | None = None, seed: int = 5) -> tuple[list[list[int]], int]:
+        """Write a text, interrupted after some tokens; return it and how many tokens were not taken over."""
+        steps: list[int] = []
+
+        def progress(done: int, total: int) -> None:
+            steps.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with KeptText(out, resume=resume) as kept:
+            return windows_of_own_text(source, tokens, seed=seed, kept=kept, progress=progress), len(steps)
+
+    with pytest.raises(KeyboardInterrupt):
+        written(3 * length, resume=False, stop=2 * length + 1)
+    interrupted = log.read_bytes()
+    assert interrupted.count(b"\n") == 3  # the job and two windows
+    for other in ({"tokens": 3 * length, "seed": 6}, {"tokens": 2 * length, "seed": 5}):
+        log.write_bytes(interrupted)
+        Path(f"{out}.part").touch()  # so that the text stays
+        with pytest.raises(TritGgufError, match=r"out\.gguf\.part\.text: the journal is of another conversion"):
+            written(**other, resume=True)
+    for damaged in (b"[1, 2]\n", b'"text"\n', json.dumps([1 << 40] * length).encode() + b"\n", b"[\n"):
+        log.write_bytes(interrupted + damaged)
+        with pytest.raises(TritGgufError, match=r"text: the journal is damaged; start over without --resume"):
+            written(3 * length, resume=True)
+    log.write_bytes(interrupted + b"[1, 2")  # a torn line
+    assert written(3 * length, resume=True) == (whole, length)
+    assert log.exists()
+    Path(f"{out}.part").unlink()
+    assert written(3 * length, resume=True) == (whole, 0)
+    assert not log.exists()
+
+
 def test_text_files(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     with pytest.raises(TritGgufError, match=r"absent.txt: .*; give a text file"):
@@ -139,6 +179,17 @@ def test_convert_calibrated_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixt
     assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
     assert cli.main(["convert", source, out, "--overwrite", "--self", *text]) == 1
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_convert_calibrated_on_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(write_tiny_model(tmp_path / "model")), str(tmp_path / "out.gguf")
+    arguments = ["convert", source, out, "--encoder", "calibrated", "--self", "--tokens", "64"]
+    assert cli.main(arguments) == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out.gguf"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tritgguf.calibration_text.windows_of_own_text", None)  # an hour of writing for nothing
+        assert cli.main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_how_much_text_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

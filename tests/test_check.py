@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,27 @@ def test_any_changed_byte_of_a_tensor_is_found(
     target = tmp_path_factory.mktemp("bad") / "bad.gguf"
     with pytest.raises(TritGgufError, match=rf"bad.gguf: tensor {info.name}.*; the file is damaged, fetch or convert"):
         check(changed(whole, target, info.offset + offset, bytes([new])))
+
+
+def test_a_file_that_shrinks_while_it_is_checked(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "out.gguf"
+    file.write_bytes(whole.read_bytes())
+    last = max(GgufFile(file).tensors.values(), key=lambda info: info.offset)
+
+    def shrink(opened: GgufFile, name: str) -> None:
+        os.truncate(file, last.offset + 1)
+
+    monkeypatch.setattr("tritgguf.check._check_codebook", shrink)
+    with pytest.raises(TritGgufError, match=rf"out.gguf: ends inside tensor {last.name}; the file is damaged"):
+        check(file, threads=1)
+
+
+def test_a_file_that_vanishes_while_it_is_checked(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "out.gguf"
+    file.write_bytes(whole.read_bytes())
+    monkeypatch.setattr("tritgguf.check._check_codebook", lambda *_: file.unlink(missing_ok=True))
+    with pytest.raises(TritGgufError, match=r"out.gguf: tensor .* cannot be read \(No such file"):
+        check(file)
 
 
 def test_a_codebook_out_of_order(tmp_path: Path, whole: Path) -> None:

@@ -109,7 +109,7 @@ def test_damaged_journals(tmp_path: Path) -> None:
     source, out = write_tiny_model(tmp_path / "model"), tmp_path / "out.gguf"
     convert(source, tmp_path / "whole.gguf")
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, progress=interrupt_after(LAST[3]))
+        convert(source, out, progress=interrupt_after(LAST[2]))
     part, journal = Path(f"{out}.part"), Path(f"{out}.part.journal")
     content, lines = part.read_bytes(), journal.read_text().splitlines(keepends=True)
     for bad in ("{}\n", '"text"\n', "[1]\n", "{\n", json.dumps({**json.loads(lines[1]), "extra": 1}) + "\n"):
@@ -125,6 +125,10 @@ def test_damaged_journals(tmp_path: Path) -> None:
         convert(source, out, resume=True)
     part.write_bytes(content)
     journal.write_text("".join(lines) + '{"name": "torn')  # the last line was being written
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, resume=True, progress=interrupt_after(LAST[3]))
+    assert journal.read_text().startswith("".join(lines))
+    assert len(journal.read_text().splitlines()) > len(lines)
     convert(source, out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 

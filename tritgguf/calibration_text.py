@@ -1,14 +1,15 @@
 """The text that a model is calibrated on, as windows of tokens: a user's, or what the model itself writes.
 
 Text of its own costs nobody a data set and looks like what the model will be used for: it is drawn from the model's
-own distribution. Each text starts with a token drawn from the whole vocabulary, because from the same start a model
-says much the same. (The first token at random and the rest sampled is what LLM-QAT found best, Liu et al., 2023.)
+own distribution, at temperature 1. (That sampling does better than taking the likeliest token is from LLM-QAT, Liu et
+al., 2023.) From one start a model says much the same, so each text starts with one of many openings, of prose,
+documentation, code, tables and dialogues; a token at random, as in that paper, does worse (`docs/quality.md`).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from tritgguf.convert import convert
 from tritgguf.errors import TritGgufError
+from tritgguf.journal import JobLog
 from tritgguf.sampling import Sampler, SamplingOptions
 from tritgguf.tokenizer import Tokenizer
 
@@ -27,7 +29,13 @@ WINDOW_TOKENS = 512
 DEFAULT_TOKENS = 128 * WINDOW_TOKENS
 DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which a model has to write one after the other
 _WRITING_DEPTH = 4
-_DRAWS = 10_000
+_OPENINGS = (
+    *("The ", "In ", '"', "Once upon a time", "Dear ", "To whom it may concern", "Chapter 1\n\n", "For example, "),
+    *("Abstract\n\n", "Theorem", "Let ", "How to ", "What is ", "Question: ", "Answer: ", "User: ", "A: "),
+    *("# ", "## Installation\n\n", "Usage: ", "Features\n\n", "Changelog\n\n", "Note that ", "License"),
+    *("1. ", "- ", "| ", "Ingredients:\n", "<html>", '{"', "SELECT ", "#include <", "function "),
+    *("def ", "import ", "class ", '"""', "Returns ", "This module ", "Parameters\n"),
+)
 
 Progress = Callable[[int, int], None]
 """Called with the tokens that are written and those wanted."""
@@ -40,16 +48,17 @@ def calibration_windows(
     *,
     seed: int = 0,
     threads: int | None = None,
+    kept: KeptText | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[list[int]], str]:
     """Return the windows of a text file, or of the model's own text, and a few words on where they come from.
 
-    `tokens` None is for `DEFAULT_TOKENS` or `DEFAULT_OWN_TOKENS`.
+    `tokens` None is for `DEFAULT_TOKENS` or `DEFAULT_OWN_TOKENS`; the rest is as in `windows_of_own_text`.
     Raises TritGgufError for a file that cannot be read or is too short.
     """
     if text is None:
         wanted = tokens or DEFAULT_OWN_TOKENS
-        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, progress=progress)
+        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, kept=kept, progress=progress)
         return windows, f"own text, seed {seed}"
     try:
         content = text.read_text("utf-8", errors="replace")
@@ -68,7 +77,7 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
     is shorter; TritGgufError when it does not fill one window.
     """
     tokenizer = _tokenizer(source)
-    ids = tokenizer.encode(text, add_special=False, parse_special=False)
+    ids = _tokens(tokenizer, text)
     length = window_length(source)
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(bos)
@@ -80,31 +89,91 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
 
 
 def windows_of_own_text(
-    source: Source, tokens: int, *, seed: int = 0, threads: int | None = None, progress: Progress | None = None
+    source: Source,
+    tokens: int,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    kept: KeptText | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Return windows of equal length of text that the model itself writes.
 
     The model writes as a trit file of depth 4, in the folder for temporary files, so that it runs from the disk and
-    memory does not grow with it. The same seed gives the same text.
+    memory does not grow with it. The same seed gives the same text. Windows that `kept` has are not written again.
     """
     from tritgguf.generate import load
 
     length = window_length(source)
     count = max(1, tokens // length)
-    windows: list[list[int]] = []
+    job = {"text": source.name, "seed": seed, "windows": count, "length": length}
+    windows = [] if kept is None else kept.open(job, _vocabulary_size(source))
+    if len(windows) == count:
+        return windows
     with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
         file = Path(folder) / "writer.gguf"
-        convert(source.name, file, depth=_WRITING_DEPTH, encoder="v2", threads=threads)
+        depth = _WRITING_DEPTH
+        convert(
+            source.name, file, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
+        )
         model = load(file, context=length, threads=threads)
-        sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
-        starts = _random_starts(model, seed)
-        for number in range(count):
-            windows.append([])
-            for token in _write(model, sampler, starts, length):
-                windows[-1].append(token)
+        for number in range(len(windows), count):
+            window: list[int] = []
+            for token in _write(model, length, np.random.default_rng([seed, number])):
+                window.append(token)
                 if progress is not None:
-                    progress(number * length + len(windows[-1]), count * length)
+                    progress(number * length + len(window), count * length)
+            windows.append(window)
+            if kept is not None:
+                kept.add(window)
     return windows
+
+
+class KeptText:
+    """Keeps the windows of own text beside the file that they are for, so that an interruption does not lose them.
+
+    A context: at its end they are removed, unless an interruption ends it or an unfinished file is left behind, which
+    will need them again.
+
+    Args:
+        output: the file that is to be written.
+        resume: whether windows of an earlier run are taken over; otherwise they are written anew.
+
+    """
+
+    def __init__(self, output: Path, *, resume: bool) -> None:
+        self._output, self._resume = output, resume
+        self._path = output.with_name(f"{output.name}.part.text")
+        self._log: JobLog | None = None
+
+    def open(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
+        """Return the windows that are there.
+
+        Raises TritGgufError where they are of another job, or damaged.
+        """
+        self._log = JobLog(self._path, self._output, job)
+        windows = self._log.entries() if self._resume else []
+        for window in windows:
+            if not isinstance(window, list) or len(window) != job["length"]:
+                raise self._log.misfit("is damaged")
+            if not all(type(token) is int and 0 <= token < vocabulary_size for token in window):
+                raise self._log.misfit("is damaged")
+        if not windows:
+            self._log.begin()
+        return windows
+
+    def add(self, window: list[int]) -> None:
+        """Keep a window."""
+        if self._log is not None:
+            self._log.append([window])
+
+    def __enter__(self) -> KeptText:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        interrupted = error is not None and not isinstance(error, Exception)
+        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
+            self._path.unlink(missing_ok=True)
 
 
 def window_length(source: Source) -> int:
@@ -114,13 +183,19 @@ def window_length(source: Source) -> int:
     return min(WINDOW_TOKENS, int(context))
 
 
-def _write(model: LoadedModel, sampler: Sampler, starts: Iterator[list[int]], length: int) -> Iterator[int]:
+def _write(model: LoadedModel, length: int, random: np.random.Generator) -> Iterator[int]:
     """Yield a window's tokens; where a text ends before the window does, the next one starts."""
+    tokenized = [_tokens(model.tokenizer, text) for text in _OPENINGS]
+    openings = [model.tokenizer.with_bos(tokens) for tokens in tokenized if tokens]
+    if not openings:
+        raise TritGgufError(f"{model.path}: its vocabulary has no ordinary tokens; give a text (--text)")
+    seed = int(random.integers(1 << 32))
+    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
     model.model.truncate(0)
     left = length
     ended: list[int] = []
     while left:
-        start = next(starts)[:left]
+        start = openings[int(random.integers(len(openings)))][:left]
         yield from start
         left -= len(start)
         logits = model.model.forward([*ended, *start])
@@ -135,18 +210,12 @@ def _write(model: LoadedModel, sampler: Sampler, starts: Iterator[list[int]], le
                 logits = model.model.forward([token])
 
 
-def _random_starts(model: LoadedModel, seed: int) -> Iterator[list[int]]:
-    """Yield how texts start: BOS where the model uses it, and an ordinary token at random."""
-    random = np.random.default_rng(seed)
-    tokenizer = model.tokenizer
-    while True:
-        for _ in range(_DRAWS):
-            token = int(random.integers(model.model.config.vocab_size))
-            if tokenizer.has_text(token):
-                break
-        else:
-            raise TritGgufError(f"{model.path}: its vocabulary has no ordinary tokens; give a text (--text)")
-        yield tokenizer.with_bos([token])
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special=False, parse_special=False)
+
+
+def _vocabulary_size(source: Source) -> int:
+    return next(tensor.shape[0] for tensor in source.tensors if tensor.name == "token_embd.weight")
 
 
 def _tokenizer(source: Source) -> Tokenizer:

@@ -1,13 +1,17 @@
 """Is a trit file as it was written? Structure, codebooks, every word, and checksums.
 
 Opening the file checks its header, see `gguf_file`. Here every tensor is read once, in pieces that stay in the cache
-while they are hashed and their words are looked at; threads take tensors, the largest first.
+while they are hashed and their words are looked at; threads take tensors, the largest first. The pieces are read, not
+mapped: copying them costs less than the page faults of a map (`docs/safety.md`), and a file that somebody shortens
+meanwhile gives an error.
 """
 
 from __future__ import annotations
 
+import io
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -63,9 +67,10 @@ def check(
     for info in tensors:
         if trit_types.is_trit_type(info.type_id):
             _check_codebook(file, info.name)
+    pieces = _Pieces(file.path)
     pool = ThreadPoolExecutor(threads or physical_cores(), thread_name_prefix="check")
     try:
-        for info, _ in zip(tensors, pool.map(partial(_check_tensor, file), tensors), strict=True):
+        for info, _ in zip(tensors, pool.map(partial(_check_tensor, file, pieces), tensors), strict=True):
             done += info.n_bytes
             if progress is not None:
                 progress(done, total)
@@ -90,12 +95,39 @@ def _check_codebook(file: GgufFile, name: str) -> None:
         raise TritGgufError(f"{file.path}: the codebook of tensor {name} is not ascending; {_REMEDY}")
 
 
-def _check_tensor(file: GgufFile, info: TensorInfo) -> None:
-    row_bytes = info.n_bytes * info.shape[-1] // info.n_weights
-    step = max(1, _BYTES_AT_ONCE // row_bytes) * row_bytes
-    raw, digest = file.raw(info.name), xxhash.xxh3_64()
-    for start in range(0, info.n_bytes, step):
-        part = raw[start : start + step]
+class _Pieces(threading.local):
+    """Reads a file's tensors piece by piece, into one buffer for each thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._buffer = np.empty(0, np.uint8)
+
+    def of(self, info: TensorInfo, row_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield where in the tensor whole rows begin, and their bytes, which stay until the next are asked for."""
+        step = max(1, _BYTES_AT_ONCE // row_bytes) * row_bytes
+        if len(self._buffer) < min(step, info.n_bytes):
+            self._buffer = np.empty(step, np.uint8)
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                for start in range(0, info.n_bytes, step):
+                    part = self._buffer[: min(step, info.n_bytes - start)]
+                    self._fill(part.data, file, info.name)
+                    yield start, part
+        except OSError as error:
+            raise TritGgufError(f"{self._path}: tensor {info.name} cannot be read ({error.strerror})") from error
+
+    def _fill(self, part: memoryview, file: io.FileIO, name: str) -> None:
+        while part:
+            count = file.readinto(part)
+            if not count:
+                raise TritGgufError(f"{self._path}: ends inside tensor {name}; {_REMEDY}")
+            part = part[count:]
+
+
+def _check_tensor(file: GgufFile, pieces: _Pieces, info: TensorInfo) -> None:
+    row_bytes, digest = info.n_bytes * info.shape[-1] // info.n_weights, xxhash.xxh3_64()
+    for start, part in pieces.of(info, row_bytes):
         digest.update(part.data)
         if trit_types.is_trit_type(info.type_id):
             row = first_damaged_row(part.view(np.uint16).reshape(-1, row_bytes // 2), TritType(info.type_id).depth)
@@ -113,4 +145,3 @@ def _check_tensor(file: GgufFile, info: TensorInfo) -> None:
     stated = file.metadata.get(trit_types.checksum_key(info.name))
     if stated is not None and stated != digest.intdigest():
         raise TritGgufError(f"{file.path}: tensor {info.name} does not match its checksum; {_REMEDY}")
-    file.release(info.name)

@@ -17,6 +17,7 @@ from tritgguf.errors import TritGgufError
 if TYPE_CHECKING:
     import numpy as np
 
+    from tritgguf.calibration_text import KeptText
     from tritgguf.convert import ConvertProgress
 
 
@@ -86,36 +87,40 @@ def convert_command(
 
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
+    from tritgguf.calibration_text import KeptText
     from tritgguf.convert import convert
     from tritgguf.depth_plan import DepthChoice, parse_rules
     from tritgguf.encoders import WITH_TEXT
+    from tritgguf.gguf_writer import check_output
 
+    check_output(output, overwrite)
     choice = DepthChoice(tuple(parse_rules(keep)) if keep is not None else (), target_bpw, sensitivity)
     windows = None
     if tune:
         encoder = _tuned(encoder)
-    if text is not None or own_text or encoder.endswith(WITH_TEXT) or choice.needs_text:
-        windows, _ = _calibration_windows(source, text, own_text, tokens, seed, threads)
-    with console.progress(in_bytes=True) as report:
+    with KeptText(output, resume=resume) as kept:
+        if text is not None or own_text or encoder.endswith(WITH_TEXT) or choice.needs_text:
+            windows, _ = _calibration_windows(source, text, own_text, tokens, seed, threads, kept)
+        with console.progress(in_bytes=True) as report:
 
-        def show(state: ConvertProgress) -> None:
-            report(state.tensor, state.bytes_done, state.bytes_total)
+            def show(state: ConvertProgress) -> None:
+                report(state.tensor, state.bytes_done, state.bytes_total)
 
-        result = convert(
-            source,
-            output,
-            depth=depth,
-            output_depth=output_depth,
-            embedding_depth=embedding_depth,
-            encoder=encoder,
-            importance=None if imatrix is None else _importance(source, imatrix),
-            windows=windows,
-            choice=choice,
-            threads=threads,
-            overwrite=overwrite,
-            resume=resume,
-            progress=show,
-        )
+            result = convert(
+                source,
+                output,
+                depth=depth,
+                output_depth=output_depth,
+                embedding_depth=embedding_depth,
+                encoder=encoder,
+                importance=None if imatrix is None else _importance(source, imatrix),
+                windows=windows,
+                choice=choice,
+                threads=threads,
+                overwrite=overwrite,
+                resume=resume,
+                progress=show,
+            )
     if as_json:
         console.print_json(vars(result))
     else:
@@ -134,7 +139,13 @@ def _tuned(encoder: str) -> str:
 
 
 def _calibration_windows(
-    source: str, text: Path | None, own_text: bool, tokens: int | None, seed: int, threads: int | None
+    source: str,
+    text: Path | None,
+    own_text: bool,
+    tokens: int | None,
+    seed: int,
+    threads: int | None,
+    kept: KeptText | None = None,
 ) -> tuple[list[list[int]], str]:
     """Return the calibration text that the options ask for, as windows of tokens, and where it comes from."""
     from tritgguf.calibration_text import calibration_windows
@@ -149,6 +160,7 @@ def _calibration_windows(
             tokens,
             seed=seed,
             threads=threads,
+            kept=kept,
             progress=lambda done, total: report("writing a text", done, total),
         )
 

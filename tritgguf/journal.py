@@ -39,47 +39,59 @@ class WrittenTensor:
     squared_weights: float
 
 
-class Journal:
-    """The journal of one output; `job` is what has to be the same for the conversion to go on, as JSON holds it."""
+class JobLog:
+    """A file that gets a line of JSON whenever a piece of a job is done; the first line is the job itself.
 
-    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
-        self.path = output.with_name(f"{output.name}.part.journal")
+    Args:
+        path: the file.
+        output: what the job is for, which messages about the disk name.
+        job: what has to be the same for the job to go on, as JSON holds it.
+
+    """
+
+    def __init__(self, path: Path, output: Path, job: Mapping[str, Any]) -> None:
+        self.path = path
         self._output = output
         self._job = json.loads(json.dumps(job))
+        self._torn_at: int | None = None  # bytes, where a line begins that was not written whole
 
-    def read(self) -> list[WrittenTensor]:
-        """Return the tensors that are written; none where there is no journal.
+    def entries(self) -> list[Any]:
+        """Return what is done; nothing where there is no such file.
 
-        Raises TritGgufError for the journal of another job.
+        Raises TritGgufError for the log of another job.
         """
         try:
             lines = self.path.read_text("utf-8").split("\n")
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError) as error:
-            raise self._misfit("cannot be read") from error
-        complete = lines[:-1]  # behind the last line feed is nothing, or a torn line
+            raise self.misfit("cannot be read") from error
+        complete, torn = lines[:-1], lines[-1]  # behind the last line feed is nothing, or a torn line
+        self._torn_at = self.path.stat().st_size - len(torn.encode()) if torn else None
         try:
             entries = [json.loads(line) for line in complete]
-            if not entries:
-                return []
-            if entries[0] != self._job:
-                raise self._misfit("is of another conversion: source, options or version differ")
-            return [WrittenTensor(**entry) for entry in entries[1:]]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise self._misfit("is damaged") from error
+        except json.JSONDecodeError as error:
+            raise self.misfit("is damaged") from error
+        if entries and entries[0] != self._job:
+            raise self.misfit("is of another conversion: source, options or version differ")
+        return entries[1:]
 
     def begin(self) -> None:
-        """Start a new journal in the place of an old one."""
+        """Start a new log in the place of an old one."""
+        self._torn_at = None
         self._append([self._job], mode="w")
         sync_folder(self.path.parent)
 
-    def add(self, tensors: Sequence[WrittenTensor]) -> None:
-        """Add tensors, which are on the disk."""
-        self._append([asdict(tensor) for tensor in tensors], mode="a")
+    def append(self, entries: Sequence[Any]) -> None:
+        """Add what is done, and wait until it is on the disk."""
+        if self._torn_at is not None:
+            with disk_errors(self._output):
+                os.truncate(self.path, self._torn_at)
+            self._torn_at = None
+        self._append(entries, mode="a")
 
     def remove(self) -> None:
-        """Remove the journal, if it is there."""
+        """Remove the log, if it is there."""
         self.path.unlink(missing_ok=True)
 
     def _append(self, entries: Sequence[Any], *, mode: str) -> None:
@@ -88,5 +100,27 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _misfit(self, what: str) -> TritGgufError:
+    def misfit(self, what: str) -> TritGgufError:
+        """Return the error that the log, as `what` says, is none to go on from."""
         return TritGgufError(f"{self.path}: the journal {what}; start over without --resume")
+
+
+class Journal(JobLog):
+    """The journal of one output."""
+
+    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
+        super().__init__(output.with_name(f"{output.name}.part.journal"), output, job)
+
+    def read(self) -> list[WrittenTensor]:
+        """Return the tensors that are written; none where there is no journal.
+
+        Raises TritGgufError for the journal of another job.
+        """
+        try:
+            return [WrittenTensor(**entry) for entry in self.entries()]
+        except TypeError as error:
+            raise self.misfit("is damaged") from error
+
+    def add(self, tensors: Sequence[WrittenTensor]) -> None:
+        """Add tensors, which are on the disk."""
+        self.append([asdict(tensor) for tensor in tensors])
