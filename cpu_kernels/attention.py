@@ -139,6 +139,18 @@ def _turned(qkv, bias, start, norm, factor, rules, cosines, sines, out):
     rotate(out, cosines, sines, rules.interleaved, out)
 
 
+@numba.njit(cache=True)
+def _normalize_and_rotate(row, bias, norm, heads, kv_heads, rules, cosines, sines):
+    """Add biases to a token's queries, keys and values, and normalize and rotate the former two, all in place."""
+    dim = 2 * len(cosines)
+    of_queries, of_keys = _common_factors(row, bias, norm, heads, kv_heads, dim, rules)
+    for h in range(heads + kv_heads):
+        head = row[h * dim : (h + 1) * dim]
+        _turned(row, bias, h * dim, norm, of_queries if h < heads else of_keys, rules, cosines, sines, head)
+    for k in range((heads + kv_heads) * dim, len(bias)):
+        row[k] += bias[k]
+
+
 @numba.njit(cache=True, nogil=True)
 def rotate_and_store(qkv, bias, norm, rules, layer, cache, heads, position, thread, threads):
     """Add biases, normalize and rotate queries and keys, and append keys and values to the cache: a thread's share.
@@ -161,13 +173,14 @@ def rotate_and_store(qkv, bias, norm, rules, layer, cache, heads, position, thre
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         row = qkv[t]
         place = position + t
-        of_queries, of_keys = _common_factors(row, bias, norm, heads, kv_heads, dim, rules)
-        for h in range(heads + kv_heads):
-            factor = of_queries if h < heads else of_keys
-            head = row[h * dim : (h + 1) * dim]
-            _turned(row, bias, h * dim, norm, factor, rules, cosines[place], sines[place], head)
-        for k in range((heads + kv_heads) * dim, len(bias)):
-            row[k] += bias[k]
+        if len(norm) == 0:  # `_turned` would do the same, but its loops, in place, are not vectorized
+            for k in range(len(bias)):
+                row[k] += bias[k]
+            for h in range(heads + kv_heads):
+                head = row[h * dim : (h + 1) * dim]
+                rotate(head, cosines[place], sines[place], rules.interleaved, head)
+        else:
+            _normalize_and_rotate(row, bias, norm, heads, kv_heads, rules, cosines[place], sines[place])
         for h in range(kv_heads):
             key = (heads + h) * dim
             value = key + kv_heads * dim
