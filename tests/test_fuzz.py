@@ -38,6 +38,10 @@ def test_nothing_is_found_where_nothing_is() -> None:
     assert findings(lambda chance: None) == []
 
 
+def test_short_cases_are_not_taken_for_ones_that_hang() -> None:
+    assert findings(lambda chance: None, cases=100_000) == []
+
+
 def test_an_exception_is_a_finding() -> None:
     (finding,) = findings(only_the_third(lambda: struct.unpack("<Q", b"")))
     assert finding.startswith("test seed 1 case 2: error: ")

@@ -16,7 +16,6 @@ import mmap
 import os
 import random
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -39,7 +38,6 @@ _MOST_FINDINGS = 20
 _MOST_SECONDS_TO_START = 300.0
 Target = Callable[[random.Random], object]
 Make = Callable[[], Target]
-_PROGRESS = struct.Struct("qd")  # cases begun, and when the last one was; native, so that no number is half written
 
 
 @dataclass
@@ -69,15 +67,17 @@ def fuzz(make: Make, result: Result, *, seed: int, first: int, cases: int, secon
 
 def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seconds: float) -> int:
     """Run cases in a child process until it ends; return the number of the next case."""
-    shared = mmap.mmap(-1, mmap.PAGESIZE)
-    _PROGRESS.pack_into(shared, 0, first - 1, time.monotonic())
+    # The case that is running and when it began. Each is stored in one piece; `struct` would write zeros first, and
+    # whoever read those would take the case for one that hangs.
+    progress = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+    progress[0], progress[1] = first - 1, time.monotonic()
     reports_out, reports_in = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reports_out)
         code = 1
         try:
-            _run_cases(make, result.target, shared, reports_in, seed, first, last, seconds)
+            _run_cases(make, result.target, progress, reports_in, seed, first, last, seconds)
             code = 0
         finally:
             os._exit(code)
@@ -86,7 +86,7 @@ def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seco
     while status is None:
         time.sleep(0.02)
         ended, code = os.waitpid(child, os.WNOHANG)
-        number, begun = _PROGRESS.unpack_from(shared, 0)
+        number, begun = int(progress[0]), progress[1]
         if ended:
             status = code
         elif time.monotonic() - begun > (MOST_SECONDS_PER_CASE if number >= first else _MOST_SECONDS_TO_START):
@@ -96,7 +96,7 @@ def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seco
             status = 0
     with os.fdopen(reports_out, "r", encoding="utf-8", errors="replace") as reports:
         result.findings += [line for line in reports.read().split("\0") if line]
-    number = _PROGRESS.unpack_from(shared, 0)[0]
+    number = int(progress[0])
     if hung:
         result.findings.append(f"{result.target} seed {seed} case {number}: takes more than {MOST_SECONDS_PER_CASE} s")
     elif os.WIFSIGNALED(status):
@@ -104,11 +104,11 @@ def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seco
         result.findings.append(f"{result.target} seed {seed} case {number}: dies of {name}")
     elif status:
         result.findings.append(f"{result.target} seed {seed} case {number}: ends the process")
-    return int(number) + 1
+    return number + 1
 
 
 def _run_cases(
-    make: Make, target: str, shared: mmap.mmap, reports: int, seed: int, first: int, last: int, seconds: float
+    make: Make, target: str, progress: memoryview[float], reports: int, seed: int, first: int, last: int, seconds: float
 ) -> None:
     """Run cases one after the other, each with a random generator of its own; write findings down."""
     faulthandler.enable()
@@ -118,7 +118,7 @@ def _run_cases(
         now = time.monotonic()
         if now > deadline:
             return
-        _PROGRESS.pack_into(shared, 0, number, now)
+        progress[1], progress[0] = now, number
         try:
             run(random.Random(f"{seed} {number}"))
         except BaseException as error:
