@@ -218,7 +218,9 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file, continued after every row.")] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file for KL over bits per weight.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show what --output has; measure nothing.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show what --output has, of --rows if given; measure nothing.")
+    ] = False,
     models: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("models"),
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
 ) -> None:
@@ -249,6 +251,8 @@ def main(
         measure(measurement, names, result, keep)
     if plot is not None:
         quality_chart.write(plot, result)
+    if show and rows:
+        result["rows"] = [row for row in result["rows"] if row["name"] in rows.split(",")]
     if as_json:
         console.print_json(result)
     else:
