@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import check_speed
 import numpy as np
 import pytest
 from hypothesis import given
@@ -124,3 +125,14 @@ def test_the_command(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert "tensor blk.0.attn_q.weight" in error
+
+
+def test_the_benchmark_measures_check_beside_memory(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_speed, "read_bandwidth", lambda crew, repetitions: 4e9)
+    check_speed.main(whole, turns=3, as_json=True, threads=1)
+    result = json.loads(capsys.readouterr().out)
+    assert result["threads"] == 1 and result["read_bandwidth"] == 4e9
+    assert result["bytes_per_second"] > 0
+    assert result["share_of_read_bandwidth"] == result["bytes_per_second"] / 4e9

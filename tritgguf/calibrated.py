@@ -96,7 +96,7 @@ class CalibratedEncoder:
             moments = InputMoments(originals[0].shape[-1])
 
             def add(inputs: Tensor, originals: list[Tensor] = originals, moments: InputMoments = moments) -> None:
-                moments.add(inputs, originals.pop(0))
+                moments.add(inputs, originals.pop(0).float())
 
             block.inputs(self._hidden, {group[0]: add}, last=group[0])
             wanted = [name for name in group if name in self._depths]
@@ -111,7 +111,12 @@ class CalibratedEncoder:
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)
 
     def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Send the original hidden states through the original block; return some matrices' inputs there."""
+        """Send the original hidden states through the original block; return some matrices' inputs there.
+
+        They are the largest thing in memory, so they are kept in bfloat16; what rounding adds averages out over the
+        tokens (`docs/quality.md`).
+        """
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._original = block.forward(self._original, {name: seen[name].append for name in names})
+        visits = {name: lambda inputs, kept=seen[name]: kept.append(inputs.bfloat16()) for name in names}
+        self._original = block.forward(self._original, visits)
         return seen
