@@ -122,16 +122,13 @@ def test_a_trit_row_is_measured_on_the_file(
     """What `convert` is asked for, and that the file it writes is what is compared."""
     asked: dict[str, Any] = {}
     loaded: list[int] = []
-    measurement = quality.Measurement("smollm2", smollm2_folder.parent, None)
+    measurement = quality.Measurement("smollm2", smollm2_folder.parent, None, tmp_path)
 
     class Model:
         def load_file(self, file: GgufFile) -> None:
             loaded.append(len(file.tensors))
 
-    class Report:
-        bits_per_weight_quantized = 3.5
-
-    def fake_convert(source: Path, output: Path, **settings: Any) -> Report:
+    def fake_convert(source: Path, output: Path, **settings: Any) -> None:
         asked.update(settings)
         writer = gguf.GGUFWriter(output, arch="llama")
         writer.add_tensor("x", np.zeros(4, np.float32))
@@ -139,7 +136,6 @@ def test_a_trit_row_is_measured_on_the_file(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return Report()
 
     compared = Comparison(*(np.zeros(2) for _ in range(4)))
     monkeypatch.setattr(quality, "convert", fake_convert)
@@ -149,7 +145,10 @@ def test_a_trit_row_is_measured_on_the_file(
     assert loaded == [1]
     assert (asked["encoder"], asked["depth"]) == ("calibrated", 2)
     assert asked["windows"] == measurement.calibration
-    assert (row.bpw, row.kl_mean) == (3.5, 0.0)
+    assert (row.bpw, row.kl_mean) == (0.0, 0.0)  # the file has no trits
+    asked.clear()
+    assert measurement.row("trit2-calibrated").name == "trit2-calibrated"
+    assert not asked, "a file that is there is made again"
     assert measurement.row("mixed-3.0").name == "mixed-3.0"
     assert asked["choice"].target_bpw == 3.0
 

@@ -1,7 +1,7 @@
 """How close to the FP16 model are the files? KL for our encoders and llama.cpp's types, in one run, on one text.
 
     python tools/quality.py --output quality.json --plot docs/quality.svg --markdown
-    python tools/quality.py --model qwen2.5-coder-1.5b --rows trit2-v2,trit2-calibrated,Q3_K-imatrix
+    python tools/quality.py --model qwen2.5-coder-1.5b --rows trit2-v2,trit2-calibrated,Q3_K-imatrix --files build
 
 A row of ours is a file that `convert` writes, decoded and run by transformers; one of llama.cpp's is every packed
 matrix sent through libggml. Calibration and evaluation text are disjoint (`quality_text.py`). `self` rows are
@@ -42,6 +42,7 @@ from tritgguf.depth_plan import DepthChoice
 from tritgguf.disk import write_text
 from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
+from tritgguf.inspect_file import describe
 from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
@@ -75,9 +76,18 @@ class Row:
 
 
 class Measurement:
-    """One model, its texts, and what several rows need; all of it made when it is first asked for."""
+    """One model, its texts, and what several rows need; all of it made when it is first asked for.
 
-    def __init__(self, model: str, models: Path, threads: int | None) -> None:
+    Args:
+        model: a name of `MODELS`.
+        models: their folder.
+        threads: processor cores to use; None for all.
+        files: folder where the rows' files stay; one that is there already is not made again.
+
+    """
+
+    def __init__(self, model: str, models: Path, threads: int | None, files: Path | None = None) -> None:
+        self._files = files
         folder, self._evaluation_windows, self._calibration_windows = MODELS[model]
         self._crew = Crew(threads)
         self._path = models / folder
@@ -106,9 +116,9 @@ class Measurement:
         if kind in TYPES:
             bits, compared = bits_per_weight(kind), self._llama_cpp_row(kind, with_importance=bool(encoder))
         elif kind == "mixed":
-            bits, compared = self._trit_row(2, "calibrated", DepthChoice(target_bpw=float(encoder)))
+            bits, compared = self._trit_row(name, 2, "calibrated", DepthChoice(target_bpw=float(encoder)))
         else:
-            bits, compared = self._trit_row(int(kind.removeprefix("trit")), encoder, DepthChoice())
+            bits, compared = self._trit_row(name, int(kind.removeprefix("trit")), encoder, DepthChoice())
         seconds = time.perf_counter() - started
         return Row(
             name,
@@ -141,7 +151,17 @@ class Measurement:
         tokens = sum(map(len, self.calibration))
         return windows_of_own_text(self._source, tokens, threads=self._crew.threads)
 
-    def _trit_row(self, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
+    def _trit_row(self, name: str, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
+        with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
+            path = (self._files or Path(folder)) / f"{self._path.name}-{name}.gguf"
+            if not path.exists():
+                self._convert(path, depth, encoder, choice)
+            self._model.load_file(GgufFile(path))
+            bits = describe(path).bits_per_weight_quantized
+        return bits or 0.0, self._compare()
+
+    def _convert(self, path: Path, depth: int, encoder: str, choice: DepthChoice) -> None:
+        """Write a row's file; one that was interrupted is gone on with."""
         settings: dict[str, Any] = {"encoder": encoder}
         if encoder == "imatrix":
             settings["importance"] = self._importance
@@ -149,11 +169,8 @@ class Measurement:
             settings = {"encoder": "calibrated", "windows": self._own_text}
         if encoder in ("calibrated", "tuned"):
             settings["windows"] = self.calibration
-        with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
-            path = Path(folder) / "row.gguf"
-            report = convert(self._path, path, depth=depth, choice=choice, threads=self._crew.threads, **settings)
-            self._model.load_file(GgufFile(path))
-        return report.bits_per_weight_quantized, self._compare()
+        threads = self._crew.threads
+        convert(self._path, path, depth=depth, choice=choice, threads=threads, resume=True, **settings)
 
     def _llama_cpp_row(self, kind: str, *, with_importance: bool) -> Comparison:
         quantizer = GgmlQuantizer(llama_cpp_referee.build_referee(llama_cpp.cache_folder()), self._crew)
@@ -222,6 +239,9 @@ def main(
         bool, typer.Option("--show", help="Show what --output has, of --rows if given; measure nothing.")
     ] = False,
     models: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("models"),
+    files: Annotated[
+        Path | None, typer.Option(help="Folder where the files MODEL-ROW.gguf stay; what is there is not made again.")
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
 ) -> None:
     """Measure what quantization costs, ours and llama.cpp's, as KL to the FP16 model."""
@@ -241,7 +261,7 @@ def main(
             write_text(output, json.dumps(state, indent=1) + "\n")
 
     if not show:
-        measurement = Measurement(model, models, threads)
+        measurement = Measurement(model, models, threads, files)
         text = measurement.describe()
         if result["rows"] and result["text"]["evaluation_text"] != text["evaluation_text"]:
             raise typer.BadParameter(f"{output} is about another text; begin a new file", param_hint="--output")

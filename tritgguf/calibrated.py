@@ -89,26 +89,24 @@ class CalibratedEncoder:
 
     def _quantize_block(self, block: Block) -> None:
         before = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
-        groups = block.input_groups(self._original)
+        groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
+        groups = [group for group in groups if group]
         original_inputs = self._pass_original(block, [group[0] for group in groups])
         for group in groups:
-            originals = original_inputs.pop(group[0])
-            moments = InputMoments(originals[0].shape[-1])
-
-            def add(inputs: Tensor, originals: list[Tensor] = originals, moments: InputMoments = moments) -> None:
-                moments.add(inputs, originals.pop(0).float())
-
-            block.inputs(self._hidden, {group[0]: add}, last=group[0])
-            wanted = [name for name in group if name in self._depths]
-            if not wanted:
-                continue
-            feedback = self._feedback(moments)
-            for name in wanted:
-                quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
-                block.set(name, quantized.decoded())
-                self._quantized[name] = quantized
+            self._quantize_group(block, group, original_inputs.pop(group[0]))
         if self._tuning is not None:
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)
+
+    def _quantize_group(self, block: Block, names: Sequence[str], originals: list[Tensor]) -> None:
+        """Quantize matrices that share an input, of which the original model's are used up."""
+        moments = InputMoments(originals[0].shape[-1])
+        visit = {names[0]: lambda inputs: moments.add(inputs, originals.pop(0).float())}
+        block.inputs(self._hidden, visit, last=names[0])
+        feedback = self._feedback(moments)
+        for name in names:
+            quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
+            block.set(name, quantized.decoded())
+            self._quantized[name] = quantized
 
     def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Send the original hidden states through the original block; return some matrices' inputs there.

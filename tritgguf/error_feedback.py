@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 DAMPING = 0.1
 """What is added to the second moments' diagonal, as a share of its mean (`docs/quality.md`)."""
 _COLUMNS_AT_ONCE = 128
+_MOMENTS_AT_ONCE = 2048
 
 
 class InputMoments:
     """Second moments of a matrix's inputs.
 
     Attributes:
-        second: float32 [columns, columns], sums of x x^T.
+        second: float32 [columns, columns], sums of x x^T; what lies below the blocks of the diagonal is left out.
         shift: float32 [columns, columns], sums of (x' - x) x^T, x' being the original model's inputs.
         count: how many inputs were added.
 
@@ -49,9 +50,19 @@ class InputMoments:
         """Add inputs and the original model's inputs in the same places, both float32 [..., columns]."""
         columns = len(self.second)
         x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
-        self.second.addmm_(x.T, x)
+        for first in range(0, columns, _MOMENTS_AT_ONCE):
+            some = slice(first, first + _MOMENTS_AT_ONCE)
+            self.second[some, first:].addmm_(x[:, some].T, x[:, first:])
         self.shift.addmm_((x_original - x).T, x)
         self.count += len(x)
+
+    def mean_second(self) -> Tensor:
+        """Return the whole mean of x x^T, float32 [columns, columns]."""
+        mean = self.second / max(1, self.count)
+        for first in range(0, len(mean), _MOMENTS_AT_ONCE):
+            some = slice(first, first + _MOMENTS_AT_ONCE)
+            mean[some, :first] = mean[:first, some].T
+        return mean
 
 
 class Feedback:
@@ -71,12 +82,13 @@ class Feedback:
     ) -> None:
         import torch
 
-        second = moments.second / max(1, moments.count)
+        second = moments.mean_second()
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
         mean = second.diagonal().mean()
         second.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        self._moments, self._second, self._repairs = moments, second, repairs
+        self._shift, self._count = (moments.shift if repairs else None), max(1, moments.count)
+        self._importance = second.diagonal().numpy().copy()
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
         groups = importance.argsort(descending=True, stable=True)
@@ -84,7 +96,6 @@ class Feedback:
             groups = torch.arange(len(importance))
         self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
         self._factor = _factor_of_inverse(second[self._order][:, self._order])
-        self._cholesky = torch.linalg.cholesky(second)
 
     def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
@@ -95,8 +106,8 @@ class Feedback:
 
         if not np.isfinite(weights).all():
             raise ValueError("has a weight that is NaN or infinite")
-        target = self._target(torch.from_numpy(weights))
-        codebook = searched_codebook(target.numpy(), self._second.diagonal().numpy(), depth, crew)
+        target = self._repaired(torch.from_numpy(weights))
+        codebook = searched_codebook(target.numpy(), self._importance, depth, crew)
         offset = np.float32(level_offset(depth))
         steps = codebook / offset
         remaining = target[:, self._order].contiguous()
@@ -120,14 +131,16 @@ class Feedback:
             depth, levels, indices, codebook, error, float(np.square(weights, dtype=np.float64).sum())
         )
 
-    def _target(self, weights: Tensor) -> Tensor:
+    def _repaired(self, weights: Tensor) -> Tensor:
         """Return the weights that come closest to the original output from the inputs as they are now."""
         import torch
 
-        if not self._repairs:
+        if self._shift is None:
             return weights
-        missing = weights @ (self._moments.shift / max(1, self._moments.count))
-        return weights + torch.cholesky_solve(missing.T, self._cholesky).T
+        missing = (weights @ self._shift / self._count)[:, self._order]
+        repair = torch.empty_like(weights)
+        repair[:, self._order] = missing @ self._factor.T @ self._factor
+        return weights + repair
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor:
