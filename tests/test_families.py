@@ -18,6 +18,7 @@ from tritgguf.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.export import export
 from tritgguf.gguf_file import GgufFile
+from tritgguf.lockstep import Lockstep
 from tritgguf.model import Model
 from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import verify
@@ -68,6 +69,19 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
     model.truncate(0)
     found = np.array([model.forward([token]).copy() for token in TOKENS])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@all_families
+def test_texts_side_by_side(converted: Callable[[str], Converted], name: str) -> None:
+    """A text is what it would be alone, up to the order of sums and the rounding of 8-bit activations."""
+    file = GgufFile(converted(name).file)
+    tokens = np.stack([TOKENS, TOKENS[::-1], np.roll(TOKENS, 7)], axis=1)
+    model = Lockstep(file, context=len(tokens))
+    model.begin(tokens.shape[1])
+    found = np.stack([model.forward(row).copy() for row in tokens])
+    for text in range(tokens.shape[1]):
+        expected = Model(file, context=160).forward(tokens[:, text].tolist(), all_logits=True)
+        np.testing.assert_allclose(found[:, text], expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
 
 @all_families

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.attention import Cache, make_scratch, padded_dimension
+from cpu_kernels.attention import Cache, Scratch, make_scratch, padded_dimension
 from cpu_kernels.attention_tile import PANEL
 from tritgguf.errors import TritGgufError
 from tritgguf.memory import machine_memory_bytes
@@ -72,17 +72,28 @@ class KeyValueCache:
         self.arrays.values[:, :, :, :capacity] = old.values
 
     def _allocate(self, capacity: int) -> Cache:
-        """Return arrays of at least this capacity, in whole panels."""
-        sizes = self._config.dimensions
-        panels, padded = -(-capacity // PANEL), padded_dimension(sizes.head_dim)
-        heads = (sizes.layers, sizes.kv_heads)
-        places, rotations = np.arange(panels * PANEL), self._config.rotations
-        angles = np.stack([np.outer(places, rotation.frequencies) for rotation in rotations])
-        lengths = np.array([rotation.length for rotation in rotations])[:, np.newaxis, np.newaxis]
-        return Cache(
-            keys=np.zeros((*heads, panels, padded, PANEL), self._dtype),
-            values=np.zeros((*heads, padded // PANEL, panels * PANEL, PANEL), self._dtype),
-            cosines=(lengths * np.cos(angles)).astype(np.float32),
-            sines=(lengths * np.sin(angles)).astype(np.float32),
-            scratch=self._scratch,
-        )
+        return _allocate(self._config, capacity, self._dtype, self._scratch)
+
+
+def caches_of_texts(config: ModelConfig, texts: int, context: int, threads: int) -> Cache:
+    """Return a float16 cache of `context` places for each of several texts; keys and values have an axis for them."""
+    sizes = config.dimensions
+    scratch = make_scratch(sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
+    return _allocate(config, context, CACHE_TYPES[DEFAULT_CACHE_TYPE], scratch, texts)
+
+
+def _allocate(config: ModelConfig, capacity: int, dtype: np.dtype[Any], scratch: Scratch, *texts: int) -> Cache:
+    """Return arrays of at least this capacity, in whole panels, with axes for texts in front, if there are any."""
+    sizes = config.dimensions
+    panels, padded = -(-capacity // PANEL), padded_dimension(sizes.head_dim)
+    heads = (*texts, sizes.layers, sizes.kv_heads)
+    places, rotations = np.arange(panels * PANEL), config.rotations
+    angles = np.stack([np.outer(places, rotation.frequencies) for rotation in rotations])
+    lengths = np.array([rotation.length for rotation in rotations])[:, np.newaxis, np.newaxis]
+    return Cache(
+        keys=np.zeros((*heads, panels, padded, PANEL), dtype),
+        values=np.zeros((*heads, padded // PANEL, panels * PANEL, PANEL), dtype),
+        cosines=(lengths * np.cos(angles)).astype(np.float32),
+        sines=(lengths * np.sin(angles)).astype(np.float32),
+        scratch=scratch,
+    )

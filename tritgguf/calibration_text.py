@@ -9,7 +9,7 @@ documentation, code, tables and dialogues; a token at random, as in that paper, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,14 @@ import numpy as np
 
 from tritgguf.convert import convert
 from tritgguf.errors import TritGgufError
+from tritgguf.gguf_file import GgufFile
 from tritgguf.journal import JobLog
+from tritgguf.lockstep import Lockstep
 from tritgguf.sampling import Sampler, SamplingOptions
 from tritgguf.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tritgguf.checkpoint import Source
-    from tritgguf.generate import LoadedModel
 
 WINDOW_TOKENS = 512
 DEFAULT_TOKENS = 128 * WINDOW_TOKENS
@@ -102,30 +103,37 @@ def windows_of_own_text(
     The model writes as a trit file of depth 4, in the folder for temporary files, so that it runs from the disk and
     memory does not grow with it. The same seed gives the same text. Windows that `kept` has are not written again.
     """
-    from tritgguf.generate import load
-
     length = window_length(source)
     count = max(1, tokens // length)
     job = {"text": source.name, "seed": seed, "windows": count, "length": length}
     windows = [] if kept is None else kept.open(job, _vocabulary_size(source))
     if len(windows) == count:
         return windows
+    tokenizer = _tokenizer(source)
+    openings = [tokenizer.with_bos(ids) for text in _OPENINGS if (ids := _tokens(tokenizer, text))]
+    if not openings:
+        raise TritGgufError(f"{source.name}: its vocabulary has no ordinary tokens; give a text (--text)")
     with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
-        file = Path(folder) / "writer.gguf"
+        path = Path(folder) / "writer.gguf"
         depth = _WRITING_DEPTH
         convert(
-            source.name, file, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
+            source.name, path, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
         )
-        model = load(file, context=length, threads=threads)
-        for number in range(len(windows), count):
-            window: list[int] = []
-            for token in _write(model, length, np.random.default_rng([seed, number])):
-                window.append(token)
+        file = GgufFile(path)
+        model = Lockstep(file, context=length, threads=threads)
+        while len(windows) < count:
+            done = len(windows)
+            numbers = range(done, min(count, done + model.most_texts))
+            texts = [_Text(openings, tokenizer.stop_tokens, np.random.default_rng([seed, n])) for n in numbers]
+
+            def show(tokens: int, done: int = done) -> None:
                 if progress is not None:
-                    progress(number * length + len(window), count * length)
-            windows.append(window)
-            if kept is not None:
-                kept.add(window)
+                    progress(done * length + tokens, count * length)
+
+            for window in _write(model, texts, length, show):
+                windows.append(window)
+                if kept is not None:
+                    kept.add(window)
     return windows
 
 
@@ -183,31 +191,39 @@ def window_length(source: Source) -> int:
     return min(WINDOW_TOKENS, int(context))
 
 
-def _write(model: LoadedModel, length: int, random: np.random.Generator) -> Iterator[int]:
-    """Yield a window's tokens; where a text ends before the window does, the next one starts."""
-    tokenized = [_tokens(model.tokenizer, text) for text in _OPENINGS]
-    openings = [model.tokenizer.with_bos(tokens) for tokens in tokenized if tokens]
-    if not openings:
-        raise TritGgufError(f"{model.path}: its vocabulary has no ordinary tokens; give a text (--text)")
-    seed = int(random.integers(1 << 32))
-    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
-    model.model.truncate(0)
-    left = length
-    ended: list[int] = []
-    while left:
-        start = openings[int(random.integers(len(openings)))][:left]
-        yield from start
-        left -= len(start)
-        logits = model.model.forward([*ended, *start])
-        while left:
-            token = sampler.sample(logits)
-            yield token
-            left -= 1
-            if token in model.tokenizer.stop_tokens:
-                ended = [token]
-                break
-            if left:
-                logits = model.model.forward([token])
+class _Text:
+    """Says how a window of own text goes on; where a text ends before the window does, the next one starts."""
+
+    def __init__(self, openings: Sequence[list[int]], ends: frozenset[int], random: np.random.Generator) -> None:
+        self._openings, self._ends, self._random = openings, ends, random
+        seed = int(random.integers(1 << 32))
+        self._sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
+        self._waiting = self._opening()
+
+    def next_token(self, logits: np.ndarray) -> int:
+        """Return the next token, drawn by float32 logits [vocabulary] unless an opening is to be written."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        token = self._sampler.sample(logits)
+        if token in self._ends:
+            self._waiting = self._opening()
+        return token
+
+    def _opening(self) -> list[int]:
+        return list(self._openings[int(self._random.integers(len(self._openings)))])
+
+
+def _write(model: Lockstep, texts: Sequence[_Text], length: int, show: Callable[[int], None]) -> list[list[int]]:
+    """Return a window of each text; `show` is called with the tokens that are written."""
+    tokens = np.zeros((len(texts), length), np.int64)
+    model.begin(len(texts))
+    logits: Iterable[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)  # openings come first
+    for place in range(length):
+        tokens[:, place] = [text.next_token(row) for text, row in zip(texts, logits, strict=True)]
+        show((place + 1) * len(texts))
+        if place + 1 < length:
+            logits = model.forward(tokens[:, place])
+    return tokens.tolist()
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:

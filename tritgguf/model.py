@@ -113,7 +113,7 @@ class Model:
         self._cache.reserve(self.position + ids.size)
         if ids.size == 1 and not self._exact:
             logits = self._decoder.run(int(ids[0]), self.position, self._cache.arrays)
-            self._bend(logits)
+            bend(self.config, logits)
             self.position += 1
             return logits[np.newaxis].copy() if all_logits else logits
         logits = np.empty((ids.size if all_logits else 1, self.config.vocab_size), np.float32)
@@ -125,14 +125,15 @@ class Model:
                 self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew, exact=self._exact)
         if not all_logits:
             self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew, exact=self._exact)
-        self._bend(logits)
+        bend(self.config, logits)
         return logits if all_logits else logits[0]
 
-    def _bend(self, logits: np.ndarray) -> None:
-        """Scale logits and bend them to their bound, in place, where the model says so."""
-        cap = self.config.logit_softcap
-        if self.config.logit_scale != 1:
-            logits *= self.config.logit_scale
-        if cap:
-            np.tanh(logits / cap, out=logits)
-            logits *= cap
+
+def bend(config: ModelConfig, logits: np.ndarray) -> None:
+    """Scale logits and bend them to their bound, in place, where the model says so."""
+    cap = config.logit_softcap
+    if config.logit_scale != 1:
+        logits *= config.logit_scale
+    if cap:
+        np.tanh(logits / cap, out=logits)
+        logits *= cap

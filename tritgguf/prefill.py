@@ -6,12 +6,15 @@ import numpy as np
 
 from cpu_kernels import instruction_set
 from cpu_kernels.activations import advance_batch, gate_batch
+from cpu_kernels.attend_texts import attend_texts
 from cpu_kernels.attention import Cache, attend, rotate_and_store
 from cpu_kernels.crew import Crew
 from cpu_kernels.projection import Batch
 from tritgguf.architectures import Dimensions
 from tritgguf.model_config import ModelConfig
 from tritgguf.weights import ModelWeights
+
+_CACHE_AXES = 5  # of one text's keys
 
 
 class _Workspace:
@@ -51,7 +54,10 @@ class Prefill:
         self._workspace = _Workspace(0, config.dimensions, bits)
 
     def run(self, tokens: np.ndarray, position: int, cache: Cache) -> Batch:
-        """Run tokens [n] whose first stands at `position` in the cache; return the final norm's output, [n, hidden]."""
+        """Run tokens [n] whose first stands at `position` in the cache; return the final norm's output, [n, hidden].
+
+        With `caches_of_texts`, each token belongs to a text of its own, and all stand at `position`.
+        """
         if len(self._workspace.stream) < len(tokens):
             self._workspace = _Workspace(len(tokens), self._config.dimensions, self._bits)
         space = self._workspace.first(len(tokens))
@@ -73,8 +79,12 @@ class Prefill:
             advance(layer.attention_norm)
             layer.qkv.multiply(hidden, space.qkv, crew, exact=exact)
             bias, norm = layer.qkv_bias, layer.query_key_norm
-            crew.run(rotate_and_store, space.qkv, bias, norm, rules, index, cache, heads, position)
-            crew.run(attend, self._isa, space.qkv, rules, index, cache, position, heads, attended.x)
+            if cache.keys.ndim > _CACHE_AXES:
+                arguments = (space.qkv, bias, norm, rules, index, cache, heads, position)
+                crew.run(attend_texts, self._isa, *arguments, attended.x)
+            else:
+                crew.run(rotate_and_store, space.qkv, bias, norm, rules, index, cache, heads, position)
+                crew.run(attend, self._isa, space.qkv, rules, index, cache, position, heads, attended.x)
             attended.quantize(crew)
             layer.output.multiply(attended, space.residual, crew, exact=exact)
             _add(layer.output_bias, space.residual)

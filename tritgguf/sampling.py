@@ -1,7 +1,8 @@
 """The choice of the next token: llama.cpp's samplers, in its order and with its defaults.
 
 Repeat penalty, top-k, top-p, min-p, temperature, then a draw. Only the tokens that survive top-k are sorted
-and exponentiated, so a vocabulary of 150,000 costs little more than one pass over its logits.
+and exponentiated, and none are sorted where all may be drawn, so a vocabulary of 150,000 costs little more than one
+pass over its logits.
 """
 
 from __future__ import annotations
@@ -79,10 +80,16 @@ class Sampler:
             raise TritGgufError("the model computes no numbers: its file is damaged, fetch or convert it again")
         if self.options.temperature == 0 or self.options.top_k == 1:
             return int(np.argmax(logits))
+        if self.options.top_k <= 0 and self.options.top_p == 1 and self.options.min_p == 0:
+            return self._draw(np.exp((logits - logits.max()) / np.float32(self.options.temperature)))
         tokens, probabilities = self.distribution(logits)
-        cumulative = np.cumsum(probabilities)
+        return int(tokens[self._draw(probabilities)])
+
+    def _draw(self, weights: np.ndarray) -> int:
+        """Return a place, each as probable as its weight says."""
+        cumulative = np.cumsum(weights, dtype=np.float64)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(drawn, len(tokens) - 1)])
+        return min(int(drawn), len(weights) - 1)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens that may be drawn, likeliest first, and their probabilities (float64, sum 1).
