@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +119,16 @@ def test_a_row_is_kept_as_soon_as_it_is_measured() -> None:
 
 
 def test_a_trit_row_is_measured_on_the_file(
-    tmp_path: Path, smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    smollm2_folder: Path,
+    tiny_trit_file: Callable[..., GgufFile],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What `convert` is asked for, and that the file it writes is what is compared."""
     asked: dict[str, Any] = {}
     loaded: list[int] = []
     measurement = quality.Measurement("smollm2", smollm2_folder.parent, None, tmp_path)
+    file = tiny_trit_file("llama", 2)
 
     class Model:
         def load_file(self, file: GgufFile) -> None:
@@ -130,22 +136,17 @@ def test_a_trit_row_is_measured_on_the_file(
 
     def fake_convert(source: Path, output: Path, **settings: Any) -> None:
         asked.update(settings)
-        writer = gguf.GGUFWriter(output, arch="llama")
-        writer.add_tensor("x", np.zeros(4, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        shutil.copy(file.path, output)
 
     compared = Comparison(*(np.zeros(2) for _ in range(4)))
     monkeypatch.setattr(quality, "convert", fake_convert)
     monkeypatch.setattr(quality.Measurement, "_model", Model())
     monkeypatch.setattr(quality.Measurement, "_compare", lambda self: compared)
     row = measurement.row("trit2-calibrated")
-    assert loaded == [1]
+    assert loaded == [len(file.tensors)]
     assert (asked["encoder"], asked["depth"]) == ("calibrated", 2)
     assert asked["windows"] == measurement.calibration
-    assert (row.bpw, row.kl_mean) == (0.0, 0.0)  # the file has no trits
+    assert (row.bpw, row.kl_mean) == (3.5, 0.0)
     asked.clear()
     assert measurement.row("trit2-calibrated").name == "trit2-calibrated"
     assert not asked, "a file that is there is made again"

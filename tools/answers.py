@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import tool_command
 import typer
 
-from tritgguf import console
 from tritgguf.checkpoint import open_source
-from tritgguf.errors import TritGgufError
 from tritgguf.generate import generate, load, prompt_tokens
 from tritgguf.gguf_file import GgufFile
 from tritgguf.reference_model import ReferenceModel
@@ -56,8 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except TritGgufError as error:
-        console.error(str(error))
-        raise SystemExit(1) from None
+    tool_command.run(main)

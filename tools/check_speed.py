@@ -13,13 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import tool_command
 import typer
 
 from cpu_kernels.bandwidth import read_bandwidth
 from cpu_kernels.crew import Crew
 from tritgguf import console
 from tritgguf.check import check
-from tritgguf.errors import TritGgufError
 
 
 def main(
@@ -50,8 +50,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except TritGgufError as error:
-        console.error(str(error))
-        raise SystemExit(1) from None
+    tool_command.run(main)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tool_command
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tritgguf import console
 from tritgguf.architectures import ARCHITECTURES
 from tritgguf.convert import convert
-from tritgguf.errors import TritGgufError
 from tritgguf.reference_model import require_torch, silent_transformers
 from tritgguf.verify import verify
 
@@ -153,8 +153,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except TritGgufError as error:
-        console.error(str(error))
-        raise SystemExit(1) from None
+    tool_command.run(main)

@@ -27,6 +27,7 @@ import llama_cpp_referee
 import numpy as np
 import quality_chart
 import quality_text
+import tool_command
 import typer
 from ggml_types import GgmlQuantizer, bits_per_weight
 from tokenizers import Tokenizer
@@ -280,8 +281,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except TritGgufError as error:
-        console.error(str(error))
-        raise SystemExit(1) from None
+    tool_command.run(main)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import tool_command
 import typer
 
 from tritgguf import console
@@ -70,8 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except TritGgufError as error:
-        console.error(str(error))
-        raise SystemExit(1) from None
+    tool_command.run(main)

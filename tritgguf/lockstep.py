@@ -10,9 +10,8 @@ import numpy as np
 
 from cpu_kernels.crew import Crew
 from tritgguf.cache import cache_bytes, caches_of_texts
-from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
-from tritgguf.model import bend
+from tritgguf.model import bend, check_tokens
 from tritgguf.model_config import ModelConfig
 from tritgguf.prefill import Prefill
 from tritgguf.weights import ModelWeights
@@ -62,8 +61,7 @@ class Lockstep:
         """
         if self._position == self._context:
             raise ValueError("the texts are as long as they may be")
-        if tokens.min() < 0 or tokens.max() >= self._config.vocab_size:
-            raise TritGgufError(f"{self._file.path}: tokens must be from 0 to {self._config.vocab_size - 1}")
+        check_tokens(tokens, self._config, self._file)
         hidden = self._prefill.run(tokens, self._position, self._caches)
         self._weights.head.multiply(hidden, self._logits, self._crew)
         bend(self._config, self._logits)

@@ -104,8 +104,7 @@ class Model:
 
         """
         ids = np.asarray(tokens, dtype=np.int64)
-        if ids.size == 0 or ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise TritGgufError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
+        check_tokens(ids, self.config, self._file)
         if self.position + ids.size > self.context:
             raise TritGgufError(
                 f"{self.position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
@@ -127,6 +126,12 @@ class Model:
             self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew, exact=self._exact)
         bend(self.config, logits)
         return logits if all_logits else logits[0]
+
+
+def check_tokens(ids: np.ndarray, config: ModelConfig, file: GgufFile) -> None:
+    """Raise TritGgufError when there are no tokens, or one that does not exist."""
+    if ids.size == 0 or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise TritGgufError(f"{file.path}: tokens must be from 0 to {config.vocab_size - 1}")
 
 
 def bend(config: ModelConfig, logits: np.ndarray) -> None:

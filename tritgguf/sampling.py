@@ -76,12 +76,13 @@ class Sampler:
         Raises TritGgufError when the logits are not numbers.
         """
         logits = self._penalized(logits)
-        if not math.isfinite(logits.max()):  # the maximum of anything with a NaN in it is NaN
+        largest = logits.max()
+        if not math.isfinite(largest):  # the maximum of anything with a NaN in it is NaN
             raise TritGgufError("the model computes no numbers: its file is damaged, fetch or convert it again")
         if self.options.temperature == 0 or self.options.top_k == 1:
             return int(np.argmax(logits))
         if self.options.top_k <= 0 and self.options.top_p == 1 and self.options.min_p == 0:
-            return self._draw(np.exp((logits - logits.max()) / np.float32(self.options.temperature)))
+            return self._draw(np.exp((logits - largest) / np.float32(self.options.temperature)))
         tokens, probabilities = self.distribution(logits)
         return int(tokens[self._draw(probabilities)])
 

@@ -1,0 +1,19 @@
+"""Running a tool as a command: errors that a user can mend are one line and exit code 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from tritgguf import console
+from tritgguf.errors import TritGgufError
+
+
+def run(main: Callable[..., None]) -> None:
+    """Parse the command line by the signature of `main` and call it."""
+    try:
+        typer.run(main)
+    except TritGgufError as error:
+        console.error(str(error))
+        raise SystemExit(1) from None
