@@ -105,14 +105,21 @@ class Crew:
 
 
 @contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Hold back Ctrl-C until the block has ended; only the main thread ever sees it."""
+def _interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame: True) -> Iterator[None]:
+    """Hold back Ctrl-C, in frames where `when` says so, until the block has ended; only the main thread sees it."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if when(frame):
+            pending.append((number, frame))
+        else:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
@@ -121,12 +128,25 @@ def _interrupts_deferred() -> Iterator[None]:
             handler(*pending[0])
 
 
+def _called_by_llvm(frame: FrameType | None) -> bool:
+    """Say whether LLVM called this frame or one above it, to ask for an object or to hand one over.
+
+    What is raised there is printed by ctypes and forgotten: a Ctrl-C would be lost.
+    """
+    while frame is not None:
+        if frame.f_code.co_name.startswith("_raw_object_cache"):  # llvmlite.binding.ExecutionEngine
+            return True
+        frame = frame.f_back
+    return False
+
+
 class CompilingCrew(Crew):
     """Compiles what it is asked to run, or loads it from the cache, and runs nothing."""
 
     def run(self, kernel: Any, *arguments: Any) -> list[Any]:
         """Make `kernel` ready for arguments of these types."""
-        kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
+        with _interrupts_deferred(when=_called_by_llvm):
+            kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
         return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from llvmlite.binding import ExecutionEngine
 
 from cpu_kernels.barrier import wait_for_all
 from cpu_kernels.crew import (
@@ -195,3 +197,36 @@ def test_an_interrupt_waits_for_all_threads() -> None:
         Crew(3).run(kernel)
     assert sorted(returned) == [0, 1, 2]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_in_a_callback_of_llvm_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    assert hasattr(ExecutionEngine, "_raw_object_cache_notify")
+    reached = []
+
+    @ctypes.CFUNCTYPE(None)
+    def _raw_object_cache_notify() -> None:
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end of the callback")
+
+    class Kernel:
+        def compile(self, signature: object) -> None:
+            _raw_object_cache_notify()
+            reached.append("end of compiling")
+
+    with pytest.raises(KeyboardInterrupt):
+        CompilingCrew(1).run(Kernel())
+    assert reached == ["end of the callback", "end of compiling"]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_ends_compiling_at_once() -> None:
+    reached = []
+
+    class Kernel:
+        def compile(self, signature: object) -> None:
+            signal.raise_signal(signal.SIGINT)
+            reached.append("end of compiling")
+
+    with pytest.raises(KeyboardInterrupt):
+        CompilingCrew(1).run(Kernel())
+    assert not reached

@@ -97,6 +97,26 @@ def test_ctrl_c_ends_an_answer(smollm2_d2: Path, seconds: float) -> None:
     assert "Traceback" not in errors
 
 
+def test_ctrl_c_in_the_exec_of_a_string_ends_with_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import sys, types
+
+def main():
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return 130
+
+sys.modules["tritgguf.cli"] = types.SimpleNamespace(main=main)
+"""
+    )
+    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[1])))
+    process = start(env={**os.environ, "PYTHONPATH": path})
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
 # -- memory
 
 

@@ -165,7 +165,8 @@ def variant_options(variant: str) -> list[str]:
 
 def our_command() -> list[str]:
     """Return how to call this checkout's `tritgguf`, whatever the current folder is."""
-    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(_ROOT)!r}); import tritgguf.__main__"]
+    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from tritgguf.__main__ import main; sys.exit(main())"
+    return [sys.executable, "-c", start]
 
 
 def check_types(path: Path, name: str) -> None:
