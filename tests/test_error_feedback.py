@@ -12,7 +12,7 @@ from cpu_kernels.crew import Crew
 from cpu_kernels.error_feedback import quantize_columns
 from cpu_kernels.layout import GROUP_SIZE, level_offset
 from tritgguf.encoder_search import quantize_searched
-from tritgguf.error_feedback import Feedback, InputMoments
+from tritgguf.error_feedback import Feedback, InputMoments, _factor_of_inverse
 from tritgguf.matrix_rows import MatrixRows
 from tritgguf.trit_types import DEPTHS
 
@@ -71,14 +71,16 @@ def test_columns_follow_the_formula(depth: int, rows: int, groups: int, seed: in
         assert costs[row, group, indices[row, group]] <= least * 1.2 + 1e-6
 
 
-def random_moments(columns: int, seed: int, *, drift: float = 0.0) -> tuple[InputMoments, np.ndarray, np.ndarray]:
+def random_moments(
+    columns: int, seed: int, *, drift: float = 0.0, matrix: np.ndarray | None = None
+) -> tuple[InputMoments, np.ndarray, np.ndarray]:
     """Return moments of correlated inputs, those inputs and the original ones, both [n, columns]."""
     generator = np.random.default_rng(seed)
     mixing = generator.standard_normal((columns, columns)) / np.sqrt(columns) + np.eye(columns)
     mixing *= np.exp(generator.standard_normal(columns))
     original = (generator.standard_normal((4 * columns, columns)) @ mixing).astype(np.float32)
     inputs = original + drift * (original @ generator.standard_normal((columns, columns)).astype(np.float32) / columns)
-    moments = InputMoments(columns)
+    moments = InputMoments(columns, matrix)
     for part, part_original in zip(np.split(inputs, 4), np.split(original, 4), strict=True):
         moments.add(torch.from_numpy(part), torch.from_numpy(part_original))
     return moments, inputs, original
@@ -106,10 +108,30 @@ def test_a_shift_of_the_inputs_is_repaired() -> None:
     moments, inputs, original = random_moments(128, 3, drift=3.0)
     weights = np.random.default_rng(8).standard_normal((32, 128)).astype(np.float32)
     repaired = Feedback(moments).quantize(weights, 4, CREW)
-    moments.shift[:] = 0
-    ignored = Feedback(moments).quantize(weights, 4, CREW)
+    ignored = Feedback(moments, repairs=False).quantize(weights, 4, CREW)
     errors = [output_error(weights, q.decoded(), inputs, original) for q in (repaired, ignored)]
     assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("rows", [16, 63, 64, 200])
+def test_what_a_matrix_alone_has_lost_is_the_same(rows: int) -> None:
+    weights = np.random.default_rng(rows).standard_normal((rows, 128)).astype(np.float32)
+    shared, inputs, original = random_moments(128, 3, drift=3.0)
+    alone, _, _ = random_moments(128, 3, drift=3.0, matrix=weights)
+    expected = (original - inputs).astype(np.float64) @ weights.T.astype(np.float64)
+    expected = expected.T @ inputs / len(inputs)
+    for moments in (shared, alone):
+        found = moments.mean_loss(torch.from_numpy(weights)).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("columns", [1, 1024, 1025, 2500])
+def test_factor_of_the_inverse(columns: int) -> None:
+    roots = torch.from_numpy(np.random.default_rng(columns).standard_normal((columns, columns)).astype(np.float32))
+    matrix = roots @ roots.T / columns + torch.eye(columns)
+    factor = _factor_of_inverse(matrix)
+    assert not factor.tril(-1).any()
+    torch.testing.assert_close(factor.T @ factor @ matrix, torch.eye(columns), rtol=0, atol=1e-4)
 
 
 def test_inputs_of_zeros_leave_plain_rounding() -> None:

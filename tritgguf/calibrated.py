@@ -99,7 +99,8 @@ class CalibratedEncoder:
 
     def _quantize_group(self, block: Block, names: Sequence[str], originals: list[Tensor]) -> None:
         """Quantize matrices that share an input, of which the original model's are used up."""
-        moments = InputMoments(originals[0].shape[-1])
+        only = block.get(names[0]) if len(names) == 1 else None
+        moments = InputMoments(originals[0].shape[-1], only)
         visit = {names[0]: lambda inputs: moments.add(inputs, originals.pop(0).float())}
         block.inputs(self._hidden, visit, last=names[0])
         feedback = self._feedback(moments)

@@ -28,22 +28,30 @@ DAMPING = 0.1
 """What is added to the second moments' diagonal, as a share of its mean (`docs/quality.md`)."""
 _COLUMNS_AT_ONCE = 128
 _MOMENTS_AT_ONCE = 2048
+_SOLVED_AT_ONCE = 1024
 
 
 class InputMoments:
-    """Second moments of a matrix's inputs.
+    """Second moments of the inputs that some matrices share.
+
+    Args:
+        columns: of the inputs.
+        matrix: float32 [rows, columns], of the one matrix that has these inputs, if there is but one.
 
     Attributes:
         second: float32 [columns, columns], sums of x x^T; what lies below the blocks of the diagonal is left out.
-        shift: float32 [columns, columns], sums of (x' - x) x^T, x' being the original model's inputs.
         count: how many inputs were added.
 
     """
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, columns: int, matrix: np.ndarray | None = None) -> None:
         import torch
 
-        self.second, self.shift = torch.zeros(columns, columns), torch.zeros(columns, columns)
+        # With d = x' - x: a matrix W with few rows has W d sooner than d x^T, and what is wanted in the end is W d x^T.
+        through = matrix is not None and 2 * len(matrix) < columns
+        self._through = torch.from_numpy(matrix) if through else None
+        self.second = torch.zeros(columns, columns)
+        self._shift = torch.zeros(len(matrix) if matrix is not None and through else columns, columns)
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
@@ -53,8 +61,16 @@ class InputMoments:
         for first in range(0, columns, _MOMENTS_AT_ONCE):
             some = slice(first, first + _MOMENTS_AT_ONCE)
             self.second[some, first:].addmm_(x[:, some].T, x[:, first:])
-        self.shift.addmm_((x_original - x).T, x)
+        difference = x_original - x
+        if self._through is not None:
+            difference = difference @ self._through.T
+        self._shift.addmm_(difference.T, x)
         self.count += len(x)
+
+    def mean_loss(self, weights: Tensor) -> Tensor:
+        """Return the mean of W (x' - x) x^T for W float32 [rows, columns]: what W's output has lost, as x sees it."""
+        lost = self._shift if self._through is not None else weights @ self._shift
+        return lost / max(1, self.count)
 
     def mean_second(self) -> Tensor:
         """Return the whole mean of x x^T, float32 [columns, columns]."""
@@ -87,7 +103,7 @@ class Feedback:
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
         mean = second.diagonal().mean()
         second.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        self._shift, self._count = (moments.shift if repairs else None), max(1, moments.count)
+        self._moments = moments if repairs else None
         self._importance = second.diagonal().numpy().copy()
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
@@ -135,9 +151,9 @@ class Feedback:
         """Return the weights that come closest to the original output from the inputs as they are now."""
         import torch
 
-        if self._shift is None:
+        if self._moments is None:
             return weights
-        missing = (weights @ self._shift / self._count)[:, self._order]
+        missing = self._moments.mean_loss(weights)[:, self._order]
         repair = torch.empty_like(weights)
         repair[:, self._order] = missing @ self._factor.T @ self._factor
         return weights + repair
@@ -150,5 +166,18 @@ def _factor_of_inverse(matrix: Tensor) -> Tensor:
     """
     import torch
 
-    upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(matrix)), upper=True)
+    return _inverse_of_upper(torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1))
+
+
+def _inverse_of_upper(matrix: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix, by halves: torch has only a solver, which takes all columns."""
+    import torch
+
+    if len(matrix) <= _SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True)
+    half = len(matrix) // 2
+    first, last = _inverse_of_upper(matrix[:half, :half]), _inverse_of_upper(matrix[half:, half:])
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ (matrix[:half, half:] @ last))
+    return inverse

@@ -16,15 +16,15 @@ from tritgguf.model_config import ModelConfig
 from tritgguf.prefill import Prefill
 from tritgguf.weights import ModelWeights
 
-_MOST_TEXTS = 32
-_CACHE_BYTES = 1 << 29
+_MOST_TEXTS = 64
+_CACHE_BYTES = 1 << 30
 
 
 class Lockstep:
     """A model that writes texts side by side, straight from its file.
 
     Attributes:
-        most_texts: how many it should write at once, so that their caches stay within half a gigabyte.
+        most_texts: how many it should write at once, so that their caches stay within a gigabyte.
 
     Raises TritGgufError for a file that is no trit model or is damaged.
 
