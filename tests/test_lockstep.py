@@ -55,7 +55,7 @@ def test_what_is_refused(tiny_trit_file: Callable[..., GgufFile]) -> None:
 
 def test_caches_are_bounded(tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny_trit_file("llama", 2)
-    assert Lockstep(file, context=64).most_texts == 32
+    assert Lockstep(file, context=64).most_texts == 64
     one = cache_bytes(ModelConfig.from_file(file), 64)
     for room, texts in ((3 * one, 3), (one - 1, 1)):
         monkeypatch.setattr(lockstep, "_CACHE_BYTES", room)

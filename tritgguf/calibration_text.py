@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS = 512
 DEFAULT_TOKENS = 128 * WINDOW_TOKENS
-DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which a model has to write one after the other
+DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which the model has to write first
 _WRITING_DEPTH = 4
 _OPENINGS = (
     *("The ", "In ", '"', "Once upon a time", "Dear ", "To whom it may concern", "Chapter 1\n\n", "For example, "),
