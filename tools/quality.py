@@ -36,7 +36,7 @@ from cpu_kernels.crew import Crew
 from tritgguf import console
 from tritgguf.architectures import quantized_tensor
 from tritgguf.calibrate import summed_squares
-from tritgguf.calibration_text import WINDOW_TOKENS, windows_of_own_text
+from tritgguf.calibration_text import WINDOW_TOKENS, KeptText, windows_of_own_text
 from tritgguf.checkpoint import open_source
 from tritgguf.convert import convert
 from tritgguf.depth_plan import DepthChoice
@@ -151,7 +151,8 @@ class Measurement:
     @functools.cached_property
     def _own_text(self) -> list[list[int]]:
         tokens = self._own_windows * WINDOW_TOKENS
-        return windows_of_own_text(self._source, tokens, threads=self._crew.threads)
+        kept = KeptText(self._files / f"{self._path.name}-self", resume=True) if self._files else None
+        return windows_of_own_text(self._source, tokens, threads=self._crew.threads, kept=kept)
 
     def _trit_row(self, name: str, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
@@ -242,7 +243,7 @@ def main(
     ] = False,
     models: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("models"),
     files: Annotated[
-        Path | None, typer.Option(help="Folder where the files MODEL-ROW.gguf stay; what is there is not made again.")
+        Path | None, typer.Option(help="Folder where the files MODEL-ROW.gguf and own text stay, not to be made again.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
 ) -> None:
