@@ -48,7 +48,7 @@ from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
 MODELS = {
-    "smollm2": ("SmolLM2-135M-Instruct", 16, 128, 256),
+    "smollm2": ("SmolLM2-135M-Instruct", 16, 128, 128),
     "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32, 32),
 }
 """Name -> folder in models/, windows to evaluate, to calibrate on, and of own text to calibrate on."""
