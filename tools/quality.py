@@ -36,7 +36,7 @@ from cpu_kernels.crew import Crew
 from tritgguf import console
 from tritgguf.architectures import quantized_tensor
 from tritgguf.calibrate import summed_squares
-from tritgguf.calibration_text import WINDOW_TOKENS, KeptText, windows_of_own_text
+from tritgguf.calibration_text import KeptText, windows_of_own_text
 from tritgguf.checkpoint import open_source
 from tritgguf.convert import convert
 from tritgguf.depth_plan import DepthChoice
@@ -48,10 +48,10 @@ from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
 MODELS = {
-    "smollm2": ("SmolLM2-135M-Instruct", 16, 128, 128),
-    "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32, 32),
+    "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
+    "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32),
 }
-"""Name -> folder in models/, windows to evaluate, to calibrate on, and of own text to calibrate on."""
+"""Name -> folder in models/, windows to evaluate, windows to calibrate on."""
 ENCODERS = ("v2", "best", "imatrix", "calibrated", "self")
 TARGETS = ("2.5", "3.0", "4.0", "4.5")
 TYPES = ("Q2_K", "Q3_K", "IQ3_S", "Q4_0", "IQ4_NL")
@@ -89,7 +89,7 @@ class Measurement:
 
     def __init__(self, model: str, models: Path, threads: int | None, files: Path | None = None) -> None:
         self._files = files
-        folder, evaluation_windows, calibration_windows, self._own_windows = MODELS[model]
+        folder, evaluation_windows, calibration_windows = MODELS[model]
         self._crew = Crew(threads)
         self._path = models / folder
         if not self._path.is_dir():
@@ -104,7 +104,6 @@ class Measurement:
         """Return what the rows are about, for the JSON."""
         return {
             "calibration_tokens": sum(map(len, self.calibration)),
-            "own_tokens": self._own_windows * WINDOW_TOKENS,
             "calibration_text": quality_text.fingerprint(self.calibration),
             "evaluation_tokens": sum(map(len, self.evaluation)),
             "evaluation_text": quality_text.fingerprint(self.evaluation),
@@ -150,7 +149,7 @@ class Measurement:
 
     @functools.cached_property
     def _own_text(self) -> list[list[int]]:
-        tokens = self._own_windows * WINDOW_TOKENS
+        tokens = sum(map(len, self.calibration))
         kept = KeptText(self._files / f"{self._path.name}-self", resume=True) if self._files else None
         return windows_of_own_text(self._source, tokens, threads=self._crew.threads, kept=kept)
 

@@ -48,10 +48,9 @@ class InputMoments:
         import torch
 
         # With d = x' - x: a matrix W with few rows has W d sooner than d x^T, and what is wanted in the end is W d x^T.
-        through = matrix is not None and 2 * len(matrix) < columns
-        self._through = torch.from_numpy(matrix) if through else None
+        self._through = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
         self.second = torch.zeros(columns, columns)
-        self._shift = torch.zeros(len(matrix) if matrix is not None and through else columns, columns)
+        self._shift = torch.zeros(columns if self._through is None else len(self._through), columns)
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
