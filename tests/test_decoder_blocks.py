@@ -79,6 +79,24 @@ def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
     assert torch.cat(some[last]).shape == (5, 24, 128)
 
 
+@pytest.mark.parametrize("variant", NAMES)
+def test_known_inputs_save_what_makes_them(tmp_path: Path, variant: str) -> None:
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model", variant))))
+    hidden = blocks.embed(WINDOWS)
+    output, last = "blk.0.attn_output.weight", "blk.0.ffn_down.weight"
+    with blocks.block(0) as block:
+        assert block.endings(hidden) == {output, last}
+        kept: dict[str, list[torch.Tensor]] = {output: [], last: []}
+        expected = block.forward(hidden, {name: seen.append for name, seen in kept.items()})
+        block.set("blk.0.attn_v.weight", np.zeros_like(block.get("blk.0.attn_v.weight")))
+        again: list[torch.Tensor] = []
+        block.inputs(hidden, {last: again.append}, last=last, known={output: torch.cat(kept[output])})
+        assert torch.equal(torch.cat(again), torch.cat(kept[last]))
+        known = {name: torch.cat(seen) for name, seen in kept.items()}
+        assert torch.equal(block.forward(hidden, known=known), expected)
+        assert not torch.equal(block.forward(hidden), expected)
+
+
 @pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_a_weight_is_replaced_and_read_back(tmp_path: Path, variant: str, name: str) -> None:

@@ -3,7 +3,7 @@
 A text goes through two copies of the model, decoder block after decoder block: the original one, and the one whose
 matrices so far are quantized. What the second gives a matrix is what its error is measured on, and what it has lost is
 what the matrix is to repair (`error_feedback`). In memory are one block, the hidden states of both copies, and the
-inputs of the original block: nothing that grows with the number of blocks.
+inputs of the block in both: nothing that grows with the number of blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpu_kernels.crew import Crew
-from tritgguf.decoder_blocks import Block, DecoderBlocks, fast_products
+from tritgguf.decoder_blocks import Block, DecoderBlocks, Known, fast_products
 from tritgguf.error_feedback import Feedback, InputMoments
+from tritgguf.known_inputs import Gathered
 from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.tuning import Tuning, tune_block
 
@@ -82,32 +83,45 @@ class CalibratedEncoder:
                 self._original = block.forward(self._original)
                 for name, weights in written.items():
                     block.set(name, weights)
+                self._hidden = block.forward(self._hidden)
             else:
-                self._quantize_block(block)
-            self._hidden = block.forward(self._hidden)
+                self._hidden = self._quantize_block(block)
         self._next += 1
 
-    def _quantize_block(self, block: Block) -> None:
+    def _quantize_block(self, block: Block) -> Tensor:
+        """Quantize the matrices of a block; return what it makes of the hidden states then."""
         before = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
         groups = [group for group in groups if group]
         original_inputs = self._pass_original(block, [group[0] for group in groups])
+        endings = block.endings(self._original)
+        known: dict[str, Tensor] = {}
         for group in groups:
-            self._quantize_group(block, group, original_inputs.pop(group[0]))
+            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), known)
+            if group[0] in endings:
+                known[group[0]] = inputs
         if self._tuning is not None:
+            known.clear()
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)
+        return block.forward(self._hidden, known=known)
 
-    def _quantize_group(self, block: Block, names: Sequence[str], originals: list[Tensor]) -> None:
-        """Quantize matrices that share an input, of which the original model's are used up."""
+    def _quantize_group(self, block: Block, names: Sequence[str], originals: list[Tensor], known: Known) -> Tensor:
+        """Quantize matrices that share an input, of which the original model's are used up; return it."""
         only = block.get(names[0]) if len(names) == 1 else None
         moments = InputMoments(originals[0].shape[-1], only)
-        visit = {names[0]: lambda inputs: moments.add(inputs, originals.pop(0).float())}
-        block.inputs(self._hidden, visit, last=names[0])
+        gathered = Gathered(len(self._hidden))
+
+        def visit(inputs: Tensor) -> None:
+            moments.add(inputs, originals.pop(0).float())
+            gathered.add(inputs)
+
+        block.inputs(self._hidden, {names[0]: visit}, last=names[0], known=known)
         feedback = self._feedback(moments)
         for name in names:
             quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
             block.set(name, quantized.decoded())
             self._quantized[name] = quantized
+        return gathered.whole
 
     def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Send the original hidden states through the original block; return some matrices' inputs there.

@@ -10,13 +10,14 @@ torch and transformers are imported inside functions: only the `verify` extra br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tritgguf.architectures import from_hf, hf_tensor_name, quantized_tensor, to_hf
+from tritgguf.known_inputs import Ending, Gathered, find_endings
 from tritgguf.reference_model import head_counts, meta_module, require_torch, silent_transformers
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _TOKENS_AT_ONCE = 4096
 
 Visit = Callable[["Tensor"], None]
 """Called with a matrix's inputs of some windows, float32 [windows, tokens, columns]."""
+Known = Mapping[str, "Tensor"]
+"""GGUF name -> all inputs of a matrix, float32 [windows, tokens, columns]."""
 
 
 class _EnoughError(Exception):
@@ -73,7 +76,7 @@ class DecoderBlocks:
         embeddings.padding_idx = None
         taken: list[Tensor] = []
         with torch.inference_mode(), _before(self._module.model.layers[0], lambda x: taken.append(x.clone())):
-            for some in torch.from_numpy(places.reshape(ids.shape)).split(self._windows_at_once(ids.shape[1])):
+            for some in self.portions(torch.from_numpy(places.reshape(ids.shape))):
                 self._forward(embeddings(some))
         embeddings.to("meta")
         return torch.cat(taken)
@@ -117,7 +120,7 @@ class DecoderBlocks:
         Without `on_output`, hooks see what they want to see and may end each pass by `_EnoughError`.
         """
         layer = self.layer(index)
-        for some in hidden.split(self._windows_at_once(hidden.shape[1])):
+        for some in self.portions(hidden):
             outputs: list[Tensor] = []
             # Families that scale embeddings would scale these too: the block is given its input right at its door.
             with _given(layer, some), _after(layer, outputs.append):
@@ -129,8 +132,9 @@ class DecoderBlocks:
                 on_output(outputs[0])
 
     @staticmethod
-    def _windows_at_once(tokens: int) -> int:
-        return max(1, _TOKENS_AT_ONCE // tokens)
+    def portions(windows: Tensor) -> Sequence[Tensor]:
+        """Return what goes through a block at once of something [windows, tokens, ...]."""
+        return windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
 
     def _forward(self, embedded: Tensor) -> None:
         with silent_transformers():
@@ -160,6 +164,7 @@ class Block:
 
     def __init__(self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any]) -> None:
         self._blocks, self.index, self._parameters = blocks, index, parameters
+        self._endings: Mapping[str, Ending] = {}
         self.matrices = {name: value for name, value in parameters.items() if quantized_tensor(name)}
 
     def get(self, name: str) -> np.ndarray:
@@ -178,17 +183,19 @@ class Block:
         """Return what belongs to the rows of a weight, in transformers' order, in GGUF's order."""
         return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
 
-    def forward(self, hidden: Tensor, visits: Mapping[str, Visit] | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, visits: Mapping[str, Visit] | None = None, *, known: Known | None = None
+    ) -> Tensor:
         """Return what the block makes of hidden states, both float32 [windows, tokens, width].
 
-        `visits` is as in `inputs`.
+        `visits` and `known` are as in `inputs`.
         """
         import torch
 
-        outputs: list[Tensor] = []
-        with torch.inference_mode(), self._shown(visits or {}, None):
-            self._blocks.run(hidden, self.index, outputs.append)
-        return torch.cat(outputs)
+        outputs = Gathered(len(hidden))
+        with torch.inference_mode(), self._skipping(known), self._shown(visits or {}, None):
+            self._blocks.run(hidden, self.index, outputs.add)
+        return outputs.whole
 
     def differentiable(self, hidden: Tensor) -> Tensor:
         """Return what the block makes of a few windows of hidden states, with what gradients need."""
@@ -223,19 +230,41 @@ class Block:
             groups.setdefault(address, []).append(name)
         return [tuple(names) for names in groups.values()]
 
-    def inputs(self, hidden: Tensor, visits: Mapping[str, Visit], *, last: str) -> None:
+    def inputs(self, hidden: Tensor, visits: Mapping[str, Visit], *, last: str, known: Known | None = None) -> None:
         """Show the inputs of matrices to their visitors.
 
         Args:
             hidden: float32 [windows, tokens, width].
             visits: GGUF name of a packed matrix -> what to call with its inputs, some windows after the others.
             last: the matrix behind whose visit the block is left.
+            known: of matrices among `endings`, the inputs that an earlier pass of the same hidden states has shown;
+                what else is in their modules is not computed.
 
         """
         import torch
 
-        with torch.inference_mode(), self._shown(visits, last):
+        with torch.inference_mode(), self._skipping(known), self._shown(visits, last):
             self._blocks.run(hidden, self.index, None)
+
+    def endings(self, hidden: Tensor) -> Collection[str]:
+        """Return the packed matrices whose product is what the module around them returns."""
+        import torch
+
+        def run() -> None:
+            with torch.inference_mode():
+                self._blocks.run(hidden[:1], self.index, None)
+
+        layer = self._blocks.layer(self.index)
+        around = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
+        self._endings = find_endings({name: (self.linear(name), around[name]) for name in self.matrices}, run)
+        return self._endings.keys()
+
+    @contextmanager
+    def _skipping(self, known: Known | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, inputs in (known or {}).items():
+                stack.enter_context(self._endings[name].alone(self._blocks.portions(inputs)))
+            yield
 
     @contextmanager
     def _shown(self, visits: Mapping[str, Visit], last: str | None) -> Iterator[None]:
@@ -256,8 +285,11 @@ class Block:
 
     def linear(self, name: str) -> Any:
         """Return the module that multiplies with a matrix."""
-        path = hf_tensor_name(self._blocks.architecture, name).removesuffix(".weight")
-        return self._blocks.layer(self.index).get_submodule(path.split(".", 3)[3])
+        return self._blocks.layer(self.index).get_submodule(self._path(name))
+
+    def _path(self, name: str) -> str:
+        """Return where in the layer a matrix is."""
+        return hf_tensor_name(self._blocks.architecture, name).removesuffix(".weight").split(".", 3)[3]
 
 
 def _pass_on(layer: Any) -> Any:
