@@ -16,7 +16,7 @@ import numpy as np
 from cpu_kernels.crew import Crew
 from tritgguf.decoder_blocks import Block, DecoderBlocks, Known, fast_products
 from tritgguf.error_feedback import Feedback, InputMoments
-from tritgguf.known_inputs import Gathered
+from tritgguf.known_inputs import Ending, Gathered
 from tritgguf.quantized_matrix import QuantizedMatrix
 from tritgguf.tuning import Tuning, tune_block
 
@@ -95,11 +95,11 @@ class CalibratedEncoder:
         groups = [group for group in groups if group]
         original_inputs = self._pass_original(block, [group[0] for group in groups])
         endings = block.endings(self._original)
-        known: dict[str, Tensor] = {}
+        known: dict[Ending, Tensor] = {}
         for group in groups:
             inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), known)
             if group[0] in endings:
-                known[group[0]] = inputs
+                known[endings[group[0]]] = inputs
         if self._tuning is not None:
             known.clear()
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)

@@ -10,7 +10,7 @@ torch and transformers are imported inside functions: only the `verify` extra br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,8 @@ _TOKENS_AT_ONCE = 4096
 
 Visit = Callable[["Tensor"], None]
 """Called with a matrix's inputs of some windows, float32 [windows, tokens, columns]."""
-Known = Mapping[str, "Tensor"]
-"""GGUF name -> all inputs of a matrix, float32 [windows, tokens, columns]."""
+Known = Mapping[Ending, "Tensor"]
+"""All inputs of the last matrix of a module, float32 [windows, tokens, columns]."""
 
 
 class _EnoughError(Exception):
@@ -164,7 +164,6 @@ class Block:
 
     def __init__(self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any]) -> None:
         self._blocks, self.index, self._parameters = blocks, index, parameters
-        self._endings: Mapping[str, Ending] = {}
         self.matrices = {name: value for name, value in parameters.items() if quantized_tensor(name)}
 
     def get(self, name: str) -> np.ndarray:
@@ -237,7 +236,7 @@ class Block:
             hidden: float32 [windows, tokens, width].
             visits: GGUF name of a packed matrix -> what to call with its inputs, some windows after the others.
             last: the matrix behind whose visit the block is left.
-            known: of matrices among `endings`, the inputs that an earlier pass of the same hidden states has shown;
+            known: of some of `endings`, the inputs that an earlier pass of the same hidden states has shown;
                 what else is in their modules is not computed.
 
         """
@@ -246,8 +245,8 @@ class Block:
         with torch.inference_mode(), self._skipping(known), self._shown(visits, last):
             self._blocks.run(hidden, self.index, None)
 
-    def endings(self, hidden: Tensor) -> Collection[str]:
-        """Return the packed matrices whose product is what the module around them returns."""
+    def endings(self, hidden: Tensor) -> dict[str, Ending]:
+        """Return GGUF name -> the ending of each packed matrix whose product is what the module around it returns."""
         import torch
 
         def run() -> None:
@@ -256,14 +255,13 @@ class Block:
 
         layer = self._blocks.layer(self.index)
         around = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
-        self._endings = find_endings({name: (self.linear(name), around[name]) for name in self.matrices}, run)
-        return self._endings.keys()
+        return find_endings({name: (self.linear(name), around[name]) for name in self.matrices}, run)
 
     @contextmanager
     def _skipping(self, known: Known | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, inputs in (known or {}).items():
-                stack.enter_context(self._endings[name].alone(self._blocks.portions(inputs)))
+            for ending, inputs in (known or {}).items():
+                stack.enter_context(ending.alone(self._blocks.portions(inputs)))
             yield
 
     @contextmanager
