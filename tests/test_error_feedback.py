@@ -78,7 +78,7 @@ def random_moments(
     generator = np.random.default_rng(seed)
     mixing = generator.standard_normal((columns, columns)) / np.sqrt(columns) + np.eye(columns)
     mixing *= np.exp(generator.standard_normal(columns))
-    original = (generator.standard_normal((4 * columns, columns)) @ mixing).astype(np.float32)
+    original = (generator.standard_normal((32 * columns, columns)) @ mixing).astype(np.float32)
     inputs = original + drift * (original @ generator.standard_normal((columns, columns)).astype(np.float32) / columns)
     moments = InputMoments(columns, matrix)
     for part, part_original in zip(np.split(inputs, 4), np.split(original, 4), strict=True):
@@ -111,6 +111,25 @@ def test_a_shift_of_the_inputs_is_repaired() -> None:
     ignored = Feedback(moments, repairs=False).quantize(weights, 4, CREW)
     errors = [output_error(weights, q.decoded(), inputs, original) for q in (repaired, ignored)]
     assert errors[0] < 0.5 * errors[1]
+
+
+@depths
+def test_few_inputs_are_not_fitted(depth: int) -> None:
+    few, others = (noisy_inputs(256, rows, seed) for rows, seed in ((300, 1), (4096, 2)))
+    moments = InputMoments(256)
+    moments.add(torch.from_numpy(few[0]), torch.from_numpy(few[1]))
+    weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
+    careful = Feedback(moments).quantize(weights, depth, CREW)
+    fitted = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, CREW)
+    errors = [output_error(weights, q.decoded(), *others) for q in (careful, fitted)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def noisy_inputs(columns: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs and original ones that differ by noise, of which there is nothing to learn, [count, columns]."""
+    generator = np.random.default_rng(seed)
+    original = generator.standard_normal((count, columns)).astype(np.float32)
+    return original + np.float32(0.3) * generator.standard_normal((count, columns)).astype(np.float32), original
 
 
 @pytest.mark.parametrize("rows", [16, 63, 64, 200])

@@ -28,7 +28,7 @@ from tritgguf.error_feedback import Feedback
 from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
-SETTINGS = ("", "damping=0.02", "damping=0.05", "damping=0.2", "repairs=0", "in_order_of_size=0", "windows=96")
+SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
 
 
 def main() -> None:

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.1
-"""What is added to the second moments' diagonal, as a share of its mean (`docs/quality.md`)."""
+"""What is added to the second moments' diagonal, as a share of its mean, however many inputs were seen."""
+DAMPING_OF_FEW = 2.0
+"""What is added besides, times columns over inputs: moments of few inputs fit what is peculiar to them.
+
+Both are measured in `docs/quality.md`.
+"""
 _COLUMNS_AT_ONCE = 128
 _MOMENTS_AT_ONCE = 2048
 _SOLVED_AT_ONCE = 1024
@@ -86,6 +91,7 @@ class Feedback:
     Args:
         moments: of the input.
         damping: see `DAMPING`.
+        damping_of_few: see `DAMPING_OF_FEW`.
         repairs: whether the matrices make up for the difference between original and present inputs.
         in_order_of_size: whether groups are quantized in the order of their inputs' size, or as they come.
 
@@ -93,7 +99,13 @@ class Feedback:
     """
 
     def __init__(
-        self, moments: InputMoments, *, damping: float = DAMPING, repairs: bool = True, in_order_of_size: bool = True
+        self,
+        moments: InputMoments,
+        *,
+        damping: float = DAMPING,
+        damping_of_few: float = DAMPING_OF_FEW,
+        repairs: bool = True,
+        in_order_of_size: bool = True,
     ) -> None:
         import torch
 
@@ -101,6 +113,7 @@ class Feedback:
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
         mean = second.diagonal().mean()
+        damping += damping_of_few * len(second) / max(1, moments.count)
         second.diagonal().add_(damping * mean if mean > 0 else 1.0)
         self._moments = moments if repairs else None
         self._importance = second.diagonal().numpy().copy()
