@@ -86,6 +86,13 @@ def random_moments(
     return moments, inputs, original
 
 
+def noisy_inputs(columns: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs and original ones that differ by noise, of which there is nothing to learn, [count, columns]."""
+    generator = np.random.default_rng(seed)
+    original = generator.standard_normal((count, columns)).astype(np.float32)
+    return original + np.float32(0.3) * generator.standard_normal((count, columns)).astype(np.float32), original
+
+
 def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: np.ndarray, original: np.ndarray) -> float:
     wanted = original @ weights.T
     return float(np.square(inputs @ decoded.T - wanted).sum() / np.square(wanted).sum())
@@ -123,13 +130,6 @@ def test_few_inputs_are_not_fitted(depth: int) -> None:
     fitted = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, CREW)
     errors = [output_error(weights, q.decoded(), *others) for q in (careful, fitted)]
     assert errors[0] < 0.9 * errors[1]
-
-
-def noisy_inputs(columns: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs and original ones that differ by noise, of which there is nothing to learn, [count, columns]."""
-    generator = np.random.default_rng(seed)
-    original = generator.standard_normal((count, columns)).astype(np.float32)
-    return original + np.float32(0.3) * generator.standard_normal((count, columns)).astype(np.float32), original
 
 
 @pytest.mark.parametrize("rows", [16, 63, 64, 200])
