@@ -1,4 +1,7 @@
-"""Which constants of error feedback give the least KL? One row for each setting, the same text in all.
+"""Which constants of error feedback give the least KL? One row for each setting, the same texts in all.
+
+The calibration text is of package descriptions and docstrings. KL is that of other such text, then of the text that
+ships for `tritgguf verify`, which is of no subject in particular.
 
     python tools/feedback_constants.py models/SmolLM2-135M-Instruct --depth 2 damping=0.05 damping=0.2 windows=96
 
@@ -17,6 +20,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults 
 
 import numpy as np
 import quality_text
+from divergence import divergence
 from tokenizers import Tokenizer
 
 from cpu_kernels.crew import Crew
@@ -26,7 +30,7 @@ from tritgguf.checkpoint import Source, open_source
 from tritgguf.convert_plan import block_of
 from tritgguf.error_feedback import Feedback
 from tritgguf.reference_model import ReferenceModel
-from tritgguf.verify import Comparison, compare_logits
+from tritgguf.verify import shipped_text
 
 SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
 
@@ -39,32 +43,24 @@ def main() -> None:
         "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
     )
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens (default 12)")
+    parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
     options = parser.parse_args()
 
     source = open_source(options.source)
     tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
     calibration, evaluation = quality_text.texts()
-    windows = quality_text.windows_of(evaluation, tokenizer, options.evaluate)
+    texts = [quality_text.windows_of(text, tokenizer, options.evaluate) for text in (evaluation, shipped_text())]
     reference = ReferenceModel.open(source)
-    expected = [reference.logits(window) for window in windows]
-    print("setting                KL   99th  top-1  seconds", flush=True)
+    expected = [[reference.logits(window) for window in windows] for windows in texts]
+    print("setting                KL   99th  top-1      KL   99th  top-1  seconds", flush=True)
     for setting in options.settings:
         values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
         some = quality_text.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
         started = time.perf_counter()
         quantize(source, options.depth, some, values, reference)
-        found = Comparison.concatenate(
-            [
-                compare_logits(logits, reference.logits(window), window[1:])
-                for window, logits in zip(windows, expected, strict=True)
-            ]
-        )
-        print(
-            f"{setting or 'as it is':18}  {found.kl_mean:5.4f}  {found.kl_p99:5.2f}  {found.top1_agreement:5.3f}"
-            f"  {time.perf_counter() - started:7.0f}",
-            flush=True,
-        )
+        found = [divergence(reference, windows, logits) for windows, logits in zip(texts, expected, strict=True)]
+        columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
+        print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
 
 
 def quantize(

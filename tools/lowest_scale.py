@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 
 import numpy as np
+from divergence import divergence
 from tokenizers import Tokenizer
 
 from cpu_kernels.unpack import dequantize
@@ -20,7 +21,7 @@ from tritgguf import codec
 from tritgguf.architectures import quantized_tensor
 from tritgguf.checkpoint import Source, open_source
 from tritgguf.reference_model import ReferenceModel
-from tritgguf.verify import Comparison, compare_logits, split_windows
+from tritgguf.verify import Comparison, split_windows
 
 WINDOW_TOKENS = 512
 
@@ -73,12 +74,7 @@ def evaluate(
 
     metadata = {key: value.value for key, value in source.metadata.items()}
     model.load_tensors(metadata, [tensor.name for tensor in source.tensors], read, source.name)
-    return Comparison.concatenate(
-        [
-            compare_logits(logits, model.logits(window), window[1:])
-            for window, logits in zip(windows, expected, strict=True)
-        ]
-    )
+    return divergence(model, windows, expected)
 
 
 if __name__ == "__main__":

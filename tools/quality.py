@@ -29,6 +29,7 @@ import quality_chart
 import quality_text
 import tool_command
 import typer
+from divergence import divergence
 from ggml_types import GgmlQuantizer, bits_per_weight
 from tokenizers import Tokenizer
 
@@ -189,12 +190,7 @@ class Measurement:
 
     def _compare(self) -> Comparison:
         """Compare the model as it is loaded with the original one."""
-        return Comparison.concatenate(
-            [
-                compare_logits(logits, self._model.logits(window), window[1:])
-                for window, logits in zip(self.evaluation, self._expected, strict=True)
-            ]
-        )
+        return divergence(self._model, self.evaluation, self._expected)
 
     def _perplexity(self) -> float:
         parts = [
