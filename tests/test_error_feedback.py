@@ -120,16 +120,55 @@ def test_a_shift_of_the_inputs_is_repaired() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-@depths
-def test_few_inputs_are_not_fitted(depth: int) -> None:
-    few, others = (noisy_inputs(256, rows, seed) for rows, seed in ((300, 1), (4096, 2)))
+def few_and_others() -> tuple[InputMoments, tuple[np.ndarray, np.ndarray]]:
+    """Return moments of hardly more inputs than they have columns, and many others of their kind."""
+    inputs, original = noisy_inputs(256, 300, 1)
     moments = InputMoments(256)
-    moments.add(torch.from_numpy(few[0]), torch.from_numpy(few[1]))
+    moments.add(torch.from_numpy(inputs), torch.from_numpy(original))
+    return moments, noisy_inputs(256, 4096, 2)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_feedback_does_not_fit_few_inputs(depth: int) -> None:
+    moments, others = few_and_others()
     weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
-    careful = Feedback(moments).quantize(weights, depth, CREW)
-    fitted = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, CREW)
-    errors = [output_error(weights, q.decoded(), *others) for q in (careful, fitted)]
-    assert errors[0] < 0.9 * errors[1]
+    damped = Feedback(moments, repairs=False).quantize(weights, depth, CREW)
+    fitted = Feedback(moments, repairs=False, damping_of_few=0.0).quantize(weights, depth, CREW)
+    errors = [output_error(weights, q.decoded(), *others) for q in (damped, fitted)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+@depths
+def test_what_is_repaired_helps_on_other_inputs(depth: int) -> None:
+    moments, others = few_and_others()
+    weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
+    repaired = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, CREW)
+    ignored = Feedback(moments, damping_of_few=0.0, repairs=False).quantize(weights, depth, CREW)
+    errors = [output_error(weights, q.decoded(), *others) for q in (repaired, ignored)]
+    assert errors[0] < 1.02 * errors[1]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_share_of_the_repair_is_that_of_inputs_held_out(alone: bool) -> None:
+    weights = np.random.default_rng(7).standard_normal((96, 256)).astype(np.float32)
+    parts = [noisy_inputs(256, rows, rows) for rows in (301, 402, 3)]
+    moments = InputMoments(256, weights if alone else None)
+    for inputs, original in parts:
+        moments.add(torch.from_numpy(inputs), torch.from_numpy(original))
+    held_out = np.concatenate([np.arange(len(inputs)) >= len(inputs) - len(inputs) // 4 for inputs, _ in parts])
+    x, x_original = (np.concatenate(side).astype(np.float64) for side in zip(*parts, strict=True))
+    second = x.T @ x / len(x)
+    fitted = x[~held_out].T @ x[~held_out] / (~held_out).sum()
+    for all_inputs, mean in ((True, second), (False, fitted)):
+        np.testing.assert_allclose(moments.mean_second(held_out=all_inputs).numpy(), mean, atol=1e-4)
+    fitted += 0.2 * fitted.diagonal().mean() * np.eye(256)
+    shift = (x_original - x)[~held_out].T @ x[~held_out] / (~held_out).sum()
+    wanted, found = ((x_original - x) @ weights.T)[held_out], x[held_out] @ (weights @ shift @ np.linalg.inv(fitted)).T
+    expected = (wanted * found).sum() / np.square(found).sum()
+    target = torch.from_numpy(weights)
+    share = Feedback(moments, damping=0.2, damping_of_few=0.0)._share(target, moments.mean_loss(target))
+    assert 0.1 < expected < 0.9
+    assert share == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [16, 63, 64, 200])
@@ -169,7 +208,7 @@ def test_what_is_no_number_is_refused(bad: float) -> None:
     weights[1, 5] = bad
     with pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
         Feedback(moments).quantize(weights, 2, CREW)
-    moments.second[3, 3] = bad
+    moments.add(torch.full((5, 64), bad), torch.zeros(5, 64))
     with pytest.raises(ValueError, match="has inputs that are NaN or infinite"):
         Feedback(moments)
 

@@ -3,8 +3,10 @@
 Two things are known of a matrix's inputs: their second moments H, and how far the inputs that it gets in the quantized
 model are from those that it got in the original one. The first say what an error costs and how later columns can make
 up for it (`cpu_kernels.error_feedback`). The second say what the matrix has to repair: with x the inputs now and x' the
-original ones, W' = W + W E[(x' - x) x^T] H^-1 comes closest to the original output W x', and is what is quantized.
-(The idea that a layer should correct what the layers before it lost is that of Qronos and GPTAQ, 2025.)
+original ones, W' = W + W E[(x' - x) x^T] H^-1 comes closest to the original output W x', on these inputs. Part of that
+holds for them alone, so a quarter of them is held out to see which share of the repair should be made; the matrix that
+is repaired so far is quantized. (The idea that a layer should correct what the layers before it lost is that of Qronos
+and GPTAQ, 2025.)
 
 torch does the large products; it is imported inside functions, because only the `verify` extra brings it.
 """
@@ -31,6 +33,10 @@ DAMPING_OF_FEW = 2.0
 
 Both are measured in `docs/quality.md`.
 """
+_HELD_OUT = 4
+"""One of so many inputs is held out."""
+_JUDGED_ROWS = 256
+"""About so many rows of a matrix say which share of its repair to make."""
 _COLUMNS_AT_ONCE = 128
 _MOMENTS_AT_ONCE = 2048
 _SOLVED_AT_ONCE = 1024
@@ -44,7 +50,6 @@ class InputMoments:
         matrix: float32 [rows, columns], of the one matrix that has these inputs, if there is but one.
 
     Attributes:
-        second: float32 [columns, columns], sums of x x^T; what lies below the blocks of the diagonal is left out.
         count: how many inputs were added.
 
     """
@@ -54,35 +59,62 @@ class InputMoments:
 
         # With d = x' - x: a matrix W with few rows has W d sooner than d x^T, and what is wanted in the end is W d x^T.
         self._through = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
-        self.second = torch.zeros(columns, columns)
+        # Sums of x x^T without the inputs held out; what lies below the blocks of the diagonal is left out.
+        self._second = torch.zeros(columns, columns)
         self._shift = torch.zeros(columns if self._through is None else len(self._through), columns)
+        self._held_out: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
         """Add inputs and the original model's inputs in the same places, both float32 [..., columns]."""
-        columns = len(self.second)
+        columns = len(self._second)
         x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
-        for first in range(0, columns, _MOMENTS_AT_ONCE):
-            some = slice(first, first + _MOMENTS_AT_ONCE)
-            self.second[some, first:].addmm_(x[:, some].T, x[:, first:])
         difference = x_original - x
         if self._through is not None:
             difference = difference @ self._through.T
         self._shift.addmm_(difference.T, x)
         self.count += len(x)
+        others = len(x) - len(x) // _HELD_OUT
+        _add_products(self._second, x[:others])
+        self._held_out.append((x[others:].clone(), difference[others:].clone()))
 
     def mean_loss(self, weights: Tensor) -> Tensor:
         """Return the mean of W (x' - x) x^T for W float32 [rows, columns]: what W's output has lost, as x sees it."""
         lost = self._shift if self._through is not None else weights @ self._shift
         return lost / max(1, self.count)
 
-    def mean_second(self) -> Tensor:
-        """Return the whole mean of x x^T, float32 [columns, columns]."""
-        mean = self.second / max(1, self.count)
+    def mean_second(self, *, held_out: bool = True) -> Tensor:
+        """Return the whole mean of x x^T, float32 [columns, columns]; of all inputs, or of those not held out."""
+        mean = self._second.clone()
+        for x, _ in self._held_out if held_out else []:
+            _add_products(mean, x)
+        mean /= max(1, self.count if held_out else self.count - self.held_out_count)
         for first in range(0, len(mean), _MOMENTS_AT_ONCE):
             some = slice(first, first + _MOMENTS_AT_ONCE)
             mean[some, :first] = mean[:first, some].T
         return mean
+
+    def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the inputs x held out and what some rows of W lose there, W (x' - x), float32 [n, columns], [n, rows].
+
+        W is float32 [rows, columns].
+        """
+        import torch
+
+        x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
+        return x, difference[:, rows] if self._through is not None else difference @ weights[rows].T
+
+    @property
+    def held_out_count(self) -> int:
+        """How many inputs are held out."""
+        return sum(len(x) for x, _ in self._held_out)
+
+
+def _add_products(second: Tensor, x: Tensor) -> None:
+    """Add the sums of x x^T, for x [n, columns], on and above the blocks of the diagonal."""
+    for first in range(0, len(second), _MOMENTS_AT_ONCE):
+        some = slice(first, first + _MOMENTS_AT_ONCE)
+        second[some, first:].addmm_(x[:, some].T, x[:, first:])
 
 
 class Feedback:
@@ -92,7 +124,8 @@ class Feedback:
         moments: of the input.
         damping: see `DAMPING`.
         damping_of_few: see `DAMPING_OF_FEW`.
-        repairs: whether the matrices make up for the difference between original and present inputs.
+        repairs: whether the matrices make up for the difference between original and present inputs, as far as that
+            helps on inputs held out.
         in_order_of_size: whether groups are quantized in the order of their inputs' size, or as they come.
 
     Raises ValueError when the moments hold a number that is NaN or infinite.
@@ -112,10 +145,14 @@ class Feedback:
         second = moments.mean_second()
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
-        mean = second.diagonal().mean()
         damping += damping_of_few * len(second) / max(1, moments.count)
-        second.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        _damp(second, damping)
         self._moments = moments if repairs else None
+        self._without_held_out: Tensor | None = None
+        if repairs and moments.held_out_count:
+            fitted = moments.mean_second(held_out=False)
+            _damp(fitted, damping)
+            self._without_held_out = torch.linalg.cholesky(fitted)
         self._importance = second.diagonal().numpy().copy()
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
@@ -160,15 +197,39 @@ class Feedback:
         )
 
     def _repaired(self, weights: Tensor) -> Tensor:
-        """Return the weights that come closest to the original output from the inputs as they are now."""
+        """Return weights that come closer to the original output from the inputs as they are now."""
         import torch
 
         if self._moments is None:
             return weights
-        missing = self._moments.mean_loss(weights)[:, self._order]
+        lost = self._moments.mean_loss(weights)
         repair = torch.empty_like(weights)
-        repair[:, self._order] = missing @ self._factor.T @ self._factor
-        return weights + repair
+        repair[:, self._order] = lost[:, self._order] @ self._factor.T @ self._factor
+        return weights + self._share(weights, lost) * repair
+
+    def _share(self, weights: Tensor, lost: Tensor) -> float:
+        """Return which share of the repair comes closest on inputs that it was not fitted to, from 0 to 1.
+
+        `lost` is the mean of W (x' - x) x^T over all inputs. Some rows are repaired without those held out, and judged
+        there.
+        """
+        import torch
+
+        moments = self._moments
+        if moments is None or self._without_held_out is None:
+            return 1.0
+        rows = slice(None, None, max(1, len(weights) // _JUDGED_ROWS))
+        inputs, wanted = moments.held_out(weights, rows)
+        fitted = (moments.count * lost[rows] - wanted.T @ inputs) / (moments.count - len(inputs))
+        repaired = inputs @ torch.cholesky_solve(fitted.T, self._without_held_out)
+        size = float(repaired.square().sum())
+        return min(max(float((repaired * wanted).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
+
+
+def _damp(second: Tensor, damping: float) -> None:
+    """Add a share of the diagonal's mean to it, so that the matrix can be inverted."""
+    mean = second.diagonal().mean()
+    second.diagonal().add_(damping * mean if mean > 0 else 1.0)
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor:
