@@ -43,6 +43,7 @@ def main() -> None:
         "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
     )
     parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize so many blocks only (default all)")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
     options = parser.parse_args()
 
@@ -57,21 +58,25 @@ def main() -> None:
         values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
         some = quality_text.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
         started = time.perf_counter()
-        quantize(source, options.depth, some, values, reference)
+        depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
+        quantize(source, depths, some, values, reference)
         found = [divergence(reference, windows, logits) for windows, logits in zip(texts, expected, strict=True)]
         columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
         print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
 
 
+def quantized_names(source: Source, blocks: int) -> list[str]:
+    """Return the matrices of the first blocks, in their order."""
+    names = (tensor.name for tensor in source.tensors if quantized_tensor(tensor.name))
+    return sorted((name for name in names if block_of(name) < blocks), key=block_of)
+
+
 def quantize(
-    source: Source, depth: int, windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
+    source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
-    """Load the model with weights that were quantized with these settings of `Feedback`."""
-    names = sorted((t.name for t in source.tensors if quantized_tensor(t.name)), key=block_of)
-    encoder = CalibratedEncoder(
-        source, dict.fromkeys(names, depth), windows, Crew(None), feedback=partial(Feedback, **settings)
-    )
-    decoded = {name: encoder.quantize(name).decoded() for name in names}
+    """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
+    encoder = CalibratedEncoder(source, depths, windows, Crew(None), feedback=partial(Feedback, **settings))
+    decoded = {name: encoder.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:
         return decoded[name] if name in decoded else source.read(name)
