@@ -1,20 +1,21 @@
-"""How far is a model, as it is loaded, from one whose logits are known? What the tools that judge by KL share."""
+"""How far is a model from another? What the tools that judge by KL share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tritgguf.reference_model import ReferenceModel
 from tritgguf.verify import Comparison, compare_logits
 
 
-def divergence(model: ReferenceModel, windows: Sequence[Sequence[int]], expected: Sequence[np.ndarray]) -> Comparison:
-    """Compare a model's logits on some windows of tokens with others, float32 [tokens, vocabulary] of each window."""
+def divergence(
+    windows: Sequence[Sequence[int]], reference: Iterable[np.ndarray], logits: Iterable[np.ndarray]
+) -> Comparison:
+    """Compare a model's logits on some windows of tokens with the reference's, both [tokens, vocabulary] by window."""
     return Comparison.concatenate(
         [
-            compare_logits(logits, model.logits(window), window[1:])
-            for window, logits in zip(windows, expected, strict=True)
+            compare_logits(expected, found, window[1:])
+            for window, expected, found in zip(windows, reference, logits, strict=True)
         ]
     )

@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize so many blocks only (default all)")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # settings may follow options
 
     source = open_source(options.source)
     tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
+    depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
     calibration, evaluation = quality_text.texts()
     texts = [quality_text.windows_of(text, tokenizer, options.evaluate) for text in (evaluation, shipped_text())]
     reference = ReferenceModel.open(source)
@@ -58,9 +59,11 @@ def main() -> None:
         values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
         some = quality_text.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
         started = time.perf_counter()
-        depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
         quantize(source, depths, some, values, reference)
-        found = [divergence(reference, windows, logits) for windows, logits in zip(texts, expected, strict=True)]
+        found = [
+            divergence(windows, logits, map(reference.logits, windows))
+            for windows, logits in zip(texts, expected, strict=True)
+        ]
         columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
         print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
 

@@ -74,7 +74,7 @@ def evaluate(
 
     metadata = {key: value.value for key, value in source.metadata.items()}
     model.load_tensors(metadata, [tensor.name for tensor in source.tensors], read, source.name)
-    return divergence(model, windows, expected)
+    return divergence(windows, expected, map(model.logits, windows))
 
 
 if __name__ == "__main__":

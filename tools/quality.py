@@ -46,7 +46,7 @@ from tritgguf.errors import TritGgufError
 from tritgguf.gguf_file import GgufFile
 from tritgguf.inspect_file import describe
 from tritgguf.reference_model import ReferenceModel
-from tritgguf.verify import Comparison, compare_logits
+from tritgguf.verify import Comparison
 
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
@@ -190,14 +190,10 @@ class Measurement:
 
     def _compare(self) -> Comparison:
         """Compare the model as it is loaded with the original one."""
-        return divergence(self._model, self.evaluation, self._expected)
+        return divergence(self.evaluation, self._expected, map(self._model.logits, self.evaluation))
 
     def _perplexity(self) -> float:
-        parts = [
-            compare_logits(logits, logits, window[1:])
-            for window, logits in zip(self.evaluation, self._expected, strict=True)
-        ]
-        return Comparison.concatenate(parts).perplexity_reference
+        return divergence(self.evaluation, self._expected, self._expected).perplexity_reference
 
 
 def measure(
