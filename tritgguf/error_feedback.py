@@ -153,6 +153,7 @@ class Feedback:
             fitted = moments.mean_second(held_out=False)
             _damp(fitted, damping)
             self._without_held_out = torch.linalg.cholesky(fitted)
+            del fitted  # such squares are the most that is in memory: what is used up goes at once
         self._importance = second.diagonal().numpy().copy()
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
@@ -160,7 +161,9 @@ class Feedback:
         if not in_order_of_size:
             groups = torch.arange(len(importance))
         self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
-        self._factor = _factor_of_inverse(second[self._order][:, self._order])
+        ordered = second[self._order][:, self._order]
+        del second
+        self._factor = _factor_of_inverse(ordered)
 
     def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
