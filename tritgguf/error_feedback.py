@@ -146,14 +146,11 @@ class Feedback:
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
         damping += damping_of_few * len(second) / max(1, moments.count)
-        _damp(second, damping)
+        second = _damped(second, damping)
         self._moments = moments if repairs else None
         self._without_held_out: Tensor | None = None
         if repairs and moments.held_out_count:
-            fitted = moments.mean_second(held_out=False)
-            _damp(fitted, damping)
-            self._without_held_out = torch.linalg.cholesky(fitted)
-            del fitted  # such squares are the most that is in memory: what is used up goes at once
+            self._without_held_out = torch.linalg.cholesky(_damped(moments.mean_second(held_out=False), damping))
         self._importance = second.diagonal().numpy().copy()
         # Groups whose inputs are largest come first: their errors can be made up for by all the others.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
@@ -161,9 +158,9 @@ class Feedback:
         if not in_order_of_size:
             groups = torch.arange(len(importance))
         self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
-        ordered = second[self._order][:, self._order]
-        del second
-        self._factor = _factor_of_inverse(ordered)
+        # Squares of this size are the most that is in memory, so none is kept by a name once it is used up.
+        second = second[self._order][:, self._order]
+        self._factor = _factor_of_inverse(second)
 
     def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
@@ -229,10 +226,11 @@ class Feedback:
         return min(max(float((repaired * wanted).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
 
 
-def _damp(second: Tensor, damping: float) -> None:
-    """Add a share of the diagonal's mean to it, so that the matrix can be inverted."""
+def _damped(second: Tensor, damping: float) -> Tensor:
+    """Add a share of the diagonal's mean to it, in place, so that the matrix can be inverted; return the matrix."""
     mean = second.diagonal().mean()
     second.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return second
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor:
