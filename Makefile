@@ -15,17 +15,18 @@ demo: fetch
 	$(BIN)/tritgguf run build/smollm2-135m-d3.gguf -p "Name three primary colors." --temp 0 -n 64
 
 test: check fetch
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: .venv/stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fetch: .venv/stamp
 	$(BIN)/python tools/fetch_model.py smollm2
 
-# Builds the part of llama.cpp that tests/test_against_llama_cpp.py asks; without it, those tests are skipped.
+# Builds the part of llama.cpp that tests/referee/test_against_llama_cpp.py asks; without it, those tests are skipped.
 referee: .venv/stamp
 	$(BIN)/python tools/llama_cpp_referee.py
 

@@ -27,8 +27,8 @@ _numba_enable_caching = Dispatcher.enable_caching
 def sources_stamp() -> str:
     """Return a hash of all sources of this package: kernels that were compiled from others are not used."""
     stamp = hashlib.sha256()
-    for path in sorted(_PACKAGE.glob("*.py")):
-        stamp.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        stamp.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return stamp.hexdigest()
 
 
@@ -65,17 +65,15 @@ class KernelCache(FunctionCache):
             _say_once(f"{self.cache_path}: {error.strerror or error}")
 
 
-def folder() -> Path | None:
-    """Return where machine code is kept; None where there is no place for it."""
-    from cpu_kernels.bandwidth import read  # any kernel: they share a folder
-
-    path = read._cache.cache_path
+def folder_of(kernel: Any) -> Path | None:
+    """Return where a kernel's machine code is kept; None where there is no place for it."""
+    path = kernel._cache.cache_path
     return None if path is None else Path(path)
 
 
 def _enable_caching(dispatcher: Any) -> None:
     """Give a kernel of this package its cache, if there is a folder for it; functions of others get Numba's."""
-    if Path(inspect.getfile(dispatcher.py_func)).resolve().parent != _PACKAGE:
+    if not Path(inspect.getfile(dispatcher.py_func)).resolve().is_relative_to(_PACKAGE):
         _numba_enable_caching(dispatcher)
         return
     try:

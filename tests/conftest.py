@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from real_models import MODELS
 from tiny_models import write_tiny_model
 
-from cpu_kernels import instruction_set
-from tritgguf.gguf_file import GgufFile
-
-MODELS = Path(__file__).parent.parent / "models"
-
+from cpu_kernels.simd import instruction_set, variants
+from tritgguf.formats.gguf_file import GgufFile
 
 settings.register_profile(
     "tritgguf",
@@ -38,7 +36,7 @@ def _fetched(name: str) -> Path:
     return path
 
 
-VARIANTS = [name for name, isa in instruction_set.NAMES.items() if isa in instruction_set.supported()]
+VARIANTS = [name for name, isa in variants.NAMES.items() if isa in instruction_set.supported()]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -81,7 +79,7 @@ def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("smollm2")
 
     def convert_once(depth: int) -> Path:
-        from tritgguf.convert import convert
+        from tritgguf.conversion.convert import convert
 
         output = folder / f"d{depth}.gguf"
         if not output.exists():
@@ -109,7 +107,7 @@ def tiny_trit_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gg
     folder, files = tmp_path_factory.mktemp("tiny"), dict[tuple[str, int], GgufFile]()
 
     def open_file(variant: str = "llama", depth: int = 2) -> GgufFile:
-        from tritgguf.convert import convert
+        from tritgguf.conversion.convert import convert
 
         if (variant, depth) not in files:
             output, source = folder / f"{variant}-{depth}.gguf", folder / variant

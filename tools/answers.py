@@ -13,12 +13,14 @@ from typing import Annotated
 import tool_command
 import typer
 
-from tritgguf.checkpoint import open_source
-from tritgguf.generate import generate, load, prompt_tokens
-from tritgguf.gguf_file import GgufFile
-from tritgguf.reference_model import ReferenceModel
-from tritgguf.sampling import SamplingOptions
-from tritgguf.verify import check_same_model
+from tritgguf.evaluation.verify import check_same_model
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.runtime.generate import generate
+from tritgguf.runtime.loaded_model import load
+from tritgguf.runtime.prompt import prompt_tokens
+from tritgguf.runtime.sampling import SamplingOptions
+from tritgguf.sources.open import open_source
 
 PROMPTS = (
     "Name three primary colors.",

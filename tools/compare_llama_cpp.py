@@ -49,13 +49,14 @@ from speed_ratios import (
     table,
 )
 
-from cpu_kernels import instruction_set
-from cpu_kernels.crew import physical_cores
-from tritgguf import console
-from tritgguf.architectures import quantized_tensor
-from tritgguf.bench import processor_name
+from cpu_kernels.simd import instruction_set, variants
+from cpu_kernels.threads.cores import physical_cores
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.cli import terminal
+from tritgguf.diagnostics.bench import processor_name
 from tritgguf.errors import TritGgufError
-from tritgguf.gguf_file import F16, GgufFile
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_header import F16
 
 _GENERATED_TOKENS = {SMOLLM2: 128}  # 32 of a small model are over before a clock has told much
 _K_BLOCK = 256  # row lengths of llama.cpp's K and ternary types are multiples of it
@@ -103,7 +104,7 @@ class Comparison:
     def _source(self, shape: str) -> Path:
         path = self.folder / shape / "f16.gguf"
         if not path.exists():
-            console.note(f"writing random weights of the shape {shape}")
+            terminal.note(f"writing random weights of the shape {shape}")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_random_model(path, *SHAPES[shape])
         return path
@@ -111,7 +112,7 @@ class Comparison:
     def _file(self, side: Side) -> Path:
         path = self.folder / side.shape / f"{side.file}.gguf"
         if not path.exists():
-            console.note(f"making {path.name} of {side.shape}")
+            terminal.note(f"making {path.name} of {side.shape}")
             self._make(side.shape, path, side.file)
         return path
 
@@ -156,7 +157,7 @@ def file_of(side: Side) -> str:
 
 def variant_options(variant: str) -> list[str]:
     """Return the options of `tritgguf bench` that make a side's variant."""
-    if variant in instruction_set.NAMES:
+    if variant in variants.NAMES:
         return ["--isa", variant]
     if variant.startswith("context"):
         return ["--n-depth", variant.removeprefix("context")]
@@ -183,11 +184,11 @@ def select_ratios(shape: str, only: str | None) -> list[Ratio]:
     """Return the ratios to measure: those of the comma-separated list, or all that shape and processor allow."""
     if only is not None:
         return [Ratio.parse(name.strip(), shape) for name in only.split(",")]
-    here = {name for name, isa in instruction_set.NAMES.items() if isa in instruction_set.supported()}
+    here = {name for name, isa in variants.NAMES.items() if isa in instruction_set.supported()}
     ratios = []
     for name in GOALS:
         ratio = Ratio.parse(name, shape)
-        wanted = {ratio.ours.variant, ratio.theirs.variant} & instruction_set.NAMES.keys()
+        wanted = {ratio.ours.variant, ratio.theirs.variant} & variants.NAMES.keys()
         _, sizes = SHAPES[ratio.ours.shape]
         whole_blocks = not any(length % _K_BLOCK for length in (sizes.hidden, sizes.feed_forward))
         runs_anywhere = ratio.theirs.file in ("q4_0", READ_BANDWIDTH, ratio.ours.file)
@@ -231,7 +232,7 @@ def measure(
         for name, samples in measure_group(comparison, group, repeats, patience).items():
             keep_result(name, samples)
             others = f"other programs took {max(samples.other_programs):.0%} at most"
-            console.note(f"{name}: {samples.ratio:.3f}, {others}")
+            terminal.note(f"{name}: {samples.ratio:.3f}, {others}")
         if not keep_files:
             later = _sides(list(itertools.chain.from_iterable(groups[number + 1 :])))
             comparison.remove_files(frozenset((side.shape, file_of(side)) for side in later))
@@ -336,14 +337,14 @@ def main(
         if plot is not None:
             write_chart(result, plot)
     except TritGgufError as error:
-        console.error(str(error))
+        terminal.error(str(error))
         raise typer.Exit(1) from error
     if print_json:
         print(json.dumps(result, indent=1))
     elif print_markdown:
         print(markdown(result))
     else:
-        console.print_table(*table(result))
+        terminal.print_table(*table(result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tritgguf.verify import Comparison, compare_logits
+from tritgguf.evaluation.divergence import Comparison, compare_logits
 
 
 def divergence(

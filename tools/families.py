@@ -19,11 +19,11 @@ import tool_command
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tritgguf import console
-from tritgguf.architectures import ARCHITECTURES
-from tritgguf.convert import convert
-from tritgguf.reference_model import require_torch, silent_transformers
-from tritgguf.verify import verify
+from tritgguf.architectures.table import ARCHITECTURES
+from tritgguf.cli import terminal
+from tritgguf.conversion.convert import convert
+from tritgguf.evaluation.verify import verify
+from tritgguf.reference.model import require_torch, silent_transformers
 
 END = "<|endoftext|>"
 _SIZES = {
@@ -145,7 +145,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
             rows.append(measure(name, Path(folder)))
     if as_json:
-        console.print_json([vars(row) for row in rows])
+        terminal.print_json([vars(row) for row in rows])
         return
     print("| family | class | GGUF | largest difference of a logit, relative |\n|---|---|---|---|")
     for row in rows:

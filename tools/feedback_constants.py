@@ -23,14 +23,15 @@ import quality_text
 from divergence import divergence
 from tokenizers import Tokenizer
 
-from cpu_kernels.crew import Crew
-from tritgguf.architectures import quantized_tensor
-from tritgguf.calibrated import CalibratedEncoder
-from tritgguf.checkpoint import Source, open_source
-from tritgguf.convert_plan import block_of
-from tritgguf.error_feedback import Feedback
-from tritgguf.reference_model import ReferenceModel
-from tritgguf.verify import shipped_text
+from cpu_kernels.threads.crew import Crew
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.encoder import CalibratedEncoder
+from tritgguf.calibration.error_feedback import Feedback
+from tritgguf.conversion.plan import block_of
+from tritgguf.evaluation.text_windows import shipped_text
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
+from tritgguf.sources.source import Source
 
 SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
 

@@ -32,7 +32,8 @@ from typing import Annotated
 import hf_folder
 import typer
 
-from tritgguf import console
+from tritgguf import text_format
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "models"
@@ -303,7 +304,7 @@ def fetch_gguf(model: RemoteModel, folder: Path) -> Path:
 @contextmanager
 def _progress_bar(stage: str, total: int) -> Iterator[Advance]:
     done = 0
-    with console.progress(in_bytes=True) as report:
+    with terminal.progress(in_bytes=True) as report:
 
         def advance(count: int) -> None:
             nonlocal done
@@ -321,16 +322,16 @@ def main(
     model = MODELS[name]
     try:
         path = fetch_gguf(model, models)
-        print(f"{path} ({console.format_bytes(path.stat().st_size)}, licence: {model.licence})")
+        print(f"{path} ({text_format.format_bytes(path.stat().st_size)}, licence: {model.licence})")
         if model.hf_folder is not None:
             folder = models / model.hf_folder
             hf_folder.write_hf_folder(path, folder)
             print(f"{folder} (the same weights as a Hugging Face FP16 folder)")
     except TritGgufError as error:
-        console.error(str(error))
+        terminal.error(str(error))
         raise typer.Exit(1) from error
     except OSError as error:
-        console.error(f"{error.filename or models}: {error.strerror or error}")
+        terminal.error(f"{error.filename or models}: {error.strerror or error}")
         raise typer.Exit(1) from error
 
 

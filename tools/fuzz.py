@@ -28,7 +28,7 @@ from typing import Annotated
 
 import typer
 
-from tritgguf import console
+from tritgguf.cli import terminal
 
 MOST_SECONDS_PER_CASE = 10.0
 TARGETS = (
@@ -153,12 +153,12 @@ def main(
             share = seconds / len(names) if cases is None else float("inf")
             fuzz(partial(make, name), result, seed=seed, first=first, cases=cases or sys.maxsize // 2, seconds=share)
             results.append(result)
-            console.note(f"{name}: {result.cases} cases in {result.seconds:.0f} s, {len(result.findings)} findings")
+            terminal.note(f"{name}: {result.cases} cases in {result.seconds:.0f} s, {len(result.findings)} findings")
     for result in results:
         for finding in result.findings:
-            console.error(finding)
+            terminal.error(finding)
     if as_json:
-        console.print_json([vars(result) for result in results])
+        terminal.print_json([vars(result) for result in results])
     raise typer.Exit(int(any(result.findings for result in results)))
 
 

@@ -16,8 +16,8 @@ with atheris.instrument_imports(include=["tritgguf"]):
     from fuzz_targets import Targets
 
     from tritgguf.errors import TritGgufError
-    from tritgguf.gguf_file import GgufFile
-    from tritgguf.model_config import ModelConfig
+    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.runtime.config import ModelConfig
 
 
 def main() -> None:

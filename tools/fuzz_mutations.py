@@ -43,7 +43,7 @@ class MarkedBytes:
 
 def mark_gguf(path: str) -> MarkedBytes:
     """Return a GGUF file's bytes with the fields of its header marked; the file must be sound."""
-    from tritgguf.gguf_file import GgufFile
+    from tritgguf.formats.gguf_file import GgufFile
 
     file = GgufFile(path)
     marked, original = MarkedBytes(), memoryview(Path(path).read_bytes())

@@ -20,22 +20,23 @@ import families
 import numpy as np
 from fuzz_mutations import MarkedBytes, mark_gguf, mutate_bytes, mutate_json
 
-from cpu_kernels.activations import quantize_row
-from cpu_kernels.check_words import first_damaged_row
-from cpu_kernels.crew import Crew
-from cpu_kernels.projection import Activations, Batch, Matrix, Projection
-from cpu_kernels.unpack import dequantize
-from tritgguf import chat_template, cli
-from tritgguf.check import check
-from tritgguf.checkpoint import open_source
-from tritgguf.convert import convert
+from cpu_kernels.packed_rows.check_words import first_damaged_row
+from cpu_kernels.packed_rows.unpack import dequantize
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import quantize_row
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
+from tritgguf.cli import app
+from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
-from tritgguf.gguf_file import GgufFile
-from tritgguf.imatrix import read_importance
-from tritgguf.model import Model
-from tritgguf.model_config import ModelConfig
-from tritgguf.tokenizer import Tokenizer
-from tritgguf.trit_types import codebook_key, row_bytes
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.imatrix import read_importance
+from tritgguf.formats.integrity import check
+from tritgguf.formats.trit_types import codebook_key, row_bytes
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.model import Model
+from tritgguf.sources.open import open_source
+from tritgguf.tokenization import chat_template
+from tritgguf.tokenization.tokenizer import Tokenizer
 
 _OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
 Target = Callable[[random.Random], None]
@@ -129,7 +130,7 @@ class Targets:
             (self.folder / name).unlink(missing_ok=True)  # of a case that did not come to its end
         printed, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-            code = cli.main(arguments)
+            code = app.main(arguments)
         left = [name for name in _OUTPUTS if (self.folder / name).exists()]
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
         if code not in (0, 1) or (code == 1) != (len(lines) == 1):
@@ -248,7 +249,7 @@ def _short_header(folder: Path) -> MarkedBytes:
     """Return a file of a few tensors without a tokenizer: thousands of its headers can be read in a second."""
     from gguf import GGUFValue, GGUFValueType
 
-    from tritgguf.gguf_writer import PlannedTensor, StreamingWriter
+    from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 
     sound = GgufFile(folder / "sound.gguf")
     names = ["token_embd.weight", "output_norm.weight", *(name for name in sound.tensors if name.startswith("blk.0."))]

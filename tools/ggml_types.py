@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from cpu_kernels.crew import Crew
+from cpu_kernels.threads.crew import Crew
 
 
 class GgmlQuantizer:

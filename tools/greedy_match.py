@@ -22,13 +22,14 @@ from typing import Protocol
 import numpy as np
 from llama_cpp_referee import open_export
 
-from tritgguf.checkpoint import open_source
 from tritgguf.errors import TritGgufError
-from tritgguf.generate import LoadedModel, generate, load
-from tritgguf.gguf_file import GgufFile
-from tritgguf.reference_model import ReferenceModel
-from tritgguf.sampling import SamplingOptions
-from tritgguf.verify import check_same_model
+from tritgguf.evaluation.verify import check_same_model
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.runtime.generate import generate
+from tritgguf.runtime.loaded_model import LoadedModel, load
+from tritgguf.runtime.sampling import SamplingOptions
+from tritgguf.sources.open import open_source
 
 PROMPTS = (
     "Name three primary colors.",

@@ -12,11 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tritgguf import console
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
-from tritgguf.gguf_file import GgufFile
-from tritgguf.reference_model import require_torch, silent_transformers
-from tritgguf.tokenizer_json import tokenizer_json_from_gguf
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.model import require_torch, silent_transformers
+from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
 
 _MAX_SHARD_SIZE = "1GB"
 # Ends a text in the families that we fetch, beside the end-of-turn token that the file calls eos.
@@ -33,7 +33,7 @@ def write_hf_folder(gguf_path: Path, folder: Path) -> None:
         return
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF reader has a progress bar without a switch
     require_torch()
-    console.note(f"writing {folder}")
+    terminal.note(f"writing {folder}")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -17,13 +17,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cpu_kernels import instruction_set
-from cpu_kernels.activations import quantize_row
-from cpu_kernels.crew import Crew
-from cpu_kernels.gemm import trit_gemm
-from cpu_kernels.gemv import gemv
-from cpu_kernels.pack import pack
-from cpu_kernels.projection import Activations, Batch, Matrix, Projection
+from cpu_kernels.packed_rows.pack import pack
+from cpu_kernels.simd import instruction_set, variants
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import quantize_row
+from cpu_kernels.transformer.gemm import trit_gemm
+from cpu_kernels.transformer.gemv import gemv
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
 
 ROWS, COLUMNS, TOKENS = 1024, 1536, 256
 
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     as_json = parser.parse_args().json
     rates = {
-        name: {depth: measure(depth, instruction_set.as_type(isa)) for depth in (1, 2, 3, 4)}
-        for name, isa in instruction_set.NAMES.items()
+        name: {depth: measure(depth, variants.as_type(isa)) for depth in (1, 2, 3, 4)}
+        for name, isa in variants.NAMES.items()
         if isa in instruction_set.supported()
     }
     if as_json:

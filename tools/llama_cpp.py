@@ -20,8 +20,8 @@ from typing import Any
 
 from fetch_model import file_sha256
 
-from cpu_kernels.crew import physical_cores
-from tritgguf import console
+from cpu_kernels.threads.cores import physical_cores
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
@@ -98,9 +98,9 @@ def build_llama_cpp(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work = Path(temporary)
         log = folder / "build.log"
-        console.note(f"fetching {PACKAGE} {VERSION}")
+        terminal.note(f"fetching {PACKAGE} {VERSION}")
         source = extract_source(download_source(work, log), work)
-        console.note(f"building llama.cpp, which takes five to ten minutes; {log} shows how far it is")
+        terminal.note(f"building llama.cpp, which takes five to ten minutes; {log} shows how far it is")
         run_logged(["cmake", "-S", str(source), "-B", str(work / "build"), *options], log)
         jobs = str(physical_cores())
         run_logged(["cmake", "--build", str(work / "build"), "--target", *PROGRAMS, "-j", jobs], log)

@@ -26,13 +26,14 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from cpu_kernels.crew import physical_cores
-from tritgguf import console, export
+from cpu_kernels.threads.cores import physical_cores
+from tritgguf import export
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
-from tritgguf.gguf_file import GgufFile
-from tritgguf.model import Model
-from tritgguf.tokenizer import Tokenizer
-from tritgguf.verify import shipped_text
+from tritgguf.evaluation.text_windows import shipped_text
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.runtime.model import Model
+from tritgguf.tokenization.tokenizer import Tokenizer
 
 PROGRAMS = ("cmake", "c++")
 POSITIONS = 1024
@@ -66,9 +67,9 @@ def build_referee(cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work, log = Path(temporary), folder / "build.log"
-        console.note(f"fetching {llama_cpp.PACKAGE} {llama_cpp.VERSION}")
+        terminal.note(f"fetching {llama_cpp.PACKAGE} {llama_cpp.VERSION}")
         source = llama_cpp.extract_source(llama_cpp.download_source(work, log), work)
-        console.note(f"building llama.cpp's library, which takes a few minutes; {log} shows how far it is")
+        terminal.note(f"building llama.cpp's library, which takes a few minutes; {log} shows how far it is")
         return compile_library(source, work / "build", log).rename(folder / _LIBRARY)
 
 

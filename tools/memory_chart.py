@@ -8,7 +8,7 @@ from typing import Any
 
 from speed_chart import STYLE
 
-from tritgguf.disk import disk_errors, write_text
+from tritgguf.formats.durable_output import disk_errors, write_text
 
 _WIDTH, _LEFT, _GAP, _TOP = 820, 40, 44, 64  # of the whole, left of a row's first curve, between two, above the first
 _HEIGHT, _ROW = 96, 150  # of a curve, of it with its title and axis

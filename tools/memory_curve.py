@@ -24,10 +24,10 @@ from typing import Any
 from memory_chart import write_chart
 from synthetic_checkpoint import SHAPES, with_layers, write_checkpoint
 
-from tritgguf.bench import processor_name
-from tritgguf.disk import disk_errors, write_text
-from tritgguf.export import FORMATS
-from tritgguf.memory import resident_bytes
+from tritgguf.diagnostics.bench import processor_name
+from tritgguf.exporters.export import FORMATS
+from tritgguf.formats.durable_output import disk_errors, write_text
+from tritgguf.machine import resident_bytes
 
 BOUND = 1_500_000_000
 _INTERVAL = 0.02  # seconds

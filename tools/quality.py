@@ -33,20 +33,20 @@ from divergence import divergence
 from ggml_types import GgmlQuantizer, bits_per_weight
 from tokenizers import Tokenizer
 
-from cpu_kernels.crew import Crew
-from tritgguf import console
-from tritgguf.architectures import quantized_tensor
-from tritgguf.calibrate import summed_squares
-from tritgguf.calibration_text import KeptText, windows_of_own_text
-from tritgguf.checkpoint import open_source
-from tritgguf.convert import convert
-from tritgguf.depth_plan import DepthChoice
-from tritgguf.disk import write_text
+from cpu_kernels.threads.crew import Crew
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.importance import summed_squares
+from tritgguf.cli import terminal
+from tritgguf.conversion.convert import convert
+from tritgguf.conversion.depths import DepthChoice
+from tritgguf.conversion.own_text import KeptText, windows_of_own_text
 from tritgguf.errors import TritGgufError
-from tritgguf.gguf_file import GgufFile
-from tritgguf.inspect_file import describe
-from tritgguf.reference_model import ReferenceModel
-from tritgguf.verify import Comparison
+from tritgguf.evaluation.divergence import Comparison
+from tritgguf.formats.description import describe
+from tritgguf.formats.durable_output import write_text
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
 
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
@@ -204,7 +204,7 @@ def measure(
         row = measurement.row(name)
         rows = [old for old in result["rows"] if old["name"] != name]
         result["rows"] = sorted([*rows, vars(row)], key=lambda row: ROWS.index(row["name"]))
-        console.note(f"{name}: KL {row.kl_mean:.4f}, {row.bpw:.2f} bits per weight, {row.seconds:.0f} s")
+        terminal.note(f"{name}: KL {row.kl_mean:.4f}, {row.bpw:.2f} bits per weight, {row.seconds:.0f} s")
         keep(result)
 
 
@@ -268,7 +268,7 @@ def main(
     if show and rows:
         result["rows"] = [row for row in result["rows"] if row["name"] in rows.split(",")]
     if as_json:
-        console.print_json(result)
+        terminal.print_json(result)
     else:
         print(markdown(result))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from speed_chart import STYLE
 
-from tritgguf.disk import disk_errors, write_text
+from tritgguf.formats.durable_output import disk_errors, write_text
 
 _WIDTH, _HEIGHT = 820, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 190, 56, 44

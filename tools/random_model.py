@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tritgguf.architectures import Dimensions
+from tritgguf.architectures.dimensions import Dimensions
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 # Architecture and sizes; the heads and embeddings of both are separate, so that both sides read an F16 head.

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cpu_kernels.crew import Crew
-from tritgguf.architectures import find_architecture, gguf_tensor_name, quantized_tensor
-from tritgguf.gguf_file import GgufFile
-from tritgguf.hf_files import open_shards, read_json
-from tritgguf.quantized_matrix import QuantizedMatrix
-from tritgguf.recover import NoFit, recover_matrix
-from tritgguf.trit_types import TritType, is_trit_type, row_bytes
+from cpu_kernels.threads.crew import Crew
+from tritgguf.architectures.dimensions import find_architecture
+from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
+from tritgguf.formats.checked import read_json
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.safetensors_reader import open_shards
+from tritgguf.formats.trit_types import TritType, is_trit_type, row_bytes
+from tritgguf.quantization.quantized_matrix import QuantizedMatrix
+from tritgguf.quantization.recover import NoFit, recover_matrix
 
 _reference = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "reference_decoder.py"))["decode"]
 _WEIGHTS_AT_ONCE = 1 << 20

@@ -14,7 +14,7 @@ from typing import Annotated
 import tool_command
 import typer
 
-from tritgguf import console
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
 
 _SECONDS_TO_START = 300
@@ -62,7 +62,7 @@ def main(
         private, total, of_file = (sum(column) for column in zip(*found, strict=True))
         rows.append({"processes": count, "private": private // count, "file": of_file // count, "all": total})
     if as_json:
-        console.print_json({"file_bytes": file.stat().st_size, "rows": rows})
+        terminal.print_json({"file_bytes": file.stat().st_size, "rows": rows})
         return
     print("| processes | private memory of each | pages of files that each sees | all together |\n|---|---|---|---|")
     for row in rows:

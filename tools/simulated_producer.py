@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from recover_roundtrip import bfloat16_bits, differing_numbers
 
-from cpu_kernels.crew import Crew
-from tritgguf.recover import NoFit, recover_matrix
+from cpu_kernels.threads.crew import Crew
+from tritgguf.quantization.recover import NoFit, recover_matrix
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 

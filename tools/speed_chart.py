@@ -8,7 +8,7 @@ from typing import Any
 
 from speed_ratios import GOALS, verdict
 
-from tritgguf.disk import disk_errors, write_text
+from tritgguf.formats.durable_output import disk_errors, write_text
 
 _WIDTH, _LABELS, _RIGHT = 820, 350, 60  # of the whole, of the labels left and of the figures right of the bars
 _ROW, _BAR, _TOP, _FIGURE = 26, 14, 56, 40

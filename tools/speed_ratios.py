@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tritgguf.disk import disk_errors, write_text
 from tritgguf.errors import TritGgufError
+from tritgguf.formats.durable_output import disk_errors, write_text
 
 SMOLLM2 = "smollm2-135m"
 READ_BANDWIDTH = "read_bandwidth"

@@ -15,10 +15,10 @@ import numpy as np
 from random_model import QKV, byte_tokens
 from simulated_producer import produce
 
-from tritgguf import architectures
-from tritgguf import safetensors_writer as safetensors
-from tritgguf.architectures import Dimensions
-from tritgguf.tokenizer_json import tokenizer_json_from_gguf
+from tritgguf.architectures import tensor_names
+from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.formats import safetensors_writer
+from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
 
 SHAPES = {
     "qwen2.5-72b": Dimensions(
@@ -43,17 +43,17 @@ def write_checkpoint(folder: Path, sizes: Dimensions, *, dequantized: bool = Fal
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_config(sizes)), encoding="utf-8")
     (folder / "tokenizer.json").write_text(_tokenizer_json(sizes.vocabulary), encoding="utf-8")
-    shapes = {architectures.hf_tensor_name("qwen2", name): shape for name, shape in sizes.shapes().items()}
-    shards = safetensors.plan_shards(shapes, _SHARD_BYTES)
+    shapes = {tensor_names.hf_tensor_name("qwen2", name): shape for name, shape in sizes.shapes().items()}
+    shards = safetensors_writer.plan_shards(shapes, _SHARD_BYTES)
     if len(shards) > 1:
-        index = json.dumps(safetensors.index(shards))
-        (folder / safetensors.INDEX_NAME).write_text(index, encoding="utf-8")
+        index = json.dumps(safetensors_writer.index(shards))
+        (folder / safetensors_writer.INDEX_NAME).write_text(index, encoding="utf-8")
     weights = _dequantized_weights() if dequantized else _gaussian_weights()
     for shard in shards:
         _write_shard(folder / shard.file_name, shard, weights)
 
 
-def _write_shard(path: Path, shard: safetensors.Shard, weights: np.ndarray) -> None:
+def _write_shard(path: Path, shard: safetensors_writer.Shard, weights: np.ndarray) -> None:
     with path.open("wb") as file:
         header = shard.header()
         file.write(header)
@@ -64,7 +64,7 @@ def _write_shard(path: Path, shard: safetensors.Shard, weights: np.ndarray) -> N
                 file.write(np.ones(shape, np.float16).data)
             else:
                 file.write(weights[: int(np.prod(shape))].data)
-            start += safetensors.half_bytes(shape)
+            start += safetensors_writer.half_bytes(shape)
         file.truncate(start)
 
 

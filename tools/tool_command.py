@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from tritgguf import console
+from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
 
 
@@ -15,5 +15,5 @@ def run(main: Callable[..., None]) -> None:
     try:
         typer.run(main)
     except TritGgufError as error:
-        console.error(str(error))
+        terminal.error(str(error))
         raise SystemExit(1) from None

@@ -14,21 +14,22 @@ reader and tools know the trit types in a program that imports this package (doc
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tritgguf.trit_types import register_when_gguf_is_imported
-
-__version__ = "0.1.0"
+from tritgguf.formats.trit_types import register_when_gguf_is_imported
+from tritgguf.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tritgguf.convert import ConvertProgress, ConvertReport, convert
+    from tritgguf.conversion.convert import ConvertProgress, convert
+    from tritgguf.conversion.report import ConvertReport
     from tritgguf.errors import TritGgufError
-    from tritgguf.export import ExportReport, export
-    from tritgguf.generate import Chat, Generation, LoadedModel, generate, load
-    from tritgguf.sampling import SamplingOptions
-    from tritgguf.verify import VerifyReport, verify
+    from tritgguf.evaluation.verify import VerifyReport, verify
+    from tritgguf.exporters.export import ExportReport, export
+    from tritgguf.runtime.chat import Chat
+    from tritgguf.runtime.generate import generate
+    from tritgguf.runtime.generation import Generation
+    from tritgguf.runtime.loaded_model import LoadedModel, load
+    from tritgguf.runtime.sampling import SamplingOptions
 
 __all__ = [
     "Chat",
@@ -47,15 +48,22 @@ __all__ = [
     "verify",
 ]
 
-_MODULES = {
-    "convert": ("ConvertProgress", "ConvertReport", "convert"),
-    "errors": ("TritGgufError",),
-    "export": ("ExportReport", "export"),
-    "generate": ("Chat", "Generation", "LoadedModel", "generate", "load"),
-    "sampling": ("SamplingOptions",),
-    "verify": ("VerifyReport", "verify"),
+_HOMES = {
+    "Chat": "runtime.chat",
+    "ConvertProgress": "conversion.convert",
+    "ConvertReport": "conversion.report",
+    "ExportReport": "exporters.export",
+    "Generation": "runtime.generation",
+    "LoadedModel": "runtime.loaded_model",
+    "SamplingOptions": "runtime.sampling",
+    "TritGgufError": "errors",
+    "VerifyReport": "evaluation.verify",
+    "convert": "conversion.convert",
+    "export": "exporters.export",
+    "generate": "runtime.generate",
+    "load": "runtime.loaded_model",
+    "verify": "evaluation.verify",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -67,17 +75,9 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-class _Package(ModuleType):
-    """Keeps `tritgguf.convert`, `.export`, `.generate` and `.verify` the functions that they are named after.
+def __dir__() -> list[str]:
+    """Return the public names, those that are not imported yet among them."""
+    return sorted({*globals(), *__all__})
 
-    Importing a submodule binds it to the package under its own name, which would replace the function.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 register_when_gguf_is_imported()

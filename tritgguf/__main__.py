@@ -6,9 +6,9 @@ import sys
 def main() -> int:
     """Run the command line (`tritgguf.cli.main`) and return its exit code; Ctrl-C is quiet during its imports too."""
     try:
-        from tritgguf import cli
+        from tritgguf.cli import app
 
-        return cli.main()
+        return app.main()
     except KeyboardInterrupt:
         return 130
     finally:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attack import Attack
 from tiny_models import edit_json, write_tiny_model
 
-from attacks.attack import Attack
-from tritgguf.convert import convert
+from tritgguf.conversion.convert import convert
 
 
 def _template(name: str, template: str, *says: str) -> Attack:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attack import Attack
 from tiny_models import edit_json, write_tiny_model
-
-from attacks.attack import Attack
 
 SHARD = "model.safetensors"
 _EMBEDDINGS = "model.embed_tokens.weight"

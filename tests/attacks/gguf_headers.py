@@ -6,9 +6,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from attack import Attack
 from gguf_bytes import ARRAY, FLOAT32, STRING, UINT32, GgufBytes, array, key, string, tensor, trit_bytes
-
-from attacks.attack import Attack
 
 F32, F16, Q8_0, TRIT2 = 0, 1, 8, 10002
 _AGAIN = "fetch or write the file again"

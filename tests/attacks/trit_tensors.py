@@ -6,9 +6,8 @@ import math
 import struct
 from pathlib import Path
 
+from attack import Attack
 from gguf_bytes import FLOAT32, STRING, array, floats, string, trit_bytes
-
-from attacks.attack import Attack
 
 _AGAIN = "convert the model again"
 

@@ -1,0 +1,149 @@
+"""Kernels of exact recovery: halves -> the scales that a group allows -> scale indices and levels.
+
+A half is the bit pattern of a float16 or bfloat16 number, uint16. A scale, too, is a bit pattern: that of a float32
+number that is not negative, as an integer; such integers sort as the numbers do.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE
+
+
+@numba.njit(cache=True, nogil=True)
+def allowed_scales(places, lows, highs, ends, ranges):
+    """Find the scales that give every weight of a group, at whatever levels, as ranges; group after group.
+
+    Args:
+        places: int32 [groups, 16]: which magnitude a weight has; -1 for a zero, which every scale gives.
+        lows, highs: int64 [magnitudes, h]: the scales that give magnitude m at level k + 1 are those from lows[m, k]
+            to highs[m, k], none if the first is the larger one. Both fall with k.
+        ends: int64 [groups], out: where the ranges of a group end in `ranges`; they begin where those before end.
+        ranges: int64 [groups * 16 * h, 2], out: first and last scale, ascending and disjoint; a group of zeros has
+            none, and no more has a group that no scale gives.
+
+    """
+    size = GROUP_SIZE * lows.shape[1]
+    found, narrowed = np.empty((size, 2), np.int64), np.empty((size, 2), np.int64)
+    own = np.empty((lows.shape[1], 2), np.int64)
+    end = 0
+    for g in range(len(places)):
+        found[0, 0], found[0, 1] = 0, np.iinfo(np.int64).max
+        count, magnitudes = 1, 0
+        for p in range(GROUP_SIZE):
+            place = places[g, p]
+            if place >= 0 and (p == 0 or place != places[g, p - 1]):
+                magnitudes += 1
+                own_count = _ranges_of_magnitude(lows[place], highs[place], own)
+                count = _intersect(found, count, own, own_count, narrowed)
+                found, narrowed = narrowed, found
+        if magnitudes:
+            for k in range(count):
+                ranges[end, 0], ranges[end, 1] = found[k, 0], found[k, 1]
+                end += 1
+        ends[g] = end
+
+
+@numba.njit(cache=True)
+def _ranges_of_magnitude(lows, highs, ranges):
+    """Write the ranges of one magnitude in ascending order, overlapping ones joined; return their number."""
+    count = 0
+    for k in range(len(lows) - 1, -1, -1):
+        if lows[k] > highs[k]:
+            continue
+        if count and lows[k] <= ranges[count - 1, 1] + 1:
+            ranges[count - 1, 1] = max(ranges[count - 1, 1], highs[k])
+        else:
+            ranges[count, 0], ranges[count, 1] = lows[k], highs[k]
+            count += 1
+    return count
+
+
+@numba.njit(cache=True)
+def _intersect(first, first_count, second, second_count, both):
+    """Write what two ascending lists of disjoint ranges have in common; return the number of ranges."""
+    i, j, count = 0, 0, 0
+    while i < first_count and j < second_count:
+        low, high = max(first[i, 0], second[j, 0]), min(first[i, 1], second[j, 1])
+        if low <= high:
+            both[count, 0], both[count, 1] = low, high
+            count += 1
+        if first[i, 1] < second[j, 1]:
+            i += 1
+        else:
+            j += 1
+    return count
+
+
+@numba.njit(cache=True, inline="always")
+def _shared_entries(group, entries):
+    """Return the codebook entries, a bit each, that give every weight of a group."""
+    shared = entries[group[0]]
+    for p in range(1, GROUP_SIZE):
+        shared &= entries[group[p]]
+    return shared
+
+
+@numba.njit(cache=True, nogil=True)
+def find_misfits(halves, entries, misfits, thread, threads):
+    """List groups that no codebook entry gives, until the list is full.
+
+    Args:
+        halves: uint16 [rows, groups, 16].
+        entries: uint32 [65536]: for each half the codebook entries, a bit each, that give it at some level.
+        misfits: int64 [threads, n], out: group numbers, row * groups + group.
+        thread, threads: which of how many shares of the rows to look through, here and below.
+
+    Returns:
+        how many groups this thread has listed.
+
+    """
+    rows, groups, _ = halves.shape
+    count = 0
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        for g in range(groups):
+            if not _shared_entries(halves[r, g], entries):
+                misfits[thread, count] = r * groups + g
+                count += 1
+                if count == misfits.shape[1]:
+                    return count
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def encode_halves(halves, entries, table, levels, indices, thread, threads):
+    """Choose each group's lowest codebook entry that gives it, and the levels that belong to it.
+
+    Args:
+        halves: uint16 [rows, groups, 16].
+        entries: as in `find_misfits`.
+        table: uint8 [27, 65536]: the level + h at which an entry gives a half.
+        levels: uint8 [rows, groups, 16], out.
+        indices: uint8 [rows, groups], out.
+
+    Returns:
+        how often each entry gives each level + h, int64 [27, 81], and how many groups no entry gives; the levels and
+        indices of those are not to be used.
+
+    """
+    rows, groups, _ = halves.shape
+    counts = np.zeros((CODEBOOK_SIZE, 81), np.int64)
+    misfits = 0
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        for g in range(groups):
+            shared = _shared_entries(halves[r, g], entries)
+            index = 0
+            if shared:
+                while not shared >> np.uint32(index) & np.uint32(1):
+                    index += 1
+            else:
+                misfits += 1
+            indices[r, g] = index
+            for p in range(GROUP_SIZE):
+                half = halves[r, g, p]
+                level = table[index, half]
+                levels[r, g, p] = level
+                counts[index, level] += 1
+    return counts, misfits

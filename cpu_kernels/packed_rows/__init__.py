@@ -1,0 +1,1 @@
+"""Packed rows: their layout, packing and unpacking."""

@@ -1,0 +1,271 @@
+"""Packed rows -> levels, scale indices and weights.
+
+Sixteen rows are unpacked at a time: their words are turned so that the rows lie side by side, and every digit then is
+the same few operations on sixteen lanes, which LLVM turns into vector instructions.
+
+No word can decode to a level or a scale index out of range: a digit of radix r is (fraction * r) >> 16, which is
+below r for every 16-bit fraction, so damaged data gives wrong numbers but never a wild read.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, RowLanes
+from cpu_kernels.packed_rows.layout import (
+    BLOCK_SIZE,
+    GROUP_SIZE,
+    PAIRS,
+    QUADS,
+    TABLE_SIZE,
+    TILE_ROWS,
+    WORDS_PER_BLOCK,
+    level_offset,
+)
+from cpu_kernels.simd import instruction_set
+from cpu_kernels.simd.transpose import transpose
+from cpu_kernels.simd.variants import PORTABLE
+from cpu_kernels.simd.vectors import FLOAT, I8, I16, I32, I64, Vectors, vector
+from cpu_kernels.threads.crew import Crew, default_crew
+
+_CACHE_LINE = 64
+_PAIRED = 8
+# Words a block in each plane of a row, by depth; planes of 8 have two words for every group.
+_PLANES = np.array([[0] * 5, [8, 0, 0, 0, 0], [8, 4, 2, 0, 0], [8, 8, 4, 1, 0], [8, 8, 8, 2, 1]])
+
+
+def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack rows: the inverse of `pack`.
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        depth: 1 to 4.
+        crew: the threads to use; None for all cores.
+
+    Returns:
+        levels uint8 [rows, columns] (level + h) and scale indices uint8 [rows, columns / 16].
+
+    """
+    words = rows.view(np.uint16)
+    groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
+    levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
+    indices = np.empty((len(rows), groups), np.uint8)
+    isa = instruction_set.chosen()
+    (crew or default_crew()).run(_unpack_rows, isa, words, depth, levels, indices)
+    return levels.reshape(len(rows), -1), indices
+
+
+def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, crew: Crew | None = None) -> np.ndarray:
+    """Decode packed rows to weights.
+
+    A weight is step * level, rounded once to float32, where step = scale / h, rounded once to float32
+    (`docs/format.md` section 4).
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        codebook: float32 [27], the scales: magnitudes of the largest level.
+        depth: 1 to 4.
+        crew: the threads to use; None for all cores.
+
+    Returns:
+        float32 [rows, columns].
+
+    """
+    levels, indices = unpack(rows, depth, crew)
+    weights = np.empty(levels.shape, np.float32)
+    steps = codebook / np.float32(level_offset(depth))
+    (crew or default_crew()).run(_scale_rows, levels, indices, steps, level_offset(depth), weights)
+    return weights
+
+
+@numba.njit(cache=True, nogil=True)
+def _unpack_rows(isa, rows, depth, levels, indices, thread, threads):
+    groups = indices.shape[1]
+    turned = np.zeros(rows.shape[1] * TILE_ROWS, np.uint16)
+    tile = np.empty((groups, QUADS, TILE_ROWS, 4), np.int8)
+    tile_indices = np.empty((groups, TILE_ROWS), np.uint8)
+    steps, tile_steps = np.zeros(TABLE_SIZE, np.float32), np.empty((groups, TILE_ROWS), np.float32)
+    for first in range(TILE_ROWS * thread, len(rows), TILE_ROWS * threads):
+        last = min(first + TILE_ROWS, len(rows))
+        unpack_tile(isa, rows[first:last], depth, 0, steps, turned, tile, tile_indices, tile_steps)
+        for r in range(first, last):
+            for g in range(groups):
+                indices[r, g] = tile_indices[g, r - first]
+                for p in range(GROUP_SIZE):
+                    levels[r, g, p] = tile[g, p % PAIRS // 2, r - first, p % 2 + p // PAIRS * 2]
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale_rows(levels, indices, steps, offset, weights, thread, threads):
+    rows, columns = levels.shape
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        for k in range(columns):
+            weights[r, k] = steps[indices[r, k // GROUP_SIZE]] * np.float32(np.int32(levels[r, k]) - offset)
+
+
+@intrinsic
+def _unpack_groups(typing_context, isa, depth, turned, groups, tile, indices, steps, tile_steps):
+    """Emit the unpacking of turned words; see `unpack_tile`. All but `isa`, `depth` and `tile` as integers."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        turned, groups, tile_array, indices, steps, tile_steps = arguments[2:]
+        address = builder.ptrtoint(context.make_array(tile)(context, builder, tile_array).data, I64)
+        table = [vectors.load(steps, FLOAT, TILE_ROWS), vectors.load(steps, FLOAT, TILE_ROWS, offset=64)]
+        bits = tile.dtype.bitwidth
+        with cgutils.for_range(builder, builder.lshr(groups, I64(2))) as loop:
+            for place in range(BLOCK_SIZE // GROUP_SIZE):
+                group = builder.add(builder.shl(loop.index, I64(2)), I64(place))
+                tile_group = builder.add(address, builder.mul(group, I64(TILE_ROWS * GROUP_SIZE * bits // 8)))
+                step = RowLanes(vectors, turned, groups, loop.index, place, tile_group, bits)
+                entries = EXTRACT[depth.count](step)
+                bytes_of_entries = builder.trunc(entries, vector(I8, TILE_ROWS))
+                vectors.store(bytes_of_entries, builder.add(indices, builder.mul(group, I64(TILE_ROWS))))
+                values = vectors.lookup(table, steps, entries)
+                vectors.store(values, builder.add(tile_steps, builder.mul(group, I64(4 * TILE_ROWS))))
+        return context.get_dummy_value()
+
+    numbers = [types.intp] * 3
+    return types.void(isa, depth, types.intp, types.intp, tile, *numbers), generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask for the cache line of an address; it need not exist."""
+
+    def generate(context, builder, signature, arguments):
+        Vectors(builder, PORTABLE).prefetch(arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@numba.njit(cache=True)
+def _prefetch_next(rows, first_word, words):
+    """Ask for the same words of the 16 rows behind these: they lie in short pieces, which the processor does not guess.
+
+    Without it, a prompt of 512 tokens took a twentieth longer.
+    """
+    row_bytes = rows.strides[0]
+    start = rows.ctypes.data + TILE_ROWS * row_bytes + 2 * first_word
+    for r in range(TILE_ROWS):
+        for offset in range(0, 2 * words, _CACHE_LINE):
+            _prefetch(start + r * row_bytes + offset)
+
+
+def _turning(pairs, paired):
+    """Return an intrinsic that turns pairs of words of 16 rows, 16 or 8 of them at once.
+
+    Args:
+        pairs: how many of each row.
+        paired: whether the words of a pair stay side by side, or all rows' first words come before the second ones.
+
+    The intrinsic takes the address of the first row's words, the bytes from row to row, and the address of the result:
+    uint16 [pairs, 16 rows, 2], or [pairs, 2, 16 rows].
+
+    """
+
+    @intrinsic
+    def emit(typing_context, source, row_bytes, target):
+        def generate(context, builder, signature, arguments):
+            vectors = Vectors(builder, PORTABLE)
+            source, row_bytes, target = arguments
+            rows = []
+            for _ in range(TILE_ROWS):
+                row = vectors.load(source, I32, pairs)
+                rows.append(row if pairs == TILE_ROWS else vectors.join(row, row))
+                source = builder.add(source, row_bytes)
+            for pair, column in enumerate(transpose(vectors, rows)[:pairs]):
+                offset = 4 * TILE_ROWS * pair
+                if paired:
+                    vectors.store(column, target, offset)
+                    continue
+                second = builder.lshr(column, vectors.constant(I32, 16, TILE_ROWS))
+                vectors.store(builder.trunc(column, vector(I16, TILE_ROWS)), target, offset)
+                vectors.store(builder.trunc(second, vector(I16, TILE_ROWS)), target, offset + 2 * TILE_ROWS)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), generate
+
+    return emit
+
+
+_turn_16_pairs, _turn_8_pairs = _turning(16, True), _turning(8, True)
+_turn_32_words, _turn_16_words = _turning(16, False), _turning(8, False)
+
+
+@numba.njit(cache=True)
+def _turn_plane(rows, paired, first_word, words, turned):
+    """Lay words of up to 16 rows side by side, the paired ones two by two.
+
+    turned: uint16 [words, 16 rows] or [words / 2, 16 rows, 2], out.
+    """
+    done = 0
+    if len(rows) == TILE_ROWS:
+        source, target = rows.ctypes.data + 2 * first_word, turned.ctypes.data
+        while done + 16 <= words:
+            some = 32 if done + 32 <= words else 16
+            start, end = source + 2 * done, target + 2 * TILE_ROWS * done
+            if paired:
+                if some == 32:
+                    _turn_16_pairs(start, rows.strides[0], end)
+                else:
+                    _turn_8_pairs(start, rows.strides[0], end)
+            elif some == 32:
+                _turn_32_words(start, rows.strides[0], end)
+            else:
+                _turn_16_words(start, rows.strides[0], end)
+            done += some
+    for w in range(done, words):
+        for r in range(len(rows)):
+            place = (w // 2 * TILE_ROWS + r) * 2 + w % 2 if paired else w * TILE_ROWS + r
+            turned[place] = rows[r, first_word + w]
+
+
+@numba.njit(cache=True)
+def _turn(rows, depth, first_block, turned):
+    """Lay the words of some blocks of up to 16 rows side by side, those of planes with pairs two by two."""
+    words_per_block = _PLANES[depth].sum()
+    blocks, some = rows.shape[1] // words_per_block, len(turned) // TILE_ROWS // words_per_block
+    start = target = 0
+    for words in _PLANES[depth]:
+        source = start + first_block * words
+        _prefetch_next(rows, source, some * words)
+        _turn_plane(rows, words == _PAIRED, source, some * words, turned[target:])
+        target += some * words * TILE_ROWS
+        start += blocks * words
+
+
+@numba.njit(cache=True)
+def unpack_tile(isa, rows, depth, first_block, steps, turned, tile, indices, tile_steps):
+    """Unpack some blocks of up to 16 rows.
+
+    Args:
+        isa: the instruction set.
+        rows: uint16 [rows, words of a row].
+        depth: 1 to 4.
+        first_block: of the blocks to unpack; their number is that of the outputs.
+        steps: float32 [32], codebook / h, padded.
+        turned: uint16 [words of the blocks * 16], scratch; lanes beyond the last row may hold anything.
+        tile: int16 [groups, 8, 16 rows, 2], out: level + h of weights j and j + 8 of a group; or int8
+            [groups, 4, 16 rows, 4]: of weights 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
+        indices: uint8 [groups, 16 rows], out: scale indices.
+        tile_steps: float32 [groups, 16 rows], out: their steps.
+
+    """
+    groups = len(indices)
+    words = turned.ctypes.data
+    out = (indices.ctypes.data, steps.ctypes.data, tile_steps.ctypes.data)
+    _turn(rows, depth, first_block, turned)
+    if depth == 1:
+        _unpack_groups(isa, D1, words, groups, tile, *out)
+    elif depth == 2:
+        _unpack_groups(isa, D2, words, groups, tile, *out)
+    elif depth == 3:
+        _unpack_groups(isa, D3, words, groups, tile, *out)
+    else:
+        _unpack_groups(isa, D4, words, groups, tile, *out)

@@ -1,0 +1,1 @@
+"""Vector instructions as LLVM IR, and the choice among their variants."""

@@ -1,0 +1,254 @@
+"""Vector operations as LLVM IR, for kernels written with `numba.extending.intrinsic`.
+
+`Vectors` wraps an IR builder with the handful of operations that the kernels are made of. An operation that x86
+has as one instruction is called by its target's name where the chosen instruction set has it, and is a generic
+pattern elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+
+from cpu_kernels.simd.variants import AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+# 2**r for |r| <= 1/2, the polynomial of least relative error (Remez): off by 8e-8 in float32.
+_POWER_OF_TWO = (
+    1.0,
+    0.6931471824645996,
+    0.24022646248340607,
+    0.055503278970718384,
+    0.009618484415113926,
+    0.001340015442110598,
+    0.00015347320004366338,
+)
+_LOWEST_POWER = -125.0  # below, powers of two are taken to be zero: the result would be no normal number
+_BYTES = {I8: 1, I16: 2, I32: 4, HALF: 2, FLOAT: 4}
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    """Return the type <lanes x element>."""
+    return ir.VectorType(element, lanes)
+
+
+class Vectors:
+    """Emits vector operations into `builder` for one instruction set."""
+
+    def __init__(self, builder: ir.IRBuilder, isa: int) -> None:
+        self.builder = builder
+        self.isa = isa
+        self._register_bits = 512 if isa >= AVX512_NO_VNNI else 256
+        self._vnni = isa in (AVX2_VNNI, AVX512)
+
+    def constant(self, element: ir.Type, values: Sequence[int] | float, lanes: int) -> ir.Constant:
+        """Return a constant vector: `values` repeated to fill the lanes."""
+        pattern = [values] if isinstance(values, (int, float)) else list(values)
+        return ir.Constant(vector(element, lanes), pattern * (lanes // len(pattern)))
+
+    def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+        """Call an LLVM or target intrinsic by name."""
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(result, [argument.type for argument in arguments]), name
+        )
+        return self.builder.call(function, arguments)
+
+    def load(self, address: ir.Value, element: ir.Type, lanes: int, offset: int = 0) -> ir.Value:
+        """Load an unaligned vector from an address (i64) plus a constant offset in bytes."""
+        if offset:
+            address = self.builder.add(address, I64(offset))
+        pointer = self.builder.inttoptr(address, vector(element, lanes).as_pointer())
+        value = self.builder.load(pointer)
+        value.align = _BYTES[element]
+        return value
+
+    def store(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+        """Store an unaligned vector at an address (i64) plus a constant offset in bytes."""
+        if offset:
+            address = self.builder.add(address, I64(offset))
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        self.builder.store(value, pointer).align = _BYTES[value.type.element]
+
+    def prefetch(self, address: ir.Value, offset: int = 0, *, into_first_level: bool = True) -> None:
+        """Ask for the cache line `offset` bytes behind an address, to be read soon; or later, from the second cache."""
+        pointer = self.builder.inttoptr(self.builder.add(address, I64(offset)), I8.as_pointer())
+        module = self.builder.module
+        name = "llvm.prefetch.p0"
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), name
+        )
+        self.builder.call(function, [pointer, I32(0), I32(3 if into_first_level else 2), I32(1)])
+
+    def splat(self, address: ir.Value, element: ir.Type, lanes: int, offset: int = 0) -> ir.Value:
+        """Load one element, `offset` bytes behind an address, and copy it into every lane."""
+        one = self.load(address, element, 1, offset)
+        return self.shuffle(one, [0] * lanes)
+
+    def fill(self, value: ir.Value, lanes: int) -> ir.Value:
+        """Copy a number into every lane."""
+        one = ir.Constant(vector(value.type, 1), ir.Undefined)
+        return self.shuffle(self.builder.insert_element(one, value, I32(0)), [0] * lanes)
+
+    def shuffle(self, value: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        """Return the named lanes of one vector."""
+        return self.builder.shuffle_vector(value, value, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+
+    def widen(self, value: ir.Value) -> ir.Value:
+        """Zero-extend 16-bit lanes to 32 bits."""
+        return self.builder.zext(value, vector(I32, value.type.count))
+
+    def _in_registers(self, operation: Callable[..., ir.Value], *operands: ir.Value) -> ir.Value | None:
+        """Apply `operation` to both halves of operands that fill two registers; None for operands that fit one."""
+        if all(8 * _BYTES[operand.type.element] * operand.type.count <= self._register_bits for operand in operands):
+            return None
+        return self.join(*[operation(*halves) for halves in zip(*map(self.split, operands), strict=True)])
+
+    def multiply_high(self, value: ir.Value, radices: Sequence[int] | int) -> ir.Value:
+        """Return (value * radix) >> 16 of unsigned 16-bit lanes: the leading digits."""
+        return self._multiply_high(value, self.constant(I16, radices, value.type.count))
+
+    def _multiply_high(self, value: ir.Value, factor: ir.Value) -> ir.Value:
+        lanes = value.type.count
+        name = {
+            8: "llvm.x86.sse2.pmulhu.w",
+            16: "llvm.x86.avx2.pmulhu.w",
+            32: "llvm.x86.avx512.pmulhu.w.512",
+        }.get(lanes)
+        if self.isa == PORTABLE or name is None:
+            product = self.builder.mul(self.widen(value), self.widen(factor))
+            return self.builder.trunc(self.builder.lshr(product, self.constant(I32, 16, lanes)), vector(I16, lanes))
+        return self._in_registers(self._multiply_high, value, factor) or self.call(name, value.type, value, factor)
+
+    def shift_left(self, value: ir.Value, bits: int) -> ir.Value:
+        """Shift every lane."""
+        return self.builder.shl(value, self.constant(value.type.element, bits, value.type.count))
+
+    def multiply_low(self, value: ir.Value, factors: Sequence[int] | int) -> ir.Value:
+        """Return value * factor mod 65536 of 16-bit lanes: the fraction with leading digits shifted out."""
+        return self.builder.mul(value, self.constant(I16, factors, value.type.count))
+
+    def split(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the lower and the upper half of a vector."""
+        half = value.type.count // 2
+        return self.shuffle(value, range(half)), self.shuffle(value, range(half, 2 * half))
+
+    def join(self, low: ir.Value, high: ir.Value) -> ir.Value:
+        """Concatenate two vectors."""
+        lanes = 2 * low.type.count
+        return self.builder.shuffle_vector(low, high, ir.Constant(vector(I32, lanes), list(range(lanes))))
+
+    def dot_pairs(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Add left[2i] * right[2i] + left[2i+1] * right[2i+1], signed 16-bit lanes, to the 32-bit lane i."""
+        lanes = left.type.count
+        if self.isa == PORTABLE:
+            wide = vector(I32, lanes)
+            product = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
+            even = self.shuffle(product, range(0, lanes, 2))
+            odd = self.shuffle(product, range(1, lanes, 2))
+            return self.builder.add(accumulator, self.builder.add(even, odd))
+        if halves := self._in_registers(self.dot_pairs, accumulator, left, right):
+            return halves
+        if self.isa == AVX512:  # of 256 bits, it is no faster in decode and half as fast in prefill, where sums spill
+            name = f"llvm.x86.avx512.vpdpwssd.{16 * lanes}"
+            return self.call(name, accumulator.type, accumulator, left, right)
+        name = {
+            8: "llvm.x86.sse2.pmadd.wd",
+            16: "llvm.x86.avx2.pmadd.wd",
+            32: "llvm.x86.avx512.pmaddw.d.512",
+        }[lanes]
+        return self.builder.add(accumulator, self.call(name, accumulator.type, left, right))
+
+    def dot_quads(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Add the four products of unsigned 8-bit lanes of `left` and signed ones of `right` to each 32-bit lane.
+
+        The sum of two neighbouring products has to fit 16 bits: `left` is at most 128.
+        """
+        lanes = left.type.count
+        if self._vnni:
+            name = f"llvm.x86.avx512.vpdpbusd.{8 * lanes}"
+            whole = self._in_registers(self.dot_quads, accumulator, left, right)
+            return whole or self.call(name, accumulator.type, accumulator, left, right)
+        return self.dot_pairs(accumulator, self.multiply_quads(left, right), self.constant(I16, 1, lanes // 2))
+
+    def multiply_quads(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Multiply unsigned 8-bit lanes with signed ones and add neighbours: 16-bit lanes; see `dot_quads`."""
+        lanes = left.type.count
+        if self.isa == PORTABLE:
+            wide = vector(I16, lanes)
+            product = self.builder.mul(self.builder.zext(left, wide), self.builder.sext(right, wide))
+            even, odd = self.shuffle(product, range(0, lanes, 2)), self.shuffle(product, range(1, lanes, 2))
+            return self.builder.add(even, odd)
+        name = {
+            16: "llvm.x86.ssse3.pmadd.ub.sw.128",
+            32: "llvm.x86.avx2.pmadd.ub.sw",
+            64: "llvm.x86.avx512.pmaddubs.w.512",
+        }[lanes]
+        halves = self._in_registers(self.multiply_quads, left, right)
+        return halves or self.call(name, vector(I16, lanes // 2), left, right)
+
+    def lookup(self, table: Sequence[ir.Value], address: ir.Value, indices: ir.Value) -> ir.Value:
+        """Return the floats at `indices` (32-bit lanes, below 32) of a table of 32 floats.
+
+        `table` is the table in two registers, used where a permutation reads them; `address` is the same in memory.
+        """
+        lanes = indices.type.count
+        if self._register_bits == 512 and lanes == 16:
+            return self.call("llvm.x86.avx512.vpermi2var.ps.512", table[0].type, table[0], indices, table[1])
+        if self.isa != PORTABLE and self._register_bits == 256 and lanes == 16:
+            return self.join(*[self.lookup(table, address, half) for half in self.split(indices)])
+        if self.isa != PORTABLE and self._register_bits == 256 and lanes == 8:
+            quarters = [quarter for half in table for quarter in self.split(half)]
+            found = [self.call("llvm.x86.avx2.permps", quarter.type, quarter, indices) for quarter in quarters]
+            high = [
+                self.builder.icmp_signed("<", self.shift_left(indices, 31 - bit), self.constant(I32, 0, lanes))
+                for bit in (3, 4)
+            ]
+            halves = [self.builder.select(high[0], found[k + 1], found[k]) for k in (0, 2)]
+            return self.builder.select(high[1], halves[1], halves[0])
+        base = self.builder.inttoptr(address, FLOAT.as_pointer())
+        result = ir.Constant(vector(FLOAT, lanes), ir.Undefined)
+        for lane in range(lanes):
+            index = self.builder.extract_element(indices, I32(lane))
+            pointer = self.builder.gep(base, [index], source_etype=FLOAT)
+            result = self.builder.insert_element(result, self.builder.load(pointer), I32(lane))
+        return result
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """Return a * b + c with one rounding."""
+        return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """Return a * b + c, rounded once where the processor can."""
+        return self.call(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+    def power_of_two(self, x: ir.Value) -> ir.Value:
+        """Return 2**x of float32 lanes up to 127; zero below -125."""
+        builder, lanes = self.builder, x.type.count
+        zero = self.constant(FLOAT, 0.0, lanes)
+        too_small = builder.fcmp_ordered("<", x, self.constant(FLOAT, _LOWEST_POWER, lanes))
+        usable = builder.select(too_small, zero, x)
+        whole = self.call(f"llvm.rint.v{lanes}f32", x.type, usable)
+        rest = builder.fsub(usable, whole)
+        power: ir.Value = self.constant(FLOAT, _POWER_OF_TWO[-1], lanes)
+        for coefficient in _POWER_OF_TWO[-2::-1]:
+            power = self.multiply_add(power, rest, self.constant(FLOAT, coefficient, lanes))
+        integers = vector(I32, lanes)
+        exponent = self.shift_left(builder.fptosi(whole, integers), 23)
+        scaled = builder.bitcast(builder.add(builder.bitcast(power, integers), exponent), x.type)
+        return builder.select(too_small, zero, scaled)
+
+    def to_float(self, value: ir.Value) -> ir.Value:
+        """Convert signed 32-bit lanes to float32."""
+        return self.builder.sitofp(value, vector(FLOAT, value.type.count))
+
+    def sum(self, value: ir.Value) -> ir.Value:
+        """Return the sum of a float vector's lanes, pairwise."""
+        function = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+        module = self.builder.module
+        declared = module.globals.get(function) or ir.Function(
+            module, ir.FunctionType(FLOAT, [FLOAT, value.type]), function
+        )
+        return self.builder.call(declared, [FLOAT(0.0), value], fastmath=("reassoc",))

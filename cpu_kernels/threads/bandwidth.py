@@ -1,0 +1,33 @@
+"""How fast this machine reads memory: the ceiling of every kernel that decodes a token."""
+
+from __future__ import annotations
+
+import time
+
+import numba
+import numpy as np
+
+from cpu_kernels.threads.crew import Crew
+
+BUFFER_BYTES = 1 << 30  # server processors have caches of several hundred megabytes
+
+
+@numba.njit(cache=True, nogil=True)
+def read(buffer, thread, threads):
+    """Sum a thread's share of an int64 buffer; wraps around."""
+    total = 0
+    for k in range(len(buffer) * thread // threads, len(buffer) * (thread + 1) // threads):
+        total += buffer[k]
+    return total
+
+
+def read_bandwidth(crew: Crew, repetitions: int, buffer_bytes: int = BUFFER_BYTES) -> float:
+    """Return the bytes per second at which `crew` reads a buffer that no cache holds: the median of repetitions."""
+    buffer = np.ones(buffer_bytes // 8, np.int64)
+    crew.run(read, buffer[:0])  # compiles
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        crew.run(read, buffer)
+        times.append(time.perf_counter() - start)
+    return buffer.nbytes / float(np.median(times))

@@ -1,0 +1,318 @@
+"""Everything that happens to a vector between two matrices: norms, gates, residuals and quantization to int16.
+
+The trit kernels multiply int16 activations with one scale for each group of 16: real models have activations a
+thousand times the mean, and one scale for a whole vector moves their logits by a thousandth.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels.packed_rows.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS, QUADS, level_offset
+from cpu_kernels.simd.variants import PORTABLE
+from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
+
+# x, pairs, offsets, scales: what the matrix kernels take, as `quantize_row` or `quantize_batch` lays it out
+VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+_SMALLEST = 1e-30  # below, a reciprocal would overflow
+_LOG2_E = 1.4426950408889634
+_SQRT_2_BY_PI = 0.7978845608028654
+_MOST_EXPONENT = 126.0  # a gate that is so far below zero lets nothing through
+_GROUPS_AT_ONCE = 64
+_OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
+
+
+@intrinsic
+def _quantize(typing_context, x, integers, offsets, scales):
+    """Emit the quantization of a vector.
+
+    x float32 [groups, 16]; integers int16 [groups, 8, 2] or int8 [groups, 4, 4], out, with the last axis contiguous;
+    offsets int32 [4, groups] and scales float32 [groups], out.
+    """
+    bits = integers.dtype.bitwidth
+    lanes = [p % PAIRS + place * PAIRS for p in range(PAIRS) for place in range(2)]
+    if bits == 8:
+        lanes = [2 * quad + place % 2 + place // 2 * PAIRS for quad in range(QUADS) for place in range(4)]
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, PORTABLE)
+        names = ("x", "integers", "offsets", "scales")
+        arrays = {
+            name: context.make_array(type_)(context, builder, value)
+            for name, type_, value in zip(names, signature.args, arguments, strict=True)
+        }
+        data = {name: builder.ptrtoint(array.data, I64) for name, array in arrays.items()}
+        strides = {name: cgutils.unpack_tuple(builder, array.strides) for name, array in arrays.items()}
+
+        def part(name: str, axis: int, index: ir.Value, base: ir.Value | None = None) -> ir.Value:
+            return builder.add(base or data[name], builder.mul(index, strides[name][axis]))
+
+        def every(function: str, value: ir.Value) -> ir.Value:
+            return vectors.call(f"llvm.{function}.v{GROUP_SIZE}f32", value.type, value)
+
+        groups = cgutils.unpack_tuple(builder, arrays["scales"].shape)[0]
+        with cgutils.for_range(builder, groups) as loop:
+            group = vectors.load(part("x", 0, loop.index), FLOAT, GROUP_SIZE)
+            # Magnitudes are ordered as their bits are, and NaN stands above all, so that it is not lost.
+            magnitudes = builder.bitcast(every("fabs", group), vector(I32, GROUP_SIZE))
+            largest = vectors.call(f"llvm.vector.reduce.umax.v{GROUP_SIZE}i32", I32, magnitudes)
+            largest = builder.bitcast(largest, FLOAT)
+            usable = builder.fcmp_unordered(">", largest, FLOAT(_SMALLEST))
+            top = FLOAT(2 ** (bits - 1) - 1)
+            inverse = builder.select(usable, builder.fdiv(top, largest), FLOAT(0.0))
+            scale = builder.select(usable, builder.fdiv(largest, top), FLOAT(0.0))
+            builder.store(scale, builder.inttoptr(part("scales", 0, loop.index), FLOAT.as_pointer()))
+            steps = every("rint", builder.fmul(group, vectors.fill(inverse, GROUP_SIZE)))
+            whole = builder.fptosi(steps, vector(I32, GROUP_SIZE))
+            total = vectors.call(f"llvm.vector.reduce.add.v{GROUP_SIZE}i32", I32, whole)
+            for kind, offset in enumerate(_OFFSETS):
+                address = part("offsets", 1, loop.index, part("offsets", 0, I64(kind)))
+                builder.store(builder.mul(total, I32(offset)), builder.inttoptr(address, I32.as_pointer()))
+            narrow = builder.trunc(whole, vector(ir.IntType(bits), GROUP_SIZE))
+            units = builder.bitcast(vectors.shuffle(narrow, lanes), vector(I32, GROUP_SIZE * bits // 32))
+            for number in range(units.type.count):
+                address = part("integers", 1, I64(number), part("integers", 0, loop.index))
+                unit = builder.extract_element(units, I32(number))
+                builder.store(unit, builder.inttoptr(address, I32.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(x, integers, offsets, scales), generate
+
+
+@numba.njit(cache=True)
+def _groups(x):
+    """Return the whole groups of a vector, [groups, 16]; a float16 matrix may have columns beyond them."""
+    return x[: len(x) // GROUP_SIZE * GROUP_SIZE].reshape(-1, GROUP_SIZE)
+
+
+@numba.njit(cache=True)
+def quantize_row(x, pairs, offsets, scales):
+    """Quantize one vector to int16.
+
+    Args:
+        x: float32 [columns].
+        pairs: int16 [8, groups, 2], out: plane j holds weights j and j + 8 of every group.
+        offsets: int32 [4, groups], out: -h * sum of the group, for each depth.
+        scales: float32 [groups], out: the value of one integer step.
+
+    """
+    _quantize(_groups(x), pairs.transpose(1, 0, 2), offsets, scales)
+
+
+@numba.njit(cache=True)
+def _share(blocks, thread, threads):
+    """Return a thread's share of a batch: whole blocks, because threads should not write into one cache line."""
+    return range(blocks * thread // threads, blocks * (thread + 1) // threads)
+
+
+@numba.njit(cache=True)
+def _tokens(block, x):
+    """Return the tokens of a block."""
+    return range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, len(x)))
+
+
+@numba.njit(cache=True)
+def _quantize_part(t, some, groups, integers, offsets, scales):
+    """Quantize some groups, a slice, of token t into its lane of its block; groups float32 [some, 16]."""
+    block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
+    _quantize(groups, integers[block, some, :, lane], offsets[block, :, some, lane], scales[block, some, lane])
+
+
+@numba.njit(cache=True)
+def _quantize_tokens(block, x, integers, offsets, scales):
+    """Quantize the tokens of a block, some groups at a time: what they write lies mixed, and should stay in cache."""
+    groups = scales.shape[1]
+    for first in range(0, groups, _GROUPS_AT_ONCE):
+        some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
+        for t in _tokens(block, x):
+            _quantize_part(t, some, _groups(x[t])[some], integers, offsets, scales)
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+def normalize_row(x, residual, weight, epsilon, out):
+    """Add `residual` to `x` in place, then out = weight * x / root mean square of x; all float32 [columns]."""
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        x[k] += residual[k]
+        total += x[k] * x[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
+    for k in range(len(x)):
+        out[k] = weight[k] * (x[k] * factor)
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+def advance_row(x, residual, output_norm, scale, weight, epsilon, out):
+    """Add a layer's output to the stream, then normalize the stream for the next matrices; all float32.
+
+    Args:
+        x: [columns], the stream; changed.
+        residual: [columns], the output.
+        output_norm: [columns], weights of a norm of the output; [0] for no norm.
+        scale: of the output.
+        weight: [columns], weights of the stream's norm; [0] for no norm, which copies it.
+        epsilon: of the norms.
+        out: [columns].
+
+    """
+    if len(output_norm) == 0 and scale == 1 and len(weight) > 0:
+        normalize_row(x, residual, weight, epsilon, out)
+        return
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        total += residual[k] * residual[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
+    for k in range(len(x)):
+        own = factor * output_norm[k] if len(output_norm) > 0 else np.float32(1.0)
+        x[k] += residual[k] * own * scale
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        total += x[k] * x[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
+    for k in range(len(x)):
+        out[k] = weight[k] * (x[k] * factor) if len(weight) > 0 else x[k]
+
+
+def _emit_gate(builder, arguments, inner):
+    """Emit x / (1 + exp(-inner(x))) * y for `count` float32 x of the gate and y; addresses as integers."""
+    vectors = Vectors(builder, PORTABLE)
+    gate, up, out, count = arguments
+    whole = builder.and_(count, I64(-GROUP_SIZE))
+    for lanes, start, end in ((GROUP_SIZE, I64(0), whole), (1, whole, count)):
+        with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
+            offset = builder.shl(index, I64(2))
+            x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
+            exponent = builder.fmul(inner(builder, vectors, x, lanes), vectors.constant(FLOAT, -_LOG2_E, lanes))
+            zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
+            closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MOST_EXPONENT, lanes))
+            power = vectors.power_of_two(builder.select(closed, zero, exponent))
+            share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
+            vectors.store(builder.fmul(share, y), builder.add(out, offset))
+
+
+@intrinsic
+def _gate_by_silu(typing_context, gate, up, out, count):
+    """Emit SwiGLU: silu(x) = x / (1 + exp(-x))."""
+
+    def generate(context, builder, signature, arguments):
+        _emit_gate(builder, arguments, lambda builder, vectors, x, lanes: x)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def _gate_by_gelu(typing_context, gate, up, out, count):
+    """Emit GEGLU: gelu(x) = x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x**3)."""
+
+    def inner(builder, vectors, x, lanes):
+        square = builder.fmul(x, x)
+        cubic = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI * 0.044715, lanes)
+        linear = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI, lanes)
+        return builder.fmul(x, builder.fadd(builder.fmul(square, cubic), linear))
+
+    def generate(context, builder, signature, arguments):
+        _emit_gate(builder, arguments, inner)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@numba.njit(cache=True)
+def gate_row(gate, up, gelu, out):
+    """Open the gate: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
+    if gelu:
+        _gate_by_gelu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+    else:
+        _gate_by_silu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+
+
+@numba.njit(cache=True, nogil=True)
+def quantize_batch(x, integers, offsets, scales, thread, threads):
+    """Quantize a thread's share of a batch.
+
+    Args:
+        x: float32 [tokens, columns].
+        integers: int16 [blocks, groups, 8, 6 tokens, 2], out: weights j and j + 8 of a group beside each other; or int8
+            [blocks, groups, 4, 6 tokens, 4]: weights 2 j, 2 j + 1, 2 j + 8 and 2 j + 9. Tokens come in blocks of six.
+        offsets: int32 [blocks, 4, groups, 6 tokens], out.
+        scales: float32 [blocks, groups, 6 tokens], out.
+        thread, threads: which of how many shares of the tokens to compute, here and below.
+
+    """
+    for block in _share(len(scales), thread, threads):
+        _quantize_tokens(block, x, integers, offsets, scales)
+
+
+@numba.njit(cache=True, nogil=True)
+def remainder_of_batch(x, integers, scales, out, thread, threads):
+    """Compute what quantization left out of a thread's share of a batch: out = x - quantized x.
+
+    Args:
+        x, integers, scales: as `quantize_batch` left them.
+        out: float32 [tokens, columns].
+        thread, threads: which share.
+
+    """
+    for block in _share(len(scales), thread, threads):
+        for t in _tokens(block, x):
+            lane = t % BLOCK_TOKENS
+            for g in range(scales.shape[1]):
+                # In float64 the product is exact, so only the remainder itself is rounded.
+                scale = np.float64(scales[block, g, lane])
+                for p in range(GROUP_SIZE):
+                    k = g * GROUP_SIZE + p
+                    out[t, k] = x[t, k] - scale * integers[block, g, p % PAIRS, lane, p // PAIRS]
+
+
+@numba.njit(cache=True, nogil=True)
+def advance_batch(stream, residual, output_norm, scale, weight, epsilon, x, integers, offsets, scales, thread, threads):
+    """Add a layer's output, normalize and quantize a thread's share of a batch; see `advance_row`.
+
+    Args:
+        stream: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
+        residual: float32 [tokens, columns], the last matrix's result.
+        output_norm, scale, weight, epsilon: as in `advance_row`.
+        x, integers, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: which share.
+
+    """
+    for block in _share(len(scales), thread, threads):
+        for t in _tokens(block, x):
+            advance_row(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
+        _quantize_tokens(block, x, integers, offsets, scales)
+
+
+@numba.njit(cache=True, nogil=True)
+def gate_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
+    """Gate and quantize a thread's share of a batch.
+
+    Args:
+        gate_up: float32 [tokens, 2 * columns], gate first.
+        gelu: as in `gate_row`.
+        keep: whether `x` is to be written: it is as much memory as all the rest, and packed matrices do not read it.
+            Without, columns are whole groups.
+        x, integers, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: which share.
+
+    """
+    columns, groups = x.shape[1], scales.shape[1]
+    gated = np.empty(_GROUPS_AT_ONCE * GROUP_SIZE, np.float32)
+    for block in _share(len(scales), thread, threads):
+        if keep:
+            for t in _tokens(block, x):
+                gate_row(gate_up[t, :columns], gate_up[t, columns:], gelu, x[t])
+            _quantize_tokens(block, x, integers, offsets, scales)
+            continue
+        for first in range(0, groups, _GROUPS_AT_ONCE):
+            some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
+            start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
+            for t in _tokens(block, x):
+                part = gated[: end - start]
+                gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], gelu, part)
+                _quantize_part(t, some, _groups(part), integers, offsets, scales)

@@ -1,0 +1,168 @@
+"""The vector operations that attention is made of, as LLVM IR: products with cached keys or values, and softmax.
+
+The cache holds float16, as uint16 because Numba cannot compute with it, or float32. A vector of it is widened where
+it is read, and everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512_NO_VNNI
+from cpu_kernels.simd.vectors import FLOAT, HALF, I16, I32, I64, Vectors, vector
+
+PANEL = 32  # columns that lie together in the cache: places of keys, dimensions of values
+LARGEST_HALF = 65504.0
+_CACHE_LINE = 64
+_PREFETCH_BYTES = 4096  # how far ahead
+
+
+@register_jitable
+def most_rows(isa: int) -> int:
+    """Return how many rows a product computes at once, so that its sums fit into the registers."""
+    return 8 if isa >= AVX512_NO_VNNI else 6
+
+
+@register_jitable
+def sum_columns(isa: int) -> int:
+    """Return how many columns a product computes at once."""
+    return PANEL if isa >= AVX512_NO_VNNI else PANEL // 2
+
+
+def lanes_of(isa: int) -> int:
+    """Return the floats of a vector; the portable variant leaves it to LLVM to divide 16."""
+    return 8 if isa in (AVX2, AVX2_VNNI) else 16
+
+
+def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inner, out) -> None:
+    """Emit out[rows, columns] += left[rows, inner] * right[inner, columns].
+
+    Args:
+        vectors: where to emit.
+        element: HALF or FLOAT, what `right` consists of.
+        rows: how many, a constant.
+        left, out: address of the first element and bytes from row to row, i64 each, of float32.
+        right: address of the first element, i64; a row has PANEL elements.
+        inner: how many products are added, i64.
+
+    """
+    builder, isa = vectors.builder, vectors.isa
+    lanes, columns = lanes_of(isa), sum_columns(isa)
+    parts = range(0, columns, lanes)
+    element_bytes = 2 if element is HALF else 4
+
+    def place(matrix, index):
+        return builder.add(matrix[0], builder.mul(index, matrix[1]))
+
+    rows_of_left = [place(left, I64(row)) for row in range(rows)]
+    rows_of_out = [place(out, I64(row)) for row in range(rows)]
+    sums = [[cgutils.alloca_once(builder, vector(FLOAT, lanes)) for _ in parts] for _ in range(rows)]
+    for address, row_sums in zip(rows_of_out, sums, strict=True):
+        for first, total in zip(parts, row_sums, strict=True):
+            builder.store(vectors.load(address, FLOAT, lanes, 4 * first), total)
+    with cgutils.for_range(builder, inner) as loop:
+        row_of_right = place((right, I64(PANEL * element_bytes)), loop.index)
+        for offset in range(0, columns * element_bytes, _CACHE_LINE):
+            vectors.prefetch(row_of_right, _PREFETCH_BYTES + offset, into_first_level=False)
+        factors = []
+        for first in parts:
+            factor = vectors.load(row_of_right, element, lanes, element_bytes * first)
+            factors.append(builder.fpext(factor, vector(FLOAT, lanes)) if element is HALF else factor)
+        for address, row_sums in zip(rows_of_left, sums, strict=True):
+            one = vectors.splat(builder.add(address, builder.mul(loop.index, I64(4))), FLOAT, lanes)
+            for factor, total in zip(factors, row_sums, strict=True):
+                builder.store(vectors.multiply_add(one, factor, builder.load(total)), total)
+    for address, row_sums in zip(rows_of_out, sums, strict=True):
+        for first, total in zip(parts, row_sums, strict=True):
+            vectors.store(builder.load(total), address, 4 * first)
+
+
+def _element(array: types.Array) -> ir.Type:
+    """Return what a cache of this Numba type consists of."""
+    return HALF if array.dtype == types.uint16 else FLOAT
+
+
+@intrinsic
+def add_product(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride):
+    """Emit `emit_product` for 1 to `most_rows` rows; `cached` is an array of the type that `right` points into."""
+
+    def generate(context, builder, signature, arguments):
+        rows, left, left_stride, right, inner, out, out_stride = arguments[2:]
+        vectors = Vectors(builder, isa.count)
+        done = builder.append_basic_block("done")
+        choice = builder.switch(rows, done)
+        for count in range(1, most_rows(isa.count) + 1):
+            block = builder.append_basic_block(f"rows{count}")
+            choice.add_case(I64(count), block)
+            builder.position_at_end(block)
+            emit_product(vectors, _element(cached), count, (left, left_stride), right, inner, (out, out_stride))
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(isa, cached, *[types.intp] * 7), generate
+
+
+@intrinsic
+def largest_of(typing_context, isa, values, count):
+    """Emit the largest of `count` float32 at an address, a multiple of 32; none of them is not a number."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        _, values, count = arguments
+        largest = cgutils.alloca_once(builder, vector(FLOAT, PANEL))
+        builder.store(vectors.constant(FLOAT, -np.inf, PANEL), largest)
+        with cgutils.for_range_slice(builder, I64(0), count, I64(PANEL), I64) as (index, _):
+            part = vectors.load(builder.add(values, builder.mul(index, I64(4))), FLOAT, PANEL)
+            before = builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", part, before), part, before), largest)
+        lanes, whole = PANEL, builder.load(largest)
+        while lanes > 1:
+            low, high = vectors.split(whole)
+            whole, lanes = builder.select(builder.fcmp_ordered(">", low, high), low, high), lanes // 2
+        return builder.extract_element(whole, I32(0))
+
+    return types.float32(isa, types.intp, types.intp), generate
+
+
+@intrinsic
+def powers_of_two(typing_context, isa, values, count, subtracted):
+    """Emit values = 2**(values - subtracted) for `count` float32 at an address, a multiple of 32; return their sum."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        _, values, count, subtracted = arguments
+        subtracted = vectors.fill(subtracted, PANEL)
+        total = cgutils.alloca_once(builder, vector(FLOAT, PANEL))
+        builder.store(vectors.constant(FLOAT, 0.0, PANEL), total)
+        with cgutils.for_range_slice(builder, I64(0), count, I64(PANEL), I64) as (index, _):
+            address = builder.add(values, builder.mul(index, I64(4)))
+            power = vectors.power_of_two(builder.fsub(vectors.load(address, FLOAT, PANEL), subtracted))
+            vectors.store(power, address)
+            builder.store(builder.fadd(builder.load(total), power), total)
+        return vectors.sum(builder.load(total))
+
+    return types.float32(isa, types.intp, types.intp, types.float32), generate
+
+
+@intrinsic
+def narrow(typing_context, cached, value):
+    """Emit the conversion of a float32 to what an array of the cache holds.
+
+    Half precision rounds to nearest, even for ties; what is too large for it becomes its largest number, because an
+    infinite key would make every later score of its head infinite or no number. No number stays none.
+    """
+
+    def generate(context, builder, signature, arguments):
+        value = arguments[1]
+        if _element(cached) is FLOAT:
+            return value
+        for limit, beyond in ((LARGEST_HALF, ">"), (-LARGEST_HALF, "<")):
+            value = builder.select(builder.fcmp_ordered(beyond, value, FLOAT(limit)), FLOAT(limit), value)
+        return builder.bitcast(builder.fptrunc(value, HALF), I16)
+
+    return cached.dtype(cached, types.float32), generate

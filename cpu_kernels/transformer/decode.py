@@ -1,0 +1,169 @@
+"""One token through every layer, in one compiled function that all threads run side by side.
+
+Each thread computes its share of every matrix's rows; what is cheap (norms, quantization of the input) every thread
+does for itself, so that a layer needs five barriers and no launch. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from cpu_kernels.packed_rows.layout import GROUP_SIZE
+from cpu_kernels.threads.barrier import wait_for_all
+from cpu_kernels.transformer.activations import VectorBuffers, advance_row, gate_row, quantize_row
+from cpu_kernels.transformer.attention import attend_token, join_spans
+from cpu_kernels.transformer.gemv import gemv, multiply_rows
+
+QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
+
+
+class Weights(NamedTuple):
+    """All layers' weights; matrices by address. A vector that the model has not has no elements."""
+
+    addresses: np.ndarray  # int64 [layers, 7]
+    rows: np.ndarray  # int64 [7]
+    kinds: np.ndarray  # int64 [layers, 7]
+    steps: np.ndarray  # float32 [layers, 7, 32]
+    attention_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    query_key_norms: np.ndarray  # float32 [layers, rows of Q and K]
+    attention_output_norms: np.ndarray  # float32 [layers, hidden]
+    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    feed_forward_output_norms: np.ndarray  # float32 [layers, hidden]
+    qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros where there are none
+    output_biases: np.ndarray  # float32 [layers, hidden]
+    gate_biases: np.ndarray  # float32 [layers, feed_forward]
+    up_biases: np.ndarray  # float32 [layers, feed_forward]
+    down_biases: np.ndarray  # float32 [layers, hidden]
+
+
+class Head(NamedTuple):
+    """The final norm and the output matrix."""
+
+    norm: np.ndarray  # float32 [hidden]
+    addresses: np.ndarray  # int64 [1]
+    rows: np.ndarray  # int64 [1]
+    kinds: np.ndarray  # int64 [1]
+    steps: np.ndarray  # float32 [1, 32]
+
+
+class Buffers(NamedTuple):
+    """Working memory: `own` arrays have one row for each thread, the others are shared."""
+
+    own_stream: np.ndarray  # float32 [threads, hidden]
+    own_hidden: VectorBuffers  # [threads, hidden]
+    own_attended: VectorBuffers  # [threads, heads * head_dim]
+    qkv: np.ndarray  # float32 [rows of Q, K and V]
+    residual: np.ndarray  # float32 [hidden]
+    gate: np.ndarray  # float32 [feed_forward]
+    up: np.ndarray  # float32 [feed_forward]
+    gated: VectorBuffers  # [1, feed_forward]
+
+
+@numba.njit(cache=True)
+def _row(vectors, index):
+    x, pairs, offsets, scales = vectors
+    return x[index], pairs[index], offsets[index], scales[index]
+
+
+@numba.njit(cache=True)
+def _add(bias, out, first, last):
+    """Add a bias, if there is one, to some elements."""
+    if len(bias) > 0:
+        for k in range(first, last):
+            out[k] += bias[k]
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads):
+    """Compute this thread's share of gate and up, join them and quantize the result."""
+    columns = len(buffers.gate)
+    groups = columns // GROUP_SIZE
+    first_group, last_group = groups * thread // threads, groups * (thread + 1) // threads
+    first, last = first_group * GROUP_SIZE, last_group * GROUP_SIZE
+    if thread == threads - 1:
+        last = columns
+    addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
+    multiply_rows(isa, addresses[GATE], kinds[GATE], steps[GATE], hidden, buffers.gate, first, last)
+    multiply_rows(isa, addresses[UP], kinds[UP], steps[UP], hidden, buffers.up, first, last)
+    _add(weights.gate_biases[layer], buffers.gate, first, last)
+    _add(weights.up_biases[layer], buffers.up, first, last)
+    x, pairs, offsets, scales = _row(buffers.gated, 0)
+    gate_row(buffers.gate[first:last], buffers.up[first:last], rules.gelu, x[first:last])
+    quantize_row(
+        x[first:last],
+        pairs[:, first_group:last_group],
+        offsets[:, first_group:last_group],
+        scales[first_group:last_group],
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def decode(isa, weights, head, cache, buffers, rules, position, logits, counter, thread, threads):
+    """Run one thread's share of one token; all `threads` calls return when the logits are complete.
+
+    Args:
+        isa: the instruction set.
+        weights, head, buffers: see their classes. `own_stream` holds the token's embedding in every row and
+            `residual` zeros.
+        cache: see `attention.Cache`.
+        rules: see `Rules`.
+        position: the token's place in the cache.
+        logits: float32 [vocabulary], out.
+        counter: int64 [1], the barrier's.
+        thread, threads: which of how many threads this is.
+
+    """
+    stream = buffers.own_stream[thread]
+    hidden = _row(buffers.own_hidden, thread)
+    attended = _row(buffers.own_attended, thread)
+    output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
+    for layer in range(len(weights.addresses)):
+        addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
+        advance_row(
+            stream, buffers.residual, output_norm, rules.residual_scale, weights.attention_norms[layer], rules.epsilon,
+            hidden[0],
+        )  # fmt: skip
+        quantize_row(*hidden)
+        gemv(
+            isa,
+            addresses[QKV],
+            weights.rows[QKV],
+            kinds[QKV],
+            steps[QKV],
+            hidden,
+            buffers.qkv,
+            thread,
+            threads,
+        )
+        wait_for_all(counter, threads)
+        attend_token(
+            isa, cache, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], rules, position,
+            thread, threads,
+        )  # fmt: skip
+        wait_for_all(counter, threads)
+        join_spans(isa, cache, rules.windows[layer], position, attended[0], thread)
+        quantize_row(*attended)
+        out = buffers.residual
+        first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
+        multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
+        _add(weights.output_biases[layer], out, first, last)
+        wait_for_all(counter, threads)
+        output_norm = weights.attention_output_norms[layer]
+        advance_row(
+            stream, buffers.residual, output_norm, rules.residual_scale, weights.feed_forward_norms[layer],
+            rules.epsilon, hidden[0],
+        )  # fmt: skip
+        quantize_row(*hidden)
+        _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads)
+        wait_for_all(counter, threads)
+        multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last)
+        _add(weights.down_biases[layer], out, first, last)
+        output_norm = weights.feed_forward_output_norms[layer]
+        wait_for_all(counter, threads)
+    advance_row(stream, buffers.residual, output_norm, rules.residual_scale, head.norm, rules.epsilon, hidden[0])
+    quantize_row(*hidden)
+    gemv(isa, head.addresses, head.rows, head.kinds, head.steps, hidden, logits, thread, threads)
+    wait_for_all(counter, threads)

@@ -1,0 +1,178 @@
+"""Matrix times vector, straight from packed rows or from rows of halves: the decode kernels."""
+
+from __future__ import annotations
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, GroupLanes
+from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
+from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
+
+HALVES = 0  # the kind of a float16 matrix; 1 to 4 are the depths of trit matrices
+_LANES = (16, 8, 4)
+# How far ahead of the multiplication the packed bytes are asked for. Without asking, decode from memory ran at half
+# the speed: the extraction fills the reorder buffer, so few loads are on their way at a time.
+_PREFETCH_BYTES = 8192
+
+
+@intrinsic
+def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scales, steps, groups):
+    """Emit the dot product of one packed row; addresses as integers, float32 result."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        words, activations, offsets, scales, steps, groups = arguments[2:]
+        table = [vectors.load(steps, FLOAT, 16), vectors.load(steps, FLOAT, 16, offset=64)]
+        accumulators = {lanes: cgutils.alloca_once(builder, vector(FLOAT, lanes)) for lanes in _LANES}
+        for lanes, accumulator in accumulators.items():
+            builder.store(vectors.constant(FLOAT, 0.0, lanes), accumulator)
+
+        def emit(first_group: ir.Value, lanes: int) -> None:
+            byte_offset = builder.mul(first_group, I64(4))
+            sums = vectors.load(builder.add(offsets, byte_offset), I32, lanes)
+            step = GroupLanes(vectors, words, activations, groups, first_group, sums)
+            indices = EXTRACT[depth.count](step)
+            weight_steps = vectors.lookup(table, steps, indices)
+            scale = builder.fmul(weight_steps, vectors.load(builder.add(scales, byte_offset), FLOAT, lanes))
+            accumulator = accumulators[lanes]
+            builder.store(vectors.fma(vectors.to_float(step.sums), scale, builder.load(accumulator)), accumulator)
+
+        step_bytes = 16 * GROUP_SIZE // BLOCK_SIZE * 2 * WORDS_PER_BLOCK[depth.count]
+        with cgutils.for_range(builder, builder.lshr(groups, I64(4))) as loop:
+            ahead = builder.add(words, builder.mul(loop.index, I64(step_bytes)))
+            for line in range(0, step_bytes, 64):
+                vectors.prefetch(ahead, _PREFETCH_BYTES + line)
+            emit(builder.shl(loop.index, I64(4)), 16)
+        for lanes in (8, 4):
+            rest = builder.and_(groups, I64(lanes))
+            with builder.if_then(builder.icmp_signed("!=", rest, I64(0)), likely=False):
+                emit(builder.and_(groups, I64(-2 * lanes)), lanes)
+        total = FLOAT(0.0)
+        for accumulator in accumulators.values():
+            total = builder.fadd(total, vectors.sum(builder.load(accumulator)))
+        return total
+
+    arguments = (depth, isa, *[types.intp] * 6)
+    return types.float32(*arguments), generate
+
+
+@intrinsic
+def _half_row_dot(typing_context, isa, row, x, columns):
+    """Emit the dot product of a row of float16 with float32; addresses as integers, float32 result."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        row, x, columns = arguments[1:]
+        unrolled = 4
+        accumulators = [cgutils.alloca_once(builder, vector(FLOAT, 16)) for _ in range(unrolled)]
+        for accumulator in accumulators:
+            builder.store(vectors.constant(FLOAT, 0.0, 16), accumulator)
+
+        def emit(first: ir.Value, accumulator: ir.Value, lane_offset: int) -> None:
+            halves = vectors.load(builder.add(row, builder.mul(first, I64(2))), HALF, 16, 2 * lane_offset)
+            floats = vectors.load(builder.add(x, builder.mul(first, I64(4))), FLOAT, 16, 4 * lane_offset)
+            weights = builder.fpext(halves, vector(FLOAT, 16))
+            builder.store(vectors.fma(weights, floats, builder.load(accumulator)), accumulator)
+
+        block = 16 * unrolled
+        blocks = builder.sdiv(columns, I64(block))
+        with cgutils.for_range(builder, blocks) as loop:
+            ahead = builder.add(row, builder.mul(loop.index, I64(2 * block)))
+            for line in range(0, 2 * block, 64):
+                vectors.prefetch(ahead, _PREFETCH_BYTES + line)
+            for number, accumulator in enumerate(accumulators):
+                emit(builder.mul(loop.index, I64(block)), accumulator, 16 * number)
+        done = builder.mul(blocks, I64(block))
+        vectors_left = builder.sdiv(builder.sub(columns, done), I64(16))
+        with cgutils.for_range(builder, vectors_left) as loop:
+            emit(builder.add(done, builder.mul(loop.index, I64(16))), accumulators[0], 0)
+        done = builder.add(done, builder.mul(vectors_left, I64(16)))
+        tail = cgutils.alloca_once(builder, FLOAT)
+        builder.store(FLOAT(0.0), tail)
+        with cgutils.for_range(builder, builder.sub(columns, done)) as loop:
+            column = builder.add(done, loop.index)
+            half = vectors.load(builder.add(row, builder.mul(column, I64(2))), HALF, 1)
+            other = vectors.load(builder.add(x, builder.mul(column, I64(4))), FLOAT, 1)
+            weight = builder.fpext(builder.extract_element(half, I32(0)), FLOAT)
+            product = builder.fmul(weight, builder.extract_element(other, I32(0)))
+            builder.store(builder.fadd(builder.load(tail), product), tail)
+        total = [builder.load(accumulator) for accumulator in accumulators]
+        whole = builder.fadd(builder.fadd(total[0], total[1]), builder.fadd(total[2], total[3]))
+        return builder.fadd(vectors.sum(whole), builder.load(tail))
+
+    return types.float32(isa, *[types.intp] * 3), generate
+
+
+@numba.njit(cache=True)
+def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, first, last):
+    """Compute rows `first` to `last` of one packed matrix."""
+    row = address + first * row_bytes
+    x, offsets, units, table = pairs.ctypes.data, sums.ctypes.data, scales.ctypes.data, steps.ctypes.data
+    for r in range(first, last):
+        y[r] = _trit_row_dot(depth, isa, row, x, offsets, units, table, len(scales))
+        row += row_bytes
+
+
+@numba.njit(cache=True)
+def _half_rows(isa, address, x, y, first, last):
+    """Compute rows `first` to `last` of one float16 matrix."""
+    row = address + first * len(x) * 2
+    for r in range(first, last):
+        y[r] = _half_row_dot(isa, row, x.ctypes.data, len(x))
+        row += len(x) * 2
+
+
+@numba.njit(cache=True)
+def multiply_rows(isa, address, kind, steps, activations, y, first, last):
+    """Compute rows `first` to `last` of one matrix times one vector.
+
+    Args:
+        isa: the instruction set, see `instruction_set.as_type`.
+        address: where the matrix's first row lies.
+        kind: HALVES or a depth.
+        steps: float32 [32], codebook / h, padded.
+        activations: x float32 [columns], pairs int16 [8, groups, 2], offsets int32 [4, groups], scales float32
+            [groups], as `quantize_row` makes them.
+        y: float32 [rows of the matrix], out.
+        first, last: the rows to compute.
+
+    """
+    x, pairs, offsets, scales = activations
+    blocks = len(scales) // 4
+    if kind == HALVES:
+        _half_rows(isa, address, x, y, first, last)
+    elif kind == 1:
+        _trit_rows(D1, isa, address, blocks * 16, pairs, offsets[0], scales, steps, y, first, last)
+    elif kind == 2:
+        _trit_rows(D2, isa, address, blocks * 28, pairs, offsets[1], scales, steps, y, first, last)
+    elif kind == 3:
+        _trit_rows(D3, isa, address, blocks * 42, pairs, offsets[2], scales, steps, y, first, last)
+    else:
+        _trit_rows(D4, isa, address, blocks * 54, pairs, offsets[3], scales, steps, y, first, last)
+
+
+@numba.njit(cache=True, nogil=True)
+def gemv(isa, addresses, rows, kinds, steps, activations, y, thread, threads):
+    """Compute a thread's share of several matrices times one vector.
+
+    Args:
+        isa: the instruction set.
+        addresses, rows, kinds: int64 [matrices].
+        steps: float32 [matrices, 32].
+        activations: as in `multiply_rows`.
+        y: float32 [rows of all matrices], out; the matrices' results lie side by side.
+        thread, threads: which of how many shares of the rows to compute.
+
+    """
+    low, high = y.size * thread // threads, y.size * (thread + 1) // threads
+    start = 0
+    for m in range(len(rows)):
+        first, last = max(low - start, 0), min(high - start, rows[m])
+        if first < last:
+            out = y[start : start + rows[m]]
+            multiply_rows(isa, addresses[m], kinds[m], steps[m], activations, out, first, last)
+        start += rows[m]

@@ -1,0 +1,196 @@
+"""The public face of the matrix kernels: matrices that share an input, and the batch of vectors they multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_kernels.packed_rows.layout import (
+    BLOCK_SIZE,
+    BLOCK_TOKENS,
+    CODEBOOK_SIZE,
+    GROUP_SIZE,
+    PAIRS,
+    TABLE_SIZE,
+    WORDS_PER_BLOCK,
+    level_offset,
+)
+from cpu_kernels.simd import instruction_set
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import VectorBuffers, quantize_batch, quantize_row, remainder_of_batch
+from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
+from cpu_kernels.transformer.gemv import HALVES, gemv
+
+
+class Activations:
+    """Vectors as the decode kernels take them, each by itself; all memory is allocated once.
+
+    Attributes:
+        x: float32 [vectors, columns].
+        pairs: int16 [vectors, 8, groups, 2], quantized, weights j and j + 8 of every group beside each other.
+        offsets: int32 [vectors, 4, groups], minus h times the group's sum, for each depth.
+        scales: float32 [vectors, groups], the value of one integer step.
+
+    """
+
+    def __init__(self, vectors: int, columns: int) -> None:
+        groups = columns // GROUP_SIZE
+        self.x = np.zeros((vectors, columns), np.float32)
+        self.pairs = np.zeros((vectors, PAIRS, groups, 2), np.int16)
+        self.offsets = np.zeros((vectors, 4, groups), np.int32)
+        self.scales = np.zeros((vectors, groups), np.float32)
+
+    @property
+    def buffers(self) -> VectorBuffers:
+        """All four arrays, in the order in which kernels take them."""
+        return self.x, self.pairs, self.offsets, self.scales
+
+    def vector(self, index: int) -> VectorBuffers:
+        """Return one vector's part of the arrays."""
+        return self.x[index], self.pairs[index], self.offsets[index], self.scales[index]
+
+
+class Batch:
+    """Vectors as the prefill kernels take them, quantized in blocks of six tokens.
+
+    Attributes:
+        x: float32 [tokens, columns].
+        integers, offsets, scales: see `quantize_batch`; lanes beyond the last token hold numbers that nobody reads.
+
+    """
+
+    def __init__(self, tokens: int, columns: int, *, bits: int = 16) -> None:
+        """Allocate for integers of 16 bits or 8."""
+        groups, blocks = columns // GROUP_SIZE, -(-tokens // BLOCK_TOKENS)
+        self.x = np.zeros((tokens, columns), np.float32)
+        shape = (blocks, groups, GROUP_SIZE * bits // 32, BLOCK_TOKENS, 32 // bits)
+        self.integers = np.zeros(shape, np.dtype(f"int{bits}"))
+        self.offsets = np.zeros((blocks, 4, groups, BLOCK_TOKENS), np.int32)
+        self.scales = np.zeros((blocks, groups, BLOCK_TOKENS), np.float32)
+
+    @property
+    def buffers(self) -> VectorBuffers:
+        """All four arrays, in the order in which kernels take them."""
+        return self.x, self.integers, self.offsets, self.scales
+
+    def quantize(self, crew: Crew) -> None:
+        """Fill the integer form from `x`."""
+        crew.run(quantize_batch, *self.buffers)
+
+    def remainder(self, crew: Crew) -> Batch:
+        """Return what quantization left out, quantized in its turn: 15 more bits of every vector."""
+        rest = Batch(*self.x.shape)
+        crew.run(remainder_of_batch, self.x, self.integers, self.scales, rest.x)
+        rest.quantize(crew)
+        return rest
+
+    def first(self, tokens: int) -> Batch:
+        """Return the first tokens of the batch, as a view."""
+        view, blocks = Batch.__new__(Batch), -(-tokens // BLOCK_TOKENS)
+        view.x, view.integers = self.x[:tokens], self.integers[:blocks]
+        view.offsets, view.scales = self.offsets[:blocks], self.scales[:blocks]
+        return view
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as it lies in the file.
+
+    Attributes:
+        data: uint8, 1-D: packed rows of `depth`, or float16 rows where depth is 0.
+        rows, columns: its shape.
+        depth: trits per weight, or 0 for float16.
+        codebook: float32 [27] for a trit matrix.
+
+    """
+
+    data: np.ndarray
+    rows: int
+    columns: int
+    depth: int
+    codebook: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the data is as long as the shape says, because the kernels read it by address."""
+        row_bytes = 2 * self.columns
+        if self.depth != HALVES:
+            if self.columns % BLOCK_SIZE or self.codebook is None or len(self.codebook) != CODEBOOK_SIZE:
+                raise ValueError("a trit matrix needs rows of whole blocks and a codebook of 27 entries")
+            row_bytes = self.columns // BLOCK_SIZE * 2 * WORDS_PER_BLOCK[self.depth]
+        if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.nbytes != self.rows * row_bytes:
+            raise ValueError("the matrix's data does not have the length of its shape")
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The decoder's steps, scale / h: float32 [32], padded with zeros."""
+        table = np.zeros(TABLE_SIZE, np.float32)
+        if self.codebook is not None:
+            table[:CODEBOOK_SIZE] = self.codebook / np.float32(level_offset(self.depth))
+        return table
+
+
+class Projection:
+    """Matrices with the same input, multiplied in one parallel region; their outputs lie side by side."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.columns = matrices[0].columns
+        if any(matrix.columns != self.columns for matrix in matrices):
+            raise ValueError("matrices of one projection have rows of one length")
+        self.matrices = list(matrices)
+        self._isa = instruction_set.chosen()
+        self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
+        self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
+        self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
+        self.steps = np.stack([matrix.steps for matrix in matrices])
+        self.rows = int(self.matrix_rows.sum())
+
+    @property
+    def reads_floats(self) -> bool:
+        """Whether a matrix multiplies the batch's `x` instead of its integers."""
+        return bool((self.kinds == HALVES).any())
+
+    def multiply(self, batch: Batch, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
+        """Multiply every vector of a batch.
+
+        Args:
+            batch: [tokens, columns], quantized.
+            out: float32 [tokens, rows of all matrices].
+            crew: the threads to use.
+            exact: whether to multiply what quantization left out too, which takes twice the time and leaves only
+                the rounding of float32.
+
+        """
+        if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
+            raise ValueError("batch, matrices and output do not fit each other")
+        x, *integers = batch.buffers
+        remainder = batch.remainder(crew).buffers[1:] if exact else ()
+        first = 0
+        for matrix, steps in zip(self.matrices, self.steps, strict=True):
+            words = matrix.data.view(np.uint16)
+            if matrix.depth == HALVES:
+                crew.run(half_gemm, self._isa, words, matrix.rows, x, out, first)
+            else:
+                arguments = (self._isa, words, matrix.rows, matrix.depth, steps)
+                crew.run(trit_gemm, *arguments, *integers, out, first)
+                if exact:
+                    rest = np.zeros((len(out), matrix.rows), np.float32)
+                    crew.run(trit_gemm, *arguments, *remainder, rest, 0)
+                    out[:, first : first + matrix.rows] += rest
+            first += matrix.rows
+
+    def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
+        """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
+        if x.shape != (self.columns,) or out.shape != (self.rows,):
+            raise ValueError("vector, matrices and output do not fit each other")
+        if exact:
+            batch = Batch(1, self.columns)
+            batch.x[0] = x
+            batch.quantize(crew)
+            self.multiply(batch, out[np.newaxis], crew, exact=True)
+            return
+        vector = Activations(1, self.columns).vector(0)
+        vector[0][:] = x
+        quantize_row(*vector)
+        crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)

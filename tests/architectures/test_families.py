@@ -1,0 +1,117 @@
+"""Every family of models: logits, generation, bridges and calibration of random models against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import families
+
+from tritgguf.conversion.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.evaluation.verify import verify
+from tritgguf.exporters.export import export
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.runtime.lockstep import Lockstep
+from tritgguf.runtime.model import Model
+from tritgguf.sources.open import open_source
+
+NAMES = list(families.FAMILIES)
+all_families = pytest.mark.parametrize("name", NAMES)
+TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the windows of those that have any
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A random model and what `convert` made of it."""
+
+    folder: Path
+    file: Path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    """Return a function from a family to a random model and its trit file; each is made once."""
+    made: dict[str, Converted] = {}
+
+    def make(name: str) -> Converted:
+        if name not in made:
+            place = tmp_path_factory.mktemp("family")
+            folder = families.write_random_family(place / "model", name)
+            convert(folder, place / "model.gguf", depth=2)
+            made[name] = Converted(folder, place / "model.gguf")
+        return made[name]
+
+    return make
+
+
+@all_families
+def test_logits_are_those_of_transformers(converted: Callable[[str], Converted], name: str) -> None:
+    model = converted(name)
+    report = verify(model.folder, model.file, tokens=200)
+    assert report.tokens == 200
+    assert report.max_rel_logit_diff < 1e-5
+    assert report.kl_mean > 1e-5  # the trits did change the model: the two were not one and the same
+
+
+@all_families
+def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> None:
+    file = GgufFile(converted(name).file)
+    model = Model(file, context=160, prefill_bits=16, cache_type="f32")
+    expected = model.forward(TOKENS, all_logits=True)
+    model.truncate(0)
+    found = np.array([model.forward([token]).copy() for token in TOKENS])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@all_families
+def test_texts_side_by_side(converted: Callable[[str], Converted], name: str) -> None:
+    """A text is what it would be alone, up to the order of sums and the rounding of 8-bit activations."""
+    file = GgufFile(converted(name).file)
+    tokens = np.stack([TOKENS, TOKENS[::-1], np.roll(TOKENS, 7)], axis=1)
+    model = Lockstep(file, context=len(tokens))
+    model.begin(tokens.shape[1])
+    found = np.stack([model.forward(row).copy() for row in tokens])
+    for text in range(tokens.shape[1]):
+        expected = Model(file, context=160).forward(tokens[:, text].tolist(), all_logits=True)
+        np.testing.assert_allclose(found[:, text], expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+@all_families
+def test_bridges_lead_back(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
+    """Both exports are models in their own right, whose logits are those of the trit file."""
+    model = converted(name)
+    exported = export(model.file, tmp_path / "hf", to="hf")
+    assert exported.output == tmp_path / "hf"
+    assert verify(tmp_path / "hf", model.file, tokens=200).kl_mean < 1e-4
+    export(model.file, tmp_path / "stock.gguf", to="f16")
+    assert verify(tmp_path / "stock.gguf", model.file, tokens=200).kl_mean < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3"])
+def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
+    model = converted(name)
+    windows = np.random.default_rng(1).integers(0, 256, (32, 64)).tolist()
+    convert(model.folder, tmp_path / "calibrated.gguf", depth=2, encoder="calibrated", windows=windows)
+    reference = ReferenceModel.open(open_source(str(model.folder)))
+    expected = reference.logits(TOKENS)
+    errors = []
+    for file in (model.file, tmp_path / "calibrated.gguf"):
+        reference.load_file(GgufFile(file))
+        errors.append(float(np.square(reference.logits(TOKENS) - expected).sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_an_unknown_family_is_told_which_there_are(converted: Callable[[str], Converted], tmp_path: Path) -> None:
+    folder = families.write_random_family(tmp_path / "model", "llama")
+    config = (folder / "config.json").read_text("utf-8")
+    (folder / "config.json").write_text(config.replace("LlamaForCausalLM", "BloomForCausalLM"), "utf-8")
+    with pytest.raises(TritGgufError, match=r"BloomForCausalLM is not supported .*Qwen3ForCausalLM.*Gemma3ForCausalLM"):
+        convert(folder, tmp_path / "out.gguf")

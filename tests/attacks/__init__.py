@@ -1,1 +1,0 @@
-"""One small generator for each rule of docs/safety.md that a file can break."""

@@ -1,0 +1,92 @@
+"""The encoder that follows the model, on tiny models: what it may change, and that it repairs what rounding lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calibration_inputs import WINDOWS, logit_error, packed_names
+from tiny_models import write_tiny_model
+
+from cpu_kernels.threads.crew import Crew
+from tritgguf.calibration.encoder import CalibratedEncoder
+from tritgguf.conversion.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.sources.open import open_source
+
+pytest.importorskip("torch")
+
+
+def quantize_all(encoder: CalibratedEncoder, names: list[str]) -> dict[str, np.ndarray]:
+    return {name: encoder.quantize(name).decoded() for name in names}
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-biases", "mistral"])
+def test_logits_are_closer_than_with_plain_rounding(tmp_path: Path, variant: str) -> None:
+    source = write_tiny_model(tmp_path / "model", variant)
+    convert(source, tmp_path / "v2.gguf", depth=2)
+    report = convert(source, tmp_path / "calibrated.gguf", depth=2, encoder="calibrated", windows=WINDOWS)
+    assert report.encoder == "calibrated"
+    errors = [logit_error(source, tmp_path / f"{name}.gguf") for name in ("v2", "calibrated")]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_two_runs_give_the_same_file(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    for name in ("a", "b"):
+        convert(source, tmp_path / name, depth=3, windows=WINDOWS, threads=2)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_block_that_was_written_is_not_quantized_again(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    names = packed_names(tmp_path / "model")
+    depths = dict.fromkeys(names, 2)
+    expected = quantize_all(CalibratedEncoder(source, depths, WINDOWS, Crew(2)), names)
+    first_block = {name: weights for name, weights in expected.items() if name.startswith("blk.0.")}
+    resumed = CalibratedEncoder(source, depths, WINDOWS, Crew(2), written=first_block.get)
+    rest = [name for name in names if name not in first_block]
+    found = quantize_all(resumed, rest)
+    for name in rest:
+        np.testing.assert_array_equal(found[name], expected[name])
+    with pytest.raises(ValueError, match="is in no decoder block"):
+        resumed.quantize(names[0])
+
+
+def test_matrices_that_are_not_named_stay_and_are_reckoned_with(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    names = packed_names(tmp_path / "model")
+    some = [name for name in names if "ffn" in name]
+    everything = quantize_all(CalibratedEncoder(source, dict.fromkeys(names, 1), WINDOWS, Crew(1)), names)
+    found = quantize_all(CalibratedEncoder(source, dict.fromkeys(some, 1), WINDOWS, Crew(1)), some)
+    assert set(found) == set(some)
+    assert any(not np.array_equal(found[name], everything[name]) for name in some)
+
+
+def test_text_and_encoder_go_together(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    with pytest.raises(TritGgufError, match="calibration text go together"):
+        convert(source, tmp_path / "out.gguf", encoder="calibrated")
+    with pytest.raises(TritGgufError, match="calibration text go together"):
+        convert(source, tmp_path / "out.gguf", encoder="v2", windows=WINDOWS)
+    with pytest.raises(TritGgufError, match="importance matrix go together"):
+        convert(source, tmp_path / "out.gguf", encoder="imatrix")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_importance_moves_the_error_to_unimportant_columns(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    name = "blk.0.attn_q.weight"
+    original = open_source(str(source)).read(name)
+    importance = np.where(np.arange(original.shape[1]) % 2, 100, 1).astype(np.float32)
+    report = convert(source, tmp_path / "some.gguf", depth=2, importance={name: importance})
+    convert(source, tmp_path / "none.gguf", depth=2, importance={})
+    assert report.encoder == "imatrix"
+    some, none = (
+        np.square(GgufFile(tmp_path / f"{which}.gguf").read_float32(name) - original).sum(0)
+        for which in ("some", "none")
+    )
+    assert some[1::2].sum() < none[1::2].sum()
+    assert some[::2].sum() > none[::2].sum()

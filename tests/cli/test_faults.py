@@ -1,0 +1,137 @@
+"""What machines do to programs: signals, full disks, many processes at once. The other faults: `test_resume` (kills,
+two conversions into one file), `test_hf_files` (sources that shrink), `test_kernel_cache` (folders that cannot be
+written to), `test_cli` (closed pipes).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import write_tiny_model
+
+from tritgguf.cli import app
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.kv_cache import KeyValueCache, cache_bytes
+from tritgguf.runtime.model import Model
+
+Files = Callable[..., GgufFile]
+
+
+def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tritgguf", *arguments]
+    # Where the tests run in the background, Ctrl-C may be ignored, which a child would inherit.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_a_terminated_conversion_can_go_on(tmp_path: Path, smollm2_folder: Path, smollm2_d2: Path) -> None:
+    out = tmp_path / "out.gguf"
+    process = start("convert", str(smollm2_folder), str(out), "--depth", "2")
+    journal = tmp_path / "out.gguf.part.journal"
+    deadline = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
+    assert app.main(["convert", str(smollm2_folder), str(out), "--depth", "2", "--resume"]) == 0
+    assert names(tmp_path) == ["out.gguf"]
+    assert out.read_bytes() == smollm2_d2.read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a child process")
+def test_a_disk_that_gets_full_and_then_has_room(tmp_path: Path) -> None:
+    import resource
+
+    source, out = write_tiny_model(tmp_path / "model"), tmp_path / "files" / "out.gguf"
+    out.parent.mkdir()
+    assert app.main(["convert", str(source), str(tmp_path / "whole.gguf"), "--depth", "3"]) == 0
+    limit = (tmp_path / "whole.gguf").stat().st_size - 40_000
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start("convert", str(source), str(out), "--depth", "3", preexec_fn=small_disk)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "out.gguf" in line
+    assert not out.exists()
+    assert app.main(["convert", str(source), str(out), "--depth", "3", "--resume"]) == 0
+    assert names(out.parent) == ["out.gguf"]
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_ctrl_c_ends_an_answer(smollm2_d2: Path, seconds: float) -> None:
+    process = start("run", str(smollm2_d2), "-p", "Write a very long story.", "-n", "4000", "--temp", "0")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if seconds:
+        assert process.stdout.read(10)  # it answers
+    else:
+        time.sleep(0.7)  # somewhere in the imports, the map or the prompt
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_in_the_exec_of_a_string_ends_with_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import sys, types
+
+def main():
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return 130
+
+sys.modules["tritgguf.cli.app"] = types.SimpleNamespace(main=main)
+"""
+    )
+    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
+    process = start(env={**os.environ, "PYTHONPATH": path})
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
+# -- memory
+
+
+def test_the_size_of_a_cache_is_foretold(tiny_trit_file: Files) -> None:
+    config = ModelConfig.from_file(tiny_trit_file())
+    for context, cache_type in ((32, "f16"), (100, "f32"), (256, "f16")):
+        arrays = KeyValueCache(config, context, 1, cache_type).arrays
+        held = sum(array.nbytes for array in (arrays.keys, arrays.values, arrays.cosines, arrays.sines))
+        assert cache_bytes(config, context, cache_type) == held
+
+
+def test_a_context_beyond_memory_is_refused_before_anything_is_allocated(tiny_trit_file: Files) -> None:
+    file = tiny_trit_file()
+    needed = cache_bytes(ModelConfig.from_file(file), 10**12)
+    with pytest.raises(TritGgufError, match=r"a context of 10+ tokens needs [\d,]+ bytes") as caught:
+        Model(file, context=10**12)
+    for part in (file.path.name, f"{needed:,}", "(-c)"):
+        assert part in str(caught.value)

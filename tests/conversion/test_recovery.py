@@ -1,0 +1,180 @@
+"""Converting checkpoints of dequantized trits: what is recognized, what is refused, and that no number changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recover_roundtrip import reference_halves
+from simulated_producer import produce
+from tiny_models import random_weights, read_config, write_shards, write_tiny_model
+
+from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
+from tritgguf.conversion.convert import ConvertProgress, convert
+from tritgguf.conversion.report import ConvertReport
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.dtypes import to_float32
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.trit_types import DEPTHS, TritType, is_trit_type
+from tritgguf.quantization.matrix_encoders import ENCODERS
+from tritgguf.sources.open import open_source
+
+Names = Callable[[str], bool]  # which tensors, by GGUF name
+
+
+def dequantized(shape: tuple[int, ...], depth: int, half: str, seed: int) -> np.ndarray:
+    """Return a matrix that a producer has quantized and dequantized: float32 [rows, columns]."""
+    generator = np.random.default_rng(seed)
+    rows, groups = shape[0], shape[1] // 16
+    trits = generator.integers(-1, 2, (rows, groups, 16, depth)).astype(np.float64)
+    codebook = np.geomspace(0.01, 0.1, 27).astype(np.float32)
+    scales = codebook[generator.integers(0, 27, (rows, groups))]
+    return to_float32(produce(scales, trits, "scale * level / h", "float32", half))
+
+
+def write_model(folder: Path, *, dtype: str = "F16", is_changed: Names = lambda name: False) -> Path:
+    """Write a tiny model whose matrices are dequantized trits of depths in turn, except those that were changed."""
+    write_tiny_model(folder)
+    weights = random_weights(read_config(folder))
+    for number, (hf_name, tensor) in enumerate(weights.items()):
+        name = gguf_tensor_name("llama", hf_name) or ""
+        if quantized_tensor(name) and not is_changed(name):
+            half = "bfloat16" if dtype == "BF16" else "float16"
+            weights[hf_name] = dequantized(tensor.shape, DEPTHS[number % 4], half, number)
+    write_shards(folder, weights, dtype)
+    return folder
+
+
+def differing_numbers(source: Path, output: Path) -> int:
+    """Decode a file's trit tensors with the reference decoder and count the numbers that are not the source's."""
+    opened, file = open_source(source), GgufFile(output)
+    count = 0
+    for name, info in file.tensors.items():
+        if is_trit_type(info.type_id):
+            stored, depth = opened.rows(name).whole(), TritType(info.type_id).depth
+            rows = file.raw(name).reshape(len(stored), -1)
+            decoded = reference_halves(rows, info.shape[-1], depth, file.codebook(name), stored.dtype)
+            count += int(np.count_nonzero(to_float32(decoded) != to_float32(stored)))
+    return count
+
+
+def refused(source: Path, folder: Path, **options: object) -> str:
+    """Return the one line that a conversion fails with; it must leave nothing behind."""
+    (folder / "outputs").mkdir()
+    with pytest.raises(TritGgufError) as caught:
+        convert(source, folder / "outputs" / "out.gguf", **options)  # type: ignore[arg-type]
+    assert not list((folder / "outputs").iterdir())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of dequantized trits, in halves."""
+    return write_model(tmp_path_factory.mktemp("published") / "model")
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two matrices that never were quantized."""
+    return write_model(
+        tmp_path_factory.mktemp("damaged") / "model", is_changed=lambda name: name.endswith("attn_k.weight")
+    )
+
+
+@pytest.mark.parametrize("encoder", ["auto", "recover", "recover+v2"])
+def test_mixed_depths(tmp_path: Path, published: Path, encoder: str) -> None:
+    report = convert(published, tmp_path / "out.gguf", encoder=encoder)
+    assert [report.tensors_by_type[f"TRIT{depth}"] for depth in DEPTHS] == [3, 3, 4, 4]
+    assert (report.encoder, report.depth, report.warnings) == ("recover", 4, [])
+    assert 0 < report.relative_error < 3e-4
+    assert differing_numbers(published, tmp_path / "out.gguf") == 0
+    assert GgufFile(tmp_path / "out.gguf").metadata["trit.encoder"] == "recover"
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", dtype="BF16")
+    assert convert(source, tmp_path / "out.gguf").encoder == "recover"
+    assert differing_numbers(source, tmp_path / "out.gguf") == 0
+
+
+def test_progress_counts_what_is_read_twice(tmp_path: Path, published: Path) -> None:
+    steps: list[ConvertProgress] = []
+    convert(published, tmp_path / "out.gguf", progress=steps.append)
+    assert [step.bytes_done for step in steps] == sorted(step.bytes_done for step in steps)
+    shares = [step.bytes_done / step.bytes_total for step in steps]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_other_models_are_quantized(tmp_path: Path, dtype: str) -> None:
+    source = write_tiny_model(tmp_path / "model", dtype=dtype)
+    report = convert(source, tmp_path / "automatic.gguf", depth=3)
+    assert (report.encoder, report.depth, report.warnings) == ("v2", 3, [])
+    convert(source, tmp_path / "v2.gguf", depth=3, encoder="v2")
+    assert (tmp_path / "automatic.gguf").read_bytes() == (tmp_path / "v2.gguf").read_bytes()
+
+
+def test_some_accidental_fits(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", is_changed=lambda name: not name.startswith("blk.0.attn"))
+    report = convert(source, tmp_path / "out.gguf")
+    assert (report.encoder, report.tensors_by_type["TRIT2"]) == ("v2", 14)
+
+
+def test_zeros_are_no_trits(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    weights = random_weights(read_config(source))
+    write_shards(source, {name: 0 * tensor for name, tensor in weights.items()}, "F16")
+    assert convert(source, tmp_path / "out.gguf").encoder == "v2"
+
+
+@pytest.mark.parametrize("encoder", ["auto", "recover"])
+def test_matrices_without_a_fit_are_named(tmp_path: Path, damaged: Path, encoder: str) -> None:
+    message = refused(damaged, tmp_path, encoder=encoder)
+    assert f"{damaged}: 2 of 14 matrices cannot be recovered exactly: tensor blk.0.attn_k.weight has a group" in message
+    assert "tensor blk.1.attn_k.weight" in message
+    assert "--encoder recover+v2 quantizes those again, --encoder v2 all of them" in message
+
+
+def test_matrices_without_a_fit_are_quantized_when_asked(tmp_path: Path, damaged: Path) -> None:
+    report = convert(damaged, tmp_path / "out.gguf", encoder="recover+v2")
+    assert report.encoder == "recover+v2"
+    assert len(report.warnings) == 1
+    assert "blk.0.attn_k.weight" in report.warnings[0]
+    assert report.warnings[0].endswith("; quantized by v2")
+    convert(damaged, tmp_path / "v2.gguf", encoder="v2", depth=2)
+    quantized, both = GgufFile(tmp_path / "v2.gguf"), GgufFile(tmp_path / "out.gguf")
+    np.testing.assert_array_equal(both.raw("blk.0.attn_k.weight"), quantized.raw("blk.0.attn_k.weight"))
+
+
+def test_recover_wants_trits(tmp_path: Path) -> None:
+    message = refused(write_tiny_model(tmp_path / "model"), tmp_path, encoder="recover")
+    assert "14 of 14 matrices" in message
+    assert "and 11 more" in message
+
+
+def test_recover_wants_halves(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model", dtype="F32")
+    assert "is stored as float32, not as halves" in refused(source, tmp_path, encoder="recover")
+
+
+def test_recover_wants_matrices(tmp_path: Path, published: Path) -> None:
+    convert(published, tmp_path / "packed.gguf")
+    assert "has no matrix to recover trits from" in refused(tmp_path / "packed.gguf", tmp_path, encoder="recover")
+
+
+def test_a_given_depth_is_the_most(tmp_path: Path, published: Path) -> None:
+    assert "8 of 14 matrices" in refused(published, tmp_path, encoder="recover", depth=2)
+    report: ConvertReport = convert(published, tmp_path / "smaller.gguf", depth=1)
+    assert (report.encoder, report.tensors_by_type["TRIT1"]) == ("v2", 14)
+    convert(published, tmp_path / "same.gguf", depth=4)
+    convert(published, tmp_path / "any.gguf")
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "any.gguf").read_bytes()
+
+
+def test_every_encoder_can_follow(tmp_path: Path, damaged: Path) -> None:
+    for name in ENCODERS:
+        assert convert(damaged, tmp_path / f"{name}.gguf", encoder=f"recover+{name}").encoder == f"recover+{name}"

@@ -1,0 +1,146 @@
+"""The choice of the instruction set, and that the portable variant is vector code elsewhere too."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import llvmlite.binding as llvm
+import pytest
+from arm_assembly import arm_assembly
+from llvmlite.ir import Value
+from random_inputs import trit_matrix
+
+from cpu_kernels.packed_rows.extract import EXTRACT, GroupLanes
+from cpu_kernels.simd import instruction_set, self_test, variants
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+from cpu_kernels.simd.vectors import I32, Vectors
+from cpu_kernels.transformer.projection import Projection
+from tritgguf.formats.trit_types import DEPTHS
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+
+
+def forget_the_processor() -> None:
+    """Let the next question about it be answered anew."""
+    instruction_set.supported.cache_clear()
+    instruction_set._works.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(instruction_set, "_forced", None)
+    forget_the_processor()
+    yield
+    forget_the_processor()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
+    """Let LLVM report a processor with these features only, on which everything works that is not in `failures`."""
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
+    monkeypatch.setattr(self_test, "failure", (failures or {}).get)
+    forget_the_processor()
+
+
+def test_this_processor_has_the_portable_variant() -> None:
+    assert instruction_set.supported()[0] == PORTABLE
+
+
+def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, best in (
+        ((), PORTABLE),
+        (("avx2",), PORTABLE),
+        (("neon", "fp16"), PORTABLE),
+        (_AVX2, AVX2),
+        ((*_AVX2, "avxvnni"), AVX2_VNNI),
+        ((*_AVX2, *_AVX512[:-1]), AVX512_NO_VNNI),
+        ((*_AVX2, *_AVX512), AVX512),
+    ):
+        pretend(monkeypatch, *features)
+        assert instruction_set.choose() == best
+        assert instruction_set.supported() == sorted(instruction_set.supported())
+
+
+def test_a_feature_that_is_off_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {**dict.fromkeys(_AVX2, True), "fma": False}
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    assert instruction_set.supported() == [PORTABLE]
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, *_AVX2)
+    for name, isa in (("portable", PORTABLE), ("avx2", AVX2), ("", AVX2)):
+        monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, name)
+        assert instruction_set.choose() == isa
+    for name in ("avx512", "sse", "PORTABLE"):
+        monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, name)
+        with pytest.raises(ValueError, match=f"TRITGGUF_ISA={name} .* choose from portable, avx2"):
+            instruction_set.choose()
+
+
+def test_what_is_forced_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, *_AVX2)
+    monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, "nonsense")
+    instruction_set.force("portable")
+    assert instruction_set.choose() == PORTABLE
+    with pytest.raises(ValueError, match="instruction set avx512 is not available here; choose from portable, avx2"):
+        instruction_set.force("avx512")
+    assert instruction_set.choose() == PORTABLE
+    instruction_set.force(None)
+    with pytest.raises(ValueError, match="TRITGGUF_ISA=nonsense"):
+        instruction_set.choose()
+
+
+def test_a_variant_that_fails_its_test_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, *_AVX2, *_AVX512, failures={AVX512: "cannot be compiled: no such intrinsic"})
+    assert instruction_set.choose() == AVX512_NO_VNNI
+    assert caplog.messages == [
+        "note: instruction set avx512 cannot be compiled: no such intrinsic; trying another",
+    ]
+    with pytest.raises(ValueError, match="instruction set avx512 cannot be compiled: no such intrinsic; choose"):
+        instruction_set.force("avx512")
+    # Generic code is the last resort; nothing is left to try where it fails.
+    pretend(monkeypatch, failures={PORTABLE: "computes wrong integers here"})
+    assert instruction_set.choose() == PORTABLE
+
+
+def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pretend(monkeypatch, *_AVX2, failures={AVX2: "computes wrong integers here"})
+    assert [instruction_set.choose() for _ in range(3)] == [PORTABLE] * 3
+    assert len(caplog.messages) == 1
+
+
+def test_every_variant_is_a_type_of_its_own() -> None:
+    types = [variants.as_type(isa) for isa in variants.NAMES.values()]
+    assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512]
+
+
+def test_a_projection_takes_the_chosen_variant(variant: str) -> None:
+    projection = Projection([trit_matrix(2, 4, 64)[0]])
+    assert projection._isa == variants.as_type(variants.NAMES[variant])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_portable_is_vector_code_on_arm(depth: int) -> None:
+    def emit(vectors: Vectors, words: Value, activations: Value, groups: Value, first_group: Value, out: Value) -> None:
+        """Emit one vector step of 16 groups, the heart of every product."""
+        zero = vectors.constant(I32, 0, 16)
+        step = GroupLanes(vectors, words, activations, groups, first_group, zero)
+        indices = EXTRACT[depth](step)
+        vectors.store(step.sums, out)
+        vectors.store(indices, out, offset=64)
+
+    instructions = re.findall(r"^\t(\w+)\t(\S+)", arm_assembly(emit, 5), re.MULTILINE)
+    on_vectors = Counter(name for name, target in instructions if re.match(r"v\d+\.", target))
+    # 8 steps of 32 lanes: digits by unsigned, products by signed widening multiplies of 8 lanes at a time.
+    assert on_vectors["umull"] + on_vectors["umull2"] >= 8 * 8
+    assert on_vectors["smull"] + on_vectors["smull2"] + on_vectors["smlal"] + on_vectors["smlal2"] >= 8 * 8
+    # No digit has been turned into a 32-bit multiply, and none has been taken to a scalar register.
+    assert not any(name == "mul" and target.endswith(".4s,") for name, target in instructions)
+    assert on_vectors["umov"] + on_vectors["smov"] == 0
+    assert not any(name in ("umov", "smov", "umulh") for name, _ in instructions)

@@ -1,0 +1,223 @@
+"""Quantized activations, norms and gates against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import naive
+import numpy as np
+import pytest
+from random_inputs import CREW, batch_integers, batch_of, vector_integers, vectors
+
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import (
+    advance_batch,
+    advance_row,
+    gate_batch,
+    gate_row,
+    normalize_row,
+    quantize_row,
+)
+from cpu_kernels.transformer.projection import Activations, Batch
+
+NO_NORM = np.empty(0, np.float32)
+tokens_and_columns = pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (1, 576), (3, 192), (9, 64)])
+Integers = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def of_batch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return batch_integers(batch_of(x))
+
+
+def of_vectors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = [vector_integers(row) for row in x]
+    return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+
+def of_small_batch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return batch_integers(batch_of(x, bits=8))
+
+
+both_layouts = pytest.mark.parametrize("integers_of", [of_batch, of_vectors])
+
+
+@pytest.mark.parametrize(("integers_of", "bits"), [(of_batch, 16), (of_vectors, 16), (of_small_batch, 8)])
+@tokens_and_columns
+def test_quantization(integers_of: Integers, bits: int, tokens: int, columns: int) -> None:
+    x = vectors(tokens, columns)
+    integers, step_sizes = integers_of(x)
+    expected, expected_sizes = naive.quantize_activations(x, bits)
+    np.testing.assert_allclose(step_sizes, expected_sizes, rtol=1e-6)
+    # The kernel's float32 quotient may fall on the other side of a tie, which costs no accuracy.
+    exact = x.astype(np.float64) / np.repeat(expected_sizes, 16, axis=1)
+    assert np.abs(integers - exact).max() < 0.51
+    assert np.mean(integers != expected) < 0.01
+    assert (np.abs(integers).reshape(tokens, -1, 16).max(axis=2) == 2 ** (bits - 1) - 1).all()
+
+
+def test_both_layouts_hold_the_same_integers() -> None:
+    x = vectors(11, 192)
+    for batch, alone in zip(of_batch(x), of_vectors(x), strict=True):
+        np.testing.assert_array_equal(batch, alone)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_offsets_are_minus_h_times_the_sum(depth: int) -> None:
+    x = vectors(11, 192)
+    sums = of_batch(x)[0].reshape(11, -1, 16).sum(axis=2)
+    expected = -naive.largest_level(depth) * sums
+    batch = batch_of(x)
+    offsets = batch.offsets[:, depth - 1].transpose(0, 2, 1).reshape(-1, 12)[:11]
+    np.testing.assert_array_equal(offsets, expected)
+    vector = Activations(1, 192).vector(0)
+    vector[0][:] = x[4]
+    quantize_row(*vector)
+    np.testing.assert_array_equal(vector[2][depth - 1], expected[4])
+
+
+@both_layouts
+def test_groups_do_not_depend_on_each_other(integers_of: Integers) -> None:
+    x = vectors(1, 128)
+    before, sizes_before = integers_of(x)
+    x[0, 16:32] *= 1e4
+    after, sizes_after = integers_of(x)
+    np.testing.assert_array_equal(np.delete(after, slice(16, 32), 1), np.delete(before, slice(16, 32), 1))
+    np.testing.assert_array_equal(np.delete(sizes_after, 1, 1), np.delete(sizes_before, 1, 1))
+    assert sizes_after[0, 1] == pytest.approx(1e4 * sizes_before[0, 1])
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    ("value", "zero"), [(0.0, True), (1e-40, True), (1e-31, True), (1e-20, False), (1e30, False), (3e38, False)]
+)
+def test_extreme_vectors(integers_of: Integers, value: float, zero: bool) -> None:
+    x = np.zeros((2, 64), np.float32)
+    x[0, 5] = -value
+    x[1, :] = value
+    integers, step_sizes = integers_of(x)
+    assert np.isfinite(step_sizes).all()
+    restored = integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
+    np.testing.assert_allclose(restored, np.zeros_like(x) if zero else x, rtol=1e-6)
+
+
+@both_layouts
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(integers_of: Integers, value: float) -> None:
+    """A result that has lost its meaning must not look like one."""
+    x = vectors(1, 128)
+    x[0, 20] = value
+    step_sizes = integers_of(x)[1][0]
+    assert not np.isfinite(step_sizes[1])
+    assert np.isfinite(np.delete(step_sizes, 1)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_a_batch(threads: int) -> None:
+    x = vectors(9, 64)
+    batch = Batch(9, 64)
+    batch.x[:] = x
+    batch.quantize(Crew(threads))
+    for part, expected in zip(batch.buffers, batch_of(x).buffers, strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+def test_first_tokens_are_a_view(tokens: int) -> None:
+    batch, x = Batch(16, 64), vectors(tokens, 64)
+    view = batch.first(tokens)
+    view.x[:] = x
+    view.quantize(CREW)
+    for part, whole in zip(view.buffers, batch.buffers, strict=True):
+        assert np.shares_memory(part, whole)
+    for part, expected in zip(batch_integers(view), of_batch(x), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_remainder(tokens: int) -> None:
+    x = vectors(tokens, 192)
+    batch = batch_of(x)
+    restored = np.zeros(x.shape)
+    for part in (batch, batch.remainder(CREW)):
+        integers, step_sizes = batch_integers(part)
+        restored += integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
+    largest = np.repeat(np.abs(x).reshape(tokens, -1, 16).max(axis=2), 16, axis=1)
+    assert (np.abs(restored - x) <= 2.0**-30 * largest).all()
+
+
+@tokens_and_columns
+def test_normalize(tokens: int, columns: int) -> None:
+    stream, residual = vectors(tokens, columns, seed=1), vectors(tokens, columns, seed=2)
+    weight = np.random.default_rng(3).standard_normal(columns).astype(np.float32)
+    summed = stream + residual
+    expected = naive.root_mean_square_norm(summed.astype(np.float64), weight.astype(np.float64), 1e-5)
+    alone, out = stream[0].copy(), np.empty(columns, np.float32)
+    normalize_row(alone, residual[0], weight, np.float32(1e-5), out)
+    np.testing.assert_array_equal(alone, summed[0])
+    np.testing.assert_allclose(out, expected[0], rtol=3e-6)
+    batch = Batch(tokens, columns)
+    CREW.run(advance_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers)
+    np.testing.assert_array_equal(stream, summed)
+    np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
+    for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("normalizes_output", [False, True])
+@pytest.mark.parametrize("normalizes_stream", [False, True])
+def test_advance(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
+    stream, residual = vectors(1, 96, seed=1)[0], vectors(1, 96, seed=2)[0]
+    weights = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
+    output_norm = weights[0] if normalizes_output else NO_NORM
+    stream_norm = weights[1] if normalizes_stream else NO_NORM
+    added = residual.astype(np.float64)
+    if normalizes_output:
+        added = naive.root_mean_square_norm(added, weights[0].astype(np.float64), 1e-5)
+    summed = stream + scale * added
+    expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
+    out = np.empty(96, np.float32)
+    advance_row(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    largest = np.abs(summed).max()
+    np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])
+def test_normalize_extreme_vectors(value: float) -> None:
+    stream, out = np.full(64, value, np.float32), np.empty(64, np.float32)
+    normalize_row(stream, np.zeros(64, np.float32), np.ones(64, np.float32), np.float32(1e-6), out)
+    assert np.isfinite(out).all()
+    assert (np.abs(out) <= 1.0001).all()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@tokens_and_columns
+def test_gate(tokens: int, columns: int, gelu: bool) -> None:
+    gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
+    x = gate.astype(np.float64)
+    inner = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3) if gelu else x
+    with np.errstate(over="ignore"):
+        expected = x / (1 + np.exp(-inner)) * up
+    out = np.empty(columns, np.float32)
+    gate_row(gate[0], up[0], gelu, out)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
+    batch = Batch(tokens, columns)
+    both = np.concatenate([gate, up], axis=1)
+    CREW.run(gate_batch, both, gelu, True, *batch.buffers)
+    np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
+    for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
+        np.testing.assert_array_equal(part, again)
+    unkept = Batch(tokens, columns)
+    CREW.run(gate_batch, both, gelu, False, *unkept.buffers)
+    assert not unkept.x.any()
+    for part, again in zip(unkept.buffers[1:], batch.buffers[1:], strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
+def test_gate_of_extreme_vectors(value: float, gelu: bool) -> None:
+    out = np.empty(64, np.float32)
+    gate_row(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
+    np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

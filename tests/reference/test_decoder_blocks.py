@@ -1,0 +1,133 @@
+"""Decoder blocks one at a time are the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VARIANTS, write_tiny_model
+
+from tritgguf.exporters.export import export
+from tritgguf.reference.decoder_blocks import DecoderBlocks, fast_products
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
+
+WINDOWS = np.random.default_rng(0).integers(3, 400, (5, 24)).tolist()
+NAMES = [name for name in VARIANTS if name != "unaligned"]
+
+
+def last_hidden(model: ReferenceModel) -> torch.Tensor:
+    """Return what the whole model's last block makes of the windows."""
+    seen = []
+    last = model.module.model.layers[-1]
+    last.register_forward_hook(lambda module, given, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    for window in WINDOWS:
+        model.logits(window)
+    return torch.cat([hidden.reshape(1, *hidden.shape[-2:]) for hidden in seen])
+
+
+def run_all(blocks: DecoderBlocks) -> torch.Tensor:
+    hidden = blocks.embed(WINDOWS)
+    for index in range(blocks.count):
+        with blocks.block(index) as block:
+            hidden = block.forward(hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_blocks_make_the_model(tmp_path: Path, variant: str) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
+    expected = last_hidden(ReferenceModel.open(source))
+    found = run_all(DecoderBlocks(source))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_a_gguf_file(tmp_path: Path) -> None:
+    from tritgguf.conversion.convert import convert
+
+    folder = write_tiny_model(tmp_path / "model", "llama3-rope")
+    convert(folder, tmp_path / "trits.gguf", depth=4)
+    export(tmp_path / "trits.gguf", tmp_path / "stock.gguf", to="f16")
+    source = open_source(str(tmp_path / "stock.gguf"))
+    expected = last_hidden(ReferenceModel.open(source))
+    torch.testing.assert_close(run_all(DecoderBlocks(source)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_that_share_an_input(tmp_path: Path) -> None:
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))))
+    with blocks.block(1) as block:
+        groups = block.input_groups(blocks.embed(WINDOWS))
+    names = [tuple(name.split(".")[2] for name in group) for group in groups]
+    assert names == [("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)]
+
+
+def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))))
+    hidden = blocks.embed(WINDOWS)
+    with blocks.block(0) as block:
+        everything: dict[str, list[torch.Tensor]] = {name: [] for name in block.matrices}
+        block.forward(hidden, {name: seen.append for name, seen in everything.items()})
+        some: dict[str, list[torch.Tensor]] = {name: [] for name in block.matrices}
+        last = "blk.0.attn_output.weight"
+        block.inputs(hidden, {name: seen.append for name, seen in some.items()}, last=last)
+    for name, seen in some.items():
+        assert bool(seen) == ("attn" in name)
+        for found, expected in zip(seen, everything[name], strict=False):
+            torch.testing.assert_close(found, expected)
+    assert torch.cat(some[last]).shape == (5, 24, 128)
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_known_inputs_save_what_makes_them(tmp_path: Path, variant: str) -> None:
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model", variant))))
+    hidden = blocks.embed(WINDOWS)
+    output, last = "blk.0.attn_output.weight", "blk.0.ffn_down.weight"
+    with blocks.block(0) as block:
+        endings = block.endings(hidden)
+        assert endings.keys() == {output, last}
+        kept: dict[str, list[torch.Tensor]] = {output: [], last: []}
+        expected = block.forward(hidden, {name: seen.append for name, seen in kept.items()})
+        block.set("blk.0.attn_v.weight", np.zeros_like(block.get("blk.0.attn_v.weight")))
+        again: list[torch.Tensor] = []
+        block.inputs(hidden, {last: again.append}, last=last, known={endings[output]: torch.cat(kept[output])})
+        assert torch.equal(torch.cat(again), torch.cat(kept[last]))
+        known = {endings[name]: torch.cat(seen) for name, seen in kept.items()}
+        assert torch.equal(block.forward(hidden, known=known), expected)
+        assert not torch.equal(block.forward(hidden), expected)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_a_weight_is_replaced_and_read_back(tmp_path: Path, variant: str, name: str) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
+    blocks = DecoderBlocks(source)
+    hidden = blocks.embed(WINDOWS)
+    with blocks.block(0) as block:
+        np.testing.assert_array_equal(block.get(name), source.read(name))
+        kept = block.get(name)
+        before = block.forward(hidden)
+        weights = np.random.default_rng(0).standard_normal(block.get(name).shape).astype(np.float32)
+        block.set(name, weights)
+        np.testing.assert_array_equal(block.get(name), weights)
+        np.testing.assert_array_equal(kept, source.read(name))  # what was read before does not change
+        assert not torch.equal(block.forward(hidden), before)
+    with blocks.block(0) as block:
+        torch.testing.assert_close(block.forward(hidden), before)
+
+
+def test_a_closed_block_takes_no_memory(tmp_path: Path) -> None:
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))))
+    with blocks.block(0) as block:
+        assert all(parameter.device.type == "cpu" for parameter in block.matrices.values())
+    assert all(parameter.is_meta for layer in blocks._layers for parameter in layer.parameters())
+    assert all(parameter.is_meta for parameter in blocks._module.parameters())
+
+
+def test_fast_products_last_as_long_as_they_are_asked_for() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), fast_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before

@@ -1,0 +1,38 @@
+"""The portable kernels compiled for a 64-bit Arm processor, which LLVM can do on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+
+from cpu_kernels.simd.variants import PORTABLE
+from cpu_kernels.simd.vectors import I64, Vectors
+
+_TRIPLE = "aarch64-unknown-linux-gnu"
+
+
+def arm_assembly(emit: Callable[..., object], arguments: int) -> str:
+    """Return the assembly of a function that `emit` fills: it gets Vectors and as many i64 as there are arguments.
+
+    Skips the test where this llvmlite compiles for no Arm processor.
+    """
+    try:
+        llvm.initialize_all_targets()
+        target = llvm.Target.from_triple(_TRIPLE)
+    except RuntimeError:
+        pytest.skip("this llvmlite compiles for no Arm processor")
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = _TRIPLE
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), "step")
+    builder = ir.IRBuilder(function.append_basic_block())
+    emit(Vectors(builder, PORTABLE), *function.args)
+    builder.ret_void()
+    machine = target.create_target_machine(opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    return str(machine.emit_assembly(parsed))

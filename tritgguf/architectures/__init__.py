@@ -1,0 +1,1 @@
+"""Model families: their names, keys and sizes in Hugging Face checkpoints and in GGUF."""

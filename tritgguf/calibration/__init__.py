@@ -1,0 +1,1 @@
+"""Encoders that let a text go through the source model; needs torch."""

@@ -1,0 +1,104 @@
+"""Collecting importance: a text goes through the model, and each matrix's inputs are squared and summed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tritgguf.formats.gguf_writer import check_output
+from tritgguf.formats.imatrix import write_importance
+from tritgguf.machine import peak_memory_bytes
+from tritgguf.reference.decoder_blocks import DecoderBlocks, fast_products
+from tritgguf.sources.open import open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tritgguf.sources.source import Source
+
+
+@dataclass(frozen=True)
+class CalibrateReport:
+    """What `calibrate` wrote."""
+
+    source: str
+    output: Path
+    text: str
+    tokens: int
+    matrices: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+def calibrate(
+    source: str | Path,
+    output: str | Path,
+    windows: Sequence[Sequence[int]],
+    *,
+    text: str,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrateReport:
+    """Write the importance of every matrix that `convert` packs, as an importance matrix of llama.cpp.
+
+    Args:
+        source: a Hugging Face folder, a hub id or a GGUF file.
+        output: the GGUF file to write.
+        windows: token ids of the text, in windows of equal length.
+        text: where it comes from, for the file.
+        threads: of torch; None for all cores.
+        overwrite: whether an existing output may be replaced.
+        progress: called with the decoder blocks done and those in all.
+
+    Raises:
+        TritGgufError: bad input, no torch or transformers, or no way to write the output; nothing is left behind.
+
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    check_output(output, overwrite)
+    opened = open_source(str(source))
+    sums = summed_squares(opened, windows, threads=threads, progress=progress)
+    tokens = sum(map(len, windows))
+    write_importance(
+        output,
+        sums,
+        dict.fromkeys(sums, tokens),
+        datasets=[text],
+        chunk_size=len(windows[0]),
+        chunks=len(windows),
+        overwrite=overwrite,
+    )
+    seconds = time.perf_counter() - started
+    return CalibrateReport(opened.name, output, text, tokens, len(sums), seconds, peak_memory_bytes())
+
+
+def summed_squares(
+    source: Source,
+    windows: Sequence[Sequence[int]],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Return GGUF name -> float64 [columns], the sums of the squared inputs of each matrix that can be packed."""
+    blocks = DecoderBlocks(source, threads=threads)
+    hidden = blocks.embed(windows)
+    sums: dict[str, np.ndarray] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        squares = inputs.square().sum((0, 1)).double().numpy()
+        sums[name] = sums.get(name, 0.0) + squares
+
+    for index in range(blocks.count):
+        with fast_products(), blocks.block(index) as block:
+            hidden = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
+        if progress is not None:
+            progress(index + 1, blocks.count)
+    return sums

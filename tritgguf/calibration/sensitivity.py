@@ -1,0 +1,86 @@
+"""How much each matrix can bear: the error of its block's output when it alone is quantized.
+
+The error of a token's hidden state counts in relation to the hidden state's own size, as the norm of the next block
+will see it. `docs/quality.md` has what was measured with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpu_kernels.threads.crew import Crew
+from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.quantization.scale_search import quantize_searched
+from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tritgguf.sources.source import Source
+
+
+def measure_sensitivities(
+    source: Source,
+    names: Collection[str],
+    depths: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    crew: Crew,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[int, float]]:
+    """Return GGUF name -> depth -> mean relative squared error of the block's output.
+
+    Args:
+        source: the model; one decoder block of it is in memory at a time.
+        names: the matrices to measure.
+        depths: trits per weight to try.
+        windows: token ids of some text, in windows of equal length.
+        crew: the threads to use; torch takes as many.
+        progress: called with the blocks done and the blocks in all.
+
+    Raises:
+        TritGgufError: torch or transformers is missing or cannot build the model.
+        ValueError: a weight is NaN or infinite.
+
+    """
+    blocks = DecoderBlocks(source, threads=crew.threads)
+    hidden = blocks.embed(windows)
+    sensitivities: dict[str, dict[int, float]] = {}
+    for index in range(blocks.count):
+        with blocks.block(index) as block:
+            expected, importance = _pass(block, hidden)
+            for name in block.matrices:
+                if name in names:
+                    weights = block.get(name)
+                    sensitivities[name] = {}
+                    for depth in depths:
+                        (quantized,) = quantize_searched(
+                            MatrixRows.of(weights), depth, crew, importance=importance[name]
+                        ).parts
+                        block.set(name, quantized.decoded())
+                        sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
+                    block.set(name, weights)
+            hidden = expected
+        progress(index + 1, blocks.count)
+    return sensitivities
+
+
+def _pass(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """Return a block's output and the importance of every matrix's columns, float32 [columns]."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        squares = inputs.square().sum((0, 1))
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    output = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
+    return output, {name: (total / hidden[..., 0].numel()).numpy() for name, total in sums.items()}
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Return the mean over all tokens of the squared error over the square of the hidden state."""
+    errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-30)
+    return float(errors.double().mean())

@@ -1,0 +1,47 @@
+"""`tritgguf check`: is a file whole?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritgguf.cli import terminal
+from tritgguf.cli.options import Json, Threads, TritFile
+from tritgguf.cli.terminal import print_table
+from tritgguf.text_format import format_bytes
+
+if TYPE_CHECKING:
+    from tritgguf.formats.integrity import CheckReport
+
+
+def print_check(report: CheckReport) -> None:
+    """Print what was checked and found whole."""
+    rows = [
+        ("tensors", str(report.tensors)),
+        ("of them in trits", str(report.trit_tensors)),
+        ("checksums", str(report.checksums) if report.checksums else "none: written by an earlier version"),
+        ("file", format_bytes(report.file_bytes)),
+        ("time", f"{report.seconds:.2f} s"),
+        ("speed", f"{report.bytes_per_second / 1e9:.1f} GB/s"),
+    ]
+    print_table(f"{report.file}: whole", ("", ">"), rows)
+
+
+def check_command(file: TritFile, threads: Threads = None, as_json: Json = False) -> None:
+    """Check that a file is whole: its structure, every codebook and word, and the checksum of every tensor.
+
+    Example: tritgguf check d3.gguf
+    """
+    report = check_file(file, threads)
+    if as_json:
+        terminal.print_json(vars(report))
+    else:
+        print_check(report)
+
+
+def check_file(file: Path, threads: int | None) -> CheckReport:
+    """Check a file, with progress on stderr."""
+    from tritgguf.formats.integrity import check
+
+    with terminal.progress(in_bytes=True) as report:
+        return check(file, threads=threads, progress=lambda done, total: report("checking", done, total))

@@ -1,0 +1,21 @@
+"""`tritgguf doctor`: what this machine gives the kernels."""
+
+from __future__ import annotations
+
+from tritgguf.cli import terminal
+from tritgguf.cli.options import Json
+
+
+def doctor_command(as_json: Json = False) -> None:
+    """Show what this machine gives the kernels, what they make of it, and what would make them faster.
+
+    Example: tritgguf doctor
+    """
+    from tritgguf.diagnostics.doctor import doctor
+
+    diagnosis = doctor(on_compilation=terminal.print_compilation_note)
+    if as_json:
+        terminal.print_json(diagnosis.as_dict())
+    else:
+        for table in diagnosis.tables():
+            terminal.print_table(*table)

@@ -1,0 +1,210 @@
+"""`tritgguf run`: answer a prompt, or chat."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tritgguf.cli import terminal
+from tritgguf.cli.check import check_file
+from tritgguf.cli.options import (
+    CacheType,
+    InstructionSet,
+    Json,
+    PrefillBits,
+    Threads,
+    TritFile,
+    force_instruction_set,
+    option,
+)
+from tritgguf.cli.terminal import note
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from tritgguf.runtime.generation import Generation, Timings
+    from tritgguf.runtime.loaded_model import LoadedModel
+    from tritgguf.runtime.sampling import SamplingOptions
+
+
+def print_context_note(model: LoadedModel, answer: Generation) -> None:
+    """Say so when an answer ended because the context was full."""
+    if answer.finish_reason == "context":
+        size = model.model.context
+        note(f"note: the context of {size} tokens is full, the answer ends here; --ctx-size makes room")
+
+
+def print_timings(timings: Timings) -> None:
+    """Print a generation's speed, in one line like llama.cpp's."""
+    note(
+        f"load {timings.load_seconds:.2f} s"
+        f" | prompt {timings.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s"
+        f" | decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s"
+    )
+
+
+def run_command(
+    file: TritFile,
+    prompt: Annotated[str | None, option("--prompt", "-p", metavar="TEXT", help="What to answer.")] = None,
+    prompt_file: Annotated[Path | None, option("--file", "-f", metavar="FILE", help="File with the prompt.")] = None,
+    system: Annotated[str | None, option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")] = None,
+    predict: Annotated[
+        int, option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")
+    ] = -1,
+    context: Annotated[
+        int, option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
+    ] = 0,
+    threads: Threads = None,
+    temperature: Annotated[float, option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[float, option("--top-p", help="Keep the likeliest up to this probability.")] = 0.95,
+    min_p: Annotated[float, option("--min-p", help="Least probability, relative to the likeliest.")] = 0.05,
+    repeat_penalty: Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")] = 1.0,
+    repeat_last_n: Annotated[int, option("--repeat-last-n", help="How many tokens are recent.")] = 64,
+    seed: Annotated[int, option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
+    prefill_bits: PrefillBits = 8,
+    exact: Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")] = False,
+    check_first: Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")] = False,
+    cache_type: CacheType = None,
+    isa: InstructionSet = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or chat when there is none.
+
+    Without -p and -f the prompt is read from a pipe, or typed: then Ctrl-C stops an answer and Ctrl-D leaves.
+
+    Example: tritgguf run d3.gguf -p "Name three primary colors."
+    """
+    from tritgguf.runtime.loaded_model import load
+    from tritgguf.runtime.sampling import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=seed,
+    )
+    text = _prompt(prompt, prompt_file)
+    if text is None and (raw or as_json):
+        raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    if check_first:
+        check_file(file, None)
+    force_instruction_set(isa)
+    gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
+    try:
+        announce = terminal.print_compilation_note
+        model = load(
+            file,
+            context=context or None,
+            threads=threads,
+            prefill_bits=prefill_bits,
+            exact=exact,
+            cache_type=cache_type,
+            on_compilation=announce,
+        )
+    finally:
+        gc.enable()
+    if text is None:
+        _chat(model, system, sampling, predict)
+    else:
+        _answer(model, text, system, sampling, predict, raw=raw, as_json=as_json)
+
+
+def _answer(
+    model: LoadedModel,
+    text: str,
+    system: str | None,
+    sampling: SamplingOptions,
+    max_tokens: int,
+    *,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Answer one prompt."""
+    from tritgguf.runtime.prompt import prompt_tokens
+    from tritgguf.runtime.sampling import Sampler
+    from tritgguf.runtime.text_stream import TextStream
+
+    tokens = prompt_tokens(model, text, system=system, raw=raw)
+    stream = TextStream(model, tokens, Sampler(sampling), max_tokens=max_tokens, continues_prompt=raw)
+    if as_json:
+        answer = stream.finish()
+        terminal.print_json({"model": model.path, **vars(answer), "timings": answer.timings.as_dict()})
+    else:
+        try:
+            answer = stream.finish(terminal.write_answer)
+        finally:
+            print(flush=True)
+    print_context_note(model, answer)
+    print_timings(answer.timings)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str | None:
+    """Return the prompt that was given, or None when somebody sits there to type one."""
+    if prompt is not None and file is not None:
+        raise TritGgufError("give the prompt with either -p or -f, not with both")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        data = file.read_bytes()
+    elif sys.stdin.isatty():
+        return None
+    else:
+        data = sys.stdin.buffer.read()
+        if not data:
+            raise TritGgufError("there is no prompt on standard input; give one with -p or -f")
+    return data.decode("utf-8", errors="replace").removesuffix("\n")
+
+
+def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
+    """Talk until Ctrl-D."""
+    from tritgguf.runtime.chat import Chat
+    from tritgguf.runtime.generation import Timings
+
+    with contextlib.suppress(ImportError):  # not on Windows; with it, input() edits lines and recalls them
+        import readline  # noqa: F401
+    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens)
+    timings: list[Timings] = []
+    terminal.note("Ctrl-C stops an answer, Ctrl-D leaves, /clear starts a new chat.")
+    while (text := _read_line()) is not None:
+        if text.strip() == "/clear":
+            chat.clear()
+        elif text.strip():
+            try:
+                stream = chat.ask(text)
+            except TritGgufError as error:
+                # No room for the message, or the template refuses it: the chat can go on.
+                terminal.error(str(error))
+                continue
+            with contextlib.suppress(KeyboardInterrupt):
+                stream.finish(terminal.write_answer)
+            print(flush=True)
+            answer = stream.result()
+            chat.keep(answer)
+            timings.append(answer.timings)
+            print_context_note(model, answer)
+    if timings:
+        print_timings(Timings.total(timings))
+
+
+def _read_line() -> str | None:
+    """Return what is typed, or None at its end."""
+    while True:
+        try:
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            return input()
+        except KeyboardInterrupt:
+            terminal.note("")
+        except EOFError:
+            terminal.note("")
+            return None

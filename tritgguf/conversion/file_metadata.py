@@ -1,0 +1,31 @@
+"""The metadata of a packed file: the keys of the source, then ours."""
+
+from __future__ import annotations
+
+from gguf import GGUFValue, GGUFValueType, LlamaFileType
+
+from tritgguf.conversion.pipeline import checksum_value, codebook_value
+from tritgguf.formats import trit_types
+from tritgguf.formats.gguf_writer import PlannedTensor
+from tritgguf.sources.source import Source
+
+
+def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: str) -> dict[str, GGUFValue]:
+    """Return the source's keys, then ours; codebooks hold zeros until their matrix is quantized."""
+    metadata = dict(source.metadata)
+    # The file mixes types that llama.cpp has no name for; "guessed" is its word for: look at the tensors.
+    metadata["general.file_type"] = GGUFValue(int(LlamaFileType.GUESSED), GGUFValueType.UINT32)
+    metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
+    metadata[trit_types.KEY_VERSION] = GGUFValue(trit_types.FORMAT_VERSION, GGUFValueType.UINT32)
+    metadata[trit_types.KEY_CODEC] = GGUFValue(trit_types.CODEC_NAME, GGUFValueType.STRING)
+    metadata[trit_types.KEY_ENCODER] = GGUFValue(encoder, GGUFValueType.STRING)
+    if depths:
+        metadata[trit_types.KEY_DEPTHS] = GGUFValue(depths, GGUFValueType.STRING)
+    metadata[trit_types.KEY_GROUP_SIZE] = GGUFValue(trit_types.GROUP_SIZE, GGUFValueType.UINT32)
+    metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
+    for tensor in plan:
+        if trit_types.is_trit_type(tensor.type_id):
+            metadata[trit_types.codebook_key(tensor.name)] = codebook_value([0.0] * trit_types.CODEBOOK_SIZE)
+    for tensor in plan:
+        metadata[trit_types.checksum_key(tensor.name)] = checksum_value(0)
+    return metadata

@@ -1,0 +1,206 @@
+"""The text that a model is calibrated on, as windows of tokens: a user's, or what the model itself writes.
+
+Text of its own costs nobody a data set and looks like what the model will be used for: it is drawn from the model's
+own distribution, at temperature 1. (That sampling does better than taking the likeliest token is from LLM-QAT, Liu et
+al., 2023.) From one start a model says much the same, so each text starts with one of many openings, of prose,
+documentation, code, tables and dialogues; a token at random, as in that paper, does worse (`docs/quality.md`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tritgguf.calibration.text import (
+    DEFAULT_TOKENS,
+    WINDOW_TOKENS,
+    plain_tokens,
+    tokenizer_of,
+    vocabulary_size,
+    window_length,
+    windows_of_text,
+)
+from tritgguf.conversion.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.journal import JobLog
+from tritgguf.runtime.lockstep import Lockstep
+from tritgguf.runtime.sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from tritgguf.sources.source import Source
+DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which the model has to write first
+_WRITING_DEPTH = 4
+_OPENINGS = (
+    *("The ", "In ", '"', "Once upon a time", "Dear ", "To whom it may concern", "Chapter 1\n\n", "For example, "),
+    *("Abstract\n\n", "Theorem", "Let ", "How to ", "What is ", "Question: ", "Answer: ", "User: ", "A: "),
+    *("# ", "## Installation\n\n", "Usage: ", "Features\n\n", "Changelog\n\n", "Note that ", "License"),
+    *("1. ", "- ", "| ", "Ingredients:\n", "<html>", '{"', "SELECT ", "#include <", "function "),
+    *("def ", "import ", "class ", '"""', "Returns ", "This module ", "Parameters\n"),
+)
+
+Progress = Callable[[int, int], None]
+"""Called with the tokens that are written and those wanted."""
+
+
+def calibration_windows(
+    source: Source,
+    text: Path | None,
+    tokens: int | None = None,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    kept: KeptText | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[list[int]], str]:
+    """Return the windows of a text file, or of the model's own text, and a few words on where they come from.
+
+    `tokens` None is for `DEFAULT_TOKENS` or `DEFAULT_OWN_TOKENS`; the rest is as in `windows_of_own_text`.
+    Raises TritGgufError for a file that cannot be read or is too short.
+    """
+    if text is None:
+        wanted = tokens or DEFAULT_OWN_TOKENS
+        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, kept=kept, progress=progress)
+        return windows, f"own text, seed {seed}"
+    try:
+        content = text.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise TritGgufError(f"{text}: {error.strerror}; give a text file") from error
+    try:
+        return windows_of_text(source, content, tokens or DEFAULT_TOKENS), text.name
+    except TritGgufError as error:
+        raise TritGgufError(f"{text}: {error}") from error
+
+
+def windows_of_own_text(
+    source: Source,
+    tokens: int,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    kept: KeptText | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Return windows of equal length of text that the model itself writes.
+
+    The model writes as a trit file of depth 4, in the folder for temporary files, so that it runs from the disk and
+    memory does not grow with it. The same seed gives the same text. Windows that `kept` has are not written again.
+    """
+    length = window_length(source)
+    count = max(1, tokens // length)
+    job = {"text": source.name, "seed": seed, "windows": count, "length": length}
+    windows = [] if kept is None else kept.open(job, vocabulary_size(source))
+    if len(windows) == count:
+        return windows
+    tokenizer = tokenizer_of(source)
+    openings = [tokenizer.with_bos(ids) for text in _OPENINGS if (ids := plain_tokens(tokenizer, text))]
+    if not openings:
+        raise TritGgufError(f"{source.name}: its vocabulary has no ordinary tokens; give a text (--text)")
+    with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
+        path = Path(folder) / "writer.gguf"
+        depth = _WRITING_DEPTH
+        convert(
+            source.name, path, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
+        )
+        file = GgufFile(path)
+        model = Lockstep(file, context=length, threads=threads)
+        while len(windows) < count:
+            done = len(windows)
+            numbers = range(done, min(count, done + model.most_texts))
+            texts = [_Text(openings, tokenizer.stop_tokens, np.random.default_rng([seed, n])) for n in numbers]
+
+            def show(tokens: int, done: int = done) -> None:
+                if progress is not None:
+                    progress(done * length + tokens, count * length)
+
+            for window in _write(model, texts, length, show):
+                windows.append(window)
+                if kept is not None:
+                    kept.add(window)
+    return windows
+
+
+class KeptText:
+    """Keeps the windows of own text beside the file that they are for, so that an interruption does not lose them.
+
+    A context: at its end they are removed, unless an interruption ends it or an unfinished file is left behind, which
+    will need them again.
+
+    Args:
+        output: the file that is to be written.
+        resume: whether windows of an earlier run are taken over; otherwise they are written anew.
+
+    """
+
+    def __init__(self, output: Path, *, resume: bool) -> None:
+        self._output, self._resume = output, resume
+        self._path = output.with_name(f"{output.name}.part.text")
+        self._log: JobLog | None = None
+
+    def open(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
+        """Return the windows that are there.
+
+        Raises TritGgufError where they are of another job, or damaged.
+        """
+        self._log = JobLog(self._path, self._output, job)
+        windows = self._log.entries() if self._resume else []
+        for window in windows:
+            if not isinstance(window, list) or len(window) != job["length"]:
+                raise self._log.misfit("is damaged")
+            if not all(type(token) is int and 0 <= token < vocabulary_size for token in window):
+                raise self._log.misfit("is damaged")
+        if not windows:
+            self._log.begin()
+        return windows
+
+    def add(self, window: list[int]) -> None:
+        """Keep a window."""
+        if self._log is not None:
+            self._log.append([window])
+
+    def __enter__(self) -> KeptText:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        interrupted = error is not None and not isinstance(error, Exception)
+        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
+            self._path.unlink(missing_ok=True)
+
+
+class _Text:
+    """Says how a window of own text goes on; where a text ends before the window does, the next one starts."""
+
+    def __init__(self, openings: Sequence[list[int]], ends: frozenset[int], random: np.random.Generator) -> None:
+        self._openings, self._ends, self._random = openings, ends, random
+        seed = int(random.integers(1 << 32))
+        self._sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
+        self._waiting = self._opening()
+
+    def next_token(self, logits: np.ndarray) -> int:
+        """Return the next token, drawn by float32 logits [vocabulary] unless an opening is to be written."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        token = self._sampler.sample(logits)
+        if token in self._ends:
+            self._waiting = self._opening()
+        return token
+
+    def _opening(self) -> list[int]:
+        return list(self._openings[int(self._random.integers(len(self._openings)))])
+
+
+def _write(model: Lockstep, texts: Sequence[_Text], length: int, show: Callable[[int], None]) -> list[list[int]]:
+    """Return a window of each text; `show` is called with the tokens that are written."""
+    tokens = np.zeros((len(texts), length), np.int64)
+    model.begin(len(texts))
+    logits: Iterable[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)  # openings come first
+    for place in range(length):
+        tokens[:, place] = [text.next_token(row) for text, row in zip(texts, logits, strict=True)]
+        show((place + 1) * len(texts))
+        if place + 1 < length:
+            logits = model.forward(tokens[:, place])
+    return tokens.tolist()

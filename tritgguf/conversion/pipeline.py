@@ -1,0 +1,208 @@
+"""The stream of tensors through a conversion: read, encode, write.
+
+One thread reads the next tensor and one writes the last ones, while the crew quantizes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from gguf import GGUFValue, GGUFValueType
+
+from cpu_kernels.packed_rows.unpack import dequantize
+from cpu_kernels.threads.crew import Crew
+from tritgguf.conversion.encoders import Encoder
+from tritgguf.errors import TritGgufError
+from tritgguf.formats import trit_types
+from tritgguf.formats.dtypes import to_float32
+from tritgguf.formats.gguf_header import F32
+from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
+from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.trit_types import TritType
+from tritgguf.quantization.recover import Fit
+from tritgguf.sources.source import Source
+
+_ROWS_AT_ONCE = 1 << 22  # weights of a kept tensor that are turned into halves at once
+_UNWRITTEN_BYTES = 1 << 28  # of parts of tensors that wait to be written
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A tensor that is ready to be written.
+
+    Attributes:
+        parts: its rows in their order: bytes of the file, or the numbers of a tensor that is kept. Made as they are
+            taken, where the tensor is too large to be held.
+        codebook: float32 [27] of a trit tensor.
+        squares: summed squared error and summed squared weights of the parts that were taken; zeros where nothing is
+            quantized.
+
+    """
+
+    parts: Iterator[np.ndarray]
+    codebook: np.ndarray | None = None
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(2))
+
+
+def stream(
+    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: Encoder, crew: Crew
+) -> Iterator[np.ndarray]:
+    """Read, encode and write the planned tensors; yield the squares of each when it is written.
+
+    Not more than a few tensors that can be held are in memory, however much slower the disk is than the crew.
+    """
+    plan = writer.tensors[len(writer.resumed) :]
+    for done in writer.resumed:
+        _note(writer, done.name, done.checksum, done.codebook)
+        yield np.array([done.squared_error, done.squared_weights])
+    if not plan:
+        return
+    waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
+
+    def written(most_bytes: int) -> Iterator[np.ndarray]:
+        while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > most_bytes):
+            squares = waiting.popleft()[0].result()
+            if squares is not None:
+                yield squares
+
+    with _thread("reader") as reader, _thread("writer") as writing:
+        reading = reader.submit(_read, source, plan[0], rest)
+        for index, tensor in enumerate(plan):
+            rows = reading.result()
+            if index + 1 < len(plan):
+                reading = reader.submit(_read, source, plan[index + 1], rest)
+            encoded = _encode(source, tensor, rows, fits.get(tensor.name), rest, crew)
+            del rows
+            waiting.append((writing.submit(writer.begin, tensor), 0))
+            for part in encoded.parts:
+                waiting.append((writing.submit(_write, source, writer, tensor, part), part.nbytes))
+                del part
+                yield from written(_UNWRITTEN_BYTES)
+            waiting.append((writing.submit(_finish, source, writer, tensor, encoded), 0))
+            yield from written(_UNWRITTEN_BYTES)
+        yield from written(-1)
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Run a thread that drops what it has not begun when the block ends."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _read(source: Source, tensor: PlannedTensor, rest: Encoder) -> MatrixRows | _Encoded:
+    """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that.
+
+    What an encoder reads by itself is left to it.
+    """
+    packed = source.packed(tensor.name)
+    if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
+        return _Encoded(iter([packed.data]), packed.codebook)
+    rows = source.rows(tensor.name)
+    return rows.held() if rest.reads(tensor.name) else rows
+
+
+def _encode(
+    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, fit: Fit | None, rest: Encoder, crew: Crew
+) -> _Encoded:
+    """Recover or quantize, and pack, what is to be packed."""
+    if isinstance(rows, _Encoded):
+        return rows
+    if not trit_types.is_trit_type(tensor.type_id):
+        return _Encoded(rows.blocks())
+    with _damage_named(source, tensor):
+        depth = TritType(tensor.type_id).depth
+        quantized = rest.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, crew)
+    squares = np.zeros(2)
+
+    def packed() -> Iterator[np.ndarray]:
+        with _damage_named(source, tensor):
+            for part in quantized.parts:
+                squares[:] += part.squared_error, part.squared_weights
+                yield part.pack(crew)
+
+    return _Encoded(packed(), quantized.codebook, squares)
+
+
+@contextmanager
+def _damage_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
+    """Say which tensor an encoder has refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise TritGgufError(f"{source.name}: tensor {tensor.name} {error}; the checkpoint is damaged") from error
+
+
+def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part: np.ndarray) -> None:
+    """Write a part of the tensor that was begun."""
+    if trit_types.is_trit_type(tensor.type_id):
+        writer.write(part)
+    else:
+        _write_kept(writer, source, tensor, part)
+
+
+def _finish(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
+    """Complete a tensor whose parts are written, and return its squares."""
+    error, power = encoded.squares.tolist()
+    _note(writer, tensor.name, writer.end(encoded.codebook, (error, power)), encoded.codebook)
+    source.release(tensor.name)
+    return encoded.squares
+
+
+def written_weights(writer: StreamingWriter, name: str) -> np.ndarray | None:
+    """Return the weights of a matrix that an earlier run has written, decoded: float32 [rows, columns]; or None."""
+    for index, (tensor, done) in enumerate(zip(writer.tensors, writer.resumed, strict=False)):
+        if tensor.name == name and done.codebook is not None:
+            rows = writer.read_back(index).reshape(tensor.shape[0], -1)
+            return dequantize(rows, np.array(done.codebook, np.float32), TritType(tensor.type_id).depth)
+    return None
+
+
+def _note(writer: StreamingWriter, name: str, checksum: int, codebook: Sequence[float] | np.ndarray | None) -> None:
+    """Put what is known of a tensor now into the header."""
+    writer.set_metadata(trit_types.checksum_key(name), checksum_value(checksum))
+    if codebook is not None:
+        writer.set_metadata(trit_types.codebook_key(name), codebook_value(codebook))
+
+
+def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
+    """Write a tensor that is not packed, a few rows at a time so that no second copy of it exists."""
+    rows = weights.reshape(-1, tensor.shape[-1])
+    step = max(1, _ROWS_AT_ONCE // tensor.shape[-1])
+    dtype = np.dtype(np.float32 if tensor.type_id == F32 else np.float16)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        if part.dtype != dtype:
+            with np.errstate(over="ignore"):
+                part = to_float32(part).astype(dtype, copy=False)
+        if not _is_finite(part):
+            raise TritGgufError(
+                f"{source.name}: tensor {tensor.name} has a weight that is NaN, infinite or too large"
+                " for F16; the checkpoint is damaged"
+            )
+        writer.write(part)
+
+
+def _is_finite(weights: np.ndarray) -> bool:
+    """Tell whether no weight, float32 or float16, is NaN or infinite."""
+    if weights.dtype == np.float16:  # by their bits, which is ten times faster
+        return bool((weights.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7C00)
+    return bool(np.isfinite(weights).all())
+
+
+def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
+    """Return a codebook as the header holds it."""
+    return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+
+
+def checksum_value(checksum: int) -> GGUFValue:
+    """Return a checksum as the header holds it."""
+    return GGUFValue(checksum, GGUFValueType.UINT64)

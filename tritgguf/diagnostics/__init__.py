@@ -1,0 +1,1 @@
+"""How fast a file runs here, and what this machine gives the kernels."""

@@ -1,0 +1,219 @@
+"""Which parts of the forward pass a benchmark's time goes to, and what launching and meeting cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.simd import instruction_set
+from cpu_kernels.threads.barrier import meet
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import quantize_row
+from cpu_kernels.transformer.attend_layers import attend_layers
+from cpu_kernels.transformer.gemv import gemv
+from cpu_kernels.transformer.projection import Activations, Projection
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.decode import Decoder
+from tritgguf.runtime.forward import Prefill
+from tritgguf.runtime.kv_cache import DEFAULT_CACHE_TYPE, KeyValueCache
+from tritgguf.runtime.model import BATCH_TOKENS
+from tritgguf.runtime.weights import LayerWeights, ModelWeights
+
+REST = "the rest"
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Seconds that a kernel takes of a token (decode) or of a prompt (prefill), and its share of the whole."""
+
+    kernel: str
+    seconds: float
+    share: float
+
+
+class TimingCrew(Crew):
+    """A crew that keeps the time of every kernel, by name, and counts the launches."""
+
+    def __init__(self, threads: int | None) -> None:
+        super().__init__(threads)
+        self.seconds: dict[str, float] = {}
+        self.launches = 0
+
+    def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run a kernel on every thread, as any crew does."""
+        start = time.perf_counter()
+        results = super().run(kernel, *arguments)
+        name = kernel.__name__
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.launches += 1
+        return results
+
+
+@dataclass(frozen=True)
+class PromptTimes:
+    """Seconds of a prompt by kernel, what is left over among them as REST, and the share that launching takes."""
+
+    seconds: dict[str, float]
+    launch_share: float
+
+
+def prefill_times(
+    config: ModelConfig,
+    weights: ModelWeights,
+    crew: Crew,
+    tokens: list[int],
+    depth: int,
+    repetitions: int,
+    bits: int,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+) -> PromptTimes:
+    """Measure a prompt behind `depth` tokens by kernel, on a crew like `crew`: means of the repetitions."""
+    timing = TimingCrew(crew.threads)
+    prefill = Prefill(config, weights, timing, bits=bits, exact=False)
+    cache = _filled_cache(config, crew.threads, depth + len(tokens), cache_type)
+    logits = np.empty(config.vocab_size, np.float32)
+    total = 0.0
+    for repetition in range(repetitions + 1):
+        if repetition == 1:  # the first one has made the buffers
+            timing.seconds.clear()
+            timing.launches = 0
+            total = 0.0
+        start = time.perf_counter()
+        for first in range(0, len(tokens), BATCH_TOKENS):
+            hidden = prefill.run(np.array(tokens[first : first + BATCH_TOKENS]), depth + first, cache.arrays)
+        weights.head.multiply_vector(hidden.x[-1], logits, timing)
+        total += time.perf_counter() - start
+    seconds = {name: spent / repetitions for name, spent in timing.seconds.items()}
+    seconds[REST] = total / repetitions - sum(seconds.values())
+    launching = launch_seconds(crew, timing.launches // repetitions, 0, repetitions)
+    return PromptTimes(seconds, launching * repetitions / total)
+
+
+def launch_seconds(crew: Crew, launches: int, meetings: int, repetitions: int) -> float:
+    """Return the seconds of `launches` kernels that do nothing but let the threads meet `meetings` times in each.
+
+    Threads that arrive with nothing done arrive together: what is measured is the cost of launching and meeting, not
+    the time that one thread waits for another one's larger share of the work. Median of the repetitions.
+    """
+    counter = np.zeros(1, np.int64)
+    times = []
+    for repetition in range(repetitions + 1):
+        start = time.perf_counter()
+        for _ in range(launches):
+            crew.run(meet, counter, meetings)
+        if repetition:  # the first time it may have been compiled
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def decode_launch_seconds(config: ModelConfig, weights: ModelWeights, crew: Crew, repetitions: int = 100) -> float:
+    """Return the seconds that one launch and all meetings of a token take by themselves."""
+    return launch_seconds(crew, 1, meetings_per_token(config, weights, crew.threads), repetitions)
+
+
+def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int) -> int:
+    """Return how often the threads wait for one another in a token; a single one never does."""
+
+    class MeetingCrew(Crew):
+        meetings = 0
+
+        def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+            results = super().run(kernel, *arguments)
+            counter = arguments[-1]  # every thread adds 1 to it whenever it arrives
+            self.meetings += int(counter[0]) // self.threads
+            return results
+
+    crew = MeetingCrew(threads)
+    cache = KeyValueCache(config, 1, threads)
+    Decoder(config, weights, crew).run(0, 0, cache.arrays)
+    return crew.meetings
+
+
+def decode_seconds(
+    config: ModelConfig,
+    weights: ModelWeights,
+    crew: Crew,
+    places: int,
+    repetitions: int,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+) -> dict[str, float]:
+    """Return the seconds that each kind of matrix and attention take of a token: medians.
+
+    Decode is one compiled function, so each part is run by itself, for all layers at once; in turns, because a part
+    that is repeated at once would find its matrices in the cache. The launch of a part, of which a token has only
+    one, is subtracted.
+    """
+    layers = weights.layers
+    isa = instruction_set.chosen()
+    parts: dict[str, tuple[Any, ...]] = {
+        "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
+        "attention": _attention(isa, config, layers, crew, places, cache_type),
+        "attention output": _product(isa, *[layer.output for layer in layers]),
+        "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
+        "down": _product(isa, *[layer.down for layer in layers]),
+        "head": _product(isa, weights.head),
+        "launch": (meet, np.zeros(1, np.int64), 0),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for repetition in range(repetitions + 1):
+        for name, call in parts.items():
+            start = time.perf_counter()
+            crew.run(*call)
+            if repetition:  # the first time it may have been compiled
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: max(0.0, seconds - medians["launch"]) for name, seconds in medians.items() if name != "launch"}
+
+
+def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:
+    """Return kernel and arguments that multiply all matrices of some projections with one vector."""
+    matrices = Projection([matrix for projection in projections for matrix in projection.matrices])
+    vector = Activations(1, matrices.columns).vector(0)
+    vector[0][:] = np.random.default_rng(0).standard_normal(matrices.columns)
+    quantize_row(*vector)
+    out = np.empty(matrices.rows, np.float32)
+    return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.kinds, matrices.steps, vector, out
+
+
+def _attention(
+    isa: tuple[int, ...],
+    config: ModelConfig,
+    layers: Sequence[LayerWeights],
+    crew: Crew,
+    places: int,
+    cache_type: str,
+) -> tuple[Any, ...]:
+    """Return kernel and arguments of one token's attention in all layers, with `places` of the cache filled."""
+    sizes = config.dimensions
+    arrays = _filled_cache(config, crew.threads, places, cache_type).arrays
+    qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
+    out = np.empty((crew.threads, sizes.heads * sizes.head_dim), np.float32)
+    norms = np.stack([layer.query_key_norm for layer in layers])
+    counter = np.zeros(1, np.int64)
+    return attend_layers, isa, arrays, qkv, np.zeros_like(qkv), norms, config.rules, places - 1, out, counter
+
+
+def _filled_cache(config: ModelConfig, threads: int, places: int, cache_type: str) -> KeyValueCache:
+    """Return a cache of `places` tokens that was written to: memory that never was is one page, always in the cache."""
+    cache = KeyValueCache(config, places, threads, cache_type)
+    cache.reserve(places)
+    cache.arrays.keys.fill(0)
+    cache.arrays.values.fill(0)
+    return cache
+
+
+def shares(seconds: Mapping[str, float], total: float | None = None) -> list[KernelTime]:
+    """Return kernels with their shares of the whole, longest first; REST, which fills up to `total`, comes last."""
+    parts = {name: spent for name, spent in seconds.items() if name != REST}
+    if total is None:
+        total = sum(seconds.values())
+    if not parts:
+        return []
+    ordered = sorted(parts.items(), key=lambda part: part[1], reverse=True)
+    ordered.append((REST, total - sum(parts.values())))
+    return [KernelTime(name, spent, spent / total) for name, spent in ordered]

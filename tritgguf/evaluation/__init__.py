@@ -1,0 +1,1 @@
+"""How close a packed model is to its source: logits, divergence, perplexity."""

@@ -1,0 +1,54 @@
+"""A text as windows of tokens that do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from tritgguf.formats.gguf_file import GgufFile
+
+WINDOW_TOKENS = 512
+
+
+def shipped_text() -> str:
+    """Return the text that `verify` reads when given none: prose, a recipe, a table, Python code."""
+    return resources.files("tritgguf").joinpath("data/verify_text.txt").read_text(encoding="utf-8")
+
+
+def split_windows(tokens: Sequence[int], *, count: int, window: int, bos: int | None) -> list[list[int]]:
+    """Cut the first `count` tokens of a text into windows of `window` tokens; the last one may be shorter.
+
+    Every window starts with `bos`, if there is one, which counts as a token. A remainder that predicts no
+    token of the text is left out. Raises TritGgufError when nothing is left.
+    """
+    start = [] if bos is None else [bos]
+    windows: list[list[int]] = []
+    position = 0
+    while position < len(tokens) and count >= 2:
+        piece = tokens[position : position + min(window, count) - len(start)]
+        position += len(piece)
+        if len(start) + len(piece) < 2:
+            break
+        windows.append([*start, *piece])
+        count -= len(windows[-1])
+    if not windows:
+        raise TritGgufError("verify needs at least two tokens; give a longer text or a larger number of tokens")
+    return windows
+
+
+def tokenized_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]:
+    """Return the first `tokens` tokens of a text as windows of up to 512, with the tokenizer of `file`."""
+    from tritgguf.tokenization.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(file.metadata, name=str(file.path))
+    context = file.metadata[f"{file.metadata['general.architecture']}.context_length"]
+    return split_windows(
+        tokenizer.encode(text, add_special=False, parse_special=False),
+        count=tokens,
+        window=min(WINDOW_TOKENS, context),
+        bos=tokenizer.bos_id if tokenizer.add_bos else None,
+    )

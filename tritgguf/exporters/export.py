@@ -1,0 +1,148 @@
+"""Trit file -> what other programs load: a Hugging Face folder, or a stock GGUF file."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpu_kernels.threads.crew import Crew
+from tritgguf.errors import TritGgufError
+from tritgguf.exporters.hf_folder import export_folder
+from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
+from tritgguf.formats import durable_output, trit_types
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_writer import check_output
+from tritgguf.machine import peak_memory_bytes
+
+FORMATS = ("hf", *STOCK_TYPES)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEY_SOURCE = "general.source.repo_url"
+_HUB = "https://huggingface.co/"
+
+
+@dataclass
+class ExportReport:
+    """What an export wrote."""
+
+    output: Path
+    source: Path
+    to: str
+    weights: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    """Size of each file in bytes by its name."""
+    output_bytes: int = 0
+    source_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `export --json` prints."""
+        return {**vars(self), "output": str(self.output), "source": str(self.source)}
+
+
+def export(
+    file: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    max_shard_size: int | str = "5GB",
+    base_model: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExportReport:
+    """Write a trit file's model in a form that other programs load.
+
+    Args:
+        file: a GGUF file that `convert` wrote.
+        output: the folder (`hf`) or file to write; it appears only when it is complete.
+        to: `hf` for a Hugging Face folder of float16 weights; `f16`, `bf16`, `q8_0` or `q4_0` for a stock GGUF file
+            with its matrices in that type.
+        max_shard_size: weights in one safetensors file at most, in bytes or like "5GB" and "500MiB".
+        base_model: hub id of the model that the file was made from, for the model card; None for what the file says.
+        threads: processor cores to use; None for all.
+        overwrite: whether an existing file may be replaced. A folder never is.
+        progress: called after every tensor with its name, the bytes of the file done and those to do.
+
+    Raises:
+        TritGgufError: bad input or no way to write the output; nothing is left behind.
+
+    """
+    started = time.perf_counter()
+    if to not in FORMATS:
+        raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
+    if base_model is not None and _HUB_ID.fullmatch(base_model) is None:
+        raise TritGgufError(f"base model {base_model} is no hub id (organization/name)")
+    output, max_shard_bytes = Path(output), _size(max_shard_size)
+    if to == "hf":
+        durable_output.check_new_folder(output)
+    else:
+        check_output(output, overwrite)
+    opened = _open(file)
+    report = ExportReport(output, opened.path, to)
+    report.weights = sum(info.n_weights for info in opened.tensors.values())
+    on_tensor, crew = _counter(opened, progress), Crew(threads)
+    if to == "hf":
+        base_model = base_model or _source_on_the_hub(opened)
+        if base_model is None:
+            report.warnings.append(
+                f"{file} does not say which model it was made from; --base-model tells the model card"
+            )
+        report.files = export_folder(
+            opened, output, max_shard_bytes=max_shard_bytes, base_model=base_model, crew=crew, on_tensor=on_tensor
+        )
+    else:
+        export_file(opened, output, to=to, overwrite=overwrite, crew=crew, on_tensor=on_tensor)
+        report.files = {output.name: output.stat().st_size}
+    report.output_bytes, report.source_bytes = sum(report.files.values()), opened.path.stat().st_size
+    report.seconds, report.peak_memory_bytes = time.perf_counter() - started, peak_memory_bytes()
+    return report
+
+
+def _counter(file: GgufFile, progress: Callable[[str, int, int], None] | None) -> Callable[[str], None]:
+    """Return a function that takes the name of a tensor that is done and calls `progress`."""
+    total, done = sum(info.n_bytes for info in file.tensors.values()), 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += file.tensors[name].n_bytes
+        if progress is not None:
+            progress(name, done, total)
+
+    return count
+
+
+def _open(path: str | Path) -> GgufFile:
+    """Open a trit file and check that each packed tensor has its codebook."""
+    file = GgufFile(path)
+    if trit_types.KEY_VERSION not in file.metadata:
+        raise TritGgufError(f"{path}: holds no trits ({trit_types.KEY_VERSION} is missing); there is nothing to export")
+    for name, info in file.tensors.items():
+        if trit_types.is_trit_type(info.type_id):
+            file.codebook(name)
+    return file
+
+
+def _size(size: int | str) -> int:
+    """Return a size such as 5GB or 500MiB in bytes."""
+    match = _SIZE.fullmatch(str(size).strip())
+    count = 0.0
+    if match is not None:
+        number, prefix, binary = match.groups()
+        count = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    if count < 1:
+        raise TritGgufError(f"shard size {size} is no size; write it like 5GB or 500MiB")
+    return int(count)
+
+
+def _source_on_the_hub(file: GgufFile) -> str | None:
+    """Return the hub id of the model that a file was made from, if it says so."""
+    url = str(file.metadata.get(_KEY_SOURCE, ""))
+    hub_id = url.removeprefix(_HUB).strip("/")
+    return hub_id if url.startswith(_HUB) and _HUB_ID.fullmatch(hub_id) else None

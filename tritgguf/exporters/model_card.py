@@ -1,0 +1,154 @@
+"""The README.md of an exported Hugging Face folder: what was done to the model, in figures taken from its file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from tritgguf.formats import trit_types
+from tritgguf.formats.description import FileDescription, describe
+from tritgguf.text_format import format_bytes, one_line
+from tritgguf.version import __version__
+
+_PLAIN_YAML = re.compile(r"[A-Za-z][\w./+-]*")
+_TAGS = ("tritgguf", "balanced-ternary", "quantized")
+
+
+def model_card(path: Path, *, base_model: str | None, weight_bytes: int) -> str:
+    """Return the card of the trit file at `path` exported to float16.
+
+    `base_model` is the hub id of its source, if it is known; `weight_bytes` the size of the exported weights. Raises
+    TritGgufError when the file cannot be read.
+    """
+    file = describe(path)
+    name = f"{one_line(file.name)}, {_named_depths(file)}"
+    facts = "\n".join(f"| {label} | {value} |" for label, value in _facts(file, base_model, weight_bytes))
+    return f"""{_front_matter(file, base_model)}
+# {name}
+
+A language model whose matrices were quantized to balanced ternary numbers, exported by tritgguf {__version__}. The
+weights in this folder are the quantized ones, decoded and rounded to float16, so that stock `transformers` loads them;
+they take as much room as those of any float16 model.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## Codec
+
+A weight is a level, which d balanced trits write, over the largest level, times the scale of its group. The scales come
+from a codebook that each matrix has of its own. The codec is by Eric Stentzel (Entrit Systems), "Balanced Ternary
+Post-Training Quantization for Large Language Models", 2026.
+"""
+
+
+def _front_matter(file: FileDescription, base_model: str | None) -> str:
+    general = {key.removeprefix("general."): value for key, value in file.metadata.items()}
+    entries: dict[str, Any] = {}
+    if base_model is not None:
+        entries |= {"base_model": base_model, "base_model_relation": "quantized"}
+    for entry, key in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
+        if isinstance(text := general.get(key), str) and text:
+            entries[entry] = text
+    if languages := _texts(general.get("languages")):
+        entries["language"] = languages
+    entries |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    entries["tags"] = list(dict.fromkeys([*_TAGS, *_texts(general.get("tags"))]))
+    lines = ["---"]
+    for entry, value in entries.items():
+        if isinstance(value, list):
+            lines += [f"{entry}:", *(f"- {_yaml(item)}" for item in value)]
+        else:
+            lines.append(f"{entry}: {_yaml(value)}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> list[tuple[str, str]]:
+    """Return the rows of the table."""
+    packed = [kind for kind in file.types if kind.type in trit_types.TritType.__members__]
+    quantized = sum(kind.weights for kind in packed)
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _cell(file.name)
+    rows = [("Source model", source)]
+    for kind in sorted(packed, key=lambda kind: kind.type):
+        depth = trit_types.TritType[kind.type].depth
+        rows.append(
+            (
+                f"Depth d={depth}",
+                f"{3**depth} levels per weight; matrices: {kind.tensors}, weights: {_count(kind.weights)}",
+            )
+        )
+    if quantized:
+        trits = sum(_nominal_bits(trit_types.TritType[kind.type].depth) * kind.weights for kind in packed) / quantized
+        rows += [
+            ("Bits per weight", f"{trits:.2f} of information, over the quantized matrices only"),
+            ("Bits per weight in the GGUF file", f"{file.bits_per_weight_quantized:.2f}, over the same matrices"),
+        ]
+    codec, encoder = file.metadata.get(trit_types.KEY_CODEC), file.metadata.get(trit_types.KEY_ENCODER)
+    return [
+        *rows,
+        ("Group size", f"{trit_types.GROUP_SIZE} weights of a row share a scale"),
+        (
+            "Scale codebook",
+            f"{trit_types.CODEBOOK_SIZE} entries per matrix; a scale is {trit_types.SCALE_DEPTH} trits"
+            f" (scale_depth={trit_types.SCALE_DEPTH})",
+        ),
+        ("Codec, encoder", f"{_cell(codec)}, {_cell(encoder)}"),
+        ("Quantized", f"{_count(quantized)} of {_count(file.weights)} weights: {_kept(file, quantized=True)}"),
+        ("Not quantized", _kept(file, quantized=False)),
+        ("Size of the weights here", f"{format_bytes(weight_bytes)}, float16"),
+        ("Size of the packed GGUF file", format_bytes(file.file_bytes)),
+    ]
+
+
+def _named_depths(file: FileDescription) -> str:
+    """Return `uniform d=2`, or `mixed d=2, 3`."""
+    depths = [
+        trit_types.TritType[kind.type].depth for kind in file.types if kind.type in trit_types.TritType.__members__
+    ]
+    if not depths:
+        return "not quantized"
+    return f"{'uniform' if len(depths) == 1 else 'mixed'} d={', '.join(map(str, sorted(depths)))}"
+
+
+def _nominal_bits(depth: int) -> float:
+    """Return the information of a weight: d trits, and its share of the group's scale."""
+    return (depth + trit_types.SCALE_DEPTH / trit_types.GROUP_SIZE) * math.log2(3)
+
+
+def _kept(file: FileDescription, *, quantized: bool) -> str:
+    """Return what kinds of tensors are quantized, or are not, by GGUF name without layer."""
+    kinds = dict.fromkeys(
+        re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in file.tensors if (tensor.codebook is not None) == quantized
+    )
+    return ", ".join(_cell(kind) for kind in kinds) or "none"
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.2f} billion" if weights >= 1e9 else f"{weights / 1e6:.1f} million"
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def _cell(value: Any) -> str:
+    """Return a text from the file for a table of Markdown."""
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", one_line(str(value)))
+
+
+def _yaml(text: str) -> str:
+    """Return a text as a YAML scalar; a JSON string is one. Words such as `no` would be no text without quotes."""
+    is_plain = _PLAIN_YAML.fullmatch(text) and text.lower() not in ("yes", "no", "on", "off", "true", "false", "null")
+    return text if is_plain else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Files on the disk: GGUF, safetensors, imatrix; every byte is checked before it is used."""

@@ -1,0 +1,174 @@
+"""A GGUF file, memory-mapped and checked, and a writer that streams one.
+
+The header is parsed here and not by gguf-py's reader for two reasons. A file is untrusted: every count, length,
+offset, type and shape is checked before anything uses it, and a bad one gives one clear line. And the reader of
+gguf-py builds an array per string, which takes 1.7 s for SmolLM2's vocabulary and 6.8 s for Qwen2.5's, where `run`
+has one second to the first token; here a value is decoded when somebody asks for it. Type tables, dequantization
+and the writer's encoding are gguf-py's.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tritgguf.errors import TritGgufError
+from tritgguf.formats import trit_types
+from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, Metadata, TensorInfo
+
+if TYPE_CHECKING:
+    from gguf import GGUFValue
+
+    from cpu_kernels.threads.crew import Crew
+_WEIGHTS_AT_ONCE = 1 << 22  # gguf-py's dequantization takes several times this in temporary arrays
+
+
+class GgufFile:
+    """A GGUF file, mapped read-only; every entry of its header is checked when it is opened.
+
+    Raises TritGgufError, which names the file and what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._map = self._open()
+        try:
+            header = HeaderParser(self._map, self.path)
+            self.tensors: dict[str, TensorInfo] = header.tensors
+        except (struct.error, UnicodeDecodeError, OverflowError) as error:
+            raise TritGgufError(
+                f"{self.path}: the header is damaged ({error}); fetch or write the file again"
+            ) from error
+        self._entries = header.entries
+        self.metadata: Mapping[str, Any] = Metadata(self._map, header.entries)
+        self._check_version()
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
+                    raise TritGgufError(f"{self.path}: not a GGUF file")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise TritGgufError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def _check_version(self) -> None:
+        version = self.metadata.get(trit_types.KEY_VERSION)
+        packed = any(trit_types.is_trit_type(info.type_id) for info in self.tensors.values())
+        if packed and version != trit_types.FORMAT_VERSION:
+            raise TritGgufError(
+                f"{self.path}: version {version} of the trit format is not known (version"
+                f" {trit_types.FORMAT_VERSION} is); use a newer tritgguf or convert the model again"
+            )
+
+    def value(self, key: str) -> GGUFValue:
+        """Return a metadata value with its GGUF types, as gguf-py's writer takes it."""
+        from gguf import GGUFValue, GGUFValueType
+
+        type_id, position = self._entries[key]
+        sub_type = struct.unpack_from("<I", self._map, position)[0] if type_id == ARRAY else None
+        return GGUFValue(
+            value=self.metadata[key],
+            type=GGUFValueType(type_id),
+            sub_type=None if sub_type is None else GGUFValueType(sub_type),
+        )
+
+    def raw(self, name: str) -> np.ndarray:
+        """Return a tensor's bytes: uint8 [n_bytes], a read-only view of the map."""
+        info = self.tensors[name]
+        return np.frombuffer(self._map, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
+
+    def release(self, name: str) -> None:
+        """Let go of a tensor's resident pages, so that reading a file once does not fill memory with it.
+
+        They come back from the file when they are read again. Does nothing where the system has no such advice.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        info = self.tensors[name]
+        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = info.offset + info.n_bytes - start
+        if length > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def codebook(self, name: str) -> np.ndarray:
+        """Return a trit tensor's scales: float32 [27], finite and not negative (checked)."""
+        key = trit_types.codebook_key(name)
+        values = self.metadata.get(key)
+        if not isinstance(values, list) or len(values) != trit_types.CODEBOOK_SIZE:
+            raise TritGgufError(
+                f"{self.path}: tensor {name} has no codebook of 27 entries ({key}); convert the model again"
+            )
+        is_numbers = all(type(value) in (int, float) for value in values)
+        with np.errstate(over="ignore"):
+            codebook = np.array(values if is_numbers else np.nan, dtype=np.float32)
+        if not is_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
+            raise TritGgufError(
+                f"{self.path}: tensor {name} has a codebook that is no list of scales; convert the model again"
+            )
+        return codebook
+
+    def decode_rows(self, name: str, rows: np.ndarray, crew: Crew | None = None) -> np.ndarray:
+        """Return some rows, uint8 [rows, bytes of a row], of a tensor in trits, F32 or F16 as float32 [rows, columns].
+
+        F32 is returned as a view. `crew` are the threads to use for trits; None for all cores.
+        """
+        info = self.tensors[name]
+        if trit_types.is_trit_type(info.type_id):
+            from cpu_kernels.packed_rows.unpack import dequantize
+
+            return dequantize(rows, self.codebook(name), trit_types.TritType(info.type_id).depth, crew)
+        if info.type_id == F32:
+            return rows.view(np.float32)
+        if info.type_id == F16:
+            return rows.view(np.float16).astype(np.float32)
+        raise ValueError(f"{info.type_name} is not decoded row by row")
+
+    def stock_metadata(self) -> dict[str, GGUFValue]:
+        """Return the keys that outlive a conversion: all but those of trits, the alignment and empty arrays.
+
+        The alignment is the writer's own affair; empty arrays say nothing, and gguf-py's writer has none.
+        """
+        return {
+            key: self.value(key)
+            for key, value in self.metadata.items()
+            if not key.startswith("trit.") and key != "general.alignment" and value != []
+        }
+
+    def read_float32(self, name: str) -> np.ndarray:
+        """Return a tensor dequantized: float32, `shape` of its TensorInfo.
+
+        Raises TritGgufError for a type that gguf-py does not dequantize.
+        """
+        info = self.tensors[name]
+        return self.read_rows(name, 0, info.n_weights // info.shape[-1]).reshape(info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Return the rows from `first` to before `last`, as `read_float32` does: float32 [rows, row length]."""
+        info = self.tensors[name]
+        rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)[first:last]
+        if trit_types.is_trit_type(info.type_id) or info.type_id in (F32, F16):
+            return self.decode_rows(name, rows)
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize as dequantize_stock
+
+        weights = np.empty((len(rows), info.shape[-1]), np.float32)
+        step = max(1, _WEIGHTS_AT_ONCE // info.shape[-1])
+        try:
+            for start in range(0, len(rows), step):
+                weights[start : start + step] = dequantize_stock(
+                    rows[start : start + step], GGMLQuantizationType(info.type_id)
+                )
+        except NotImplementedError as error:
+            raise TritGgufError(
+                f"{self.path}: tensor {name} has type {info.type_name}, which cannot be read; use an F16 or Q8_0 file"
+            ) from error
+        return weights

@@ -1,0 +1,286 @@
+"""Writing a GGUF tensor by tensor; what is known only at the end goes into the header then.
+
+On failure nothing is left behind but what can go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, cast
+
+import numpy as np
+import xxhash
+from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
+from gguf.gguf_writer import WriterState
+
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.durable_output import DiskError, check_room, disk_errors, sync_folder
+from tritgguf.formats.journal import Journal, WrittenTensor
+
+if sys.platform != "win32":
+    import fcntl
+
+_ALIGNMENT = 32
+_SYNC_BYTES = 1 << 26
+_SYNC_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the file to be written: `shape` in NumPy order, `type_id` a ggml type, size in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    n_bytes: int
+
+
+class StreamingWriter:
+    """Writes the header, then tensor after tensor in the planned order, then the header once more.
+
+    A context manager. The file grows as `OUTPUT.part`; it is synced and renamed only when every tensor is complete.
+    Without a journal it is removed if anything goes wrong. With one, an interruption or a full disk leaves both, and
+    with `resume` the writer goes on behind the tensors in `resumed`. Raises TritGgufError for an existing output, one
+    that another process writes, a folder that cannot be written to and a full disk.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        metadata: Mapping[str, GGUFValue],
+        tensors: Sequence[PlannedTensor],
+        *,
+        overwrite: bool = False,
+        journal: Journal | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.output = Path(output)
+        self.tensors = list(tensors)
+        self.resumed: list[WrittenTensor] = []
+        self._remaining = 0
+        self._hash = xxhash.xxh3_64()
+        self._journal, self._resume = journal, resume
+        self._unsynced, self._synced_at = 0, time.monotonic()
+        self._unsynced_tensors: list[WrittenTensor] = []
+        check_output(self.output, overwrite)
+        self._part = self.output.with_name(f"{self.output.name}.part")
+        self._writer = GGUFWriter(None, str(metadata["general.architecture"].value))
+        self._writer.kv_data[0] = dict(metadata)
+        for tensor in self.tensors:
+            self._writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),
+                tensor.n_bytes,
+                raw_dtype=cast("GGMLQuantizationType", tensor.type_id),
+            )
+        self._file: BinaryIO | None = None
+        self._header_bytes = 0
+        self._next = 0
+
+    def __enter__(self) -> StreamingWriter:
+        """Write the header, with the metadata as it is now, and find what is there already."""
+        try:
+            with disk_errors(self.output):
+                self._file = self._open()
+                header = self._header()
+                self._header_bytes = len(header)
+                self._begin(header)
+        except BaseException:
+            self._close(keep=self._resume)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Finish the file; after an error, remove it, or keep it to be continued."""
+        try:
+            if error is None:
+                with disk_errors(self.output):
+                    self._finish()
+            elif self._journal is not None and (self.resumed or _is_interruption(error)):
+                with suppress(TritGgufError, OSError):
+                    self._sync()
+                self._close(keep=True)
+        except BaseException as failure:
+            self._close(keep=self._journal is not None and _is_interruption(failure))
+            raise
+        finally:
+            self._close()
+
+    def begin(self, tensor: PlannedTensor) -> None:
+        """Start the next planned tensor; its bytes follow through `write`."""
+        if self._remaining or self.tensors[self._next : self._next + 1] != [tensor]:
+            raise ValueError(f"tensor {tensor.name} is not the next one of the plan")
+        self._next += 1
+        self._remaining = tensor.n_bytes
+        self._hash.reset()
+
+    def write(self, data: np.ndarray) -> None:
+        """Write (a part of) the tensor that `begin` started: any contiguous array, as its bytes."""
+        if data.nbytes > self._remaining or self._file is None:
+            raise ValueError("more bytes than the plan has for this tensor")
+        with disk_errors(self.output):
+            content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+            self._file.write(content)
+            self._hash.update(content)
+            self._remaining -= data.nbytes
+            self._unsynced += data.nbytes
+            if self._remaining == 0:
+                self._pad()
+
+    def end(self, codebook: np.ndarray | None = None, squares: tuple[float, float] = (0.0, 0.0)) -> int:
+        """Complete the tensor that was begun, and return the checksum of its bytes.
+
+        Puts on the disk what has been written since the last time, if it is much or long ago. `codebook` and `squares`
+        are for the journal, see `WrittenTensor`.
+        """
+        assert self._file is not None
+        if self._remaining:
+            raise ValueError("fewer bytes than the plan has for this tensor")
+        checksum = self._hash.intdigest()
+        name = self.tensors[self._next - 1].name
+        entries = None if codebook is None else [float(entry) for entry in codebook]
+        self._unsynced_tensors.append(WrittenTensor(name, self._file.tell(), checksum, entries, *squares))
+        if self._unsynced >= _SYNC_BYTES or time.monotonic() > self._synced_at + _SYNC_SECONDS:
+            with disk_errors(self.output):
+                self._sync()
+        return checksum
+
+    def read_back(self, index: int) -> np.ndarray:
+        """Return the bytes of a tensor that an earlier run has written, by its place in the plan: uint8 [n]."""
+        tensor = self.tensors[index]
+        start = self._header_end if index == 0 else self.resumed[index - 1].end
+        with disk_errors(self.output), self._part.open("rb") as file:
+            file.seek(start)
+            return np.frombuffer(file.read(tensor.n_bytes), np.uint8)
+
+    def set_metadata(self, key: str, value: GGUFValue) -> None:
+        """Change a value that the header already has; it must take the same number of bytes."""
+        if key not in self._writer.kv_data[0]:
+            raise ValueError(f"the header has no key {key}")
+        self._writer.kv_data[0][key] = value
+
+    @property
+    def _header_end(self) -> int:
+        return -(-self._header_bytes // _ALIGNMENT) * _ALIGNMENT
+
+    def _open(self) -> BinaryIO:
+        """Open and lock the unfinished file; the lock dies with the process."""
+        while True:
+            file = cast("BinaryIO", os.fdopen(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
+            if sys.platform == "win32":
+                return file
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.close()
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise TritGgufError(
+                    f"{self.output}: another conversion is writing it; wait for it, or name another file"
+                ) from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
+                    return file
+            file.close()  # another process has finished and renamed this file in between
+
+    def _begin(self, header: bytes) -> None:
+        """Write the header of a new file, or find the end of what an unfinished one has."""
+        assert self._file is not None
+        if self._journal is not None and self._resume:
+            self.resumed = self._journal.read()
+        names = [tensor.name for tensor in self.tensors[: len(self.resumed)]]
+        end = self.resumed[-1].end if self.resumed else self._header_end
+        if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
+            raise TritGgufError(f"{self._part}: has not what its journal says; start over without --resume")
+        self._next = len(self.resumed)
+        if not self.resumed:
+            self._file.truncate(0)
+        check_room(self.output, sum(tensor.n_bytes for tensor in self.tensors[self._next :]))
+        self._file.seek(0)
+        self._file.write(header)
+        self._pad()
+        self._file.seek(end)
+        self._file.truncate(end)
+        if self._journal is not None and not self.resumed:
+            self._journal.begin()
+
+    def _header(self) -> bytes:
+        """Return the header as it is now."""
+        buffer = io.BytesIO()
+        self._writer.fout = [buffer]  # type: ignore[list-item]
+        self._writer.state = WriterState.EMPTY
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_ti_data_to_file()
+        return buffer.getvalue()
+
+    def _sync(self) -> None:
+        """Put what was written on the disk, then into the journal."""
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._journal is not None and self._unsynced_tensors:
+            self._journal.add(self._unsynced_tensors)
+        self._unsynced, self._synced_at, self._unsynced_tensors = 0, time.monotonic(), []
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        if self._remaining or self._next != len(self.tensors):
+            raise ValueError("a planned tensor was not written")
+        header = self._header()
+        if len(header) != self._header_bytes:
+            raise ValueError("the header changed its length")
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._part, self.output)
+        sync_folder(self.output.parent)
+        if self._journal is not None:
+            self._journal.remove()
+        self._file.close()
+        self._file = None
+
+    def _close(self, *, keep: bool = False) -> None:
+        """Close the unfinished file, if it is still open, and remove it with its journal unless it is to be kept."""
+        if self._file is None:
+            return
+        if not keep:
+            self._part.unlink(missing_ok=True)
+            if self._journal is not None:
+                self._journal.remove()
+        # What the disk refused to take is still buffered, and refused again here.
+        with suppress(OSError):
+            self._file.close()
+        self._file = None
+
+    def _pad(self) -> None:
+        assert self._file is not None
+        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Tell whether an error has nothing to do with what is written: Ctrl-C, or what the disk refused."""
+    return isinstance(error, (KeyboardInterrupt, SystemExit, DiskError))
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise TritGgufError unless a file may be written at `output`."""
+    if output.is_dir():
+        raise TritGgufError(f"{output}: is a folder; name a file")
+    if output.exists() and not overwrite:
+        raise TritGgufError(f"{output}: exists already; name another file or use --overwrite")
+    if not output.parent.is_dir():
+        raise TritGgufError(f"{output}: its folder does not exist; create it first")

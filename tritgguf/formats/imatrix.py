@@ -1,0 +1,159 @@
+"""llama.cpp's importance matrices: for every column of a matrix, the mean square of the input that it is given.
+
+Two formats are read: the GGUF one, with tensors `NAME.in_sum2` (sums of squares) and `NAME.counts` (of how many
+inputs), and the older `.dat`, a list of names and mean squares times the number of calls. The GGUF one is written.
+Both as llama.cpp's tools/imatrix and llama-quantize have them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.durable_output import disk_errors, sync_folder
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_header import F32
+from tritgguf.formats.gguf_writer import check_output
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_MAX_ENTRIES = 1 << 20
+_MAX_NAME_BYTES = 1 << 16
+
+
+def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Read the importance of some matrices.
+
+    Args:
+        path: a GGUF or `.dat` file of llama.cpp's `imatrix` or of `tritgguf calibrate`.
+        columns: GGUF name -> columns of the matrices that may be asked for; others in the file are passed over.
+
+    Returns:
+        GGUF name -> float32 [columns], for the matrices that the file knows and has seen an input of.
+
+    Raises:
+        TritGgufError: the file is damaged, is of another kind or model, or knows none of the matrices.
+
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    except OSError as error:
+        raise TritGgufError(f"{path}: {error.strerror}; give an importance matrix") from error
+    found = {}
+    for name, importance in _from_gguf(path, columns) if is_gguf else _from_dat(path, columns):
+        if importance.shape != (columns[name],):
+            raise TritGgufError(
+                f"{path}: {name} has {importance.size} columns, but {columns[name]} in the model; this importance"
+                " matrix is of another model"
+            )
+        if not (np.isfinite(importance).all() and importance.min(initial=0) >= 0):
+            raise TritGgufError(f"{path}: {name} has a mean square that is negative or no number; make the file again")
+        found[name] = importance.astype(np.float32)
+    if not found:
+        raise TritGgufError(f"{path}: knows none of the model's matrices; this importance matrix is of another model")
+    return found
+
+
+def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+    file = GgufFile(path)
+    if file.metadata.get("general.type") != "imatrix":
+        raise TritGgufError(f"{path}: is a GGUF file, but no importance matrix (general.type is not imatrix)")
+    for name in columns:
+        sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
+        if sums is None and counts is None:
+            continue
+        if sums is None or counts is None or sums.type_id != F32 or counts.type_id != F32 or counts.n_weights != 1:
+            raise TritGgufError(
+                f"{path}: {name} needs one tensor {_SUMS} and one {_COUNTS}, both F32, with one count (experts are not"
+                " supported)"
+            )
+        count = float(file.read_float32(counts.name).reshape(-1)[0])
+        if count > 0:
+            yield name, file.read_float32(sums.name).reshape(-1) / np.float64(count)
+        elif not count <= 0:
+            raise TritGgufError(f"{path}: {name}{_COUNTS} is no number; make the file again")
+
+
+def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+    left = path.stat().st_size
+
+    with path.open("rb") as file:
+
+        def take(size: int) -> bytes:
+            nonlocal left
+            if not 0 <= size <= left:
+                raise TritGgufError(f"{path}: is no importance matrix, or cut short; fetch or make it again")
+            left -= size
+            return file.read(size)
+
+        def number(most: int) -> int:
+            (value,) = struct.unpack("<i", take(4))
+            if not 0 <= value <= most:
+                raise TritGgufError(f"{path}: is no importance matrix (a count of {value}); fetch or make it again")
+            return int(value)
+
+        for _ in range(number(_MAX_ENTRIES)):
+            name = take(number(_MAX_NAME_BYTES)).decode("utf-8", "replace")
+            calls, size = number((1 << 31) - 1), number((1 << 31) - 1)
+            values = np.frombuffer(take(4 * size), "<f4")
+            if name in columns and calls > 0:
+                yield name, values / np.float64(calls)
+
+
+def write_importance(
+    path: str | Path,
+    sums: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+    *,
+    datasets: Sequence[str],
+    chunk_size: int,
+    chunks: int,
+    overwrite: bool = False,
+) -> None:
+    """Write an importance matrix that llama-quantize reads.
+
+    Args:
+        path: the GGUF file; it appears only when it is complete.
+        sums: GGUF name -> sums of the squared inputs, [columns].
+        counts: GGUF name -> how many inputs they are of.
+        datasets: where the text came from.
+        chunk_size: tokens in a window.
+        chunks: how many windows there were.
+        overwrite: whether a file of this name may be replaced.
+
+    Raises:
+        TritGgufError: the file exists or cannot be written.
+
+    """
+    from gguf import GGUFWriter
+
+    path = Path(path)
+    check_output(path, overwrite)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(path):
+            writer = GGUFWriter(part, arch="imatrix")
+            writer.kv_data[0].clear()  # an importance matrix has a type and no architecture
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", list(datasets))
+            writer.add_uint32("imatrix.chunk_count", chunks)
+            writer.add_uint32("imatrix.chunk_size", chunk_size)
+            for name in sums:
+                writer.add_tensor(name + _SUMS, sums[name].astype(np.float32).reshape(1, -1))
+                writer.add_tensor(name + _COUNTS, np.full((1, 1), counts[name], np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Reading the files of a Hugging Face folder, which is untrusted: JSON, and weights in safetensors shards.
+
+Weights are never unpickled. The safetensors library checks each shard (header, shapes, types, offsets that
+cover the file exactly); the bytes are then read without it, because its NumPy interface knows no BF16, and
+with plain reads instead of a memory map, so that a checkpoint of many gigabytes does not count as memory in
+use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.checked import check_inside, read_json
+from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_SHARD_NAME = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
+_PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `dtype` as safetensors names it, `offset` counted from the file's start."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    def read(self) -> np.ndarray:
+        """Return the tensor as float32 in its shape: a fresh array, exact."""
+        return to_float32(self.read_stored())
+
+    def read_stored(self) -> np.ndarray:
+        """Return the tensor of a dtype in READABLE_DTYPES as it is: float32, float16, or uint16, the bits of BF16."""
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, first: int, last: int) -> np.ndarray:
+        """Return, as `read_stored` does, the rows from `first` to before `last`; of a vector, elements."""
+        stored = np.empty((last - first, *self.shape[1:]), READABLE_DTYPES[self.dtype])
+        row_bytes = self.n_bytes // self.shape[0]
+        self._read_into(stored.reshape(-1).view(np.uint8), first * row_bytes)
+        return stored
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Tell whether another tensor has the same dtype, shape and bytes."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        mine, others = np.empty((2, min(self.n_bytes, _CHUNK_BYTES)), np.uint8)
+        for start in range(0, self.n_bytes, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, self.n_bytes - start)
+            self._read_into(mine[:length], start)
+            other._read_into(others[:length], start)
+            if not np.array_equal(mine[:length], others[:length]):
+                return False
+        return True
+
+    def _read_into(self, buffer: np.ndarray, start: int) -> None:
+        """Fill a uint8 buffer with the tensor's bytes from `start` on."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                view = memoryview(buffer.data)
+                while view:
+                    # One call returns at most 2 GiB.
+                    count = file.readinto(view)
+                    if not count:
+                        raise TritGgufError(f"{self.path}: ends inside tensor {self.name}; fetch the file again")
+                    view = view[count:]
+        except OSError as error:
+            raise TritGgufError(f"{self.path}: tensor {self.name} cannot be read ({error.strerror})") from error
+
+
+def open_shards(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a folder's safetensors files by its Hugging Face name.
+
+    Shards come in the order of their names and tensors in the order of theirs, as llama.cpp's converter has
+    them. Raises TritGgufError: no safetensors files, a missing, damaged or truncated shard, an index that
+    disagrees with the shards, a tensor that occurs twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    weight_map = None
+    if (folder / _SINGLE_NAME).is_file():
+        names = [_SINGLE_NAME]
+    elif (folder / _INDEX_NAME).is_file():
+        weight_map = _read_weight_map(folder / _INDEX_NAME)
+        names = sorted(set(weight_map.values()))
+    else:
+        names = _list_shards(folder)
+    for name in names:
+        for tensor in _open_shard(folder / name):
+            if tensor.name in tensors:
+                raise TritGgufError(f"{tensor.path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
+            if weight_map is not None and weight_map.get(tensor.name) != name:
+                raise TritGgufError(f"{tensor.path}: {_INDEX_NAME} does not place tensor {tensor.name} in this shard")
+            tensors[tensor.name] = tensor
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors:
+            raise TritGgufError(f"{folder / shard}: tensor {name}, which {_INDEX_NAME} places here, is missing")
+    return tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TritGgufError(f"{path}: has no `weight_map`; fetch the file again")
+    for file_name in weight_map.values():
+        is_plain = isinstance(file_name, str) and re.fullmatch(r"[\w.-]+\.safetensors", file_name) is not None
+        if not is_plain or file_name.startswith("."):
+            raise TritGgufError(f"{path}: {file_name!r} is not the name of a safetensors file in this folder")
+    return weight_map
+
+
+def _list_shards(folder: Path) -> list[str]:
+    """Return the shards of a folder without an index; all parts must be there."""
+    parts = [match for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))]
+    if not parts:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise TritGgufError(
+                f"{folder}: has only pickled weights ({pickled[0]}), which can run code when they are loaded;"
+                " save the model as safetensors (save_pretrained in transformers) and convert that"
+            )
+        raise TritGgufError(f"{folder}: has no {_SINGLE_NAME} and no shards (model-00001-of-...); nothing to convert")
+    count = int(parts[0][2])
+    present = {int(part[1]) for part in parts if int(part[2]) == count}
+    if len(present) != len(parts) or present != set(range(1, count + 1)):
+        raise TritGgufError(
+            f"{folder}: has {len(parts)} shards that are not the parts 1 to {count}; fetch the missing ones"
+        )
+    return sorted(part.string for part in parts)
+
+
+def _open_shard(path: Path) -> list[StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    check_inside(path)
+    if not path.is_file():
+        raise TritGgufError(f"{path}: this shard is missing; fetch it")
+    try:
+        with safe_open(str(path), framework="np"):
+            pass  # opening is what checks it
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+    except (SafetensorError, ValueError) as error:
+        raise TritGgufError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
+    except OSError as error:
+        raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
+    tensors = []
+    for name, entry in sorted(header.items()):
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors.append(StoredTensor(path, name, entry["dtype"], shape, 8 + header_bytes + begin, end - begin))
+    return tensors

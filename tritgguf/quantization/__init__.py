@@ -1,0 +1,1 @@
+"""One matrix to trits: encoders, codebooks and exact recovery."""

@@ -1,0 +1,77 @@
+"""The encoders that need no more than the matrix, and the choice among them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cpu_kernels.encoding.quantize import as_stored, best_candidates, round_to_codebook
+from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
+from cpu_kernels.threads.crew import Crew, default_crew
+from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.quantization.codebooks import log_spaced_codebook
+from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
+from tritgguf.quantization.scale_search import quantize_searched
+
+DEFAULT_ENCODER = "v2"
+LOWEST_QUANTILE = 0.005
+"""Of the groups' wanted scales, the lowest entry of the codebook of `v2`."""
+
+
+def quantize(
+    weights: np.ndarray, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
+) -> QuantizedMatrix:
+    """Quantize a matrix [rows, columns], columns a multiple of 64, at `depth` trits per weight.
+
+    `weights` are float32, float16, or uint16, which stands for the bits of bfloat16: as a checkpoint stores them.
+    Raises ValueError for NaN or infinite weights: no scale fits them.
+    """
+    (quantized,) = quantize_rows(MatrixRows.of(weights), depth, encoder, crew).parts
+    return quantized
+
+
+def quantize_rows(
+    matrix: MatrixRows, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
+) -> QuantizedRows:
+    """Quantize a matrix as `quantize` does, to the bit, in blocks of rows; raises as it does, before the first part."""
+    return ENCODERS[encoder](matrix, depth, crew or default_crew())
+
+
+def _quantize_rows_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
+    """Encode as the published codec does: four candidate scales, a log-spaced codebook up to the largest magnitude.
+
+    How the codebook's lowest entry is chosen is not public. `LOWEST_QUANTILE` says what is done here, and
+    `docs/quality.md` what was measured for it. The matrix is read twice; in between, its wanted scales are kept.
+    """
+    offset = np.float32(level_offset(depth))
+    wanted: list[np.ndarray] = []
+    largest = np.float32(0)
+    for block in matrix.blocks():
+        stored, kind = as_stored(block)
+        scales = np.empty((len(stored), stored.shape[1] // GROUP_SIZE), np.float32)
+        largest = np.max([largest, *crew.run(best_candidates, stored, kind, offset, scales)])
+        if np.isnan(largest):
+            raise ValueError("has a weight that is NaN or infinite")
+        wanted.append(scales)
+    codebook = log_spaced_codebook(wanted, float(largest), LOWEST_QUANTILE)
+    # The nearest entry on the logarithmic scale changes at the geometric mean of its neighbours.
+    thresholds = np.sqrt(codebook[1:].astype(np.float64) * codebook[:-1]).astype(np.float32)
+    steps = codebook / offset
+
+    def parts() -> Iterator[QuantizedMatrix]:
+        for block, scales in zip(matrix.blocks(), wanted, strict=True):
+            stored, kind = as_stored(block)
+            levels = np.empty(stored.shape, np.uint8)
+            indices = np.empty(scales.shape, np.uint8)
+            sums = crew.run(round_to_codebook, stored, kind, scales, thresholds, steps, offset, levels, indices)
+            error, power = np.sum(sums, axis=0)
+            yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
+
+    return QuantizedRows(codebook, parts())
+
+
+ENCODERS: dict[str, Callable[[MatrixRows, int, Crew], QuantizedRows]] = {
+    "v2": _quantize_rows_v2,
+    "best": quantize_searched,
+}

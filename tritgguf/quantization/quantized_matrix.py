@@ -1,0 +1,65 @@
+"""A matrix as levels, scale indices and a codebook, whole or in parts: what encoders make.
+
+Groups of 16 weights of a row share a scale, an entry of the matrix's 27-entry codebook; a weight is a level from
+-h to h, h = (3**depth - 1) / 2, and decodes to scale / h * level (`docs/format.md` section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_kernels.packed_rows import pack
+from cpu_kernels.packed_rows.layout import level_offset
+from cpu_kernels.threads.crew import Crew
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A quantized matrix, not yet packed.
+
+    Attributes:
+        depth: trits per weight, 1 to 4.
+        levels: uint8 [rows, columns], level + h.
+        scale_indices: uint8 [rows, columns / 16].
+        codebook: float32 [27], ascending scales.
+        squared_error: sum of (weight - decoded weight)**2.
+        squared_weights: sum of weight**2.
+
+    """
+
+    depth: int
+    levels: np.ndarray
+    scale_indices: np.ndarray
+    codebook: np.ndarray
+    squared_error: float
+    squared_weights: float
+
+    def pack(self, crew: Crew | None = None) -> np.ndarray:
+        """Return the packed rows: uint8 [rows, bytes of a row]."""
+        return pack.pack(self.levels, self.scale_indices, self.depth, crew)
+
+    def decoded(self) -> np.ndarray:
+        """Return the weights that the packed rows decode to, to the bit: float32 [rows, columns]."""
+        offset = level_offset(self.depth)
+        steps = (self.codebook / np.float32(offset))[self.scale_indices]
+        levels = self.levels.astype(np.float32).reshape(*steps.shape, -1)
+        levels -= np.float32(offset)
+        levels *= steps[..., np.newaxis]
+        return levels.reshape(self.levels.shape)
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """A quantized matrix in parts, which are made as they are taken.
+
+    Attributes:
+        codebook: float32 [27], that of every part.
+        parts: the matrix's rows, in their order; each part counts its own errors.
+
+    """
+
+    codebook: np.ndarray
+    parts: Iterator[QuantizedMatrix]

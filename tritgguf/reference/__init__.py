@@ -1,0 +1,1 @@
+"""The source model in transformers: the only home of transformers."""

@@ -1,0 +1,270 @@
+"""The same model in transformers and float32: what `verify` compares with.
+
+transformers computes every logit here; this module only gives it the weights. A Hugging Face folder is loaded
+by transformers alone, so that names, rope scaling and row order are checked against code that is not ours.
+For a stock GGUF file the model is built from its keys and filled with its dequantized tensors.
+
+torch and transformers are imported inside functions: only the `verify` extra brings them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
+from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
+from tritgguf.errors import TritGgufError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.sources.source import Source
+
+_HEAD = "output.weight"
+
+
+def require_torch() -> None:
+    """Raise TritGgufError unless torch and transformers can be imported."""
+    # Page faults of large temporary tensors took half of the time of calibration without huge pages.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for package in ("torch", "transformers"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise TritGgufError(
+                f"this needs {package}, which cannot be imported ({_first_line(error)}); pip install 'tritgguf[verify]'"
+            ) from error
+
+
+class ReferenceModel:
+    """A causal language model of transformers in float32, on the CPU.
+
+    `threads` sets how many threads torch uses from here on.
+    """
+
+    def __init__(self, module: Any, *, threads: int | None = None) -> None:
+        self.module = module.eval()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+
+    @classmethod
+    def open(cls, source: Source, *, threads: int | None = None) -> ReferenceModel:
+        """Load a source with its own weights; TritGgufError when transformers cannot."""
+        from tritgguf.sources.hf_folder import HfFolderSource
+
+        require_torch()
+        if isinstance(source, HfFolderSource):
+            return cls(_load_folder(source.folder), threads=threads)
+        metadata = {key: value.value for key, value in source.metadata.items()}
+        shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+        model = cls(_empty_module(metadata, shapes, source.name), threads=threads)
+        model.load_tensors(metadata, list(shapes), source.read, source.name)
+        if ROPE_FREQS in shapes:
+            slow_rotation(model.module, source.read(ROPE_FREQS))
+        return model
+
+    def load_file(self, file: GgufFile, *, progress: Callable[[int, int], None] | None = None) -> None:
+        """Replace every weight by the file's, dequantized, in place."""
+        self.load_tensors(file.metadata, list(file.tensors), file.read_float32, str(file.path), progress=progress)
+
+    def load_tensors(
+        self,
+        metadata: Mapping[str, Any],
+        names: Sequence[str],
+        read: Callable[[str], np.ndarray],
+        where: str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Replace every weight by those of a GGUF model, in place.
+
+        `read` returns a tensor by its GGUF name, float32 in GGUF's row order. The model ends up with tied
+        embeddings exactly if there is no output.weight. The rope factors are left out: they are no weight of
+        a Hugging Face model, which has them from its config.
+        Raises TritGgufError for a tensor that the model lacks, lacks a value for, or has in another shape.
+        """
+        arch = metadata["general.architecture"]
+        heads, kv_heads = head_counts(metadata)
+        tied = _HEAD not in names
+        self._set_head(tied)
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        if tied:
+            parameters.pop(hf_tensor_name(arch, _HEAD))
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(done, len(names))
+            if name == ROPE_FREQS:
+                continue
+            parameter = parameters.pop(hf_tensor_name(arch, name), None)
+            weights = to_hf(arch, name, read(name), heads, kv_heads)
+            if parameter is None or tuple(parameter.shape) != weights.shape:
+                raise TritGgufError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
+            np.copyto(parameter.detach().numpy(), weights)
+        if parameters:
+            raise TritGgufError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
+
+    def _set_head(self, tied: bool) -> None:
+        """Make the output head the embeddings themselves, or a matrix of its own."""
+        import torch
+
+        head, embeddings = self.module.lm_head, self.module.get_input_embeddings()
+        if tied:
+            head.weight = embeddings.weight
+        elif head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight), requires_grad=False)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits behind every token of one sequence: float32 [n, vocabulary]."""
+        import torch
+
+        with silent_transformers(), torch.inference_mode():
+            return self.module(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int] = ()) -> list[int]:
+        """Return the `count` most likely tokens after the prompt, one after the other.
+
+        There are fewer when a stop token comes, which is not among them.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        # A fresh config: the checkpoint's own may hold a repetition penalty.
+        self.module.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=count, eos_token_id=sorted(stop_tokens) or None, pad_token_id=0
+        )
+        ids = torch.tensor([list(prompt)])
+        with silent_transformers(), torch.inference_mode():
+            answer = self.module.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
+        return answer[:-1] if answer and answer[-1] in stop_tokens else answer
+
+
+def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the numbers of query heads and of key-value heads of a GGUF model."""
+    arch = metadata["general.architecture"]
+    heads = metadata[f"{arch}.attention.head_count"]
+    return heads, metadata.get(f"{arch}.attention.head_count_kv", heads)
+
+
+def _load_folder(folder: Path) -> Any:
+    """Load a Hugging Face folder; TritGgufError when transformers cannot or misses a weight."""
+    import torch
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+
+    with silent_transformers():
+        try:
+            module, found = loader.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises whatever its many parts raise
+            raise TritGgufError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+    if found["missing_keys"]:
+        raise TritGgufError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
+    return module
+
+
+def slow_rotation(module: Any, factors: np.ndarray) -> None:
+    """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
+    module.model.rotary_emb.inv_freq.numpy()[:] /= factors
+
+
+def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """Return a module whose weights are memory that nobody has written to yet."""
+    config = _config(metadata, shapes, where)
+    # On the meta device no weight is filled with random numbers, which would take longest of all.
+    module = _on_meta(config, attn_implementation="eager").to_empty(device="cpu")
+    _restore_buffers(module, config)
+    return module
+
+
+def meta_module(source: Source) -> Any:
+    """Return the model of a source with weights that take no memory, on torch's meta device; its rotation is real.
+
+    Raises TritGgufError when transformers cannot build it.
+    """
+    from transformers import AutoConfig
+
+    from tritgguf.sources.hf_folder import HfFolderSource
+
+    if isinstance(source, HfFolderSource):
+        with silent_transformers():
+            try:
+                config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+            except Exception as error:  # transformers raises whatever its many parts raise
+                raise TritGgufError(
+                    f"{source.folder}: transformers cannot read its config ({_first_line(error)})"
+                ) from error
+    else:
+        metadata = {key: value.value for key, value in source.metadata.items()}
+        config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
+    module = _on_meta(config)
+    _restore_buffers(module, config)
+    if not isinstance(source, HfFolderSource) and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
+        slow_rotation(module, source.read(ROPE_FREQS))  # a folder has them in its config
+    return module.eval()
+
+
+def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """Return transformers' config of a GGUF model."""
+    import transformers
+
+    entries = config_entries(metadata, shapes, where)
+    # Token ids that the class would make up may lie beyond the vocabulary.
+    ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return transformers.AutoConfig.for_model(model_type_of(metadata), **ids, **entries)
+
+
+def _on_meta(config: Any, **settings: Any) -> Any:
+    import torch
+    import transformers
+
+    with silent_transformers(), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
+
+
+def _restore_buffers(module: Any, config: Any) -> None:
+    """Make again what no file has and the meta device loses: the rotation's frequencies, a scale of embeddings."""
+    import torch
+
+    module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    embeddings = module.get_input_embeddings()
+    if hasattr(embeddings, "scalar_embed_scale"):
+        embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress bars, warnings and log lines; exceptions pass."""
+    from transformers.utils import logging
+
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Running a packed file: the model, its key-value cache, sampling and text."""

@@ -1,0 +1,144 @@
+"""What the forward pass needs to know about a model, read from its file and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_kernels.transformer.rules import Rules
+from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
+from tritgguf.architectures.rope import ROPE_FREQS, Rotation, rotation_of_base, rotation_of_keys
+from tritgguf.architectures.table import GGUF_ARCHITECTURES, Architecture
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.checked import count_of
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_header import F32
+
+_NO_SOFTCAP = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the forward pass needs to know about a model."""
+
+    architecture: Architecture
+    dimensions: Dimensions
+    context_length: int
+    rules: Rules
+    rotations: tuple[Rotation, ...]
+    """Which `rules.rotations` counts from 0."""
+    embedding_scale: float
+    """What an embedding is multiplied with."""
+    logit_scale: float
+    """What logits are multiplied with."""
+    logit_softcap: float
+    """The bound c that logits are bent to by c tanh(logit / c); 0 for none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the model knows."""
+        return self.dimensions.vocabulary
+
+    @property
+    def embedding_length(self) -> int:
+        """Width of the residual stream."""
+        return self.dimensions.hidden
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers."""
+        return self.dimensions.layers
+
+    @classmethod
+    def from_file(cls, file: GgufFile) -> ModelConfig:
+        """Read and check a file's configuration, and that it has every tensor in the right shape."""
+        if "token_embd.weight" not in file.tensors:
+            raise TritGgufError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
+        vocabulary = file.tensors["token_embd.weight"].shape[0]
+        biased = biased_matrices(file.tensors)
+        dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
+        for name, shape in dimensions.shapes().items():
+            if name not in file.tensors:
+                if name == "output.weight":
+                    continue
+                raise TritGgufError(f"{file.path}: tensor {name} is missing; convert the model again")
+            if file.tensors[name].shape != shape:
+                found = file.tensors[name].shape
+                raise TritGgufError(
+                    f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
+                )
+        arch = dimensions.architecture
+        architecture = GGUF_ARCHITECTURES[arch]
+        rotations, of_layers = _rotations(file, architecture, dimensions)
+        default_embedding_scale = math.sqrt(dimensions.hidden) if architecture.scales_embeddings else 1.0
+        return cls(
+            architecture=architecture,
+            dimensions=dimensions,
+            context_length=int(_number(file, f"{arch}.context_length")),
+            rules=Rules(
+                epsilon=np.float32(_number(file, f"{arch}.attention.layer_norm_rms_epsilon")),
+                residual_scale=np.float32(_number(file, f"{arch}.residual_scale", 1.0)),
+                gelu=architecture.gelu,
+                interleaved=architecture.permutes_rotary_rows,
+                attention_scale=np.float32(_number(file, f"{arch}.attention.scale", dimensions.head_dim**-0.5)),
+                softcap=np.float32(_softcap(file, f"{arch}.attn_logit_softcapping")),
+                normalizes_together=architecture.normalizes_together,
+                windows=_windows(file, architecture, dimensions.layers),
+                rotations=of_layers,
+            ),
+            rotations=rotations,
+            embedding_scale=_number(file, f"{arch}.embedding_scale", default_embedding_scale),
+            logit_scale=1.0 / _number(file, f"{arch}.logit_scale", 1.0),
+            logit_softcap=_softcap(file, f"{arch}.final_logit_softcapping"),
+        )
+
+
+def _number(file: GgufFile, key: str, default: float | None = None) -> float:
+    value = file.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
+        raise TritGgufError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
+    return value
+
+
+def _softcap(file: GgufFile, key: str) -> float:
+    return _number(file, key) if key in file.metadata else _NO_SOFTCAP
+
+
+def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndarray:
+    """Return how many places each layer's tokens see, 0 for all: int64 [layers]."""
+    key = f"{architecture.gguf_name}.attention.sliding_window"
+    if key not in file.metadata:
+        return np.zeros(layers, np.int64)
+    window = count_of(file.metadata, key, str(file.path))
+    return np.array([window if architecture.slides(layer) else 0 for layer in range(layers)], np.int64)
+
+
+def _rotations(
+    file: GgufFile, architecture: Architecture, dimensions: Dimensions
+) -> tuple[tuple[Rotation, ...], np.ndarray]:
+    """Return a model's rotations, and which each layer has: int64 [layers]."""
+    head_dim, layers = dimensions.head_dim, range(dimensions.layers)
+    rotation = rotation_of_keys(file.metadata, head_dim, str(file.path))
+    if ROPE_FREQS in file.tensors:
+        factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
+        if not (factors > 0).all():
+            raise TritGgufError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
+        rotation = Rotation(rotation.frequencies / factors, rotation.length)
+    if architecture.unrotated_every:
+        still = Rotation(np.zeros(head_dim // 2))
+        return (rotation, still), np.array([int(not architecture.rotates(layer)) for layer in layers], np.int64)
+    if architecture.sliding_rope:
+        base = _number(file, f"{architecture.gguf_name}.rope.freq_base_swa", 10000.0)
+        sliding = rotation_of_base(base, head_dim)
+        return (rotation, sliding), np.array([int(architecture.slides(layer)) for layer in layers], np.int64)
+    return (rotation,), np.zeros(dimensions.layers, np.int64)
+
+
+def read_vector(file: GgufFile, name: str, length: int) -> np.ndarray:
+    """Return a vector of weights: float32 [length], a view of the map."""
+    info = file.tensors[name]
+    if info.type_id != F32 or info.shape != (length,):
+        raise TritGgufError(f"{file.path}: tensor {name} is {info.type_name} {info.shape}, not F32 ({length},)")
+    return file.raw(name).view(np.float32)

@@ -1,0 +1,114 @@
+"""A model's weights as views of its mapped file."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.packed_rows.unpack import dequantize
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.projection import Matrix, Projection
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_header import F16
+from tritgguf.formats.trit_types import TritType, is_trit_type
+from tritgguf.runtime.config import ModelConfig, read_vector
+
+
+class LayerWeights:
+    """One layer: norms and biases float32, matrices grouped by their input. Norms that it has not are [0]."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig, index: int) -> None:
+        """Map layer `index`; TritGgufError for a tensor of a type that is not run."""
+        sizes = config.dimensions
+        shapes = sizes.shapes()
+        rows, rows_kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+
+        def matrix(name: str) -> Matrix:
+            return _read_matrix(file, f"blk.{index}.{name}.weight")
+
+        def bias(name: str, length: int) -> np.ndarray:
+            if name not in sizes.biased:
+                return np.zeros(length, np.float32)
+            return read_vector(file, f"blk.{index}.{name}.bias", length)
+
+        def norm(name: str) -> np.ndarray:
+            full_name = f"blk.{index}.{name}.weight"
+            if full_name not in shapes:
+                return np.zeros(0, np.float32)
+            return read_vector(file, full_name, shapes[full_name][0])
+
+        if config.architecture.fused:
+            self.qkv = Projection(_split(matrix("attn_qkv"), rows, rows_kv, rows_kv))
+            self.gate_up = Projection(_split(matrix("ffn_up"), sizes.feed_forward, sizes.feed_forward))
+        else:
+            self.qkv = Projection([matrix("attn_q"), matrix("attn_k"), matrix("attn_v")])
+            self.gate_up = Projection([matrix("ffn_gate"), matrix("ffn_up")])
+        self.output = Projection([matrix("attn_output")])
+        self.down = Projection([matrix("ffn_down")])
+        self.qkv_bias = np.concatenate([bias("attn_q", rows), bias("attn_k", rows_kv), bias("attn_v", rows_kv)])
+        self.output_bias = bias("attn_output", sizes.hidden)
+        self.gate_bias, self.up_bias = bias("ffn_gate", sizes.feed_forward), bias("ffn_up", sizes.feed_forward)
+        self.down_bias = bias("ffn_down", sizes.hidden)
+        self.attention_norm, self.feed_forward_norm = norm("attn_norm"), norm("ffn_norm")
+        self.attention_output_norm = norm("post_attention_norm")
+        self.feed_forward_output_norm = norm("post_ffw_norm")
+        of_queries, of_keys = norm("attn_q_norm"), norm("attn_k_norm")
+        if not config.rules.normalizes_together:
+            of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
+        self.query_key_norm = np.concatenate([of_queries, of_keys])
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All matrices, in the order of the forward pass."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+def _split(matrix: Matrix, *rows: int) -> list[Matrix]:
+    """Return parts of a matrix with so many rows each, as views."""
+    data = matrix.data.reshape(matrix.rows, -1)
+    ends = np.cumsum(rows)
+    return [
+        Matrix(data[end - count : end].reshape(-1), count, matrix.columns, matrix.depth, matrix.codebook)
+        for end, count in zip(ends.tolist(), rows, strict=True)
+    ]
+
+
+class Embeddings:
+    """The embedding matrix, of which only the rows that are asked for are decoded."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._rows = matrix.data.reshape(matrix.rows, -1)
+        self._crew = Crew(1)  # a few rows are not worth a launch
+
+    def __getitem__(self, tokens: int | np.ndarray) -> np.ndarray:
+        """Return the rows of tokens [n], or of one token: float16 or float32 [n, columns]."""
+        if self.matrix.codebook is None:
+            return self._rows.view(np.float16)[tokens]
+        packed = self._rows[np.atleast_1d(tokens)]
+        return dequantize(packed, self.matrix.codebook, self.matrix.depth, self._crew)
+
+
+class ModelWeights:
+    """All of a model's weights."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        """Map them; TritGgufError for a tensor of a type that is not run."""
+        sizes = config.dimensions
+        self.embeddings = Embeddings(_read_matrix(file, "token_embd.weight"))
+        self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
+        self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)
+        head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+        self.head = Projection([_read_matrix(file, head)])
+
+
+def _read_matrix(file: GgufFile, name: str) -> Matrix:
+    info = file.tensors[name]
+    rows, columns = info.shape
+    if is_trit_type(info.type_id):
+        return Matrix(file.raw(name), rows, columns, TritType(info.type_id).depth, file.codebook(name))
+    if info.type_id == F16:
+        return Matrix(file.raw(name), rows, columns, depth=0)
+    raise TritGgufError(
+        f"{file.path}: tensor {name} is {info.type_name}, but only trit files are run; make one with `tritgguf convert`"
+    )

@@ -1,0 +1,1 @@
+"""What a conversion reads: Hugging Face folders, hub ids and GGUF files."""

@@ -1,0 +1,104 @@
+"""A GGUF file as a source."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
+from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.dtypes import READABLE_DTYPES
+from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.trit_types import TritType, is_trit_type
+from tritgguf.sources.source import PackedTensor, SourceTensor, check_shapes
+from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
+from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
+
+if TYPE_CHECKING:
+    from gguf import GGUFValue
+
+    from tritgguf.formats.gguf_file import GgufFile
+
+# `convert` writes these for what the new file holds.
+_KEYS_OF_THE_OUTPUT = ("general.file_type", "general.quantization_version")
+
+
+class GgufSource:
+    """A GGUF file of an architecture in the table: a trit file, or of any types that gguf-py dequantizes."""
+
+    def __init__(self, path: Path) -> None:
+        from tritgguf.formats.gguf_file import GgufFile
+
+        self.name = str(path)
+        self.files = [path]
+        self.warnings: list[str] = []
+        self._file = GgufFile(path)
+        if self._file.metadata.get("split.count", 0) not in (0, 1):
+            raise TritGgufError(f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge")
+        self.dimensions = self._check_tensors()
+        self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._file.tensors.values()]
+        self.metadata = _gguf_metadata(self._file)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor dequantized: float32, contiguous; TritGgufError for a type that cannot be."""
+        weights = np.ascontiguousarray(self._file.read_float32(name))
+        self._file.release(name)
+        return weights
+
+    def rows(self, name: str) -> MatrixRows:
+        """Return a tensor's numbers as views of the file where they are F32, F16 or BF16; otherwise dequantized."""
+        info = self._file.tensors[name]
+        shape = (info.n_weights // info.shape[-1], info.shape[-1])
+        is_readable = info.type_name in READABLE_DTYPES
+        dtype = READABLE_DTYPES.get(info.type_name, np.dtype(np.float32))
+
+        def read(first: int, last: int) -> np.ndarray:
+            if not is_readable:
+                return self._file.read_rows(name, first, last)
+            raw = self._file.raw(name).reshape(shape[0], -1)[first:last].reshape(-1)
+            raw[:: mmap.PAGESIZE].max()  # brings the pages in, so that whoever computes need not wait for the disk
+            return raw.view(dtype).reshape(-1, shape[1])
+
+        return MatrixRows(shape, dtype, read, 1)
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return a trit tensor as views of the file; None for any other."""
+        info = self._file.tensors[name]
+        if not is_trit_type(info.type_id):
+            return None
+        return PackedTensor(TritType(info.type_id).depth, self._file.raw(name), self._file.codebook(name))
+
+    def release(self, name: str) -> None:
+        """Let go of the pages of the file that a tensor lies in."""
+        self._file.release(name)
+
+    def _check_tensors(self) -> Dimensions:
+        shapes = {info.name: info.shape for info in self._file.tensors.values()}
+        biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
+        vocabulary = shapes.get("token_embd.weight", (1,))[0]
+        dimensions = dimensions_from_gguf(self._file.metadata, vocabulary, biased, self.name)
+        factors = shapes.pop(ROPE_FREQS, None)
+        if factors not in (None, (dimensions.head_dim // 2,)):
+            raise TritGgufError(
+                f"{self.name}: tensor {ROPE_FREQS} has shape {factors}, not ({dimensions.head_dim // 2},)"
+            )
+        check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=str)
+        return dimensions
+
+
+def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
+    """Return a file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
+
+    The output has its own keys of trits and of its types.
+    """
+    from gguf import GGUFValue, GGUFValueType
+
+    metadata = {key: value for key, value in file.stock_metadata().items() if key not in _KEYS_OF_THE_OUTPUT}
+    if HUGGINGFACE_JSON_KEY not in metadata:
+        text = tokenizer_json_from_gguf(file.metadata, where=str(file.path))
+        metadata[HUGGINGFACE_JSON_KEY] = GGUFValue(value=text, type=GGUFValueType.STRING)
+    return metadata

@@ -1,0 +1,30 @@
+"""Opening a source by path or hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tritgguf.errors import TritGgufError
+from tritgguf.sources.gguf import GgufSource
+from tritgguf.sources.hf_folder import HfFolderSource
+from tritgguf.sources.hub import download
+from tritgguf.sources.source import Source
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_source(location: str | Path, *, revision: str | None = None) -> Source:
+    """Open a folder, a GGUF file, or, where there is neither, an `organization/name` of the Hugging Face hub.
+
+    `revision` is a branch, tag or commit of the hub. Raises TritGgufError for everything that is wrong with
+    the source.
+    """
+    path = Path(location)
+    if path.is_dir():
+        return HfFolderSource(path)
+    if path.is_file():
+        return GgufSource(path)
+    if _HUB_ID.fullmatch(str(location)) is None or str(location).endswith((".gguf", ".safetensors")):
+        raise TritGgufError(f"{location}: no such file or folder, and no hub id (organization/name) either")
+    return HfFolderSource(download(str(location), revision), hub_id=str(location))

@@ -1,0 +1,247 @@
+"""The tokenizer of a Hugging Face folder -> GGUF's `tokenizer.*` keys.
+
+Keys, their order and the rules for token types are those of llama.cpp's convert_hf_to_gguf.py.
+`tokenizer_json` goes the other way and describes the two kinds of tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.checked import is_unicode, read_json
+from tritgguf.tokenization.gguf_to_hf import (
+    PRE_TOKENIZERS,
+    SPACE_SIGN,
+    check_loads,
+    merge_pairs,
+    tokenizer_json_from_gguf,
+)
+from tritgguf.tokenization.sentencepiece_model import Piece, read_pieces
+
+if TYPE_CHECKING:
+    from gguf import GGUFValue
+
+__all__ = ["HUGGINGFACE_JSON_KEY", "tokenizer_json_from_gguf", "tokenizer_metadata"]
+
+HUGGINGFACE_JSON_KEY = "tokenizer.huggingface.json"
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Tokens that some models add without marking them special although they are.
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+# SmolLM2 (and Granite) begin without a BOS token; llama.cpp's converter tells them by the size of their
+# vocabulary.
+_VOCABULARY_WITHOUT_BOS = 49152
+
+
+def tokenizer_metadata(
+    folder: Path, vocabulary: int, *, add_space_prefix_key: bool
+) -> tuple[dict[str, GGUFValue], list[str]]:
+    """Return the `tokenizer.*` keys of a Hugging Face folder, and warnings.
+
+    `vocabulary` is the number of rows of the embedding: ids without a token become unused tokens `[PAD<id>]`.
+    `add_space_prefix_key` tells whether tokenizer_config.json's add_prefix_space has a key (architecture
+    `llama`). Without tokenizer.json, one is made from tokenizer.model. Raises TritGgufError when there is
+    neither, when one is damaged, and for a kind of tokenizer that the architectures do not have.
+    """
+    json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    tokenizer = read_json(json_path) if json_path.is_file() else None
+    if tokenizer is None and not model_path.is_file():
+        raise TritGgufError(
+            f"{folder}: has no tokenizer.json and no tokenizer.model; save the tokenizer with the model"
+        )
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    where = str(json_path if tokenizer is not None else model_path)
+
+    writer = GGUFWriter(path=None, arch="")
+    warnings: list[str] = []
+    if add_space_prefix_key and isinstance(config.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(config["add_prefix_space"])
+    is_sentencepiece = tokenizer is None or _is_sentencepiece(tokenizer, where)
+    if is_sentencepiece:
+        _add_sentencepiece(writer, tokenizer, config, model_path, vocabulary, where)
+    else:
+        assert tokenizer is not None
+        warnings += _add_byte_level(writer, tokenizer, vocabulary, where)
+    _add_special(writer, folder, vocabulary, load_merges=not is_sentencepiece)
+    if add_space_prefix_key and vocabulary == _VOCABULARY_WITHOUT_BOS:
+        writer.add_add_bos_token(False)
+    metadata = {key: value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+    for key, value in metadata.items():
+        texts = value.value if isinstance(value.value, list) else [value.value]
+        if not is_unicode("".join(text for text in texts if isinstance(text, str))):
+            raise TritGgufError(f"{folder}: {key} would hold half of a surrogate pair, which is no character")
+    if tokenizer is None:
+        text = tokenizer_json_from_gguf({key: value.value for key, value in metadata.items()}, where=where)
+    else:
+        text = json_path.read_text(encoding="utf-8")
+        check_loads(text, where)
+    writer.add_string(HUGGINGFACE_JSON_KEY, text)
+    return {**metadata, HUGGINGFACE_JSON_KEY: writer.kv_data[0][HUGGINGFACE_JSON_KEY]}, warnings
+
+
+def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
+    """Tell SentencePiece BPE from byte-level BPE; TritGgufError for anything else."""
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise TritGgufError(f"{where}: a tokenizer of kind {kind} is not supported (BPE is)")
+    if model.get("byte_fallback"):
+        return True
+    if "ByteLevel" not in (step[0] for step in _signature(tokenizer.get("pre_tokenizer"))):
+        raise TritGgufError(
+            f"{where}: its BPE works neither on bytes (ByteLevel) nor with byte_fallback; not supported"
+        )
+    return False
+
+
+def _added_tokens(tokenizer: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> dict[int, Any]:
+    """Return id -> entry of the tokens added to the model's own, from tokenizer.json if there is one."""
+    if tokenizer is not None:
+        entries = tokenizer.get("added_tokens") or []
+        if not isinstance(entries, list):
+            raise TritGgufError(f"{where}: added_tokens is no list")
+    else:
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict) or not all(
+            key.isdecimal() and isinstance(e, dict) for key, e in decoder.items()
+        ):
+            raise TritGgufError(f"{where}: added_tokens_decoder in tokenizer_config.json is damaged")
+        entries = [{**entry, "id": int(key)} for key, entry in decoder.items()]
+    added = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
+            raise TritGgufError(f"{where}: an entry of added_tokens has no id or no content")
+        added[entry["id"]] = entry
+    return added
+
+
+def _added_type(entry: Mapping[str, Any]) -> tuple[str, int]:
+    """Return an added token's text and type. A user-defined one is found in plain text: plain spaces."""
+    text = entry["content"]
+    if entry.get("special") or _LOOKS_SPECIAL.fullmatch(text):
+        return text, TokenType.CONTROL
+    return text.replace(SPACE_SIGN, " "), TokenType.USER_DEFINED
+
+
+def _check_id(token_id: Any, vocabulary: int, where: str) -> int:
+    if type(token_id) is not int or not 0 <= token_id < vocabulary:
+        raise TritGgufError(f"{where}: token id {token_id!r} does not fit config.json's vocab_size of {vocabulary}")
+    return token_id
+
+
+def _add_byte_level(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary: int, where: str) -> list[str]:
+    tokens = [f"[PAD{token_id}]" for token_id in range(vocabulary)]
+    types: list[int] = [TokenType.UNUSED] * vocabulary
+    for text, token_id in tokenizer["model"]["vocab"].items():
+        tokens[_check_id(token_id, vocabulary, where)] = text
+        types[token_id] = TokenType.NORMAL
+    for token_id, entry in _added_tokens(tokenizer, {}, where).items():
+        tokens[_check_id(token_id, vocabulary, where)], types[token_id] = _added_type(entry)
+    pre = _recognise_pre_tokenizer(tokenizer)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre or "default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if pre is not None:
+        return []
+    warning = (
+        f"{where}: its pre-tokenizer has no name known here, so tokenizer.ggml.pre is `default`;"
+        " tokenizer.huggingface.json is right all the same, but llama.cpp may split text elsewhere"
+    )
+    return [warning]
+
+
+def _add_sentencepiece(
+    writer: GGUFWriter,
+    tokenizer: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    model_path: Path,
+    vocabulary: int,
+    where: str,
+) -> None:
+    pieces = read_pieces(model_path) if model_path.is_file() else _pieces_from_json(tokenizer or {}, vocabulary, where)
+    if len(pieces) > vocabulary:
+        raise TritGgufError(f"{where}: has {len(pieces)} tokens, more than config.json's vocab_size of {vocabulary}")
+    pieces += [Piece(f"[PAD{token_id}]", -10000.0, TokenType.UNUSED) for token_id in range(len(pieces), vocabulary)]
+    for token_id, entry in _added_tokens(tokenizer, config, where).items():
+        text, kind = _added_type(entry)
+        pieces[_check_id(token_id, vocabulary, where)] = Piece(text, -1000.0, kind)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.text for piece in pieces])
+    writer.add_token_scores([piece.score for piece in pieces])
+    writer.add_token_types([piece.type for piece in pieces])
+
+
+def _pieces_from_json(tokenizer: Mapping[str, Any], vocabulary: int, where: str) -> list[Piece]:
+    """Return the pieces that SentencePiece's own file would hold.
+
+    It scores the n-th merged token with -n, which is the order of tokenizer.json's merges; what no merge
+    makes (single characters, bytes) never competes for one, so its score does not matter.
+    """
+    model = tokenizer["model"]
+    merges = merge_pairs(model.get("merges"), where)
+    rank = {token: index for index, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
+    highest = max((_check_id(token_id, vocabulary, where) for token_id in model["vocab"].values()), default=-1)
+    pieces = [Piece(f"[PAD{token_id}]", -10000.0, TokenType.UNUSED) for token_id in range(highest + 1)]
+    for text, token_id in model["vocab"].items():
+        if text == model.get("unk_token"):
+            pieces[token_id] = Piece(text, 0.0, TokenType.UNKNOWN)
+        elif _BYTE_TOKEN.fullmatch(text):
+            pieces[token_id] = Piece(text, 0.0, TokenType.BYTE)
+        else:
+            pieces[token_id] = Piece(text, -float(rank.get(text, len(rank))), TokenType.NORMAL)
+    return pieces
+
+
+def _add_special(writer: GGUFWriter, folder: Path, vocabulary: int, *, load_merges: bool) -> None:
+    """Add merges, special tokens' ids, add_bos_token and the like, and the chat template, as gguf-py does."""
+    # gguf-py reports oddities through logging, which would print them; none of them is for the user to act
+    # on.
+    logging.getLogger("gguf").addHandler(logging.NullHandler())
+    try:
+        SpecialVocab(folder, load_merges=load_merges, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+        names = writer.kv_data[0].get("tokenizer.chat_templates")
+        if names is not None:
+            names.value.sort()  # they come from a set
+    except Exception as error:  # it trusts the files' structure, so anything may come
+        raise TritGgufError(f"{folder}: the tokenizer's JSON files are damaged ({error!r})") from error
+
+
+def _signature(pre_tokenizer: Any, nesting: int = 0) -> list[tuple[Any, ...]]:
+    """Return what decides where a pre-tokenizer cuts: one tuple per step, nested sequences flattened."""
+    if not isinstance(pre_tokenizer, dict):
+        return []
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence" and nesting < 4 and isinstance(steps := pre_tokenizer.get("pretokenizers"), list):
+        return [part for step in steps for part in _signature(step, nesting + 1)]
+    if kind == "Split" and isinstance(pattern := pre_tokenizer.get("pattern"), dict):
+        return [(kind, pattern.get("Regex"))]
+    if kind == "Digits":
+        return [(kind, bool(pre_tokenizer.get("individual_digits")))]
+    if kind == "ByteLevel":
+        return [(kind, bool(pre_tokenizer.get("use_regex", True)))]
+    return [(kind,)]
+
+
+def _recognise_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return the name for tokenizer.ggml.pre, or None.
+
+    llama.cpp's converter hashes the ids of a test text, which knows only the vocabularies it has seen; the
+    steps themselves are as good a sign and hold for every fine-tune.
+    """
+    signature = _signature(tokenizer.get("pre_tokenizer"))
+    for name, steps in PRE_TOKENIZERS.items():
+        if [part for step in steps for part in _signature(step)] == signature:
+            if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges"):
+                continue
+            return name
+    return None
