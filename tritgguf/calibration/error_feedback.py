@@ -2,7 +2,7 @@
 
 Two things are known of a matrix's inputs: their second moments H, and how far the inputs that it gets in the quantized
 model are from those that it got in the original one. The first say what an error costs and how later columns can make
-up for it (the kernel `quantize_columns`). The second say what the matrix has to repair: with x the inputs now and x' the
+up for it (`quantize_columns`). The second say what the matrix has to repair: with x the inputs now and x' the
 original ones, W' = W + W E[(x' - x) x^T] H^-1 comes closest to the original output W x', on these inputs. Part of that
 holds for them alone, so a quarter of them is held out to see which share of the repair should be made; the matrix that
 is repaired so far is quantized. (The idea that a layer should correct what the layers before it lost is that of Qronos
