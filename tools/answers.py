@@ -15,11 +15,11 @@ import typer
 
 from tritgguf.evaluation.verify import check_same_model
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.generate import generate
+from tritgguf.generation.loaded_model import load
+from tritgguf.generation.prompt import prompt_tokens
+from tritgguf.generation.sampling import SamplingOptions
 from tritgguf.reference.model import ReferenceModel
-from tritgguf.runtime.generate import generate
-from tritgguf.runtime.loaded_model import load
-from tritgguf.runtime.prompt import prompt_tokens
-from tritgguf.runtime.sampling import SamplingOptions
 from tritgguf.sources.open import open_source
 
 PROMPTS = (

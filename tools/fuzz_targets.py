@@ -34,6 +34,7 @@ from tritgguf.formats.integrity import check
 from tritgguf.formats.trit_types import codebook_key, row_bytes
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.sources.open import open_source
 from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.tokenizer import Tokenizer
@@ -98,9 +99,9 @@ class Targets:
         with _refusal():
             file = GgufFile(self._damaged)
             Tokenizer(file.metadata, name=str(self._damaged))
-            model = Model(file, context=4, threads=1)
-            model.forward([1, 2])
-            model.forward([3])
+            sequence = SingleSequence(Model(file, threads=1), 4)
+            sequence.forward([1, 2])
+            sequence.forward([3])
         with _refusal():
             check(self._damaged, threads=1)
         with _refusal():

@@ -25,10 +25,10 @@ from llama_cpp_referee import open_export
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import check_same_model
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.generate import generate
+from tritgguf.generation.loaded_model import LoadedModel, load
+from tritgguf.generation.sampling import SamplingOptions
 from tritgguf.reference.model import ReferenceModel
-from tritgguf.runtime.generate import generate
-from tritgguf.runtime.loaded_model import LoadedModel, load
-from tritgguf.runtime.sampling import SamplingOptions
 from tritgguf.sources.open import open_source
 
 PROMPTS = (

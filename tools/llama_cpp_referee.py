@@ -33,6 +33,7 @@ from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.text_windows import shipped_text
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.tokenization.tokenizer import Tokenizer
 
 PROGRAMS = ("cmake", "c++")
@@ -245,8 +246,8 @@ def compare(file: GgufFile, to: str, count: int, threads: int | None) -> None:
         theirs = referee.logits(tokens)
     print(f"{'activations in the runner':27}  largest logit difference, relative  same top token, of {len(tokens)}")
     for name, bits, exact in (("8 bits, as `run` has them", 8, False), ("16 bits", 16, False), ("exact", 16, True)):
-        model = Model(file, context=len(tokens), threads=threads, prefill_bits=bits, exact=exact)
-        ours = model.forward(tokens, all_logits=True)
+        model = Model(file, threads=threads, prefill_bits=bits, exact=exact)
+        ours = SingleSequence(model, len(tokens)).forward(tokens, all_logits=True)
         same_top = (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()
         print(f"{name:27}  {relative_difference(ours, theirs):34.1e}  {same_top:.1%}")
 

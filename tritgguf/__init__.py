@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from tritgguf.errors import TritGgufError
     from tritgguf.evaluation.verify import VerifyReport, verify
     from tritgguf.exporters.export import ExportReport, export
-    from tritgguf.runtime.chat import Chat
-    from tritgguf.runtime.generate import generate
-    from tritgguf.runtime.generation import Generation
-    from tritgguf.runtime.loaded_model import LoadedModel, load
-    from tritgguf.runtime.sampling import SamplingOptions
+    from tritgguf.generation.chat import Chat
+    from tritgguf.generation.generate import generate
+    from tritgguf.generation.loaded_model import LoadedModel, load
+    from tritgguf.generation.result import Generation
+    from tritgguf.generation.sampling import SamplingOptions
 
 __all__ = [
     "Chat",
@@ -49,19 +49,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chat": "runtime.chat",
+    "Chat": "generation.chat",
     "ConvertProgress": "conversion.convert",
     "ConvertReport": "conversion.report",
     "ExportReport": "exporters.export",
-    "Generation": "runtime.generation",
-    "LoadedModel": "runtime.loaded_model",
-    "SamplingOptions": "runtime.sampling",
+    "Generation": "generation.result",
+    "LoadedModel": "generation.loaded_model",
+    "SamplingOptions": "generation.sampling",
     "TritGgufError": "errors",
     "VerifyReport": "evaluation.verify",
     "convert": "conversion.convert",
     "export": "exporters.export",
-    "generate": "runtime.generate",
-    "load": "runtime.loaded_model",
+    "generate": "generation.generate",
+    "load": "generation.loaded_model",
     "verify": "evaluation.verify",
 }
 

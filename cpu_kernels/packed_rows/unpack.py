@@ -26,7 +26,6 @@ from cpu_kernels.packed_rows.layout import (
     WORDS_PER_BLOCK,
     level_offset,
 )
-from cpu_kernels.simd import instruction_set
 from cpu_kernels.simd.transpose import transpose
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I8, I16, I32, I64, Vectors, vector
@@ -54,8 +53,8 @@ def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.n
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)
-    isa = instruction_set.chosen()
-    (crew or default_crew()).run(_unpack_rows, isa, words, depth, levels, indices)
+    crew = crew or default_crew()
+    crew.run(_unpack_rows, crew.isa, words, depth, levels, indices)
     return levels.reshape(len(rows), -1), indices
 
 

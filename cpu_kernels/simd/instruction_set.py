@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE, as_type, name_of
 
 ENVIRONMENT_VARIABLE = "TRITGGUF_ISA"
-_forced: str | None = None
 _AVX2_FEATURES = ("avx2", "fma", "f16c")
 _AVX512_FEATURES = (*_AVX2_FEATURES, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 _NEEDED = {
@@ -47,36 +46,18 @@ def supported() -> list[int]:
     return [isa for isa, needed in _NEEDED.items() if all(host.get(name, False) for name in needed)]
 
 
-def force(name: str | None) -> None:
-    """Let `choose` return the variant of this name, whatever TRITGGUF_ISA says; None takes that back.
-
-    Raises:
-        ValueError: as `choose` does.
-
-    """
-    global _forced
-    before, _forced = _forced, name
-    if name is None:
-        return
-    try:
-        choose()
-    except ValueError:
-        _forced = before
-        raise
-
-
-def choose() -> int:
-    """Return the variant to use: the one that was forced, or the best that works here.
+def choose(name: str | None = None) -> int:
+    """Return the variant of this name; None takes the one that TRITGGUF_ISA names, or else the best that works here.
 
     A variant works if its operations give the right integers when they are run; where one that the features promise
     does not, a line on stderr says so, and the next one is taken.
 
     Raises:
-        ValueError: `force` or TRITGGUF_ISA names no variant, or one that does not work here.
+        ValueError: `name` or TRITGGUF_ISA names no variant, or one that does not work here.
 
     """
-    wanted = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
-    label = f"instruction set {wanted}" if _forced else f"{ENVIRONMENT_VARIABLE}={wanted}"
+    wanted = name or os.environ.get(ENVIRONMENT_VARIABLE)
+    label = f"instruction set {wanted}" if name else f"{ENVIRONMENT_VARIABLE}={wanted}"
     available = supported()
     if not wanted:
         return next(isa for isa in reversed(available) if isa == PORTABLE or _works(isa))
@@ -88,9 +69,9 @@ def choose() -> int:
     return NAMES[wanted]
 
 
-def chosen() -> tuple[int, ...]:
+def chosen(name: str | None = None) -> tuple[int, ...]:
     """Return what `choose` returns in the form in which compiled functions take it."""
-    return as_type(choose())
+    return as_type(choose(name))
 
 
 def features() -> list[str]:

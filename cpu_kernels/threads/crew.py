@@ -21,16 +21,26 @@ from typing import Any
 import numba
 from numba.core.event import Listener, install_listener
 
+from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.cores import physical_cores
 
 
 class Crew:
-    """A fixed number of threads, the caller's among them."""
+    """A fixed number of threads, the caller's among them, and the instruction set of what they run.
 
-    def __init__(self, threads: int | None = None) -> None:
-        """Start with `threads` threads; None stands for the physical cores."""
+    Callers of several threads take turns: kernels of two of them at once would wait for each other at their barriers.
+    """
+
+    def __init__(self, threads: int | None = None, *, isa: str | None = None) -> None:
+        """Start with `threads` threads; None stands for the physical cores. `isa` as in `instruction_set.choose`."""
         self.threads = physical_cores() if threads is None else max(1, threads)
+        self.isa_name, self._one_at_a_time = isa, threading.Lock()
         self._others = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
+
+    @functools.cached_property
+    def isa(self) -> tuple[int, ...]:
+        """The instruction set, as kernels take it; ValueError as `instruction_set.choose` raises it."""
+        return instruction_set.chosen(self.isa_name)
 
     def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order.
@@ -38,7 +48,7 @@ class Crew:
         Ctrl-C takes effect when all have returned: threads that wait for one another at a barrier would wait for
         ever if one of them were not started.
         """
-        with _interrupts_deferred():
+        with interrupts_deferred(), self._one_at_a_time:
             others = [
                 self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
             ]
@@ -50,7 +60,7 @@ class Crew:
 
 
 @contextmanager
-def _interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame: True) -> Iterator[None]:
+def interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame: True) -> Iterator[None]:
     """Hold back Ctrl-C, in frames where `when` says so, until the block has ended; only the main thread sees it."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -90,7 +100,7 @@ class CompilingCrew(Crew):
 
     def run(self, kernel: Any, *arguments: Any) -> list[Any]:
         """Make `kernel` ready for arguments of these types."""
-        with _interrupts_deferred(when=_called_by_llvm):
+        with interrupts_deferred(when=_called_by_llvm):
             kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
         return []
 

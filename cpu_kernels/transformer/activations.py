@@ -105,6 +105,13 @@ def quantize_row(x, pairs, offsets, scales):
     _quantize(_groups(x), pairs.transpose(1, 0, 2), offsets, scales)
 
 
+@numba.njit(cache=True, nogil=True)
+def quantize_vectors(x, pairs, offsets, scales, thread, threads):
+    """Quantize a thread's share of several vectors, float32 [vectors, columns], each as `quantize_row` does."""
+    for v in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+        quantize_row(x[v], pairs[v], offsets[v], scales[v])
+
+
 @numba.njit(cache=True)
 def _share(blocks, thread, threads):
     """Return a thread's share of a batch: whole blocks, because threads should not write into one cache line."""

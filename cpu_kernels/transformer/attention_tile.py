@@ -81,8 +81,8 @@ def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inn
             vectors.store(builder.load(total), address, 4 * first)
 
 
-def _element(array: types.Array) -> ir.Type:
-    """Return what a cache of this Numba type consists of."""
+def stored_element(array: types.Array) -> ir.Type:
+    """Return what keys and values are stored as where an array of this Numba type stands for them."""
     return HALF if array.dtype == types.uint16 else FLOAT
 
 
@@ -99,7 +99,7 @@ def add_product(typing_context, isa, cached, rows, left, left_stride, right, inn
             block = builder.append_basic_block(f"rows{count}")
             choice.add_case(I64(count), block)
             builder.position_at_end(block)
-            emit_product(vectors, _element(cached), count, (left, left_stride), right, inner, (out, out_stride))
+            emit_product(vectors, stored_element(cached), count, (left, left_stride), right, inner, (out, out_stride))
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -149,20 +149,14 @@ def powers_of_two(typing_context, isa, values, count, subtracted):
     return types.float32(isa, types.intp, types.intp, types.float32), generate
 
 
-@intrinsic
-def narrow(typing_context, cached, value):
-    """Emit the conversion of a float32 to what an array of the cache holds.
+def emit_narrow(builder: ir.IRBuilder, stored: ir.Type, value: ir.Value) -> ir.Value:
+    """Emit the conversion of a float32 to what is stored: itself, or a half as 16 bits.
 
     Half precision rounds to nearest, even for ties; what is too large for it becomes its largest number, because an
-    infinite key would make every later score of its head infinite or no number. No number stays none.
+    infinite key would make every later score of its head infinite or NaN. NaN stays NaN.
     """
-
-    def generate(context, builder, signature, arguments):
-        value = arguments[1]
-        if _element(cached) is FLOAT:
-            return value
-        for limit, beyond in ((LARGEST_HALF, ">"), (-LARGEST_HALF, "<")):
-            value = builder.select(builder.fcmp_ordered(beyond, value, FLOAT(limit)), FLOAT(limit), value)
-        return builder.bitcast(builder.fptrunc(value, HALF), I16)
-
-    return cached.dtype(cached, types.float32), generate
+    if stored is FLOAT:
+        return value
+    for limit, beyond in ((LARGEST_HALF, ">"), (-LARGEST_HALF, "<")):
+        value = builder.select(builder.fcmp_ordered(beyond, value, FLOAT(limit)), FLOAT(limit), value)
+    return builder.bitcast(builder.fptrunc(value, HALF), I16)

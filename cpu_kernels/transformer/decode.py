@@ -14,7 +14,7 @@ import numpy as np
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, advance_row, gate_row, quantize_row
-from cpu_kernels.transformer.attention import attend_token, join_spans
+from cpu_kernels.transformer.attend_token import attend_token, join_spans
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
 
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
@@ -63,13 +63,14 @@ class Buffers(NamedTuple):
 
 
 @numba.njit(cache=True)
-def _row(vectors, index):
+def row_of(vectors, index):
+    """Return the arrays of one of several vectors, see `VectorBuffers`."""
     x, pairs, offsets, scales = vectors
     return x[index], pairs[index], offsets[index], scales[index]
 
 
 @numba.njit(cache=True)
-def _add(bias, out, first, last):
+def add_bias(bias, out, first, last):
     """Add a bias, if there is one, to some elements."""
     if len(bias) > 0:
         for k in range(first, last):
@@ -77,7 +78,7 @@ def _add(bias, out, first, last):
 
 
 @numba.njit(cache=True)
-def _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads):
+def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads):
     """Compute this thread's share of gate and up, join them and quantize the result."""
     columns = len(buffers.gate)
     groups = columns // GROUP_SIZE
@@ -88,10 +89,10 @@ def _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads):
     addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
     multiply_rows(isa, addresses[GATE], kinds[GATE], steps[GATE], hidden, buffers.gate, first, last)
     multiply_rows(isa, addresses[UP], kinds[UP], steps[UP], hidden, buffers.up, first, last)
-    _add(weights.gate_biases[layer], buffers.gate, first, last)
-    _add(weights.up_biases[layer], buffers.up, first, last)
-    x, pairs, offsets, scales = _row(buffers.gated, 0)
-    gate_row(buffers.gate[first:last], buffers.up[first:last], rules.gelu, x[first:last])
+    add_bias(weights.gate_biases[layer], buffers.gate, first, last)
+    add_bias(weights.up_biases[layer], buffers.up, first, last)
+    x, pairs, offsets, scales = row_of(buffers.gated, 0)
+    gate_row(buffers.gate[first:last], buffers.up[first:last], options.gelu, x[first:last])
     quantize_row(
         x[first:last],
         pairs[:, first_group:last_group],
@@ -101,30 +102,30 @@ def _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def decode(isa, weights, head, cache, buffers, rules, position, logits, counter, thread, threads):
+def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position, logits, counter, thread, threads):
     """Run one thread's share of one token; all `threads` calls return when the logits are complete.
 
     Args:
         isa: the instruction set.
         weights, head, buffers: see their classes. `own_stream` holds the token's embedding in every row and
             `residual` zeros.
-        cache: see `attention.Cache`.
-        rules: see `Rules`.
-        position: the token's place in the cache.
+        kv, scratch: see `KeyValues` and `Scratch`.
+        options: see `LayerOptions`.
+        sequence, position: where the token stands; its page exists.
         logits: float32 [vocabulary], out.
         counter: int64 [1], the barrier's.
         thread, threads: which of how many threads this is.
 
     """
     stream = buffers.own_stream[thread]
-    hidden = _row(buffers.own_hidden, thread)
-    attended = _row(buffers.own_attended, thread)
+    hidden = row_of(buffers.own_hidden, thread)
+    attended = row_of(buffers.own_attended, thread)
     output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
     for layer in range(len(weights.addresses)):
         addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
         advance_row(
-            stream, buffers.residual, output_norm, rules.residual_scale, weights.attention_norms[layer], rules.epsilon,
-            hidden[0],
+            stream, buffers.residual, output_norm, options.residual_scale, weights.attention_norms[layer],
+            options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
         gemv(
@@ -140,30 +141,30 @@ def decode(isa, weights, head, cache, buffers, rules, position, logits, counter,
         )
         wait_for_all(counter, threads)
         attend_token(
-            isa, cache, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], rules, position,
-            thread, threads,
+            isa, kv, scratch, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], options,
+            sequence, position, thread, threads,
         )  # fmt: skip
         wait_for_all(counter, threads)
-        join_spans(isa, cache, rules.windows[layer], position, attended[0], thread)
+        join_spans(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
         quantize_row(*attended)
         out = buffers.residual
         first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
         multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
-        _add(weights.output_biases[layer], out, first, last)
+        add_bias(weights.output_biases[layer], out, first, last)
         wait_for_all(counter, threads)
         output_norm = weights.attention_output_norms[layer]
         advance_row(
-            stream, buffers.residual, output_norm, rules.residual_scale, weights.feed_forward_norms[layer],
-            rules.epsilon, hidden[0],
+            stream, buffers.residual, output_norm, options.residual_scale, weights.feed_forward_norms[layer],
+            options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
-        _feed_forward(isa, weights, rules, layer, hidden, buffers, thread, threads)
+        _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads)
         wait_for_all(counter, threads)
-        multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], _row(buffers.gated, 0), out, first, last)
-        _add(weights.down_biases[layer], out, first, last)
+        multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
+        add_bias(weights.down_biases[layer], out, first, last)
         output_norm = weights.feed_forward_output_norms[layer]
         wait_for_all(counter, threads)
-    advance_row(stream, buffers.residual, output_norm, rules.residual_scale, head.norm, rules.epsilon, hidden[0])
+    advance_row(stream, buffers.residual, output_norm, options.residual_scale, head.norm, options.epsilon, hidden[0])
     quantize_row(*hidden)
     gemv(isa, head.addresses, head.rows, head.kinds, head.steps, hidden, logits, thread, threads)
     wait_for_all(counter, threads)

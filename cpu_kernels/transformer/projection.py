@@ -17,11 +17,17 @@ from cpu_kernels.packed_rows.layout import (
     WORDS_PER_BLOCK,
     level_offset,
 )
-from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.crew import Crew
-from cpu_kernels.transformer.activations import VectorBuffers, quantize_batch, quantize_row, remainder_of_batch
+from cpu_kernels.transformer.activations import (
+    VectorBuffers,
+    quantize_batch,
+    quantize_row,
+    quantize_vectors,
+    remainder_of_batch,
+)
 from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
 from cpu_kernels.transformer.gemv import HALVES, gemv
+from cpu_kernels.transformer.gemv_batch import gemv_batch, make_row_scratch
 
 
 class Activations:
@@ -46,6 +52,17 @@ class Activations:
     def buffers(self) -> VectorBuffers:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.pairs, self.offsets, self.scales
+
+    def first(self, vectors: int) -> Activations:
+        """Return the first vectors, as a view."""
+        view = Activations.__new__(Activations)
+        view.x, view.pairs = self.x[:vectors], self.pairs[:vectors]
+        view.offsets, view.scales = self.offsets[:vectors], self.scales[:vectors]
+        return view
+
+    def quantize(self, crew: Crew) -> None:
+        """Fill the integer form from `x`."""
+        crew.run(quantize_vectors, *self.buffers)
 
     def vector(self, index: int) -> VectorBuffers:
         """Return one vector's part of the arrays."""
@@ -139,7 +156,6 @@ class Projection:
         if any(matrix.columns != self.columns for matrix in matrices):
             raise ValueError("matrices of one projection have rows of one length")
         self.matrices = list(matrices)
-        self._isa = instruction_set.chosen()
         self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
         self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
         self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
@@ -170,15 +186,23 @@ class Projection:
         for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
             if matrix.depth == HALVES:
-                crew.run(half_gemm, self._isa, words, matrix.rows, x, out, first)
+                crew.run(half_gemm, crew.isa, words, matrix.rows, x, out, first)
             else:
-                arguments = (self._isa, words, matrix.rows, matrix.depth, steps)
+                arguments = (crew.isa, words, matrix.rows, matrix.depth, steps)
                 crew.run(trit_gemm, *arguments, *integers, out, first)
                 if exact:
                     rest = np.zeros((len(out), matrix.rows), np.float32)
                     crew.run(trit_gemm, *arguments, *remainder, rest, 0)
                     out[:, first : first + matrix.rows] += rest
             first += matrix.rows
+
+    def multiply_vectors(self, vectors: Activations, out: np.ndarray, crew: Crew) -> None:
+        """Multiply quantized vectors: [n, columns] -> float32 [n, rows of all matrices], equal to `multiply_vector`."""
+        if vectors.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
+            raise ValueError("vectors, matrices and output do not fit each other")
+        scratch = make_row_scratch(self.columns, crew.threads)
+        arguments = (self.addresses, self.matrix_rows, self.kinds, self.steps)
+        crew.run(gemv_batch, crew.isa, *arguments, vectors.buffers, out, scratch)
 
     def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
         """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
@@ -193,4 +217,4 @@ class Projection:
         vector = Activations(1, self.columns).vector(0)
         vector[0][:] = x
         quantize_row(*vector)
-        crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)
+        crew.run(gemv, crew.isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sequences import open_sequence
+
+from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
+from tritgguf.runtime.token_batch import TokenBatch
 
 pytest.importorskip("torch")
 
@@ -19,8 +24,6 @@ from tritgguf.evaluation.verify import verify
 from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.reference.model import ReferenceModel
-from tritgguf.runtime.lockstep import Lockstep
-from tritgguf.runtime.model import Model
 from tritgguf.sources.open import open_source
 
 NAMES = list(families.FAMILIES)
@@ -64,7 +67,7 @@ def test_logits_are_those_of_transformers(converted: Callable[[str], Converted],
 @all_families
 def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> None:
     file = GgufFile(converted(name).file)
-    model = Model(file, context=160, prefill_bits=16, cache_type="f32")
+    model = open_sequence(file, context=160, prefill_bits=16, cache_type="f32")
     expected = model.forward(TOKENS, all_logits=True)
     model.truncate(0)
     found = np.array([model.forward([token]).copy() for token in TOKENS])
@@ -72,16 +75,29 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
 
 
 @all_families
-def test_texts_side_by_side(converted: Callable[[str], Converted], name: str) -> None:
-    """A text is what it would be alone, up to the order of sums and the rounding of 8-bit activations."""
-    file = GgufFile(converted(name).file)
-    tokens = np.stack([TOKENS, TOKENS[::-1], np.roll(TOKENS, 7)], axis=1)
-    model = Lockstep(file, context=len(tokens))
-    model.begin(tokens.shape[1])
-    found = np.stack([model.forward(row).copy() for row in tokens])
-    for text in range(tokens.shape[1]):
-        expected = Model(file, context=160).forward(tokens[:, text].tolist(), all_logits=True)
-        np.testing.assert_allclose(found[:, text], expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+@pytest.mark.parametrize("decode_bits", [8, 16])
+def test_sequences_side_by_side(converted: Callable[[str], Converted], name: str, decode_bits: int) -> None:
+    """A sequence is what it would be alone, to the last bit, whatever stands beside it."""
+    model = Model(GgufFile(converted(name).file), decode_bits=decode_bits)
+    tokens = [TOKENS.tolist(), TOKENS[::-1].tolist(), np.roll(TOKENS, 7).tolist()]
+    alone = []
+    for sequence in tokens:
+        single = SingleSequence(model, 160)
+        single.forward(sequence[:50], generated=False)
+        alone.append(np.array([single.forward([token]) for token in sequence[50:90]]))
+    pool = model.new_kv_pool(context=160, sequences=3)
+    numbers = [pool.allocate() for _ in tokens]
+    for first, last, is_prompt in [(0, 20, True), (20, 50, True), *((n, n + 1, False) for n in range(50, 90))]:
+        for number in numbers:
+            pool.reserve(number, last - first)
+        chunks = [(number, first, sequence[first:last], 1) for number, sequence in zip(numbers, tokens, strict=True)]
+        logits = np.empty((3, model.config.vocab_size), np.float32)
+        model.forward(TokenBatch.of_chunks(chunks, 3 if is_prompt else 0), pool, logits)
+        for number in numbers:
+            pool.advance(number, last - first)
+        if not is_prompt:
+            for expected, found in zip(alone, logits, strict=True):
+                np.testing.assert_array_equal(found, expected[first - 50])
 
 
 @all_families

@@ -29,11 +29,11 @@ from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import VerifyReport
-from tritgguf.runtime.sampling import Sampler, SamplingOptions
+from tritgguf.generation.sampling import Sampler, SamplingOptions
 
 LOADED_MODEL, CONVERT, VERIFY = (
     importlib.import_module(f"tritgguf.{name}")
-    for name in ("runtime.loaded_model", "conversion.convert", "evaluation.verify")
+    for name in ("generation.loaded_model", "conversion.convert", "evaluation.verify")
 )
 TIMINGS = re.compile(r"load \d+\.\d\d s \| prompt \d+ tokens, [\d.]+ tokens/s \| decode \d+ tokens, [\d.]+ tokens/s\n")
 
@@ -71,7 +71,7 @@ def record_sampling(monkeypatch: pytest.MonkeyPatch) -> list[SamplingOptions]:
         seen.append(options)
         return Sampler(options)
 
-    monkeypatch.setattr("tritgguf.runtime.sampling.Sampler", make)
+    monkeypatch.setattr("tritgguf.generation.sampling.Sampler", make)
     return seen
 
 
@@ -509,7 +509,7 @@ def test_importing_the_command_line_imports_little() -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["tritgguf.cli.app", "tritgguf.conversion.convert", "tritgguf.runtime.generate", "tritgguf.evaluation.verify"],
+    ["tritgguf.cli.app", "tritgguf.conversion.convert", "tritgguf.generation.generate", "tritgguf.evaluation.verify"],
 )
 def test_the_api_is_functions_whatever_was_imported_first(first: str) -> None:
     code = (

@@ -19,9 +19,9 @@ from tiny_models import write_tiny_model
 from tritgguf.cli import app
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.loaded_model import load
 from tritgguf.runtime.config import ModelConfig
-from tritgguf.runtime.kv_cache import KeyValueCache, cache_bytes
-from tritgguf.runtime.model import Model
+from tritgguf.runtime.kv_pool import KVPool, page_bytes, pages_of
 
 Files = Callable[..., GgufFile]
 
@@ -120,18 +120,18 @@ sys.modules["tritgguf.cli.app"] = types.SimpleNamespace(main=main)
 # -- memory
 
 
-def test_the_size_of_a_cache_is_foretold(tiny_trit_file: Files) -> None:
+def test_the_size_of_a_page_is_foretold(tiny_trit_file: Files) -> None:
     config = ModelConfig.from_file(tiny_trit_file())
-    for context, cache_type in ((32, "f16"), (100, "f32"), (256, "f16")):
-        arrays = KeyValueCache(config, context, 1, cache_type).arrays
-        held = sum(array.nbytes for array in (arrays.keys, arrays.values, arrays.cosines, arrays.sines))
-        assert cache_bytes(config, context, cache_type) == held
+    for cache_type in ("f16", "f32"):
+        pool = KVPool(config, pages=2, sequences=1, context=300, cache_type=cache_type)
+        pool.reserve(pool.allocate(), 300)
+        assert pool.allocated_bytes == 2 * page_bytes(config, cache_type)
 
 
 def test_a_context_beyond_memory_is_refused_before_anything_is_allocated(tiny_trit_file: Files) -> None:
     file = tiny_trit_file()
-    needed = cache_bytes(ModelConfig.from_file(file), 10**12)
+    needed = pages_of(10**12) * page_bytes(ModelConfig.from_file(file))
     with pytest.raises(TritGgufError, match=r"a context of 10+ tokens needs [\d,]+ bytes") as caught:
-        Model(file, context=10**12)
+        load(file.path, context=10**12)
     for part in (file.path.name, f"{needed:,}", "(-c)"):
         assert part in str(caught.value)

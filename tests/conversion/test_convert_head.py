@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from sequences import open_sequence
 from tiny_models import write_tiny_model
 
 from tritgguf.conversion.convert import convert
@@ -16,7 +17,6 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.trit_types import DEPTHS, row_bytes
 from tritgguf.quantization import matrix_encoders
-from tritgguf.runtime.model import Model
 from tritgguf.runtime.weights import Embeddings
 from tritgguf.sources.open import open_source
 
@@ -103,7 +103,7 @@ def test_the_report_counts_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_rows_are_decoded_as_the_whole_table_is(tmp_path: Path, depth: int) -> None:
     file = converted(tmp_path, embedding_depth=depth)
-    embeddings = Model(file, context=8)._weights.embeddings
+    embeddings = open_sequence(file, context=8).model._weights.embeddings
     assert isinstance(embeddings, Embeddings)
     whole = file.read_float32(EMBEDDINGS)
     np.testing.assert_array_equal(embeddings[np.array(TOKENS * 4)], whole[TOKENS * 4])
@@ -118,8 +118,8 @@ def test_rows_are_decoded_as_the_whole_table_is(tmp_path: Path, depth: int) -> N
 def test_logits(tmp_path: Path, variant: str, output_depth: int, embedding_depth: int) -> None:
     file = converted(tmp_path, variant, output_depth=output_depth, embedding_depth=embedding_depth)
     expected = naive.transformer_logits(file.metadata, {name: file.read_float32(name) for name in file.tensors}, TOKENS)
-    model = Model(file, context=16, prefill_bits=16, cache_type="f32")
-    exact = Model(file, context=16, exact=True)
+    model = open_sequence(file, context=16, prefill_bits=16, cache_type="f32")
+    exact = open_sequence(file, context=16, exact=True)
     largest = np.abs(expected).max()
     for runner, tolerance in ((model, 1e-4), (exact, 3e-6)):
         whole = runner.forward(TOKENS, all_logits=True)

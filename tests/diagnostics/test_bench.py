@@ -20,7 +20,7 @@ from tritgguf.diagnostics.bench import Speed, bench, bytes_read_per_token, proce
 from tritgguf.diagnostics.kernel_times import REST
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
 
 MATRIX_WEIGHTS = 2 * (128 * 128 + 2 * 64 * 128 + 128 * 128 + 3 * 128 * 192)
 HEAD_BYTES = 448 * 128 * 2
@@ -95,13 +95,13 @@ def test_bench(tiny_file: Path) -> None:
 
 def test_both_tests_stand_behind_the_depth(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
-    forward = Model.forward
+    forward = SingleSequence.forward
 
-    def note_and_forward(self: Model, tokens: list[int]) -> Any:
+    def note_and_forward(self: SingleSequence, tokens: list[int]) -> Any:
         calls.append((self.position, len(tokens)))
         return forward(self, tokens)
 
-    monkeypatch.setattr(Model, "forward", note_and_forward)
+    monkeypatch.setattr(SingleSequence, "forward", note_and_forward)
     bench(tiny_file, prompt_tokens=6, generated_tokens=2, depth=5, repetitions=2)
     assert calls == [(0, 11), (10, 1), (5, 6), (5, 6), (5, 1), (6, 1), (5, 1), (6, 1)]
 

@@ -18,6 +18,7 @@ from awkward_strings import awkward_strings
 from greedy_match import PROMPTS, compare_prompt
 from llama_cpp_referee import Referee, relative_difference, render
 from real_models import MODELS
+from sequences import open_sequence
 from stock_gguf import write_float32, write_vocabulary
 from tiny_models import CHAT_TEMPLATE, VARIANTS, write_tiny_model
 
@@ -25,8 +26,7 @@ from tritgguf import export
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.text_windows import shipped_text
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.runtime.loaded_model import load
-from tritgguf.runtime.model import Model
+from tritgguf.generation.loaded_model import load
 from tritgguf.sources.open import open_source
 from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.chat_template import Message
@@ -208,7 +208,7 @@ def test_control_tokens_in_messages_stay_text(referee_library: Path, tmp_path: P
 
 def runner_logits(file: GgufFile, tokens: list[int], *, exact: bool) -> np.ndarray:
     """The runner with 16-bit or exact activations; the 8-bit ones of `run` are further from llama.cpp's F16."""
-    model = Model(file, context=len(tokens), threads=THREADS, prefill_bits=16, exact=exact, cache_type="f32")
+    model = open_sequence(file, context=len(tokens), threads=THREADS, prefill_bits=16, exact=exact, cache_type="f32")
     return model.forward(tokens, all_logits=True)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFValue, GGUFValueType
+from sequences import open_sequence
 
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
-from tritgguf.runtime.model import Model
 
 Files = Callable[..., GgufFile]
 
@@ -51,14 +51,16 @@ def rewritten(
 def refused(file: GgufFile, message: str) -> None:
     """Assert that a file is refused in one line that names it."""
     with pytest.raises(TritGgufError, match=message) as caught:
-        Model(file, context=8)
+        open_sequence(file, context=8)
     assert str(file.path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_rewritten_file_runs(tiny_trit_file: Files, tmp_path: Path) -> None:
     file = rewritten(tiny_trit_file(), tmp_path / "same.gguf")
-    np.testing.assert_array_equal(Model(file, context=8).forward([1]), Model(tiny_trit_file(), context=8).forward([1]))
+    np.testing.assert_array_equal(
+        open_sequence(file, context=8).forward([1]), open_sequence(tiny_trit_file(), context=8).forward([1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,9 @@ def test_missing_keys_with_defaults(tiny_trit_file: Files, tmp_path: Path) -> No
     file = tiny_trit_file("llama-no-gqa")
     keys = {"llama.rope.freq_base": None, "llama.attention.head_count_kv": None}
     changed = rewritten(file, tmp_path / "default.gguf", metadata=keys)
-    np.testing.assert_array_equal(Model(changed, context=8).forward([1]), Model(file, context=8).forward([1]))
+    np.testing.assert_array_equal(
+        open_sequence(changed, context=8).forward([1]), open_sequence(file, context=8).forward([1])
+    )
 
 
 def test_rope_scaling_that_cannot_be_run(tiny_trit_file: Files, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from sequences import open_sequence
 
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
 
 TOKENS = [5, 401, 17, 17, 300, 0, 447, 62, 128, 33, 254]
 Files = Callable[..., GgufFile]
@@ -27,9 +28,9 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def precise_model(file: GgufFile, **options: Any) -> Model:
+def precise_model(file: GgufFile, **options: Any) -> SingleSequence:
     """Return a model that rounds as little as it can without `exact`."""
-    return Model(file, prefill_bits=16, cache_type="f32", **options)
+    return open_sequence(file, prefill_bits=16, cache_type="f32", **options)
 
 
 # -- logits
@@ -76,7 +77,7 @@ def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, option
     """Eight-bit activations of a prompt and a cache of halves move logits by a hundredth at most, and do move them."""
     file = tiny_trit_file(variant)
     expected = expected_logits(file, TOKENS)
-    model = Model(file, context=32, **options)
+    model = open_sequence(file, context=32, **options)
     found = model.forward(TOKENS[:-1], all_logits=True), model.forward(TOKENS[-1:])
     difference = max(np.abs(found[0] - expected[:-1]).max(), np.abs(found[1] - expected[-1]).max())
     largest = np.abs(expected).max()
@@ -88,7 +89,7 @@ def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, option
 
 def test_exact_logits(tiny_trit_file: Files) -> None:
     expected = expected_logits(tiny_trit_file("llama", 1), TOKENS)
-    model = Model(tiny_trit_file("llama", 1), context=32, exact=True)
+    model = open_sequence(tiny_trit_file("llama", 1), context=32, exact=True)
     tolerance = 3e-6 * np.abs(expected).max()
     np.testing.assert_allclose(model.forward(TOKENS[:-1], all_logits=True), expected[:-1], rtol=0, atol=tolerance)
     np.testing.assert_allclose(model.forward(TOKENS[-1:]), expected[-1], rtol=0, atol=tolerance)
@@ -227,7 +228,7 @@ def test_logits_of_single_tokens_can_be_kept(tiny_trit_file: Files) -> None:
 
 def test_weights_are_views_of_the_file(tiny_trit_file: Files) -> None:
     file = tiny_trit_file("qwen2")
-    weights = precise_model(file, context=8)._weights
+    weights = precise_model(file, context=8).model._weights
     matrices = {
         f"blk.{index}.{name}.weight": matrix
         for index, layer in enumerate(weights.layers)
@@ -250,13 +251,13 @@ def test_weights_are_views_of_the_file(tiny_trit_file: Files) -> None:
 
 
 def test_tied_embeddings_are_the_head(tiny_trit_file: Files) -> None:
-    weights = precise_model(tiny_trit_file("llama-tied"), context=8)._weights
+    weights = precise_model(tiny_trit_file("llama-tied"), context=8).model._weights
     assert weights.head.matrices[0].data.ctypes.data == weights.embeddings.matrix.data.ctypes.data
 
 
 def test_config(tiny_trit_file: Files) -> None:
-    config = precise_model(tiny_trit_file("qwen2"), context=8).config
+    config = precise_model(tiny_trit_file("qwen2"), context=8).model.config
     assert (config.vocab_size, config.embedding_length, config.layer_count) == (448, 128, 2)
     assert (config.context_length, config.architecture.gguf_name) == (256, "qwen2")
-    assert not config.rules.interleaved
-    assert precise_model(tiny_trit_file("mistral"), context=8).config.rules.interleaved
+    assert not config.layer_options.interleaved
+    assert precise_model(tiny_trit_file("mistral"), context=8).model.config.layer_options.interleaved

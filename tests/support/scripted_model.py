@@ -11,57 +11,68 @@ import numpy as np
 from small_tokenizers import encode, tokenizer
 from tiny_models import CHAT_TEMPLATE
 
-from tritgguf.runtime.loaded_model import LoadedModel
+from tritgguf.errors import TritGgufError
+from tritgguf.generation.engine import Engine
+from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.runtime.kv_pool import KVPool
+from tritgguf.runtime.token_batch import TokenBatch
 
 VOCABULARY = 448
 START, END = 1, 2
 
 
 class ScriptedModel:
-    """Says its script, one token for each call, whatever it is told; behaves like a Model in all else.
+    """Says its script, a token for each output, whatever it is told; behaves like a Model in all else.
 
     The second likeliest token is always the one behind it in the vocabulary.
+
+    Attributes:
+        calls: the tokens of every forward pass.
+
     """
 
-    def __init__(self, script: Sequence[int], context: int = 512) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCABULARY)
-        self.context = context
+    def __init__(self, script: Sequence[int]) -> None:
+        sizes = SimpleNamespace(layers=1, kv_heads=1, head_dim=2, hidden=4, vocabulary=VOCABULARY)
+        self.config: Any = SimpleNamespace(vocab_size=VOCABULARY, dimensions=sizes)
         self.script = list(script)
-        self.cache: list[int] = []
         self.calls: list[list[int]] = []
         self.interrupt_in_call: int | None = None
-        self._logits = np.zeros(VOCABULARY, np.float32)
 
-    @property
-    def position(self) -> int:
-        return len(self.cache)
+    def new_kv_pool(self, **options: Any) -> KVPool:
+        pages = options["sequences"] * (options["context"] // 256 + 2)
+        return KVPool(self.config, **{**options, "pages": options["pages"] or pages, "cache_type": "f16"})
 
-    def forward(self, tokens: Sequence[int]) -> np.ndarray:
-        assert 0 < len(tokens) <= self.context - self.position
-        self.calls.append(list(tokens))
+    def check_tokens(self, tokens: np.ndarray) -> None:
+        if tokens.max() >= VOCABULARY:
+            raise TritGgufError("tokens must be from 0 to 447")
+
+    def forward(
+        self, batch: TokenBatch, kv: KVPool, logits: np.ndarray | None, hidden: np.ndarray | None = None
+    ) -> None:
+        assert kv.writable(batch.sequences, batch.positions)
+        self.calls.append(batch.tokens.tolist())
         if len(self.calls) == self.interrupt_in_call:
-            self.cache += tokens[:1]  # stopped half-way
             raise KeyboardInterrupt
-        self.cache += tokens
-        token = self.script.pop(0) if self.script else END
-        self._logits[:] = 0
-        self._logits[token : token + 2] = 9, 5
-        return self._logits
-
-    def truncate(self, position: int) -> None:
-        assert 0 <= position <= self.position
-        del self.cache[position:]
+        if hidden is not None:
+            hidden[:] = np.arange(len(hidden))[:, np.newaxis]
+        for row in [] if logits is None else logits:
+            token = self.script.pop(0) if self.script else END
+            row[:] = 0
+            row[token : token + 2] = 9, 5
 
 
 def scripted(script: Sequence[int] | str, context: int = 512, template: str | None = CHAT_TEMPLATE) -> Any:
-    """A LoadedModel; a script given as text ends the turn after it."""
+    """A LoadedModel; a script given as text ends the turn after it. Its attribute `model` is the scripted one."""
     tokens = tokenizer()
     if isinstance(script, str):
         script = [*encode(tokens, script), END]
-    return LoadedModel(
+    model: Any = ScriptedModel(script)
+    loaded: Any = LoadedModel(
         path=Path("model.gguf"),
-        model=ScriptedModel(script, context),  # type: ignore[arg-type]
         tokenizer=tokens,
         chat_template=template,
         load_seconds=0.25,
+        engine=Engine(model, context=context, parallel=4),
     )
+    loaded.model = model
+    return loaded

@@ -14,7 +14,6 @@ from tritgguf.cli.options import (
     PrefillBits,
     Threads,
     TritFile,
-    force_instruction_set,
     option,
 )
 
@@ -37,9 +36,8 @@ def bench_command(
     Example: tritgguf bench d3.gguf -p 512 -n 128 -t 2
     """
     from tritgguf.diagnostics.bench import bench
-    from tritgguf.runtime.kv_cache import DEFAULT_CACHE_TYPE
+    from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
 
-    force_instruction_set(isa)
     report = bench(
         file,
         prompt_tokens=prompt_tokens,
@@ -49,6 +47,7 @@ def bench_command(
         repetitions=repetitions,
         prefill_bits=prefill_bits,
         cache_type=cache_type or DEFAULT_CACHE_TYPE,
+        isa=isa,
         by_kernel=not no_kernels,
         on_compilation=terminal.print_compilation_note,
     )

@@ -7,18 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tritgguf.errors import TritGgufError
-
-
-def force_instruction_set(name: str | None) -> None:
-    """Let the kernels use the instruction set of this name; None leaves the choice to them."""
-    from cpu_kernels.simd import instruction_set
-
-    try:
-        instruction_set.force(name)
-    except ValueError as error:
-        raise TritGgufError(str(error)) from error
-
 
 def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
     """Return an option whose help line says N, TEXT or FILE instead of a type's name."""

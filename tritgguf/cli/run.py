@@ -6,7 +6,7 @@ import contextlib
 import gc
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,22 +19,21 @@ from tritgguf.cli.options import (
     PrefillBits,
     Threads,
     TritFile,
-    force_instruction_set,
     option,
 )
 from tritgguf.cli.terminal import note
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
-    from tritgguf.runtime.generation import Generation, Timings
-    from tritgguf.runtime.loaded_model import LoadedModel
-    from tritgguf.runtime.sampling import SamplingOptions
+    from tritgguf.generation.loaded_model import LoadedModel
+    from tritgguf.generation.result import Generation, Timings
+    from tritgguf.generation.sampling import SamplingOptions
 
 
 def print_context_note(model: LoadedModel, answer: Generation) -> None:
     """Say so when an answer ended because the context was full."""
     if answer.finish_reason == "context":
-        size = model.model.context
+        size = model.context
         note(f"note: the context of {size} tokens is full, the answer ends here; --ctx-size makes room")
 
 
@@ -47,29 +46,44 @@ def print_timings(timings: Timings) -> None:
     )
 
 
+Prompt = Annotated[str | None, option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
+PromptFile = Annotated[Path | None, option("--file", "-f", metavar="FILE", help="File with the prompt.")]
+System = Annotated[str | None, option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")]
+Predict = Annotated[int, option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")]
+Context = Annotated[
+    int, option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
+]
+Temperature = Annotated[float, option("--temp", help="Temperature; 0 takes the likeliest token.")]
+TopK = Annotated[int, option("--top-k", help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, option("--top-p", help="Keep the likeliest up to this probability.")]
+MinP = Annotated[float, option("--min-p", help="Least probability, relative to the likeliest.")]
+RepeatPenalty = Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")]
+RepeatLastN = Annotated[int, option("--repeat-last-n", help="How many tokens are recent.")]
+Seed = Annotated[int, option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")]
+Exact = Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")]
+CheckFirst = Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")]
+
+
 def run_command(
     file: TritFile,
-    prompt: Annotated[str | None, option("--prompt", "-p", metavar="TEXT", help="What to answer.")] = None,
-    prompt_file: Annotated[Path | None, option("--file", "-f", metavar="FILE", help="File with the prompt.")] = None,
-    system: Annotated[str | None, option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")] = None,
-    predict: Annotated[
-        int, option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")
-    ] = -1,
-    context: Annotated[
-        int, option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
-    ] = 0,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    system: System = None,
+    predict: Predict = -1,
+    context: Context = 0,
     threads: Threads = None,
-    temperature: Annotated[float, option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, option("--top-k", help="Keep the k likeliest tokens; 0: all.")] = 40,
-    top_p: Annotated[float, option("--top-p", help="Keep the likeliest up to this probability.")] = 0.95,
-    min_p: Annotated[float, option("--min-p", help="Least probability, relative to the likeliest.")] = 0.05,
-    repeat_penalty: Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")] = 1.0,
-    repeat_last_n: Annotated[int, option("--repeat-last-n", help="How many tokens are recent.")] = 64,
-    seed: Annotated[int, option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")] = -1,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")] = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repeat_penalty: RepeatPenalty = 1.0,
+    repeat_last_n: RepeatLastN = 64,
+    seed: Seed = -1,
+    raw: Raw = False,
     prefill_bits: PrefillBits = 8,
-    exact: Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")] = False,
-    check_first: Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")] = False,
+    exact: Exact = False,
+    check_first: CheckFirst = False,
     cache_type: CacheType = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -80,42 +94,31 @@ def run_command(
 
     Example: tritgguf run d3.gguf -p "Name three primary colors."
     """
-    from tritgguf.runtime.loaded_model import load
-    from tritgguf.runtime.sampling import SamplingOptions
+    from tritgguf.generation.sampling import SamplingOptions
 
-    sampling = SamplingOptions(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        seed=seed,
-    )
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
     if check_first:
         check_file(file, None)
-    force_instruction_set(isa)
-    gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
-    try:
-        announce = terminal.print_compilation_note
-        model = load(
-            file,
-            context=context or None,
-            threads=threads,
-            prefill_bits=prefill_bits,
-            exact=exact,
-            cache_type=cache_type,
-            on_compilation=announce,
-        )
-    finally:
-        gc.enable()
+    settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
+    model = _load(file, context=context or None, **settings)
     if text is None:
         _chat(model, system, sampling, predict)
     else:
         _answer(model, text, system, sampling, predict, raw=raw, as_json=as_json)
+
+
+def _load(file: Path, **settings: Any) -> LoadedModel:
+    """Load the model for one generation at a time."""
+    from tritgguf.generation.loaded_model import load
+
+    gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
+    try:
+        return load(file, parallel=1, on_compilation=terminal.print_compilation_note, **settings)
+    finally:
+        gc.enable()
 
 
 def _answer(
@@ -129,9 +132,9 @@ def _answer(
     as_json: bool,
 ) -> None:
     """Answer one prompt."""
-    from tritgguf.runtime.prompt import prompt_tokens
-    from tritgguf.runtime.sampling import Sampler
-    from tritgguf.runtime.text_stream import TextStream
+    from tritgguf.generation.prompt import prompt_tokens
+    from tritgguf.generation.sampling import Sampler
+    from tritgguf.generation.text_stream import TextStream
 
     tokens = prompt_tokens(model, text, system=system, raw=raw)
     stream = TextStream(model, tokens, Sampler(sampling), max_tokens=max_tokens, continues_prompt=raw)
@@ -148,7 +151,7 @@ def _answer(
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
-    """Return the prompt that was given, or None when somebody sits there to type one."""
+    """Return the prompt that was given; None when stdin is a terminal."""
     if prompt is not None and file is not None:
         raise TritGgufError("give the prompt with either -p or -f, not with both")
     if prompt is not None:
@@ -166,8 +169,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
     """Talk until Ctrl-D."""
-    from tritgguf.runtime.chat import Chat
-    from tritgguf.runtime.generation import Timings
+    from tritgguf.generation.chat import Chat
+    from tritgguf.generation.result import Timings
 
     with contextlib.suppress(ImportError):  # not on Windows; with it, input() edits lines and recalls them
         import readline  # noqa: F401
@@ -186,9 +189,9 @@ def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max
                 continue
             with contextlib.suppress(KeyboardInterrupt):
                 stream.finish(terminal.write_answer)
+            stream.close()
             print(flush=True)
             answer = stream.result()
-            chat.keep(answer)
             timings.append(answer.timings)
             print_context_note(model, answer)
     if timings:

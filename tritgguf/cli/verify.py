@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.options import InstructionSet, Json, Threads, TritFile, force_instruction_set, option
+from tritgguf.cli.options import InstructionSet, Json, Threads, TritFile, option
 from tritgguf.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ def verify_command(
     """
     from tritgguf.evaluation.verify import verify
 
-    force_instruction_set(isa)
     text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
     with terminal.progress(in_bytes=False) as report:
-        result = verify(source, file, text=text, tokens=tokens, layers=layers, threads=threads, progress=report)
+        result = verify(
+            source, file, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report
+        )
     if as_json:
         terminal.print_json(result.as_dict())
     else:

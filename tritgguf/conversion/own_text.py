@@ -28,13 +28,18 @@ from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.journal import JobLog
-from tritgguf.runtime.lockstep import Lockstep
-from tritgguf.runtime.sampling import Sampler, SamplingOptions
+from tritgguf.generation.engine import Engine
+from tritgguf.generation.request import Request
+from tritgguf.generation.sampling import Sampler, SamplingOptions
+from tritgguf.runtime.kv_pool import page_bytes, pages_of
+from tritgguf.runtime.model import Model
 
 if TYPE_CHECKING:
     from tritgguf.sources.source import Source
 DEFAULT_OWN_TOKENS = 32 * WINDOW_TOKENS  # which the model has to write first
 _WRITING_DEPTH = 4
+_MOST_TEXTS = 64  # at once
+_MOST_CACHE_BYTES = 1 << 30
 _OPENINGS = (
     *("The ", "In ", '"', "Once upon a time", "Dear ", "To whom it may concern", "Chapter 1\n\n", "For example, "),
     *("Abstract\n\n", "Theorem", "Let ", "How to ", "What is ", "Question: ", "Answer: ", "User: ", "A: "),
@@ -106,18 +111,17 @@ def windows_of_own_text(
         convert(
             source.name, path, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
         )
-        file = GgufFile(path)
-        model = Lockstep(file, context=length, threads=threads)
+        engine = _writer(path, length, threads)
         while len(windows) < count:
             done = len(windows)
-            numbers = range(done, min(count, done + model.most_texts))
+            numbers = range(done, min(count, done + engine.parallel))
             texts = [_Text(openings, tokenizer.stop_tokens, np.random.default_rng([seed, n])) for n in numbers]
 
             def show(tokens: int, done: int = done) -> None:
                 if progress is not None:
                     progress(done * length + tokens, count * length)
 
-            for window in _write(model, texts, length, show):
+            for window in _write(engine, texts, length, show):
                 windows.append(window)
                 if kept is not None:
                     kept.add(window)
@@ -171,16 +175,31 @@ class KeptText:
             self._path.unlink(missing_ok=True)
 
 
+def _writer(path: Path, length: int, threads: int | None) -> Engine:
+    """Return an engine for as many texts of this length at once as their keys and values fit into a gigabyte."""
+    model = Model(GgufFile(path), threads=threads, decode_bits=8)
+    pages = _MOST_CACHE_BYTES // page_bytes(model.config)
+    texts = max(1, min(_MOST_TEXTS, pages // (pages_of(length) + 1)))
+    return Engine(model, context=length, parallel=texts)
+
+
 class _Text:
-    """Says how a window of own text goes on; where a text ends before the window does, the next one starts."""
+    """Says how a window of own text goes on; where a text ends before the window does, the next one starts.
+
+    It chooses the tokens of a `Request` in place of a `Sampler`.
+    """
 
     def __init__(self, openings: Sequence[list[int]], ends: frozenset[int], random: np.random.Generator) -> None:
         self._openings, self._ends, self._random = openings, ends, random
-        seed = int(random.integers(1 << 32))
-        self._sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
-        self._waiting = self._opening()
+        self.seed = int(random.integers(1 << 32))
+        self._sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=self.seed))
+        self.beginning = self._opening()
+        self._waiting: list[int] = []
 
-    def next_token(self, logits: np.ndarray) -> int:
+    def accept(self, tokens: Iterable[int]) -> None:
+        """Do nothing: no token is penalized."""
+
+    def sample(self, logits: np.ndarray) -> int:
         """Return the next token, drawn by float32 logits [vocabulary] unless an opening is to be written."""
         if self._waiting:
             return self._waiting.pop(0)
@@ -193,14 +212,16 @@ class _Text:
         return list(self._openings[int(self._random.integers(len(self._openings)))])
 
 
-def _write(model: Lockstep, texts: Sequence[_Text], length: int, show: Callable[[int], None]) -> list[list[int]]:
+def _write(engine: Engine, texts: Sequence[_Text], length: int, show: Callable[[int], None]) -> list[list[int]]:
     """Return a window of each text; `show` is called with the tokens that are written."""
-    tokens = np.zeros((len(texts), length), np.int64)
-    model.begin(len(texts))
-    logits: Iterable[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)  # openings come first
-    for place in range(length):
-        tokens[:, place] = [text.next_token(row) for text, row in zip(texts, logits, strict=True)]
-        show((place + 1) * len(texts))
-        if place + 1 < length:
-            logits = model.forward(tokens[:, place])
-    return tokens.tolist()
+    requests = []
+    for text in texts:
+        prompt = text.beginning[:length]
+        wanted = length - len(prompt)
+        requests.append(engine.submit(Request(prompt, sampler=text, max_tokens=wanted, cache_prompt=False)))
+    while engine.step():
+        show(sum(len(request.tokens) for request in requests))
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [request.tokens for request in requests]

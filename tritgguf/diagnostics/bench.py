@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.simd import instruction_set, variants
+from cpu_kernels.simd import variants
 from cpu_kernels.threads.bandwidth import read_bandwidth
 from tritgguf.diagnostics.kernel_times import KernelTime, decode_launch_seconds, decode_seconds, prefill_times, shares
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.trit_types import TritType, is_trit_type
-from tritgguf.runtime.kv_cache import DEFAULT_CACHE_TYPE
+from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits
 from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.runtime.weights import ModelWeights
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -162,6 +163,7 @@ def bench(
     repetitions: int = 5,
     prefill_bits: int = 8,
     cache_type: str = DEFAULT_CACHE_TYPE,
+    isa: str | None = None,
     by_kernel: bool = True,
     on_compilation: Callable[[], None] | None = None,
 ) -> BenchReport:
@@ -175,6 +177,7 @@ def bench(
         repetitions: how often each test is run, after a warm-up that is not counted.
         prefill_bits: of the prompt's activations, 8 or 16.
         cache_type: what keys and values are kept in, "f16" or "f32".
+        isa: the instruction set, such as "avx2"; None for the best that works here.
         by_kernel: whether to measure the kernels too, which takes as long again.
         on_compilation: called if kernels have to be compiled first.
 
@@ -185,11 +188,13 @@ def bench(
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
     file = GgufFile(path)
     context = depth + max(prompt_tokens, generated_tokens)
-    model = Model(file, context=context, threads=threads, prefill_bits=prefill_bits, cache_type=cache_type)
-    tokens = _warm_up(model, on_compilation or (lambda: None))
+    model = Model(file, threads=threads, prefill_bits=prefill_bits, isa=isa)
+    sequence = SingleSequence(model, context, cache_type=cache_type)
+    check_cache_fits(model.config, context, cache_type, str(file.path))
+    tokens = _warm_up(sequence, on_compilation or (lambda: None))
     prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
-    prefill = _time_prefill(model, prompt, depth, repetitions) if prompt else None
-    decode = _time_decode(model, generated, depth, repetitions) if generated else None
+    prefill = _time_prefill(sequence, prompt, depth, repetitions) if prompt else None
+    decode = _time_decode(sequence, generated, depth, repetitions) if generated else None
     bandwidth = read_bandwidth(model.crew, repetitions)
     config, weights, crew = model.config, ModelWeights(file, model.config), model.crew
     prompt_times, decode_kernels = None, list[KernelTime]()
@@ -207,7 +212,7 @@ def bench(
         file_bytes=file.path.stat().st_size,
         weights=sum(info.n_weights for info in infos),
         processor=processor_name(),
-        instruction_set=variants.name_of(instruction_set.choose()),
+        instruction_set=variants.name_of(len(crew.isa)),
         threads=crew.threads,
         prefill=prefill,
         decode=decode,
@@ -221,39 +226,39 @@ def bench(
     )
 
 
-def _warm_up(model: Model, on_compilation: Callable[[], None]) -> list[int]:
-    """Run a model until its cache is full, and return the random tokens in it.
+def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> list[int]:
+    """Run a sequence until its context is full, and return the random tokens in it.
 
     Nothing is left to compile, read or allocate then, and cut at any depth, the cache holds what stands before.
     """
+    model, context = sequence.model, sequence.context
     model.compile(on_compilation)
-    context = model.context
     tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
-    model.forward(tokens)
-    model.truncate(context - 1)
-    model.forward(tokens[-1:])
+    sequence.forward(tokens)
+    sequence.truncate(context - 1)
+    sequence.forward(tokens[-1:])
     return tokens
 
 
-def _time_prefill(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
+def _time_prefill(sequence: SingleSequence, tokens: list[int], depth: int, repetitions: int) -> Speed:
     """Time a prompt of `tokens` behind the first `depth` in the cache."""
     seconds = []
     for _ in range(repetitions):
-        model.truncate(depth)
+        sequence.truncate(depth)
         start = time.perf_counter()
-        model.forward(tokens)
+        sequence.forward(tokens)
         seconds.append(time.perf_counter() - start)
     return Speed(_test_name("pp", len(tokens), depth), len(tokens), tuple(seconds))
 
 
-def _time_decode(model: Model, tokens: list[int], depth: int, repetitions: int) -> Speed:
+def _time_decode(sequence: SingleSequence, tokens: list[int], depth: int, repetitions: int) -> Speed:
     """Time tokens behind the first `depth` in the cache, one after the other."""
     seconds = []
     for _ in range(repetitions):
-        model.truncate(depth)
+        sequence.truncate(depth)
         start = time.perf_counter()
         for token in tokens:
-            model.forward([token])
+            sequence.forward([token])
         seconds.append(time.perf_counter() - start)
     return Speed(_test_name("tg", len(tokens), depth), len(tokens), tuple(seconds))
 

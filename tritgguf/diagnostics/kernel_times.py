@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.barrier import meet
 from cpu_kernels.threads.crew import Crew
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.attend_layers import attend_layers
+from cpu_kernels.transformer.attend_token import make_scratch
 from cpu_kernels.transformer.gemv import gemv
+from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations, Projection
 from tritgguf.runtime.config import ModelConfig
-from tritgguf.runtime.decode import Decoder
-from tritgguf.runtime.forward import Prefill
-from tritgguf.runtime.kv_cache import DEFAULT_CACHE_TYPE, KeyValueCache
+from tritgguf.runtime.decode_pass import DecodePass
+from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, KVPool, pages_of
 from tritgguf.runtime.model import BATCH_TOKENS
+from tritgguf.runtime.prompt_pass import PromptPass
+from tritgguf.runtime.rotations import RotationTables
 from tritgguf.runtime.weights import LayerWeights, ModelWeights
 
 REST = "the rest"
@@ -39,8 +41,8 @@ class KernelTime:
 class TimingCrew(Crew):
     """A crew that keeps the time of every kernel, by name, and counts the launches."""
 
-    def __init__(self, threads: int | None) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int | None, *, isa: str | None = None) -> None:
+        super().__init__(threads, isa=isa)
         self.seconds: dict[str, float] = {}
         self.launches = 0
 
@@ -73,9 +75,9 @@ def prefill_times(
     cache_type: str = DEFAULT_CACHE_TYPE,
 ) -> PromptTimes:
     """Measure a prompt behind `depth` tokens by kernel, on a crew like `crew`: means of the repetitions."""
-    timing = TimingCrew(crew.threads)
-    prefill = Prefill(config, weights, timing, bits=bits, exact=False)
-    cache = _filled_cache(config, crew.threads, depth + len(tokens), cache_type)
+    timing = TimingCrew(crew.threads, isa=crew.isa_name)
+    prompt_pass = PromptPass(config, weights, bits=bits, exact=False)
+    kv = _filled_pages(config, depth + len(tokens), cache_type)
     logits = np.empty(config.vocab_size, np.float32)
     total = 0.0
     for repetition in range(repetitions + 1):
@@ -85,7 +87,8 @@ def prefill_times(
             total = 0.0
         start = time.perf_counter()
         for first in range(0, len(tokens), BATCH_TOKENS):
-            hidden = prefill.run(np.array(tokens[first : first + BATCH_TOKENS]), depth + first, cache.arrays)
+            chunk = np.array(tokens[first : first + BATCH_TOKENS])
+            hidden = prompt_pass.run(timing, chunk, np.array([[0, len(chunk), 0, depth + first]]), kv)
         weights.head.multiply_vector(hidden.x[-1], logits, timing)
         total += time.perf_counter() - start
     seconds = {name: spent / repetitions for name, spent in timing.seconds.items()}
@@ -129,8 +132,9 @@ def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int)
             return results
 
     crew = MeetingCrew(threads)
-    cache = KeyValueCache(config, 1, threads)
-    Decoder(config, weights, crew).run(0, 0, cache.arrays)
+    logits = np.zeros(config.vocab_size, np.float32)
+    kv = _filled_pages(config, 1, DEFAULT_CACHE_TYPE)
+    DecodePass(config, weights, threads).run_one(crew, 0, 0, 0, kv, logits)
     return crew.meetings
 
 
@@ -149,7 +153,7 @@ def decode_seconds(
     one, is subtracted.
     """
     layers = weights.layers
-    isa = instruction_set.chosen()
+    isa = crew.isa
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
         "attention": _attention(isa, config, layers, crew, places, cache_type),
@@ -190,21 +194,27 @@ def _attention(
 ) -> tuple[Any, ...]:
     """Return kernel and arguments of one token's attention in all layers, with `places` of the cache filled."""
     sizes = config.dimensions
-    arrays = _filled_cache(config, crew.threads, places, cache_type).arrays
+    kv = _filled_pages(config, places, cache_type)
+    scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, crew.threads)
     qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
     out = np.empty((crew.threads, sizes.heads * sizes.head_dim), np.float32)
     norms = np.stack([layer.query_key_norm for layer in layers])
     counter = np.zeros(1, np.int64)
-    return attend_layers, isa, arrays, qkv, np.zeros_like(qkv), norms, config.rules, places - 1, out, counter
+    bias, options = np.zeros_like(qkv), config.layer_options
+    return attend_layers, isa, kv, scratch, qkv, bias, norms, options, places - 1, out, counter
 
 
-def _filled_cache(config: ModelConfig, threads: int, places: int, cache_type: str) -> KeyValueCache:
-    """Return a cache of `places` tokens that was written to: memory that never was is one page, always in the cache."""
-    cache = KeyValueCache(config, places, threads, cache_type)
-    cache.reserve(places)
-    cache.arrays.keys.fill(0)
-    cache.arrays.values.fill(0)
-    return cache
+def _filled_pages(config: ModelConfig, positions: int, cache_type: str) -> KeyValues:
+    """Return one sequence of so many positions, in pages that were written to.
+
+    Memory that never was written to is one page of zeros, which is always in the processor's cache.
+    """
+    pool = KVPool(config, pages=pages_of(positions), sequences=1, context=positions, cache_type=cache_type)
+    pool.reserve(pool.allocate(), positions)
+    pool.clear_pages()
+    tables = RotationTables(config.rotations)
+    tables.reserve(positions)
+    return pool.key_values(tables)
 
 
 def shares(seconds: Mapping[str, float], total: float | None = None) -> list[KernelTime]:

@@ -99,6 +99,7 @@ def verify(
     tokens: int = 512,
     layers: bool = False,
     threads: int | None = None,
+    isa: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare a trit GGUF file with the source it was converted from.
@@ -108,7 +109,8 @@ def verify(
     (fewer if it is shorter; the report says how many) in windows of up to 512 tokens that do not see each
     other, each starting with the BOS token where the model uses one. Divergence and agreement count at every
     position, perplexity at every position whose next token lies in the same window. `threads` counts for the
-    runner and for torch. `layers` asks for each block's error too, on the windows of full length.
+    runner and for torch, `isa` names the runner's instruction set. `layers` asks for each block's error too, on the
+    windows of full length.
 
     Raises TritGgufError when torch or transformers is missing, when source and file do not belong together or
     when the text is too short.
@@ -127,7 +129,7 @@ def verify(
     windows = tokenized_windows(trit_file, shipped_text() if text is None else text, tokens)
     runner_logits: list[np.ndarray] = []
     of_prompts = []
-    both = (_runner_logits(trit_file, windows, threads, bits=bits) for bits in (16, 8))
+    both = (_runner_logits(trit_file, windows, threads, isa, bits=bits) for bits in (16, 8))
     for window, logits, prompt_logits in zip(windows, *both, strict=True):
         report("runner", len(runner_logits), len(windows))
         runner_logits.append(logits)
@@ -142,7 +144,7 @@ def verify(
     quantization = Comparison.concatenate(comparisons)
 
     reference.load_file(trit_file, progress=partial(report, "load dequantized weights"))
-    exact_logits = _runner_logits(trit_file, windows, threads, bits=16, exact=True)
+    exact_logits = _runner_logits(trit_file, windows, threads, isa, bits=16, exact=True)
     difference = difference_int16 = largest = 0.0
     for done, (window, ours, exact) in enumerate(zip(windows, runner_logits, exact_logits, strict=True)):
         report("dequantized", done, len(windows))
@@ -204,14 +206,21 @@ def _sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runner_logits(
-    file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, *, bits: int, exact: bool = False
+    file: GgufFile,
+    windows: Sequence[Sequence[int]],
+    threads: int | None,
+    isa: str | None,
+    *,
+    bits: int,
+    exact: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yield the runner's logits of every window: float32 [tokens, vocabulary] each."""
+    from tritgguf.generation.engine import Engine
+    from tritgguf.generation.request import Request
     from tritgguf.runtime.model import Model
 
+    model = Model(file, threads=threads, prefill_bits=bits, exact=exact, isa=isa)
     cache_type = "f16" if bits == 8 else "f32"
-    context = max(map(len, windows))
-    model = Model(file, context=context, threads=threads, prefill_bits=bits, exact=exact, cache_type=cache_type)
+    engine = Engine(model, context=max(map(len, windows)), parallel=1, cache_type=cache_type)
     for window in windows:
-        model.truncate(0)
-        yield model.forward(window, all_logits=True)
+        yield engine.outputs(engine.submit(Request(list(window), wanted="logits", cache_prompt=False)))

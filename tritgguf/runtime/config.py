@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_kernels.transformer.rules import Rules
+from cpu_kernels.transformer.layer_options import LayerOptions
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
 from tritgguf.architectures.rope import ROPE_FREQS, Rotation, rotation_of_base, rotation_of_keys
 from tritgguf.architectures.table import GGUF_ARCHITECTURES, Architecture
@@ -26,9 +26,9 @@ class ModelConfig:
     architecture: Architecture
     dimensions: Dimensions
     context_length: int
-    rules: Rules
+    layer_options: LayerOptions
     rotations: tuple[Rotation, ...]
-    """Which `rules.rotations` counts from 0."""
+    """Which `layer_options.rotations` counts from 0."""
     embedding_scale: float
     """What an embedding is multiplied with."""
     logit_scale: float
@@ -77,7 +77,7 @@ class ModelConfig:
             architecture=architecture,
             dimensions=dimensions,
             context_length=int(_number(file, f"{arch}.context_length")),
-            rules=Rules(
+            layer_options=LayerOptions(
                 epsilon=np.float32(_number(file, f"{arch}.attention.layer_norm_rms_epsilon")),
                 residual_scale=np.float32(_number(file, f"{arch}.residual_scale", 1.0)),
                 gelu=architecture.gelu,

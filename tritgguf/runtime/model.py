@@ -1,32 +1,42 @@
-"""A model that runs straight from its file: the key-value cache and the choice between prefill and decode."""
+"""A model that runs straight from its file: weights, threads and rotation tables, shared by all sequences.
+
+A forward pass takes any mix of prompts and generated tokens. Prompts go through products of many vectors at once, a
+single generated token through one compiled function from the first layer to the last, and several through a function
+like it that unpacks every weight once for all of them. What a token gives depends on its own sequence alone, to the
+last bit: neither on the other tokens of the pass nor on how a prompt is cut into chunks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cpu_kernels.simd.instruction_set import choose
 from cpu_kernels.threads.crew import CompilingCrew, Crew, announcing_compilation
+from cpu_kernels.transformer.kv_pages import KeyValues
+from cpu_kernels.transformer.projection import Activations
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.runtime.config import ModelConfig
-from tritgguf.runtime.decode import Decoder
-from tritgguf.runtime.forward import Prefill
-from tritgguf.runtime.kv_cache import CACHE_TYPES, DEFAULT_CACHE_TYPE, KeyValueCache, check_cache_fits
+from tritgguf.runtime.decode_pass import DecodePass
+from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, KVPool, pages_of
+from tritgguf.runtime.prompt_pass import PromptPass
+from tritgguf.runtime.rotations import RotationTables
+from tritgguf.runtime.token_batch import TokenBatch
 from tritgguf.runtime.weights import ModelWeights
 
-BATCH_TOKENS = 512
+BATCH_TOKENS = 512  # tokens of prompts that are computed at once
+GENERATED_TOKENS = 64  # generated tokens that are computed at once
 
 
 class Model:
-    """A model with a cache of the tokens it has seen.
+    """A model's weights, ready to run. It holds no sequence; those are in a `KVPool`.
 
     Attributes:
-        config: the model's sizes.
-        context: how many tokens the cache holds.
-        position: how many tokens are in it.
+        config: the model's sizes and options.
         crew: the threads that run it.
+        exact: whether all activations are multiplied with 31 bits.
 
     Raises TritGgufError for a file that is no trit model or is damaged.
 
@@ -36,36 +46,47 @@ class Model:
         self,
         file: GgufFile,
         *,
-        context: int | None = None,
         threads: int | None = None,
         prefill_bits: int = 8,
+        decode_bits: int = 16,
         exact: bool = False,
-        cache_type: str | None = None,
+        isa: str | None = None,
     ) -> None:
         """Map the weights of `file`.
 
-        `context` None takes the trained length, `threads` None the physical cores. `prefill_bits` are those of the
-        activations of prompts, 8 or 16; generated tokens have 16. `exact` multiplies all activations with 31 bits, at
-        a fraction of the speed; `verify` asks for it. `cache_type` is what keys and values are kept in, "f16" or
-        "f32"; None is float16, or float32 where `exact` asks for exactness.
+        `threads` None takes the physical cores. `prefill_bits` are those of the activations of prompts, 8 or 16.
+        `decode_bits` are those of generated tokens: 16, or 8 to compute them as prompts are, which is faster for many
+        sequences at once and slower for one. `exact` multiplies all activations with 31 bits, at a fraction of the
+        speed. `isa` names the instruction set; None takes the best that works here.
         """
+        self.crew = Crew(threads, isa=isa)
         try:
-            choose()
+            _ = self.crew.isa
         except ValueError as error:
             raise TritGgufError(str(error)) from error
         self.config = ModelConfig.from_file(file)
-        self.crew = Crew(threads)
-        self.context = context or self.config.context_length
-        self.position = 0
-        self._exact = exact
+        self.exact, self._decode_bits = exact, decode_bits
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
-        cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
-        if context is not None and cache_type in CACHE_TYPES:
-            check_cache_fits(self.config, context, cache_type, str(file.path))
-        self._cache = KeyValueCache(self.config, self.context, self.crew.threads, cache_type)
-        self._prefill = Prefill(self.config, self._weights, self.crew, bits=16 if exact else prefill_bits, exact=exact)
-        self._decoder = Decoder(self.config, self._weights, self.crew)
+        self._rotations = RotationTables(self.config.rotations)
+        bits = 16 if exact else prefill_bits
+        self._prompt_pass = PromptPass(self.config, self._weights, bits=bits, exact=exact)
+        self._decode_pass = DecodePass(self.config, self._weights, self.crew.threads)
+        self._outputs = Activations(0, self.config.dimensions.hidden)
+        self._one_at_a_time = threading.Lock()  # the passes share their buffers
+
+    def new_kv_pool(
+        self, *, context: int, sequences: int = 1, pages: int | None = None, cache_type: str | None = None
+    ) -> KVPool:
+        """Return a pool for `sequences` sequences of at most `context` tokens.
+
+        `pages` None is enough for all of them at once, and for a copy of a shared page each. `cache_type` is what keys
+        and values are kept in, "f16" or "f32"; None is float16, or float32 where `exact` asks for exactness.
+        """
+        if pages is None:
+            pages = sequences * (pages_of(context) + 1)
+        cache_type = cache_type or ("f32" if self.exact else DEFAULT_CACHE_TYPE)
+        return KVPool(self.config, pages=pages, sequences=sequences, context=context, cache_type=cache_type)
 
     def compile(self, announce: Callable[[], None]) -> None:
         """Compile every kernel that the model needs, or load it from the cache.
@@ -73,69 +94,101 @@ class Model:
         Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
         compiled, which happens on a machine's first run and takes about half a minute.
         """
-        crew = self.crew
-        try:
-            self._prefill.crew = self._decoder.crew = CompilingCrew(1)
-            with announcing_compilation(announce):
-                hidden = self._prefill.run(np.zeros(2, np.int64), 0, self._cache.arrays)
-                logits = self._decoder.run(0, 0, self._cache.arrays)
-                self._weights.head.multiply_vector(hidden.x[-1], logits, CompilingCrew(1))
-        finally:
-            self._prefill.crew = self._decoder.crew = crew
+        crew, pool = CompilingCrew(1, isa=self.crew.isa_name), self.new_kv_pool(context=1)
+        token, logits = np.zeros(1, np.int64), np.zeros((1, self.config.vocab_size), np.float32)
+        with announcing_compilation(announce):
+            arrays = pool.key_values(self._rotations)
+            self._prompt_pass.run(crew, token, np.array([[0, 1, 0, 0]]), arrays)
+            self._decode_pass.run_one(crew, 0, 0, 0, arrays, logits[0])
+            self._decode_pass.run(crew, token, token, token, arrays)
+            self._multiply_head(np.zeros((1, self.config.dimensions.hidden), np.float32), logits, crew)
 
-    def truncate(self, position: int) -> None:
-        """Forget the cache from `position` on."""
-        if not 0 <= position <= self.position:
-            raise ValueError("a cache can only be cut within what it holds")
-        self.position = position
-
-    def forward(self, tokens: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
-        """Append tokens to the cache and return logits.
+    def forward(
+        self, batch: TokenBatch, kv: KVPool, logits: np.ndarray | None, hidden: np.ndarray | None = None
+    ) -> None:
+        """Run a batch of tokens; their keys and values are stored in pages that `kv.reserve` has made room in.
 
         Args:
-            tokens: token ids, at least one.
-            all_logits: whether to return every token's logits, not only the last one's.
-
-        Returns:
-            float32 [vocab_size], valid until the next call, or [tokens, vocab_size].
+            batch: the tokens; `kv.advance` is the caller's task.
+            kv: the pool of their sequences.
+            logits: float32 [outputs, vocabulary], out; None where they are not wanted.
+            hidden: float32 [outputs, hidden], out: the final norm's output; None where it is not wanted.
 
         Raises:
-            TritGgufError: the cache cannot hold so many tokens, or a token does not exist.
+            TritGgufError: a token does not exist.
+            ValueError: a position lies in no page of its own.
 
         """
-        ids = np.asarray(tokens, dtype=np.int64)
-        check_tokens(ids, self.config, self._file)
-        if self.position + ids.size > self.context:
-            raise TritGgufError(
-                f"{self.position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
-            )
-        self._cache.reserve(self.position + ids.size)
-        if ids.size == 1 and not self._exact:
-            logits = self._decoder.run(int(ids[0]), self.position, self._cache.arrays)
-            bend(self.config, logits)
-            self.position += 1
-            return logits[np.newaxis].copy() if all_logits else logits
-        logits = np.empty((ids.size if all_logits else 1, self.config.vocab_size), np.float32)
-        for start in range(0, ids.size, BATCH_TOKENS):
-            batch = ids[start : start + BATCH_TOKENS]
-            hidden = self._prefill.run(batch, self.position, self._cache.arrays)
-            self.position += len(batch)
-            if all_logits:
-                self._weights.head.multiply(hidden, logits[start : start + len(batch)], self.crew, exact=self._exact)
-        if not all_logits:
-            self._weights.head.multiply_vector(hidden.x[-1], logits[0], self.crew, exact=self._exact)
-        bend(self.config, logits)
-        return logits if all_logits else logits[0]
+        self.check_tokens(batch.tokens)
+        if not kv.writable(batch.sequences, batch.positions):
+            raise ValueError("the positions of a batch must be reserved first")
+        with self._one_at_a_time:
+            self._rotations.reserve(int(batch.positions.max()) + 1)
+            arrays = kv.key_values(self._rotations)
+            if self._is_single(batch) and logits is not None and hidden is None:
+                place = (int(batch.sequences[0]), int(batch.positions[0]))
+                self._decode_pass.run_one(self.crew, int(batch.tokens[0]), *place, arrays, logits[0])
+            else:
+                self._run(batch, arrays, logits, hidden)
+            if logits is not None:
+                apply_softcap(self.config, logits)
+
+    def check_tokens(self, tokens: np.ndarray) -> None:
+        """Raise TritGgufError when there are no tokens, int64 [n], or one that does not exist."""
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise TritGgufError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
+
+    def _is_single(self, batch: TokenBatch) -> bool:
+        """Tell whether a batch is one generated token with 16-bit activations."""
+        return len(batch.tokens) == len(batch.outputs) == 1 and not self._computed_as_prompt(batch)
+
+    def _computed_as_prompt(self, batch: TokenBatch) -> int:
+        """Return how many tokens, from the first on, are computed with the activations of prompts."""
+        return len(batch.tokens) if self.exact or self._decode_bits == 8 else batch.prompt_tokens
+
+    def _run(self, batch: TokenBatch, arrays: KeyValues, logits: np.ndarray | None, hidden: np.ndarray | None) -> None:
+        """Run prompts and generated tokens piece by piece; write logits and hidden states of the outputs."""
+        done = 0
+        for first, last, states in self._pieces(batch, arrays):
+            wanted = batch.outputs[(batch.outputs >= first) & (batch.outputs < last)] - first
+            if not len(wanted):
+                continue
+            rows = states[wanted]
+            if hidden is not None:
+                hidden[done : done + len(rows)] = rows
+            if logits is not None:
+                self._multiply_head(rows, logits[done : done + len(rows)], self.crew)
+            done += len(rows)
+
+    def _pieces(self, batch: TokenBatch, arrays: KeyValues) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield first and last token of each piece, and its hidden states, float32 [tokens, hidden]."""
+        count, prompts = len(batch.tokens), self._computed_as_prompt(batch)
+        for first in range(0, prompts, BATCH_TOKENS):
+            last = min(first + BATCH_TOKENS, prompts)
+            states = self._prompt_pass.run(self.crew, batch.tokens[first:last], batch.segments(first, last), arrays)
+            yield first, last, states.x
+        for first in range(prompts, count, GENERATED_TOKENS):
+            last = min(first + GENERATED_TOKENS, count)
+            place = (batch.sequences[first:last], batch.positions[first:last])
+            yield first, last, self._decode_pass.run(self.crew, batch.tokens[first:last], *place, arrays)
+
+    def _multiply_head(self, rows: np.ndarray, logits: np.ndarray, crew: Crew) -> None:
+        """Multiply hidden states, float32 [rows, hidden], with the output matrix."""
+        head = self._weights.head
+        if self.exact:
+            for row, out in zip(rows, logits, strict=True):
+                head.multiply_vector(row, out, crew, exact=True)
+            return
+        if len(self._outputs.x) < len(rows):
+            self._outputs = Activations(len(rows), rows.shape[1])
+        outputs = self._outputs.first(len(rows))
+        outputs.x[:] = rows
+        outputs.quantize(crew)
+        head.multiply_vectors(outputs, logits, crew)
 
 
-def check_tokens(ids: np.ndarray, config: ModelConfig, file: GgufFile) -> None:
-    """Raise TritGgufError when there are no tokens, or one that does not exist."""
-    if ids.size == 0 or ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise TritGgufError(f"{file.path}: tokens must be from 0 to {config.vocab_size - 1}")
-
-
-def bend(config: ModelConfig, logits: np.ndarray) -> None:
-    """Scale logits and bend them to their bound, in place, where the model says so."""
+def apply_softcap(config: ModelConfig, logits: np.ndarray) -> None:
+    """Apply the logit scale and softcap in place."""
     cap = config.logit_softcap
     if config.logit_scale != 1:
         logits *= config.logit_scale

@@ -53,7 +53,7 @@ class LayerWeights:
         self.attention_output_norm = norm("post_attention_norm")
         self.feed_forward_output_norm = norm("post_ffw_norm")
         of_queries, of_keys = norm("attn_q_norm"), norm("attn_k_norm")
-        if not config.rules.normalizes_together:
+        if not config.layer_options.normalizes_together:
             of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
         self.query_key_norm = np.concatenate([of_queries, of_keys])
 

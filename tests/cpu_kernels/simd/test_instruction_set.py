@@ -10,13 +10,12 @@ import llvmlite.binding as llvm
 import pytest
 from arm_assembly import arm_assembly
 from llvmlite.ir import Value
-from random_inputs import trit_matrix
 
 from cpu_kernels.packed_rows.extract import EXTRACT, GroupLanes
 from cpu_kernels.simd import instruction_set, self_test, variants
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import I32, Vectors
-from cpu_kernels.transformer.projection import Projection
+from cpu_kernels.threads.crew import Crew
 from tritgguf.formats.trit_types import DEPTHS
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -30,9 +29,8 @@ def forget_the_processor() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(instruction_set, "_forced", None)
     forget_the_processor()
     yield
     forget_the_processor()
@@ -81,15 +79,12 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             instruction_set.choose()
 
 
-def test_what_is_forced_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, *_AVX2)
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, "nonsense")
-    instruction_set.force("portable")
-    assert instruction_set.choose() == PORTABLE
+    assert instruction_set.choose("portable") == PORTABLE
     with pytest.raises(ValueError, match="instruction set avx512 is not available here; choose from portable, avx2"):
-        instruction_set.force("avx512")
-    assert instruction_set.choose() == PORTABLE
-    instruction_set.force(None)
+        instruction_set.choose("avx512")
     with pytest.raises(ValueError, match="TRITGGUF_ISA=nonsense"):
         instruction_set.choose()
 
@@ -103,7 +98,7 @@ def test_a_variant_that_fails_its_test_is_not_used(
         "note: instruction set avx512 cannot be compiled: no such intrinsic; trying another",
     ]
     with pytest.raises(ValueError, match="instruction set avx512 cannot be compiled: no such intrinsic; choose"):
-        instruction_set.force("avx512")
+        instruction_set.choose("avx512")
     # Generic code is the last resort; nothing is left to try where it fails.
     pretend(monkeypatch, failures={PORTABLE: "computes wrong integers here"})
     assert instruction_set.choose() == PORTABLE
@@ -120,9 +115,9 @@ def test_every_variant_is_a_type_of_its_own() -> None:
     assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512]
 
 
-def test_a_projection_takes_the_chosen_variant(variant: str) -> None:
-    projection = Projection([trit_matrix(2, 4, 64)[0]])
-    assert projection._isa == variants.as_type(variants.NAMES[variant])
+def test_threads_take_the_chosen_variant(variant: str) -> None:
+    assert Crew(1).isa == variants.as_type(variants.NAMES[variant])
+    assert Crew(1, isa="portable").isa == variants.as_type(PORTABLE)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
 
 import naive
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paged_layers import PagedLayers, angles, random, random_layers
 from random_inputs import CREW
 
 from cpu_kernels.simd.instruction_set import chosen
 from cpu_kernels.threads.crew import Crew
 from cpu_kernels.transformer.attend_layers import attend_layers
-from cpu_kernels.transformer.attention import (
-    Cache,
-    attend,
-    attend_token,
-    join_spans,
-    make_scratch,
-    padded_dimension,
-    rotate,
-    rotate_and_store,
-)
+from cpu_kernels.transformer.attend_token import attend_token, join_spans
+from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.attention_tile import PANEL
-from cpu_kernels.transformer.rules import Rules
+from cpu_kernels.transformer.layer_options import LayerOptions
+from cpu_kernels.transformer.rotation import rotate, rotate_and_store
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
 Variant = tuple[int, ...]
@@ -37,19 +30,11 @@ interleavings = pytest.mark.parametrize("interleaved", [True, False])
 cache_types = pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 
 
-def angles(places: int, dim: int) -> np.ndarray:
-    return np.outer(np.arange(places), 10.0 ** -np.linspace(0, 2, dim // 2))
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
-
-
 def rules(
     dim: int, *, interleaved: bool = False, window: int = 0, softcap: float = 0.0, together: bool = False
-) -> Rules:
+) -> LayerOptions:
     """Return the rules of a model of one layer and one rotation."""
-    return Rules(
+    return LayerOptions(
         epsilon=np.float32(EPSILON),
         residual_scale=np.float32(1),
         gelu=False,
@@ -62,61 +47,18 @@ def rules(
     )
 
 
-def as_cached(x: np.ndarray, dtype: type) -> np.ndarray:
-    """Return float32 numbers as the cache keeps them."""
-    return x.astype(np.float16).view(np.uint16) if dtype is np.uint16 else x
+def random_layer(kv_heads: int, positions: int, dim: int, dtype: type, filled: int) -> PagedLayers:
+    """Return the pages of one layer, see `random_layers`."""
+    return random_layers(1, kv_heads, positions, dim, dtype, filled)
 
 
-def as_float64(cached: np.ndarray) -> np.ndarray:
-    return (cached.view(np.float16) if cached.dtype == np.uint16 else cached).astype(np.float64)
-
-
-@dataclass
-class Layer:
-    """The cache of one layer, and float64 copies [kv_heads, places, dim] of what is in it."""
-
-    cached_keys: np.ndarray
-    cached_values: np.ndarray
-    dim: int
-
-    @property
-    def keys(self) -> np.ndarray:
-        kv_heads, panels, padded, _ = self.cached_keys.shape
-        turned = as_float64(self.cached_keys).transpose(0, 1, 3, 2)
-        return turned.reshape(kv_heads, panels * PANEL, padded)[:, :, : self.dim]
-
-    @property
-    def values(self) -> np.ndarray:
-        kv_heads, _, places, _ = self.cached_values.shape
-        return as_float64(self.cached_values).transpose(0, 2, 1, 3).reshape(kv_heads, places, -1)[:, :, : self.dim]
-
-
-def random_layer(kv_heads: int, places: int, dim: int, dtype: type, filled: int) -> Layer:
-    """Return a cache whose first `filled` places are random; beyond them it holds no numbers, but for the padding."""
-    panels, padded = -(-places // PANEL), padded_dimension(dim)
-    keys, values = random(kv_heads, panels * PANEL, padded, seed=1), random(kv_heads, panels * PANEL, padded, seed=2)
-    for cache in (keys, values):
-        cache[:, :, dim:] = 0
-        cache[:, filled:, :dim] = np.nan
-    in_panels = np.ascontiguousarray(keys.reshape(kv_heads, panels, PANEL, padded).transpose(0, 1, 3, 2))
-    values = np.ascontiguousarray(values.reshape(kv_heads, -1, padded // PANEL, PANEL).transpose(0, 2, 1, 3))
-    return Layer(as_cached(in_panels, dtype), as_cached(values, dtype), dim)
-
-
-def cache_of(layer: Layer, heads: int, threads: int) -> Cache:
-    """Return the cache of a model of this layer."""
-    turns = angles(layer.cached_values.shape[2], layer.dim)[np.newaxis]
-    return Cache(
-        layer.cached_keys[np.newaxis],
-        layer.cached_values[np.newaxis],
-        np.cos(turns).astype(np.float32),
-        np.sin(turns).astype(np.float32),
-        make_scratch(heads, len(layer.cached_keys), layer.dim, threads),
-    )
+def segments(tokens: int, position: int) -> np.ndarray:
+    """Return the one segment of a prompt in sequence 0."""
+    return np.array([[0, tokens, 0, position]])
 
 
 def expected_attention(
-    layer: Layer, queries: np.ndarray, position: int, window: int = 0, softcap: float = 0.0
+    layer: PagedLayers, queries: np.ndarray, position: int, window: int = 0, softcap: float = 0.0
 ) -> np.ndarray:
     """Return float64 [tokens, heads * dim] for queries [tokens, heads, dim], the first of which is at `position`."""
     tokens, heads, dim = queries.shape
@@ -155,9 +97,10 @@ def test_rotate_and_store(
     bias = random(qkv.shape[1], seed=1) if biased else np.zeros(qkv.shape[1], np.float32)
     turns = angles(CONTEXT, DIM)
     layer = random_layer(KV_HEADS, CONTEXT, DIM, dtype, 0)
-    cache, model_rules = cache_of(layer, HEADS, 1), rules(DIM, interleaved=interleaved)
+    kv, model_rules = layer.key_values(), rules(DIM, interleaved=interleaved)
     heads = (qkv + bias).astype(np.float64).reshape(tokens, -1, DIM)
-    Crew(threads).run(rotate_and_store, qkv, bias, NO_NORM, model_rules, 0, cache, HEADS, position)
+    places = np.zeros(tokens, np.int64), np.arange(position, position + tokens)
+    Crew(threads).run(rotate_and_store, qkv, bias, NO_NORM, model_rules, 0, kv, HEADS, *places)
     rounding = 2**-10 if dtype is np.uint16 else 1e-5
     for t in range(tokens):
         turned = np.array([naive.rotate(head, turns[position + t], interleaved) for head in heads[t]])
@@ -183,7 +126,8 @@ def test_attend(
     # What lies beyond the last token's own place must not matter, to the last bit.
     layer = random_layer(kv_heads, 320, dim, dtype, position + tokens)
     out = np.full((tokens, HEADS * dim), np.nan, np.float32)
-    Crew(threads).run(attend, chosen(), qkv, rules(dim), 0, cache_of(layer, HEADS, 1), position, HEADS, out)
+    kv = layer.key_values()
+    Crew(threads).run(attend, chosen(), qkv, rules(dim), 0, kv, segments(tokens, position), HEADS, out)
     expected = expected_attention(layer, qkv.reshape(tokens, -1, dim)[:, :HEADS], position)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * size)
 
@@ -194,35 +138,37 @@ def test_no_token_sees_a_later_one(variant: str) -> None:
     qkv = random(tokens, HEADS * dim)
     layer = random_layer(KV_HEADS, 96, dim, np.float32, 96)
     before, after = np.zeros((2, tokens, HEADS * dim), np.float32)
-    cache, model_rules = cache_of(layer, HEADS, 1), rules(dim)
+    kv, model_rules = layer.key_values(), rules(dim)
     for place in (0, 1, 31, 32, 50, 63, 64, 88):
-        Crew(1).run(attend, chosen(), qkv, model_rules, 0, cache, 0, HEADS, before)
-        for later in range(place + 1, tokens):
-            layer.cached_keys[:, later // PANEL, :, later % PANEL] += 3
-        layer.cached_values[:, :, place + 1 :] *= -2
-        Crew(1).run(attend, chosen(), qkv, model_rules, 0, cache, 0, HEADS, after)
+        Crew(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, before)
+        keys, values = layer.read(0), layer.read(1)
+        keys[:, :, place + 1 : tokens] += 3
+        values[:, :, place + 1 :] *= -2
+        layer.write(0, keys)
+        layer.write(1, values)
+        Crew(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, after)
         np.testing.assert_array_equal(after[: place + 1], before[: place + 1])
         assert (after[place + 1 :] != before[place + 1 :]).any(axis=1).all()
 
 
 def attend_to_last(
-    layer: Layer,
+    layer: PagedLayers,
     qkv: np.ndarray,
     bias: np.ndarray,
     position: int,
     heads: int,
-    model_rules: Rules,
+    model_rules: LayerOptions,
     threads: int,
     norm: np.ndarray = NO_NORM,
 ) -> np.ndarray:
     """Store one token and attend with it as decode does; return [heads * dim]."""
-    cache = cache_of(layer, heads, threads)
+    kv, scratch = layer.key_values(), layer.scratch(heads, threads)
     qkv = qkv.copy()
     for thread in range(threads):
-        attend_token(chosen(), cache, 0, qkv, bias, norm, model_rules, position, thread, threads)
+        attend_token(chosen(), kv, scratch, 0, qkv, bias, norm, model_rules, 0, position, thread, threads)
     outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
     for thread in range(threads):
-        join_spans(chosen(), cache, model_rules.windows[0], position, outs[thread], thread)
+        join_spans(chosen(), scratch, 0, model_rules.windows[0], position, layer.dim, outs[thread], thread)
         np.testing.assert_array_equal(outs[thread], outs[0])
     return outs[0]
 
@@ -255,7 +201,8 @@ def test_a_window_hides_what_is_before_it(variant: str, window: int, position: i
     qkv = random(tokens, (heads + 2 * kv_heads) * dim)
     layer = random_layer(kv_heads, 400, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
-    CREW.run(attend, chosen(), qkv, rules(dim, window=window), 0, cache_of(layer, heads, 1), position, heads, out)
+    kv = layer.key_values()
+    CREW.run(attend, chosen(), qkv, rules(dim, window=window), 0, kv, segments(tokens, position), heads, out)
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, window), rtol=0, atol=2e-5)
 
@@ -271,8 +218,11 @@ def test_no_bit_of_what_a_window_hides_matters() -> None:
     dim, position, window = 32, 700, 100
     qkv, bias = random(3 * dim), np.zeros(3 * dim, np.float32)
     plain, hidden = (random_layer(1, position + 1, dim, np.float32, position) for _ in range(2))
-    hidden.cached_keys[:, : (position - window) // PANEL] = 1e30
-    hidden.cached_values[:, :, : position - window + 1] = 1e30
+    keys, values = hidden.read(0), hidden.read(1)
+    keys[:, :, : (position - window) // PANEL * PANEL] = 1e30
+    values[:, :, : position - window + 1] = 1e30
+    hidden.write(0, keys)
+    hidden.write(1, values)
     model_rules = rules(dim, window=window)
     expected = attend_to_last(plain, qkv, bias, position, 1, model_rules, 1)
     np.testing.assert_array_equal(attend_to_last(hidden, qkv, bias, position, 1, model_rules, 1), expected)
@@ -284,7 +234,8 @@ def test_scores_are_bent(softcap: float) -> None:
     qkv = 10 * random(tokens, (heads + 2 * kv_heads) * dim)
     layer = random_layer(kv_heads, 320, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
-    CREW.run(attend, chosen(), qkv, rules(dim, softcap=softcap), 0, cache_of(layer, heads, 1), position, heads, out)
+    kv = layer.key_values()
+    CREW.run(attend, chosen(), qkv, rules(dim, softcap=softcap), 0, kv, segments(tokens, position), heads, out)
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, 0, softcap), rtol=0, atol=1e-4)
     assert np.abs(out - expected_attention(layer, queries, position)).max() > 1e-3
@@ -311,7 +262,8 @@ def test_queries_and_keys_are_normalized_before_they_are_rotated(together: bool,
 
     rows = qkv[np.newaxis].copy()
     layer = random_layer(kv_heads, 64, dim, np.float32, position)
-    CREW.run(rotate_and_store, rows, bias, norm, model_rules, 0, cache_of(layer, heads, 1), heads, position)
+    places = np.zeros(1, np.int64), np.array([position])
+    CREW.run(rotate_and_store, rows, bias, norm, model_rules, 0, layer.key_values(), heads, *places)
     np.testing.assert_allclose(rows[0].reshape(-1, dim)[:heads], turned[:heads], rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.keys[:, position], turned[heads : heads + kv_heads], rtol=0, atol=1e-5)
 
@@ -326,37 +278,41 @@ def test_threads_do_not_change_a_bit(position: int, threads: int) -> None:
     np.testing.assert_array_equal(out, expected)
 
 
+def layer_of(layers: PagedLayers, number: int) -> PagedLayers:
+    """Return a copy of one layer."""
+    _, kv_heads, positions, _ = layers.shape
+    layer = PagedLayers(1, kv_heads, positions, layers.dim, layers.pages.dtype.type)
+    for part in (0, 1):
+        layer.write(part, layers.read(part)[number : number + 1])
+    return layer
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_attend_layers(threads: int) -> None:
-    layers = [random_layer(KV_HEADS, CONTEXT, DIM, np.uint16, 10) for _ in range(3)]
-    layers[2].cached_values[:, :, :10] = layers[0].cached_values[:, :, 9::-1]
-    turns = angles(64, DIM)
-    cache = Cache(
-        np.stack([layer.cached_keys for layer in layers]),
-        np.stack([layer.cached_values for layer in layers]),
-        np.cos(turns)[np.newaxis].astype(np.float32),
-        np.sin(turns)[np.newaxis].astype(np.float32),
-        make_scratch(HEADS, KV_HEADS, DIM, threads),
-    )
+    layers = random_layers(3, KV_HEADS, CONTEXT, DIM, np.uint16, 10)
     qkv = random((HEADS + 2 * KV_HEADS) * DIM)
     out = np.zeros((threads, HEADS * DIM), np.float32)
     one = rules(DIM)
     three = one._replace(windows=np.zeros(3, np.int64), rotations=np.zeros(3, np.int64))
     bias, norms, counter = np.zeros_like(qkv), np.empty((3, 0), np.float32), np.zeros(1, np.int64)
-    Crew(threads).run(attend_layers, chosen(), cache, qkv, bias, norms, three, 10, out, counter)
-    expected = attend_to_last(layers[2], qkv, bias, 10, HEADS, one, 1)
+    Crew(threads).run(
+        attend_layers, chosen(), layers.key_values(), layers.scratch(HEADS, threads), qkv, bias, norms, three, 10, out,
+        counter,
+    )  # fmt: skip
+    first, last = (layer_of(layers, number) for number in (0, 2))
+    expected = attend_to_last(last, qkv, bias, 10, HEADS, one, 1)
     for copy in out:
         np.testing.assert_array_equal(copy, expected)
-    assert not np.array_equal(expected, attend_to_last(layers[0], qkv, bias, 10, HEADS, one, 1))
+    assert not np.array_equal(expected, attend_to_last(first, qkv, bias, 10, HEADS, one, 1))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e15])
 def test_attention_to_one_place_is_its_value(variant: str, size: float) -> None:
     qkv = random(1, (HEADS + 2 * KV_HEADS) * DIM) * np.float32(size)
     layer = random_layer(KV_HEADS, CONTEXT, DIM, np.float32, 1)
-    layer.cached_keys[:] *= np.float32(size)
+    layer.write(0, layer.read(0) * np.float32(size))
     out = np.zeros((1, HEADS * DIM), np.float32)
-    CREW.run(attend, chosen(), qkv, rules(DIM), 0, cache_of(layer, HEADS, 1), 0, HEADS, out)
+    CREW.run(attend, chosen(), qkv, rules(DIM), 0, layer.key_values(), segments(1, 0), HEADS, out)
     expected = np.repeat(layer.values[:, :1], HEADS // KV_HEADS, axis=1)
     np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), expected)
 
@@ -365,10 +321,13 @@ def test_every_place_counts(variant: str) -> None:
     """With equal scores, attention is the mean of all values: no place is left out or counted twice."""
     places, dim = 777, 32
     layer = random_layer(1, places, dim, np.float32, places)
-    layer.cached_keys[:] = 0
-    layer.cached_values[:, :, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
+    layer.write(0, np.zeros_like(layer.read(0)))
+    values = layer.read(1)
+    values[:, :, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
+    layer.write(1, values)
     out = np.zeros((1, dim), np.float32)
-    CREW.run(attend, chosen(), random(1, 3 * dim), rules(dim), 0, cache_of(layer, 1, 1), places - 1, 1, out)
+    where = segments(1, places - 1)
+    CREW.run(attend, chosen(), random(1, 3 * dim), rules(dim), 0, layer.key_values(), where, 1, out)
     np.testing.assert_allclose(out, (places - 1) / 2, rtol=1e-6)
     counts = Counter(np.round(out[0], 3).tolist())
     assert len(counts) == 1

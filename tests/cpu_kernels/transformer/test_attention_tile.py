@@ -20,10 +20,10 @@ from cpu_kernels.transformer.attention_tile import (
     emit_product,
     largest_of,
     most_rows,
-    narrow,
     powers_of_two,
     sum_columns,
 )
+from cpu_kernels.transformer.kv_pages import store_narrowed
 
 Variant = tuple[int, ...]
 
@@ -49,7 +49,7 @@ def largest(isa: Variant, values: np.ndarray) -> float:
 @numba.njit
 def narrow_all(values: np.ndarray, out: np.ndarray) -> None:
     for k in range(len(values)):
-        out[k] = narrow(out, values[k])
+        store_narrowed(out, out.ctypes.data + k * out.itemsize, values[k])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

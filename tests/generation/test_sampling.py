@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tritgguf.errors import TritGgufError
-from tritgguf.runtime.sampling import Sampler, SamplingOptions
+from tritgguf.generation.sampling import Sampler, SamplingOptions
 
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 logit_arrays = arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 30, width=32))

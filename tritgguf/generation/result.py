@@ -11,13 +11,15 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and token counts of one generation; tokens that were in the cache already do not count."""
+    """Seconds and token counts of one generation; tokens that were in the cache already do not count as prompt."""
 
     load_seconds: float
     prompt_tokens: int
     prompt_seconds: float
     decode_tokens: int
     decode_seconds: float
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were stored already."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -38,6 +40,7 @@ class Timings:
             prompt_seconds=sum(part.prompt_seconds for part in parts),
             decode_tokens=sum(part.decode_tokens for part in parts),
             decode_seconds=sum(part.decode_seconds for part in parts),
+            cached_tokens=sum(part.cached_tokens for part in parts),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,3 +66,24 @@ class Generation:
     prompt_tokens: list[int]
     seed: int
     timings: Timings
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a continuation of a prompt.
+
+    Attributes:
+        tokens: the continuation's.
+        log_probabilities: natural logarithms, one for each token.
+        is_greedy: whether every token is the likeliest one in its place.
+
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float]
+    is_greedy: bool
+
+    @property
+    def log_probability(self) -> float:
+        """Natural logarithm of the probability of the whole continuation."""
+        return sum(self.log_probabilities)

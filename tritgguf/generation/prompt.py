@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tritgguf.errors import TritGgufError
-from tritgguf.runtime.loaded_model import LoadedModel
+from tritgguf.generation.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
     from tritgguf.tokenization.chat_template import Message

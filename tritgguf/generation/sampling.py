@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,15 @@ class SamplingOptions:
         _require(math.isfinite(penalty) and penalty > 0, "repeat-penalty", "more than 0", penalty)
         _require(0 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more", self.repeat_last_n)
         _require(self.seed >= -1, "seed", "0 or more, or -1 for a new one each time", self.seed)
+
+
+def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
+    """Return sampling options with some of them replaced by name; TritGgufError for a name that is none."""
+    names = [field.name for field in fields(SamplingOptions)]
+    for name in options:
+        if name not in names:
+            raise TritGgufError(f"there is no option {name}; the sampling options are {', '.join(names)}")
+    return replace(sampling or SamplingOptions(), **options)
 
 
 def _require(condition: bool, option: str, expected: str, value: float) -> None:

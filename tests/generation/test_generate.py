@@ -11,13 +11,13 @@ from scripted_model import END, START, VOCABULARY, scripted
 from small_tokenizers import encode, tokenizer
 
 from tritgguf.errors import TritGgufError
-from tritgguf.runtime.chat import Chat
-from tritgguf.runtime.generate import generate
-from tritgguf.runtime.generation import Timings
-from tritgguf.runtime.loaded_model import LoadedModel, load
-from tritgguf.runtime.prompt import prompt_tokens
-from tritgguf.runtime.sampling import Sampler, SamplingOptions
-from tritgguf.runtime.text_stream import TextStream
+from tritgguf.generation.chat import Chat
+from tritgguf.generation.generate import generate
+from tritgguf.generation.loaded_model import LoadedModel, load
+from tritgguf.generation.prompt import prompt_tokens
+from tritgguf.generation.result import Timings
+from tritgguf.generation.sampling import Sampler, SamplingOptions
+from tritgguf.generation.text_stream import TextStream
 
 GREEDY = SamplingOptions(temperature=0)
 
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_does_not_fit_the_model() -> None:
 
 
 def test_a_long_prompt_is_evaluated_in_parts() -> None:
-    model = scripted([40, 40, 40, END], context=2000)
+    model = scripted([40, END], context=2000)
     prompt = (list(range(10, 300)) * 5)[:1300]
     stream(model, prompt).finish()
     calls = model.model.calls
@@ -164,7 +164,8 @@ def test_what_the_cache_shares_is_not_evaluated_again() -> None:
     answer = stream(model, [5, 6, 8, 9]).finish()
     assert answer.timings.prompt_tokens == 2
     assert model.model.calls[-2:] == [[8, 9], [41]]
-    assert model.cached_tokens == model.model.cache == [5, 6, 8, 9, 41]
+    assert answer.timings.cached_tokens == 2
+    model.engine.check()
 
 
 def test_the_last_token_is_always_evaluated() -> None:
@@ -172,13 +173,15 @@ def test_the_last_token_is_always_evaluated() -> None:
     stream(model, [5, 6, 7]).finish()
     stream(model, [5, 6, 7]).finish()
     assert model.model.calls[2] == [7]
+    model.engine.check()
 
 
 def test_a_prompt_shorter_than_the_cache() -> None:
     model = scripted([40, END, 41, END])
     stream(model, [5, 6, 7]).finish()
-    stream(model, [5]).finish()
-    assert model.cached_tokens == model.model.cache == [5, 41]
+    answer = stream(model, [5]).finish()
+    assert (answer.tokens, answer.timings.prompt_tokens) == ([41], 1)
+    model.engine.check()
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -193,7 +196,7 @@ def test_an_interruption_leaves_a_usable_model(call: int) -> None:
     assert partial.tokens == [40, 41][: call - 1]
     model.model.script = [50, END]
     assert stream(model, [5, 6, 7, 40]).finish().tokens == [50]
-    assert model.cached_tokens == model.model.cache == [5, 6, 7, 40, 50]
+    model.engine.check()
 
 
 # -- chats
@@ -202,12 +205,10 @@ def test_an_interruption_leaves_a_usable_model(call: int) -> None:
 def test_a_chat_remembers() -> None:
     model = scripted("Red.")
     chat = Chat(model, system="Be brief.", sampling=GREEDY)
-    first = chat.ask("A color?").finish()
-    chat.keep(first)
+    chat.ask("A color?").finish()
     evaluated = sum(map(len, model.model.calls))
     model.model.script = [*encode(model.tokenizer, "Blue."), END]
     second = chat.ask("Another?").finish()
-    chat.keep(second)
     assert [message["content"] for message in chat.messages] == [
         "Be brief.",
         "A color?",
@@ -224,10 +225,8 @@ def test_a_stopped_answer_stays_in_the_history() -> None:
     model = scripted("The dog sleeps on")
     chat = Chat(model, sampling=GREEDY)
     running = chat.ask("Hi")
-    pieces = iter(running)
-    shown = next(pieces) + next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
-    chat.keep(running.result())
+    shown = next(running) + next(running)
+    running.close()
     assert chat.messages[-1] == {"role": "assistant", "content": shown}
     assert running.result().finish_reason == "interrupted"
 
@@ -242,7 +241,7 @@ def test_a_message_without_room_is_not_added() -> None:
 
 def test_clear_keeps_the_system_message() -> None:
     chat = Chat(scripted("Red."), system="Be brief.", sampling=GREEDY)
-    chat.keep(chat.ask("Hi").finish())
+    chat.ask("Hi").finish()
     chat.clear()
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
 

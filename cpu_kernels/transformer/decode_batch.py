@@ -1,0 +1,161 @@
+"""Several generated tokens through every layer, in one compiled function that all threads run side by side.
+
+The tokens may be of different sequences, or follow one another in one. Every token's result is the one that `decode`
+gives for it alone, to the last bit: the same functions compute it, and the matrix kernel keeps the order of `gemv`.
+Threads share the work on each token (norms, quantization, rotation) by tokens, matrices by rows, and attention by heads
+and spans of positions. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from cpu_kernels.packed_rows.layout import GROUP_SIZE
+from cpu_kernels.threads.barrier import wait_for_all
+from cpu_kernels.transformer.activations import VectorBuffers, advance_row, gate_row, quantize_row
+from cpu_kernels.transformer.attend_token import attend_units, join_spans, store_key_value, units_of
+from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
+from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
+
+
+class BatchBuffers(NamedTuple):
+    """Working memory; all arrays but `own_rows` have one row for each token, or are cut to it."""
+
+    stream: np.ndarray  # float32 [tokens, hidden]
+    residual: np.ndarray  # float32 [tokens, hidden]
+    hidden: VectorBuffers  # [tokens, hidden]
+    attended: VectorBuffers  # [tokens, heads * head_dim]
+    qkv: np.ndarray  # float32 [tokens, rows of Q, K and V]
+    gate: np.ndarray  # float32 [tokens, feed_forward]
+    up: np.ndarray  # float32 [tokens, feed_forward]
+    gated: VectorBuffers  # [tokens, feed_forward]
+    own_rows: np.ndarray  # [threads, ...]: see `multiply_rows_batch`
+
+
+@numba.njit(cache=True)
+def _advance(buffers, output_norm, norm, options, thread, threads):
+    """Add a layer's output to the stream, normalize and quantize it: a thread's share of the tokens."""
+    tokens = len(buffers.stream)
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        x, pairs, offsets, scales = row_of(buffers.hidden, t)
+        advance_row(
+            buffers.stream[t], buffers.residual[t], output_norm, options.residual_scale, norm, options.epsilon, x
+        )
+        quantize_row(x, pairs, offsets, scales)
+
+
+@numba.njit(cache=True)
+def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads):
+    """Store keys and values, then attend, then join and quantize: a thread's share, with barriers in between."""
+    bias, norm, window = weights.qkv_biases[layer], weights.query_key_norms[layer], options.windows[layer]
+    tokens, kv_heads = len(sequences), kv.kv_heads
+    for item in range(tokens * kv_heads * thread // threads, tokens * kv_heads * (thread + 1) // threads):
+        t, shared = item // kv_heads, item % kv_heads
+        store_key_value(
+            kv, scratch, layer, buffers.qkv[t], bias, norm, options, sequences[t], positions[t], shared, thread
+        )
+    wait_for_all(counter, threads)
+    total = 0
+    for t in range(tokens):
+        total += units_of(kv, window, positions[t])
+    low, high, start = total * thread // threads, total * (thread + 1) // threads, 0
+    for t in range(tokens):
+        units = units_of(kv, window, positions[t])
+        first, last = max(low - start, 0), min(high - start, units)
+        if first < last:
+            attend_units(
+                isa, kv, scratch, t, layer, buffers.qkv[t], bias, norm, options, sequences[t], positions[t], first,
+                last, False, thread,
+            )  # fmt: skip
+        start += units
+    wait_for_all(counter, threads)
+    head_dim = 2 * kv.cosines.shape[2]
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        x, pairs, offsets, scales = row_of(buffers.attended, t)
+        join_spans(isa, scratch, t, window, positions[t], head_dim, x, thread)
+        quantize_row(x, pairs, offsets, scales)
+    wait_for_all(counter, threads)
+
+
+@numba.njit(cache=True)
+def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, first, last, thread):
+    """Multiply some rows of one matrix with every token, and add the bias."""
+    multiply_rows_batch(
+        isa, weights.addresses[layer, matrix], weights.kinds[layer, matrix], weights.steps[layer, matrix],
+        activations, out, first, last, buffers.own_rows[thread],
+    )  # fmt: skip
+    for t in range(len(out)):
+        add_bias(bias, out[t], first, last)
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
+    """Compute a thread's share of gate and up, join them and quantize the result, for every token."""
+    columns = buffers.gate.shape[1]
+    groups = columns // GROUP_SIZE
+    first_group, last_group = groups * thread // threads, groups * (thread + 1) // threads
+    first, last = first_group * GROUP_SIZE, last_group * GROUP_SIZE
+    if thread == threads - 1:
+        last = columns
+    gate_bias, up_bias = weights.gate_biases[layer], weights.up_biases[layer]
+    _multiply(isa, weights, layer, GATE, buffers.hidden, gate_bias, buffers.gate, buffers, first, last, thread)
+    _multiply(isa, weights, layer, UP, buffers.hidden, up_bias, buffers.up, buffers, first, last, thread)
+    for t in range(len(buffers.gate)):
+        x, pairs, offsets, scales = row_of(buffers.gated, t)
+        gate_row(buffers.gate[t, first:last], buffers.up[t, first:last], options.gelu, x[first:last])
+        quantize_row(
+            x[first:last],
+            pairs[:, first_group:last_group],
+            offsets[:, first_group:last_group],
+            scales[first_group:last_group],
+        )
+
+
+@numba.njit(cache=True, nogil=True)
+def decode_batch(
+    isa, weights, final_norm, kv, scratch, buffers, options, sequences, positions, counter, thread, threads
+):
+    """Run one thread's share of a batch of generated tokens; all `threads` calls return when it is complete.
+
+    Args:
+        isa: the instruction set.
+        weights: see `Weights`.
+        final_norm: float32 [hidden]; behind it, `buffers.hidden` is what the head multiplies.
+        kv, scratch: see `KeyValues` and `Scratch`; the scratch has room for all tokens.
+        buffers: see `BatchBuffers`; `stream` holds the tokens' embeddings and `residual` zeros.
+        options: see `LayerOptions`.
+        sequences, positions: int64 [tokens], where each token stands; their pages exist.
+        counter: int64 [1], the barrier's.
+        thread, threads: which of how many threads this is.
+
+    """
+    hidden_rows = buffers.residual.shape[1]
+    first, last = hidden_rows * thread // threads, hidden_rows * (thread + 1) // threads
+    output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
+    for layer in range(len(weights.addresses)):
+        _advance(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
+        wait_for_all(counter, threads)
+        gemv_batch(
+            isa, weights.addresses[layer][QKV], weights.rows[QKV], weights.kinds[layer][QKV],
+            weights.steps[layer][QKV], buffers.hidden, buffers.qkv, buffers.own_rows, thread, threads,
+        )  # fmt: skip
+        wait_for_all(counter, threads)
+        _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads)
+        output_bias, down_bias = weights.output_biases[layer], weights.down_biases[layer]
+        _multiply(
+            isa, weights, layer, OUTPUT, buffers.attended, output_bias, buffers.residual, buffers, first, last, thread
+        )
+        wait_for_all(counter, threads)
+        _advance(
+            buffers, weights.attention_output_norms[layer], weights.feed_forward_norms[layer], options, thread, threads
+        )
+        wait_for_all(counter, threads)
+        _feed_forward(isa, weights, options, layer, buffers, thread, threads)
+        wait_for_all(counter, threads)
+        _multiply(isa, weights, layer, DOWN, buffers.gated, down_bias, buffers.residual, buffers, first, last, thread)
+        wait_for_all(counter, threads)
+        output_norm = weights.feed_forward_output_norms[layer]
+    _advance(buffers, output_norm, final_norm, options, thread, threads)

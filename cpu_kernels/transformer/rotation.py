@@ -1,0 +1,119 @@
+"""Rotary embedding of queries and keys, behind their biases and norms."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from cpu_kernels.transformer.kv_pages import store_head
+
+
+@numba.njit(cache=True, fastmath={"contract"})
+def rotate(head, cosines, sines, interleaved, out):
+    """Rotate one head [head_dim]: pairs (2i, 2i + 1) when interleaved, else (i, i + half); `out` may be `head`."""
+    half = len(cosines)
+    if interleaved:
+        for i in range(half):
+            low, high = head[2 * i], head[2 * i + 1]
+            out[2 * i] = low * cosines[i] - high * sines[i]
+            out[2 * i + 1] = high * cosines[i] + low * sines[i]
+    else:
+        for i in range(half):
+            low, high = head[i], head[i + half]
+            out[i] = low * cosines[i] - high * sines[i]
+            out[i + half] = high * cosines[i] + low * sines[i]
+
+
+@numba.njit(cache=True)
+def _inverse_rms(qkv, bias, first, last, epsilon):
+    """Return 1 / root mean square of the biased elements from `first` to before `last`."""
+    total = np.float32(0.0)
+    for k in range(first, last):
+        x = qkv[k] + bias[k]
+        total += x * x
+    return np.float32(1.0) / np.sqrt(total / np.float32(last - first) + epsilon)
+
+
+@numba.njit(cache=True)
+def common_factors(qkv, bias, norm, heads, kv_heads, dim, options):
+    """Return the norm's factors of all queries and of all keys where each are normalized as one vector, else zeros."""
+    if len(norm) == 0 or not options.normalizes_together:
+        return np.float32(0.0), np.float32(0.0)
+    middle = heads * dim
+    return (
+        _inverse_rms(qkv, bias, 0, middle, options.epsilon),
+        _inverse_rms(qkv, bias, middle, middle + kv_heads * dim, options.epsilon),
+    )
+
+
+@numba.njit(cache=True)
+def rotated_head(qkv, bias, start, norm, factor, options, cosines, sines, out):
+    """Add the bias to the head that begins at `start`, normalize and rotate it.
+
+    Args:
+        qkv: float32 [(heads + 2 * kv_heads) * head_dim], a token's queries, keys and values.
+        bias: float32, as long.
+        start: the head's first element.
+        norm: float32 [(heads + kv_heads) * head_dim], weights of the norm; [0] for none.
+        factor: the norm's factor from `common_factors`; 0 for the head's own.
+        options: see `LayerOptions`.
+        cosines, sines: float32 [head_dim / 2], the position's.
+        out: float32 [head_dim or more]; it may be the head itself.
+
+    """
+    dim = 2 * len(cosines)
+    if len(norm) > 0 and factor == 0:
+        factor = _inverse_rms(qkv, bias, start, start + dim, options.epsilon)
+    for k in range(dim):
+        out[k] = qkv[start + k] + bias[start + k]
+    if len(norm) > 0:
+        for k in range(dim):
+            out[k] *= factor * norm[start + k]
+    rotate(out, cosines, sines, options.interleaved, out)
+
+
+@numba.njit(cache=True)
+def _normalize_and_rotate(row, bias, norm, heads, kv_heads, options, cosines, sines):
+    """Add biases to a token's queries, keys and values, and normalize and rotate the former two, all in place."""
+    dim = 2 * len(cosines)
+    of_queries, of_keys = common_factors(row, bias, norm, heads, kv_heads, dim, options)
+    for h in range(heads + kv_heads):
+        head = row[h * dim : (h + 1) * dim]
+        rotated_head(row, bias, h * dim, norm, of_queries if h < heads else of_keys, options, cosines, sines, head)
+    for k in range((heads + kv_heads) * dim, len(bias)):
+        row[k] += bias[k]
+
+
+@numba.njit(cache=True, nogil=True)
+def rotate_and_store(qkv, bias, norm, options, layer, kv, heads, sequences, positions, thread, threads):
+    """Add biases, normalize and rotate queries and keys, and store keys and values: a thread's share of a prompt.
+
+    Args:
+        qkv: float32 [tokens, (heads + 2 * kv_heads) * head_dim]; changed in place.
+        bias: float32 [(heads + 2 * kv_heads) * head_dim].
+        norm: float32 [(heads + kv_heads) * head_dim], weights of the queries' and the keys' norm; [0] for no norm.
+        options: see `LayerOptions`.
+        layer: which layer's part of the pages.
+        kv: see `KeyValues`; the pages of all positions exist.
+        heads: number of query heads.
+        sequences, positions: int64 [tokens], where each token stands.
+        thread, threads: the share: neighbouring tokens, because their keys lie in the same cache lines.
+
+    """
+    rotation = options.rotations[layer]
+    cosines, sines = kv.cosines[rotation], kv.sines[rotation]
+    kv_heads, tokens, dim = kv.kv_heads, len(qkv), 2 * cosines.shape[1]
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        row, position = qkv[t], positions[t]
+        if len(norm) == 0:  # `rotated_head` would do the same, but its loops, in place, are not vectorized
+            for k in range(len(bias)):
+                row[k] += bias[k]
+            for h in range(heads + kv_heads):
+                head = row[h * dim : (h + 1) * dim]
+                rotate(head, cosines[position], sines[position], options.interleaved, head)
+        else:
+            _normalize_and_rotate(row, bias, norm, heads, kv_heads, options, cosines[position], sines[position])
+        for h in range(kv_heads):
+            key = (heads + h) * dim
+            value = key + kv_heads * dim
+            store_head(kv, sequences[t], layer, h, position, row[key : key + dim], row[value : value + dim])

@@ -1,0 +1,243 @@
+"""The loop of the engine: admit requests, plan, run a forward pass, deliver. One thread at a time may call it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+
+from tritgguf.generation.prefix_cache import PrefixCache, common_length
+from tritgguf.generation.request import RunningRequest
+from tritgguf.generation.result import FinishReason
+from tritgguf.generation.scheduler import Budget, Chunk, plan
+from tritgguf.runtime.kv_pool import KVPool, PoolExhaustedError
+from tritgguf.runtime.model import Model
+from tritgguf.runtime.token_batch import TokenBatch
+
+_WORTH_WAITING = 64  # tokens that a request in front is about to evaluate, and this one would evaluate again
+
+
+class EngineCore:
+    """Requests that wait and that run, the pool of their keys and values, and the cache of prefixes.
+
+    Attributes:
+        waiting: requests that have no sequence yet, first come, first served.
+        running: requests that have one, in the order of their admission.
+        prefix_cache: pages of requests that have ended.
+
+    """
+
+    def __init__(self, model: Model, pool: KVPool, budget: Budget) -> None:
+        self.waiting: deque[RunningRequest] = deque()
+        self.running: list[RunningRequest] = []
+        self.prefix_cache = PrefixCache(pool)
+        self._model, self._pool, self._budget = model, pool, budget
+        self._logits = np.zeros((0, 0), np.float32)
+
+    def step(self) -> bool:
+        """Run one forward pass; return whether there was anything to do."""
+        start = time.perf_counter()
+        self.remove_ended()
+        self._admit()
+        chunks = self._reserve(plan(self.running, self._budget))
+        if not chunks:
+            return False
+        try:
+            outputs = self._forward(chunks)
+        except Exception as error:
+            for chunk in chunks:
+                chunk.request.error = error
+        else:
+            for chunk, rows in zip(chunks, outputs, strict=True):
+                self._deliver(chunk, rows, start)
+        self.remove_ended()
+        return True
+
+    def remove_ended(self) -> None:
+        """Free the sequences of requests that have ended, and keep their pages for later requests."""
+        for request in [waiting for waiting in self.waiting if waiting.ended]:
+            self.waiting.remove(request)
+        for request in [running for running in self.running if running.ended]:
+            self.running.remove(request)
+            if request.request.cache_prompt and request.error is None:
+                pages = self._pool.pages(_sequence_of(request))
+                self.prefix_cache.insert(request.tokens[: request.evaluated], pages)
+            self._free(request)
+
+    def _free(self, request: RunningRequest) -> None:
+        self._pool.free(_sequence_of(request))
+        request.sequence = None
+
+    # -- admission
+
+    def _admit(self) -> None:
+        """Let waiting requests run while there are sequences, and pages for their prompts."""
+        for request in list(self.waiting):
+            if not self._pool.free_sequences:
+                return
+            if self._should_wait(request):
+                continue
+            if not self._start(request):
+                return
+            self.waiting.remove(request)
+            self.running.append(request)
+
+    def _should_wait(self, request: RunningRequest) -> bool:
+        """Tell whether another request is about to evaluate the same prefix, which this one can then take over."""
+        if not request.request.cache_prompt:
+            return False
+        return any(
+            other.is_prompt
+            and other.request.cache_prompt
+            and common_length(other.request.prompt, request.tokens[:-1]) >= other.evaluated + _WORTH_WAITING
+            for other in self.running
+        )
+
+    def _start(self, request: RunningRequest) -> bool:
+        """Give a request a sequence that begins with what is stored of its prefix; False without room for the rest."""
+        pages, length = self._longest_prefix(request)
+        sequence = self._pool.allocate(pages, length)
+        missing = self._pool.missing_pages(sequence, len(request.tokens) - length)
+        self.prefix_cache.evict(missing - self._pool.free_pages)
+        if missing > self._pool.free_pages:
+            self._pool.free(sequence)
+            return False
+        request.sequence, request.evaluated = sequence, length
+        request.cached = max(request.cached, min(length, request.prompt_length))
+        return True
+
+    def _longest_prefix(self, request: RunningRequest) -> tuple[list[int], int]:
+        """Return the pages of the longest stored prefix, in the cache or of a running request, and its length."""
+        if not request.request.cache_prompt:
+            return [], 0
+        most = len(request.tokens) - 1  # the last token is evaluated in any case: its logits are wanted
+        if request.request.wanted != "tokens":
+            most = min(most, request.request.first_output)
+        wanted = request.tokens[:most]
+        pages, length = self.prefix_cache.match(wanted)
+        for other in self.running:
+            common = common_length(other.tokens[: other.evaluated], wanted)
+            if common > length and other.request.cache_prompt:
+                pages, length = self._pool.pages(_sequence_of(other)), common
+        return pages, length
+
+    # -- room
+
+    def _reserve(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Make room for every chunk's tokens; requests that were admitted last give way where there is none."""
+        kept = [chunk for chunk in chunks if chunk.request in self.running and self._make_room(chunk)]
+        return [chunk for chunk in kept if chunk.request in self.running]
+
+    def _make_room(self, chunk: Chunk) -> bool:
+        """Reserve a chunk's tokens; False where its own request had to give way."""
+        sequence = _sequence_of(chunk.request)
+        while True:
+            missing = self._pool.missing_pages(sequence, chunk.tokens)
+            self.prefix_cache.evict(missing - self._pool.free_pages)
+            try:
+                self._pool.reserve(sequence, chunk.tokens)
+            except PoolExhaustedError:
+                latest = self.running[-1]
+                self._preempt(latest)
+                if latest is chunk.request:
+                    return False
+            else:
+                return True
+
+    def _preempt(self, request: RunningRequest) -> None:
+        """Let a request wait again, in front of all others; its tokens have to be evaluated again."""
+        self.running.remove(request)
+        self._free(request)
+        request.evaluated = 0
+        self.waiting.appendleft(request)
+
+    # -- the forward pass
+
+    def _forward(self, chunks: list[Chunk]) -> list[np.ndarray]:
+        """Evaluate chunks; return the logits or hidden states of each: float32 [outputs, width], until the next."""
+        parts = []
+        for chunk in chunks:
+            request = chunk.request
+            tokens = request.tokens[request.evaluated : request.evaluated + chunk.tokens]
+            parts.append((_sequence_of(request), request.evaluated, tokens, chunk.outputs))
+        batch = TokenBatch.of_chunks(parts, sum(chunk.is_prompt for chunk in chunks))
+        wanted = {chunk.request.request.wanted for chunk in chunks if chunk.outputs}
+        count, sizes = len(batch.outputs), self._model.config.dimensions
+        hidden = np.empty((count, sizes.hidden), np.float32) if "hidden" in wanted else None
+        logits = self._logits_buffer(count) if wanted - {"hidden"} else None
+        self._model.forward(batch, self._pool, logits, hidden)
+        rows, first = list[np.ndarray](), 0
+        for chunk in chunks:
+            self._pool.advance(_sequence_of(chunk.request), chunk.tokens)
+            outputs = hidden if chunk.request.request.wanted == "hidden" else logits
+            last = first + chunk.outputs
+            rows.append(np.zeros((0, 0), np.float32) if outputs is None else outputs[first:last])
+            first = last
+        return rows
+
+    def _logits_buffer(self, rows: int) -> np.ndarray:
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self._model.config.vocab_size), np.float32)
+        return self._logits[:rows]
+
+    # -- delivery
+
+    def _deliver(self, chunk: Chunk, rows: np.ndarray, start: float) -> None:
+        """Note what a chunk's evaluation has given: outputs, or the next token, and the time that the pass took."""
+        request = chunk.request
+        request.evaluated += chunk.tokens
+        if request.request.wanted != "tokens":
+            self._append_outputs(request, rows)
+            if request.evaluated == len(request.tokens):
+                request.finish_reason = "length"
+        elif len(rows):
+            try:
+                self._sample(request, rows[0])
+            except Exception as error:
+                request.error = error
+        seconds = time.perf_counter() - start
+        if chunk.is_prompt:
+            request.evaluated_prompt_tokens += chunk.tokens
+            request.prompt_seconds += seconds
+        else:
+            request.decoded_tokens += chunk.tokens
+            request.decode_seconds += seconds
+
+    def _append_outputs(self, request: RunningRequest, rows: np.ndarray) -> None:
+        if request.outputs is None and len(rows):
+            count = request.prompt_length - request.request.first_output
+            request.outputs = np.empty((count, rows.shape[1]), np.float32)
+        if request.outputs is not None:
+            request.outputs[request.delivered : request.delivered + len(rows)] = rows
+            request.delivered += len(rows)
+
+    def _sample(self, request: RunningRequest, logits: np.ndarray) -> None:
+        """Choose the next token; deliver it, and end the request where that is due."""
+        sampler = request.request.sampler
+        assert sampler is not None
+        generated = len(request.tokens) - request.prompt_length
+        if generated == request.request.max_tokens:  # none is wanted
+            request.finish_reason = "length"
+            return
+        if not generated:
+            sampler.accept(request.request.prompt)
+        token = sampler.sample(logits)
+        sampler.accept([token])
+        if token in request.request.stop_tokens:
+            request.finish_reason = "stop"
+            return
+        request.tokens.append(token)
+        request.generated.append(token)
+        request.finish_reason = self._reason_to_end(request, generated + 1)
+
+    def _reason_to_end(self, request: RunningRequest, generated: int) -> FinishReason | None:
+        if generated == request.request.max_tokens:
+            return "length"
+        return "context" if request.evaluated >= self._pool.context else None
+
+
+def _sequence_of(request: RunningRequest) -> int:
+    """Return the sequence of a request that runs."""
+    assert request.sequence is not None
+    return request.sequence

@@ -1,0 +1,185 @@
+"""A model with its tokenizer and an engine, loaded from a file: what the package's users hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tritgguf.generation.request import Request, Wanted
+from tritgguf.generation.result import Score
+from tritgguf.tokenization.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tritgguf.generation.engine import Engine
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate; all of it may be used from several threads at once.
+
+    Attributes:
+        path: its file.
+        tokenizer: its tokenizer.
+        chat_template: the Jinja template of its chats; None where the file has none.
+        load_seconds: how long loading took; compiling not counted.
+
+    """
+
+    path: Path
+    tokenizer: Tokenizer
+    chat_template: str | None
+    load_seconds: float
+    engine: Engine = field(repr=False)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.engine.context
+
+    def logits(self, tokens: Sequence[int] | str, *, first: int = 0) -> np.ndarray:
+        """Return the logits behind each token of a text.
+
+        Args:
+            tokens: token ids, or a text, which gets the BOS token where the model uses one.
+            first: the token to begin with; the logits behind earlier ones are left out.
+
+        Returns:
+            float32 [tokens - first, vocabulary].
+
+        Raises:
+            TritGgufError: no tokens, more than the context holds, or one that does not exist.
+
+        """
+        return self._outputs(self._tokens(tokens), "logits", first)
+
+    def embed(
+        self, text: Sequence[int] | str, *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True
+    ) -> np.ndarray:
+        """Return an embedding of a text: the mean of the final hidden states, or the last token's.
+
+        Args:
+            text: a text or token ids, as in `logits`.
+            pooling: "mean" or "last".
+            normalize: whether the embedding gets the length 1.
+
+        Returns:
+            float32 [hidden].
+
+        Raises:
+            TritGgufError: as `logits`.
+
+        """
+        tokens = self._tokens(text)
+        states = self._outputs(tokens, "hidden", len(tokens) - 1 if pooling == "last" else 0)
+        embedding = states.astype(np.float64).mean(axis=0)
+        if normalize:
+            embedding /= max(float(np.linalg.norm(embedding)), 1e-12)
+        return embedding.astype(np.float32)
+
+    def score(self, prompt: Sequence[int] | str, continuation: Sequence[int] | str) -> Score:
+        """Return how likely the model finds a continuation of a prompt.
+
+        Both are texts or token ids. Two texts are tokenized as one, so that their border does not change the tokens.
+        An empty prompt stands for the BOS token. What the prompt has in common with an earlier one is not evaluated
+        again.
+
+        Raises:
+            TritGgufError: an empty continuation, or as `logits`.
+
+        """
+        before, after = self._prompt_and_continuation(prompt, continuation)
+        logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        chosen = logits[np.arange(len(after)), after]
+        return Score(after, chosen.tolist(), bool((logits.argmax(axis=1) == after).all()))
+
+    def _tokens(self, text: Sequence[int] | str) -> list[int]:
+        if isinstance(text, str):
+            return self.tokenizer.encode(text, add_special=True, parse_special=False)
+        return list(text)
+
+    def _prompt_and_continuation(
+        self, prompt: Sequence[int] | str, continuation: Sequence[int] | str
+    ) -> tuple[list[int], list[int]]:
+        from tritgguf.errors import TritGgufError
+
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            before, whole = self._tokens(prompt), self._tokens(prompt + continuation)
+            after = whole[len(before) :]
+        else:
+            before = self._tokens(prompt)
+            after = (
+                self.tokenizer.encode(continuation, add_special=False, parse_special=False)
+                if isinstance(continuation, str)
+                else list(continuation)
+            )
+        if not before and self.tokenizer.bos_id is not None:
+            before = [self.tokenizer.bos_id]
+        if not before:
+            raise TritGgufError("the model has no BOS token, so a score needs a prompt")
+        if not after:
+            raise TritGgufError("the continuation has no tokens; give a longer one")
+        return before, after
+
+    def _outputs(self, tokens: list[int], wanted: Wanted, first: int) -> np.ndarray:
+        return self.engine.outputs(self.engine.submit(Request(tokens, wanted=wanted, first_output=first)))
+
+
+def load(
+    path: str | Path,
+    *,
+    context: int | None = None,
+    parallel: int = 16,
+    threads: int | None = None,
+    prefill_bits: int = 8,
+    exact: bool = False,
+    cache_type: str | None = None,
+    isa: str | None = None,
+    on_compilation: Callable[[], None] | None = None,
+) -> LoadedModel:
+    """Open a trit GGUF file for generation.
+
+    Args:
+        path: the file.
+        context: room for a prompt and its answer, in tokens; None for what the model was trained for.
+        parallel: how many generations run at once; others wait.
+        threads: None for the physical cores.
+        prefill_bits: of the activations of prompts, 8 or 16; generated tokens have 16.
+        exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
+        cache_type: what keys and values are kept in, "f16" or "f32"; None for the former, or the latter if `exact`.
+        isa: the instruction set, such as "avx2"; None for the best that works here.
+        on_compilation: called if kernels have to be compiled first, which takes about half a minute on a machine's
+            first run.
+
+    Raises:
+        TritGgufError: the file is damaged or of an unknown kind, or the context needs more memory than there is.
+
+    """
+    start = time.perf_counter()
+    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.generation.engine import Engine
+    from tritgguf.runtime.kv_pool import CACHE_TYPES, DEFAULT_CACHE_TYPE, check_cache_fits
+    from tritgguf.runtime.model import Model
+
+    file = GgufFile(path)
+    tokenizer = Tokenizer(file.metadata, name=str(path))
+    template = file.metadata.get("tokenizer.chat_template")
+    model = Model(file, threads=threads, prefill_bits=prefill_bits, exact=exact, isa=isa)
+    cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
+    if context is not None and cache_type in CACHE_TYPES:
+        check_cache_fits(model.config, context, cache_type, str(path))
+    engine = Engine(model, context=context or model.config.context_length, parallel=parallel, cache_type=cache_type)
+    model.compile(on_compilation or (lambda: None))
+    return LoadedModel(
+        path=Path(path),
+        tokenizer=tokenizer,
+        chat_template=template if isinstance(template, str) else None,
+        load_seconds=time.perf_counter() - start,
+        engine=engine,
+    )

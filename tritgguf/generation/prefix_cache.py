@@ -1,0 +1,125 @@
+"""Pages of earlier requests, found again by the tokens that they begin with.
+
+A radix tree with a page at each node: an inner node is a full page of 256 tokens, a leaf may be a part of one. A
+request takes over the longest prefix that it shares with the tree, to the token: it shares the pages, and the pool
+copies the last one before something else is written to it. The tree and running sequences may hold a page at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cpu_kernels.transformer.kv_pages import PAGE
+from tritgguf.runtime.kv_pool import KVPool
+
+
+@dataclass(eq=False)
+class _Node:
+    tokens: tuple[int, ...]
+    page: int
+    parent: _Node | None
+    last_use: int = 0
+    children: list[_Node] = field(default_factory=list)
+
+
+class PrefixCache:
+    """Holds pages of a pool; the least recently used are let go of when pages are needed."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+        self._root = _Node((), -1, None)
+        self._clock = 0
+
+    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return the pages of the longest beginning of `tokens` that is held, and how many tokens it has."""
+        self._clock += 1
+        pages: list[int] = []
+        node, length = self._root, 0
+        while length < len(tokens):
+            child, common = _closest(node.children, tokens[length : length + PAGE])
+            if child is None:
+                break
+            child.last_use = self._clock
+            pages.append(child.page)
+            length += common
+            if common < PAGE:
+                break
+            node = child
+        return pages, length
+
+    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Hold the pages of a sequence: page k has the keys and values of tokens[256 k : 256 (k + 1)]."""
+        self._clock += 1
+        node = self._root
+        for place, page in enumerate(pages):
+            chunk = tuple(tokens[place * PAGE : (place + 1) * PAGE])
+            if not chunk:
+                return
+            child, common = _closest(node.children, chunk)
+            if child is not None and common == len(chunk):  # held already
+                child.last_use = self._clock
+            elif child is not None and common == len(child.tokens) and len(chunk) > common:  # a longer one of its kind
+                self._pool.retain(page)
+                self._pool.release(child.page)
+                child.tokens, child.page, child.last_use = chunk, page, self._clock
+            else:
+                self._pool.retain(page)
+                child = _Node(chunk, page, node, self._clock)
+                node.children.append(child)
+            if len(chunk) < PAGE:
+                return
+            node = child
+
+    def evict(self, pages: int) -> None:
+        """Let go of least recently used pages until so many more are free, or none is held that nobody else holds."""
+        wanted = self._pool.free_pages + pages
+        while self._pool.free_pages < wanted:
+            leaves = [node for node in self._nodes() if not node.children]
+            unshared = [node for node in leaves if self._pool.references[node.page] == 1]
+            if not unshared:
+                return
+            self._remove(min(unshared, key=lambda node: node.last_use))
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for node in list(self._nodes()):
+            self._pool.release(node.page)
+        self._root.children.clear()
+
+    def held_pages(self) -> list[int]:
+        """Return all pages that are held."""
+        return [node.page for node in self._nodes()]
+
+    def evictable_pages(self) -> int:
+        """Return how many pages `evict` could free."""
+        return sum(self._pool.references[node.page] == 1 for node in self._nodes())
+
+    def _remove(self, node: _Node) -> None:
+        assert node.parent is not None
+        node.parent.children.remove(node)
+        self._pool.release(node.page)
+
+    def _nodes(self) -> Iterator[_Node]:
+        waiting = list(self._root.children)
+        while waiting:
+            node = waiting.pop()
+            waiting += node.children
+            yield node
+
+
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many tokens two sequences share at their beginning."""
+    length = min(len(left), len(right))
+    if tuple(left[:length]) == tuple(right[:length]):
+        return length
+    return next(place for place in range(length) if left[place] != right[place])
+
+
+def _closest(nodes: Sequence[_Node], tokens: Sequence[int]) -> tuple[_Node | None, int]:
+    """Return the node that shares most tokens with the beginning of `tokens`, and how many; None for no token."""
+    best, most = None, 0
+    for node in nodes:
+        if node.tokens[0] == tokens[0] and (common := common_length(node.tokens, tokens)) > most:
+            best, most = node, common
+    return best, most

@@ -1,0 +1,138 @@
+"""Generated tokens through every layer: one, or several of any sequences, in one compiled function each."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import VectorBuffers
+from cpu_kernels.transformer.attend_token import make_scratch
+from cpu_kernels.transformer.decode import Buffers, Head, Weights, decode
+from cpu_kernels.transformer.decode_batch import BatchBuffers, decode_batch
+from cpu_kernels.transformer.gemv_batch import make_row_scratch
+from cpu_kernels.transformer.kv_pages import KeyValues
+from cpu_kernels.transformer.projection import Activations
+from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.weights import ModelWeights
+
+
+class DecodePass:
+    """Runs generated tokens; buffers for a single one are allocated here, those for several when they are needed."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, threads: int) -> None:
+        """Gather addresses and buffers for this many threads."""
+        self._config, self._threads = config, threads
+        self._embeddings, self._final_norm = weights.embeddings, weights.final_norm.copy()
+        self._weights = _gathered(weights)
+        head, sizes = weights.head, config.dimensions
+        self._head = Head(self._final_norm, head.addresses, head.matrix_rows, head.kinds, head.steps)
+        self._buffers = _single_buffers(sizes, threads)
+        self._scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
+        self._batch_buffers = _batch_buffers(sizes, 0, threads)
+        self._batch_scratch = make_scratch(0, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
+        self._counter = np.zeros(1, np.int64)
+
+    def run_one(self, crew: Crew, token: int, sequence: int, position: int, kv: KeyValues, logits: np.ndarray) -> None:
+        """Run one token and write its logits, float32 [vocabulary]."""
+        self._buffers.own_stream[:] = self._embeddings[token]
+        if self._config.embedding_scale != 1:
+            self._buffers.own_stream[:] *= self._config.embedding_scale
+        self._buffers.residual[:] = 0.0
+        crew.run(
+            decode, crew.isa, self._weights, self._head, kv, self._scratch, self._buffers, self._config.layer_options,
+            sequence, position, logits, self._counter,
+        )  # fmt: skip
+
+    def run(
+        self, crew: Crew, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, kv: KeyValues
+    ) -> np.ndarray:
+        """Run tokens, int64 [n], where they stand, int64 [n] each.
+
+        Returns the final norm's output, float32 [n, hidden], valid until the next call.
+        """
+        count, sizes = len(tokens), self._config.dimensions
+        if len(self._batch_buffers.stream) < count:
+            room = 1 << (count - 1).bit_length()
+            self._batch_buffers = _batch_buffers(sizes, room, self._threads)
+            self._batch_scratch = make_scratch(room, sizes.heads, sizes.kv_heads, sizes.head_dim, self._threads)
+        buffers = _first(self._batch_buffers, count)
+        buffers.stream[:] = self._embeddings[tokens]
+        if self._config.embedding_scale != 1:
+            buffers.stream[:] *= self._config.embedding_scale
+        buffers.residual[:] = 0.0
+        crew.run(
+            decode_batch, crew.isa, self._weights, self._final_norm, kv, self._batch_scratch, buffers,
+            self._config.layer_options, sequences, positions, self._counter,
+        )  # fmt: skip
+        return buffers.hidden[0]
+
+
+def _gathered(weights: ModelWeights) -> Weights:
+    """Return all layers' weights as the kernels take them."""
+    layers = weights.layers
+    return Weights(
+        addresses=np.stack([np.concatenate([p.addresses for p in layer.projections]) for layer in layers]),
+        rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),
+        kinds=np.stack([np.concatenate([p.kinds for p in layer.projections]) for layer in layers]),
+        steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
+        attention_norms=np.stack([layer.attention_norm for layer in layers]),
+        query_key_norms=np.stack([layer.query_key_norm for layer in layers]),
+        attention_output_norms=np.stack([layer.attention_output_norm for layer in layers]),
+        feed_forward_norms=np.stack([layer.feed_forward_norm for layer in layers]),
+        feed_forward_output_norms=np.stack([layer.feed_forward_output_norm for layer in layers]),
+        qkv_biases=np.stack([layer.qkv_bias for layer in layers]),
+        output_biases=np.stack([layer.output_bias for layer in layers]),
+        gate_biases=np.stack([layer.gate_bias for layer in layers]),
+        up_biases=np.stack([layer.up_bias for layer in layers]),
+        down_biases=np.stack([layer.down_bias for layer in layers]),
+    )
+
+
+def _single_buffers(sizes: Dimensions, threads: int) -> Buffers:
+    head_columns = sizes.heads * sizes.head_dim
+    return Buffers(
+        own_stream=np.zeros((threads, sizes.hidden), np.float32),
+        own_hidden=Activations(threads, sizes.hidden).buffers,
+        own_attended=Activations(threads, head_columns).buffers,
+        qkv=np.zeros(head_columns + 2 * sizes.kv_heads * sizes.head_dim, np.float32),
+        residual=np.zeros(sizes.hidden, np.float32),
+        gate=np.zeros(sizes.feed_forward, np.float32),
+        up=np.zeros(sizes.feed_forward, np.float32),
+        gated=Activations(1, sizes.feed_forward).buffers,
+    )
+
+
+def _batch_buffers(sizes: Dimensions, tokens: int, threads: int) -> BatchBuffers:
+    head_columns = sizes.heads * sizes.head_dim
+    return BatchBuffers(
+        stream=np.zeros((tokens, sizes.hidden), np.float32),
+        residual=np.zeros((tokens, sizes.hidden), np.float32),
+        hidden=Activations(tokens, sizes.hidden).buffers,
+        attended=Activations(tokens, head_columns).buffers,
+        qkv=np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32),
+        gate=np.zeros((tokens, sizes.feed_forward), np.float32),
+        up=np.zeros((tokens, sizes.feed_forward), np.float32),
+        gated=Activations(tokens, sizes.feed_forward).buffers,
+        own_rows=make_row_scratch(max(sizes.hidden, head_columns, sizes.feed_forward), threads),
+    )
+
+
+def _first(buffers: BatchBuffers, tokens: int) -> BatchBuffers:
+    """Return the buffers of the first tokens, as views."""
+
+    def cut(vectors: VectorBuffers) -> VectorBuffers:
+        x, pairs, offsets, scales = vectors
+        return x[:tokens], pairs[:tokens], offsets[:tokens], scales[:tokens]
+
+    return BatchBuffers(
+        buffers.stream[:tokens],
+        buffers.residual[:tokens],
+        cut(buffers.hidden),
+        cut(buffers.attended),
+        buffers.qkv[:tokens],
+        buffers.gate[:tokens],
+        buffers.up[:tokens],
+        cut(buffers.gated),
+        buffers.own_rows,
+    )

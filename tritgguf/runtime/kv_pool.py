@@ -1,0 +1,252 @@
+"""Keys and values of many sequences, in pages that sequences may share.
+
+A page holds 256 positions. A sequence's row of the page table names its pages; a page that several sequences or the
+prefix cache hold is counted, and copied before one of them writes to it. Pages are allocated when they are first
+needed: a context of 8,192 tokens takes 190 MB even for a model of 135M parameters, and what is never written should
+neither be reserved nor cleared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, padded_dimension, page_elements
+from tritgguf.errors import TritGgufError
+from tritgguf.machine import machine_memory_bytes
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.rotations import RotationTables
+
+# As llama.cpp names them. Kernels take float16 as its bits.
+CACHE_TYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+DEFAULT_CACHE_TYPE = "f16"
+_NO_PAGE = -1
+
+
+class PoolExhaustedError(Exception):
+    """There are not enough free pages, or no free sequence; nothing was changed."""
+
+
+def pages_of(tokens: int) -> int:
+    """Return how many pages so many tokens take."""
+    return -(-tokens // PAGE)
+
+
+def page_bytes(config: ModelConfig, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
+    """Return the bytes of a page."""
+    sizes = config.dimensions
+    return page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim) * CACHE_TYPES[cache_type].itemsize
+
+
+def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
+    """Raise TritGgufError when keys and values of this context need more memory than the machine has free."""
+    memory, needed = machine_memory_bytes(), pages_of(context) * page_bytes(config, cache_type)
+    if memory is not None and needed > memory[1]:
+        raise TritGgufError(
+            f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
+            " use a smaller one (-c)"
+        )
+
+
+class KVPool:
+    """Pages and the sequences that hold them. One thread at a time may use it.
+
+    Attributes:
+        table: int64 [sequences, pages of a sequence], the addresses of the pages; 0 where there is none.
+        element: [1] of the type of keys and values.
+        lengths: int64 [sequences], tokens whose keys and values are stored.
+        references: int32 [pages], how many sequences and other owners hold a page; 0 for a free one.
+        states: uint8 [sequences, bytes], a state of fixed size for layers that have one instead of keys and values.
+
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        pages: int,
+        sequences: int,
+        context: int,
+        cache_type: str = DEFAULT_CACHE_TYPE,
+        state_bytes: int = 0,
+    ) -> None:
+        """Make room for `pages` pages and `sequences` sequences of at most `context` tokens each.
+
+        `cache_type` is a key of CACHE_TYPES. Raises TritGgufError for an unknown type.
+        """
+        if cache_type not in CACHE_TYPES:
+            raise TritGgufError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+        sizes = config.dimensions
+        self.context = context
+        self.layers, self.kv_heads = sizes.layers, sizes.kv_heads
+        self.padded_dim = padded_dimension(sizes.head_dim)
+        self.element = np.zeros(1, CACHE_TYPES[cache_type])
+        self.table = np.zeros((sequences, pages_of(context)), np.int64)
+        self.lengths = np.zeros(sequences, np.int64)
+        self.references = np.zeros(pages, np.int32)
+        self.states = np.zeros((sequences, state_bytes), np.uint8)
+        self._elements = page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim)
+        self._pages = np.full(self.table.shape, _NO_PAGE, np.int32)
+        self._held = np.zeros(sequences, np.int64)  # pages of each sequence
+        self._storage: dict[int, np.ndarray] = {}
+        self._free_pages = list(range(pages - 1, -1, -1))
+        self._free_sequences = list(range(sequences - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages nobody holds."""
+        return len(self._free_pages)
+
+    @property
+    def free_sequences(self) -> int:
+        """How many more sequences there may be."""
+        return len(self._free_sequences)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the pages that were ever used."""
+        return sum(page.nbytes for page in self._storage.values())
+
+    def allocate(self, pages: Sequence[int] = (), length: int = 0) -> int:
+        """Return a new sequence that begins with the first `length` tokens stored in some pages, which it shares.
+
+        Raises PoolExhaustedError when there are as many sequences as there may be.
+        """
+        if not self._free_sequences:
+            raise PoolExhaustedError
+        sequence = self._free_sequences.pop()
+        self.lengths[sequence] = length
+        self.states[sequence] = 0
+        for place, page in enumerate(pages[: pages_of(length)]):
+            self._hold(sequence, place, page)
+        return sequence
+
+    def fork(self, sequence: int, length: int) -> int:
+        """Return a new sequence that shares the first `length` tokens of another; raises as `allocate` does."""
+        if not 0 <= length <= self.lengths[sequence]:
+            raise ValueError("a sequence can only be forked within what it holds")
+        forked = self.allocate(self.pages(sequence), length)
+        self.states[forked] = self.states[sequence]
+        return forked
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from `length` on."""
+        if not 0 <= length <= self.lengths[sequence]:
+            raise ValueError("a sequence can only be cut within what it holds")
+        self._drop_pages(sequence, pages_of(length))
+        self.lengths[sequence] = length
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence."""
+        if sequence in self._free_sequences:
+            raise ValueError("the sequence is free already")
+        self._drop_pages(sequence, 0)
+        self.lengths[sequence] = 0
+        self._free_sequences.append(sequence)
+
+    def pages(self, sequence: int) -> list[int]:
+        """Return a sequence's pages in order."""
+        pages: list[int] = self._pages[sequence, : self._held[sequence]].tolist()
+        return pages
+
+    def missing_pages(self, sequence: int, tokens: int) -> int:
+        """Return how many free pages `reserve` would take."""
+        length, held = int(self.lengths[sequence]), int(self._held[sequence])
+        return pages_of(length + tokens) - held + int(self._shares_last_page(sequence, tokens))
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Make sure that a sequence can store so many more tokens in pages of its own.
+
+        Raises PoolExhaustedError when too few pages are free, and ValueError beyond the context.
+        """
+        if self.lengths[sequence] + tokens > self.context:
+            raise ValueError("a sequence cannot be longer than the context")
+        if self.missing_pages(sequence, tokens) > self.free_pages:
+            raise PoolExhaustedError
+        if self._shares_last_page(sequence, tokens):
+            self._copy_last_page(sequence)
+        for place in range(self._held[sequence], pages_of(int(self.lengths[sequence]) + tokens)):
+            self._set(sequence, place, self._take_page())
+
+    def advance(self, sequence: int, tokens: int) -> None:
+        """Note that the keys and values of so many more tokens are stored."""
+        self.lengths[sequence] += tokens
+
+    def retain(self, page: int) -> None:
+        """Hold a page that is in use, besides the sequences that hold it."""
+        if self.references[page] <= 0:
+            raise ValueError("a free page cannot be retained")
+        self.references[page] += 1
+
+    def release(self, page: int) -> None:
+        """Let go of a page that was retained."""
+        if self.references[page] <= 0:
+            raise ValueError("the page is free already")
+        self.references[page] -= 1
+        if not self.references[page]:
+            self._free_pages.append(page)
+
+    def writable(self, sequences: np.ndarray, positions: np.ndarray) -> bool:
+        """Tell whether all positions, int64 [n] of sequences int64 [n], lie in pages that no one else holds."""
+        pages = self._pages[sequences, positions // PAGE]
+        return bool((pages != _NO_PAGE).all() and (self.references[pages] == 1).all())
+
+    def key_values(self, rotations: RotationTables) -> KeyValues:
+        """Return what the kernels take; valid until the next page is allocated or the tables grow."""
+        return KeyValues(
+            self.table, self.element, self.layers, self.kv_heads, self.padded_dim, rotations.cosines, rotations.sines
+        )
+
+    def clear_pages(self) -> None:
+        """Write zeros to all pages that are in use."""
+        for page in self._storage.values():
+            page.fill(0)
+
+    def check(self, retained: Sequence[int] = ()) -> None:
+        """Raise AssertionError unless every page is free or counted once for each holder; `retained`: others' pages."""
+        held = [*self._pages[self._pages != _NO_PAGE].tolist(), *retained]
+        counts = np.bincount(np.array(held, np.int64), minlength=len(self.references))
+        assert (counts == self.references).all(), "pages are not counted right"
+        assert sorted(self._free_pages) == np.flatnonzero(self.references == 0).tolist(), "the free list is wrong"
+        assert len(set(self._free_sequences)) == len(self._free_sequences), "a sequence is free twice"
+        assert not self.table[self._pages == _NO_PAGE].any(), "an address of a page that is not held"
+
+    def _shares_last_page(self, sequence: int, tokens: int) -> bool:
+        """Tell whether writing would change a page that others hold too."""
+        length = int(self.lengths[sequence])
+        if not tokens or length % PAGE == 0:
+            return False
+        return bool(self.references[self._pages[sequence, length // PAGE]] > 1)
+
+    def _copy_last_page(self, sequence: int) -> None:
+        place = int(self.lengths[sequence]) // PAGE
+        shared, own = int(self._pages[sequence, place]), self._take_page()
+        self._storage[own][:] = self._storage[shared]
+        self._set(sequence, place, own)
+        self.release(shared)
+
+    def _take_page(self) -> int:
+        page = self._free_pages.pop()
+        if page not in self._storage:
+            self._storage[page] = np.zeros(self._elements, self.element.dtype)
+        self.references[page] = 1
+        return page
+
+    def _hold(self, sequence: int, place: int, page: int) -> None:
+        self.retain(page)
+        self._set(sequence, place, page)
+
+    def _set(self, sequence: int, place: int, page: int) -> None:
+        self._pages[sequence, place] = page
+        self._held[sequence] = max(self._held[sequence], place + 1)
+        self.table[sequence, place] = self._storage[page].ctypes.data
+
+    def _drop_pages(self, sequence: int, first: int) -> None:
+        """Let go of a sequence's pages from place `first` on."""
+        for page in self.pages(sequence)[first:]:
+            self.release(page)
+        self._pages[sequence, first:] = _NO_PAGE
+        self.table[sequence, first:] = 0
+        self._held[sequence] = min(self._held[sequence], first)

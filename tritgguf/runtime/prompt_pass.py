@@ -1,0 +1,116 @@
+"""Tokens of prompts through every layer: matrix products of many vectors at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import advance_batch, gate_batch
+from cpu_kernels.transformer.attention import attend
+from cpu_kernels.transformer.kv_pages import KeyValues
+from cpu_kernels.transformer.projection import Batch
+from cpu_kernels.transformer.rotation import rotate_and_store
+from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.weights import LayerWeights, ModelWeights
+
+
+class _Workspace:
+    """Every buffer of the forward pass for a batch of tokens."""
+
+    def __init__(self, tokens: int, sizes: Dimensions, bits: int) -> None:
+        head_columns = sizes.heads * sizes.head_dim
+        self.stream = np.zeros((tokens, sizes.hidden), np.float32)
+        self.residual = np.zeros((tokens, sizes.hidden), np.float32)
+        self.hidden = Batch(tokens, sizes.hidden, bits=bits)
+        self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
+        self.attended = Batch(tokens, head_columns, bits=bits)
+        self.gate_up = np.zeros((tokens, 2 * sizes.feed_forward), np.float32)
+        self.gated = Batch(tokens, sizes.feed_forward, bits=bits)
+
+    def first(self, tokens: int) -> _Workspace:
+        """Return the buffers of the first tokens, as views."""
+        view = _Workspace.__new__(_Workspace)
+        for name, buffer in vars(self).items():
+            setattr(view, name, buffer.first(tokens) if isinstance(buffer, Batch) else buffer[:tokens])
+        return view
+
+
+class PromptPass:
+    """Runs chunks of prompts; its buffers grow to the largest chunk it has seen."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, *, bits: int, exact: bool) -> None:
+        """Keep what every chunk needs; nothing is allocated before the first.
+
+        `bits` of the activations: 8 or 16; `exact` needs 16 and multiplies what they leave out as well.
+        """
+        self._config, self._weights = config, weights
+        self._bits, self._exact = bits, exact
+        self._workspace = _Workspace(0, config.dimensions, bits)
+
+    def run(self, crew: Crew, tokens: np.ndarray, segments: np.ndarray, kv: KeyValues) -> Batch:
+        """Run tokens, int64 [n], which `segments` place in their sequences; see `TokenBatch.segments`.
+
+        Returns the final norm's output, [n, hidden], quantized too; valid until the next call.
+        """
+        if len(self._workspace.stream) < len(tokens):
+            self._workspace = _Workspace(len(tokens), self._config.dimensions, self._bits)
+        space = self._workspace.first(len(tokens))
+        space.stream[:] = self._weights.embeddings[tokens]
+        if self._config.embedding_scale != 1:
+            space.stream *= self._config.embedding_scale
+        space.residual[:] = 0.0
+        sequences = np.repeat(segments[:, 2], segments[:, 1])
+        positions = np.concatenate([np.arange(start, start + rows) for _, rows, _, start in segments.tolist()])
+        output_norm = self._weights.layers[0].feed_forward_output_norm  # of nothing: no layer is before the first
+        for index, layer in enumerate(self._weights.layers):
+            self._advance(crew, space, output_norm, layer.attention_norm)
+            layer.qkv.multiply(space.hidden, space.qkv, crew, exact=self._exact)
+            self._attend(crew, space, layer, index, kv, segments, sequences, positions)
+            layer.output.multiply(space.attended, space.residual, crew, exact=self._exact)
+            _add(layer.output_bias, space.residual)
+            self._advance(crew, space, layer.attention_output_norm, layer.feed_forward_norm)
+            self._feed_forward(crew, space, layer)
+            output_norm = layer.feed_forward_output_norm
+        self._advance(crew, space, output_norm, self._weights.final_norm)
+        return space.hidden
+
+    def _advance(self, crew: Crew, space: _Workspace, output_norm: np.ndarray, norm: np.ndarray) -> None:
+        """Add a layer's output to the residual stream, then normalize and quantize the stream."""
+        options = self._config.layer_options
+        crew.run(
+            advance_batch, space.stream, space.residual, output_norm, options.residual_scale, norm, options.epsilon,
+            *space.hidden.buffers,
+        )  # fmt: skip
+
+    def _attend(
+        self,
+        crew: Crew,
+        space: _Workspace,
+        layer: LayerWeights,
+        index: int,
+        kv: KeyValues,
+        segments: np.ndarray,
+        sequences: np.ndarray,
+        positions: np.ndarray,
+    ) -> None:
+        heads, options = self._config.dimensions.heads, self._config.layer_options
+        bias, norm = layer.qkv_bias, layer.query_key_norm
+        crew.run(rotate_and_store, space.qkv, bias, norm, options, index, kv, heads, sequences, positions)
+        crew.run(attend, crew.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
+        space.attended.quantize(crew)
+
+    def _feed_forward(self, crew: Crew, space: _Workspace, layer: LayerWeights) -> None:
+        layer.gate_up.multiply(space.hidden, space.gate_up, crew, exact=self._exact)
+        _add(layer.gate_bias, space.gate_up[:, : len(layer.gate_bias)])
+        _add(layer.up_bias, space.gate_up[:, len(layer.gate_bias) :])
+        keep = self._exact or layer.down.reads_floats
+        crew.run(gate_batch, space.gate_up, self._config.layer_options.gelu, keep, *space.gated.buffers)
+        layer.down.multiply(space.gated, space.residual, crew, exact=self._exact)
+        _add(layer.down_bias, space.residual)
+
+
+def _add(bias: np.ndarray, out: np.ndarray) -> None:
+    """Add a bias, if there is one, to every row."""
+    if bias.any():
+        out += bias
