@@ -77,7 +77,8 @@ def prefill_times(
     """Measure a prompt behind `depth` tokens by kernel, on a crew like `crew`: means of the repetitions."""
     timing = TimingCrew(crew.threads, isa=crew.isa_name)
     prompt_pass = PromptPass(config, weights, bits=bits, exact=False)
-    kv = _filled_pages(config, depth + len(tokens), cache_type)
+    pool, tables = _filled_pool(config, depth + len(tokens), cache_type)
+    kv = pool.key_values(tables)
     logits = np.empty(config.vocab_size, np.float32)
     total = 0.0
     for repetition in range(repetitions + 1):
@@ -133,8 +134,8 @@ def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int)
 
     crew = MeetingCrew(threads)
     logits = np.zeros(config.vocab_size, np.float32)
-    kv = _filled_pages(config, 1, DEFAULT_CACHE_TYPE)
-    DecodePass(config, weights, threads).run_one(crew, 0, 0, 0, kv, logits)
+    pool, tables = _filled_pool(config, 1, DEFAULT_CACHE_TYPE)
+    DecodePass(config, weights, threads).run_one(crew, 0, 0, 0, pool.key_values(tables), logits)
     return crew.meetings
 
 
@@ -154,9 +155,10 @@ def decode_seconds(
     """
     layers = weights.layers
     isa = crew.isa
+    pool, tables = _filled_pool(config, places, cache_type)  # whose pages live as long as it does
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
-        "attention": _attention(isa, config, layers, crew, places, cache_type),
+        "attention": _attention(isa, config, layers, crew, places - 1, pool.key_values(tables)),
         "attention output": _product(isa, *[layer.output for layer in layers]),
         "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
         "down": _product(isa, *[layer.down for layer in layers]),
@@ -189,23 +191,22 @@ def _attention(
     config: ModelConfig,
     layers: Sequence[LayerWeights],
     crew: Crew,
-    places: int,
-    cache_type: str,
+    position: int,
+    kv: KeyValues,
 ) -> tuple[Any, ...]:
-    """Return kernel and arguments of one token's attention in all layers, with `places` of the cache filled."""
+    """Return kernel and arguments of the attention of one token, at `position`, in all layers."""
     sizes = config.dimensions
-    kv = _filled_pages(config, places, cache_type)
     scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, crew.threads)
     qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
     out = np.empty((crew.threads, sizes.heads * sizes.head_dim), np.float32)
     norms = np.stack([layer.query_key_norm for layer in layers])
     counter = np.zeros(1, np.int64)
     bias, options = np.zeros_like(qkv), config.layer_options
-    return attend_layers, isa, kv, scratch, qkv, bias, norms, options, places - 1, out, counter
+    return attend_layers, isa, kv, scratch, qkv, bias, norms, options, position, out, counter
 
 
-def _filled_pages(config: ModelConfig, positions: int, cache_type: str) -> KeyValues:
-    """Return one sequence of so many positions, in pages that were written to.
+def _filled_pool(config: ModelConfig, positions: int, cache_type: str) -> tuple[KVPool, RotationTables]:
+    """Return one sequence of so many positions, in pages that were written to, and its rotation tables.
 
     Memory that never was written to is one page of zeros, which is always in the processor's cache.
     """
@@ -214,7 +215,7 @@ def _filled_pages(config: ModelConfig, positions: int, cache_type: str) -> KeyVa
     pool.clear_pages()
     tables = RotationTables(config.rotations)
     tables.reserve(positions)
-    return pool.key_values(tables)
+    return pool, tables
 
 
 def shares(seconds: Mapping[str, float], total: float | None = None) -> list[KernelTime]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from tritgguf.errors import TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.result import FinishReason, Generation, Timings
@@ -47,13 +48,13 @@ class TextStream(Iterator[str]):
             TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist.
 
         """
+        _check_vocabulary(model, prompt_tokens)
         self._model, self._sampler, self._on_end = model, sampler, on_end
         self._decoder = StreamDecoder(model.tokenizer, prompt_tokens if continues_prompt else ())
         self._stops = StopStrings(stop)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._finish_reason: FinishReason = "interrupted"
-        self._ended = False
         request = Request(
             prompt=prompt_tokens,
             sampler=sampler,
@@ -62,6 +63,7 @@ class TextStream(Iterator[str]):
         )
         self._request: RunningRequest = model.engine.submit(request)
         self._source = model.engine.tokens(self._request)
+        self._ended = False
 
     def __iter__(self) -> TextStream:
         return self
@@ -137,3 +139,11 @@ class TextStream(Iterator[str]):
             self._model.engine.cancel(self._request)
         if self._on_end is not None:
             self._on_end(self.result())
+
+
+def _check_vocabulary(model: LoadedModel, tokens: list[int]) -> None:
+    vocabulary = model.engine.model.config.vocab_size
+    if max(tokens, default=0) >= vocabulary:
+        raise TritGgufError(
+            f"{model.path}: the tokenizer gives token {max(tokens)} and the model knows {vocabulary}; convert it again"
+        )

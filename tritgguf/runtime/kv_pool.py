@@ -194,7 +194,7 @@ class KVPool:
         return bool((pages != _NO_PAGE).all() and (self.references[pages] == 1).all())
 
     def key_values(self, rotations: RotationTables) -> KeyValues:
-        """Return what the kernels take; valid until the next page is allocated or the tables grow."""
+        """Return what the kernels take: addresses, which are valid as long as the pool and the tables are."""
         return KeyValues(
             self.table, self.element, self.layers, self.kv_heads, self.padded_dim, rotations.cosines, rotations.sines
         )
