@@ -12,7 +12,7 @@ from converted_models import as_stock_gguf
 from gguf import GGUFValue, GGUFValueType
 from tiny_models import tiny_config, write_tiny_model
 
-from tritgguf.architectures import gguf_to_hf, hf_to_gguf
+from tritgguf.architectures import gguf_to_hf, hf_to_gguf, rope_keys
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
@@ -51,7 +51,7 @@ def test_llama3s_scaling_is_read_back(head_dim: int, changes: dict[str, Any]) ->
     config["rope_theta"] = 500000.0
     factors = hf_to_gguf.rope_factors(config)
     assert factors is not None
-    assert gguf_to_hf._llama3_scaling(factors, config, "here") == scaling
+    assert rope_keys.llama3_scaling(factors, config, "here") == scaling
 
 
 def test_any_unit_of_llama3s_scaling_is_as_good(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_any_unit_of_llama3s_scaling_is_as_good(tmp_path: Path) -> None:
     config["rope_theta"] = 500000.0
     factors = hf_to_gguf.rope_factors(config)
     assert factors is not None
-    assert gguf_to_hf._llama3_scaling(factors, config, "here") == LLAMA3
+    assert rope_keys.llama3_scaling(factors, config, "here") == LLAMA3
 
 
 @pytest.mark.parametrize("kind", ["random", "all equal", "one", "two steps"])
@@ -74,7 +74,7 @@ def test_factors_that_are_not_llama3s(kind: str) -> None:
     }[kind].astype(np.float32)
     config = tiny_config(head_dim=128)
     with pytest.raises(TritGgufError, match=r"no words for tensor rope_freqs\.weight"):
-        gguf_to_hf._llama3_scaling(factors, config, "here")
+        rope_keys.llama3_scaling(factors, config, "here")
 
 
 def test_numbers_are_those_of_the_source(tiny_trit_file: Callable[..., GgufFile]) -> None:
