@@ -49,7 +49,7 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     context = config.get("max_position_embeddings")
     defaults = {
         "rope_type": stored.get("type", "default"),
-        "rope_theta": entries.get("rope_theta", DEFAULT_BASE),
+        "rope_theta": config.get("rope_theta", DEFAULT_BASE),
         "original_max_position_embeddings": entries.get("original_max_position_embeddings", context),
     }
     parameters = {**defaults, **stored}
@@ -98,7 +98,7 @@ def _sliding_base(config: HfConfig) -> float:
     stored = stored if isinstance(stored, dict) else {}
     if stored.get("rope_type", "default") != "default":
         raise TritGgufError(f"{config.where}: a rope scaling of the layers with a sliding window is not supported")
-    base = stored.get("rope_theta", config.entries.get("rope_local_base_freq", DEFAULT_BASE))
+    base = stored.get("rope_theta", config.get("rope_local_base_freq", DEFAULT_BASE))
     return positive_number(base, "rope_local_base_freq", config.where)
 
 
