@@ -31,7 +31,7 @@ _FIRST_ENTRIES = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-"""The order in which people know them; the rules' is that of GGUF's keys."""
+"""What config.json begins with; the rules themselves are in the order of GGUF's keys."""
 
 
 def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, Any]:
