@@ -19,7 +19,7 @@ import tool_command
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tritgguf.architectures.table import ARCHITECTURES
+from tritgguf.architectures.table import ARCHITECTURES, Architecture
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
@@ -91,24 +91,23 @@ def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
         config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **entries})
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
         for parameter_name, parameter in model.named_parameters():
-            _draw(parameter_name, parameter, model_type)
+            _draw(parameter_name, parameter, ARCHITECTURES[type(model).__name__])
         model.save_pretrained(folder)
     _write_tokenizer(folder)
     return folder
 
 
-def _draw(name: str, parameter: Any, model_type: str) -> None:
+def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
     import torch
 
     with torch.no_grad():
         if parameter.dim() == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-            # Gemma multiplies embeddings with the root of their width; everybody else's are near 1 themselves.
-            if "embed_tokens" in name and not model_type.startswith("gemma"):
+            # Some multiply embeddings with the root of their width; everybody else's are near 1 themselves.
+            if "embed_tokens" in name and not architecture.scales_embeddings:
                 parameter.mul_(parameter.shape[1] ** 0.5)
         else:
-            is_norm = "norm" in name
-            parameter.normal_(0.0 if not is_norm or model_type.startswith("gemma") else 1.0, 0.2)
+            parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
 
 
 def _write_tokenizer(folder: Path) -> None:

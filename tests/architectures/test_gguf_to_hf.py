@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from converted_models import as_stock_gguf
 from gguf import GGUFValue, GGUFValueType
+from model_keys import values_of
 from tiny_models import tiny_config, write_tiny_model
 
 from tritgguf.architectures import gguf_to_hf, hf_to_gguf
@@ -20,61 +21,10 @@ from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 from tritgguf.tokenization.hf_folder_files import special_ids
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
 
 def config_of(file: GgufFile) -> dict[str, Any]:
     """Return the config.json of a file's model."""
     return gguf_to_hf.model_config(file, special_ids(file.metadata))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "changes"),
-    [
-        (128, {}),  # Llama 3.1
-        (64, {"factor": 32.0}),  # Llama 3.2
-        (64, {"high_freq_factor": 8.0}),
-        (256, {"factor": 3.5, "original_max_position_embeddings": 4096}),
-        (32, {"original_max_position_embeddings": 64}),
-        (128, {"original_max_position_embeddings": 131072}),
-    ],
-)
-def test_llama3s_scaling_is_read_back(head_dim: int, changes: dict[str, Any]) -> None:
-    scaling = {**LLAMA3, **changes}
-    config = tiny_config(head_dim=head_dim, rope_scaling=scaling)
-    config["rope_theta"] = 500000.0
-    factors = hf_to_gguf.rope_factors(config)
-    assert factors is not None
-    assert gguf_to_hf._llama3_scaling(factors, config, "here") == scaling
-
-
-def test_any_unit_of_llama3s_scaling_is_as_good(tmp_path: Path) -> None:
-    """Original context, low and high have a common factor that the frequencies do not show."""
-    scaling = {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16384}
-    config = tiny_config(head_dim=128, rope_scaling=scaling)
-    config["rope_theta"] = 500000.0
-    factors = hf_to_gguf.rope_factors(config)
-    assert factors is not None
-    assert gguf_to_hf._llama3_scaling(factors, config, "here") == LLAMA3
-
-
-@pytest.mark.parametrize("kind", ["random", "all equal", "one", "two steps"])
-def test_factors_that_are_not_llama3s(kind: str) -> None:
-    factors = {
-        "random": np.random.default_rng(0).uniform(1, 8, 64),
-        "all equal": np.full(64, 4.0),
-        "one": np.ones(64),
-        "two steps": np.repeat([1.0, 2.0, 3.0, 8.0], 16),
-    }[kind].astype(np.float32)
-    config = tiny_config(head_dim=128)
-    with pytest.raises(TritGgufError, match=r"no words for tensor rope_freqs\.weight"):
-        gguf_to_hf._llama3_scaling(factors, config, "here")
 
 
 def test_numbers_are_those_of_the_source(tiny_trit_file: Callable[..., GgufFile]) -> None:
@@ -145,3 +95,25 @@ def test_rope_factors_of_a_file(tiny_trit_file: Callable[..., GgufFile]) -> None
     factors = hf_to_gguf.rope_factors(config_of(file))
     assert factors is not None
     np.testing.assert_allclose(factors, file.read_float32(ROPE_FREQS), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.head_count", 0, r"llama\.attention\.head_count is 0, which is no count"),
+        ("embedding_length", "128", r"llama\.embedding_length is '128'"),
+        ("context_length", None, r"the key llama\.context_length is missing"),
+        ("attention.layer_norm_rms_epsilon", None, r"the key llama\.attention\.layer_norm_rms_epsilon is missing"),
+        ("attention.layer_norm_rms_epsilon", -1.0, r"rms_epsilon is -1\.0, which is no positive number"),
+        ("rope.freq_base", "x", r"llama\.rope\.freq_base is 'x', which is no positive number"),
+        ("rope.scaling.type", "longrope", r"rope scaling longrope is not supported"),
+        ("rope.scaling.type", "linear", r"the key llama\.rope\.scaling\.factor is missing"),
+        ("attention.sliding_window", [64], r"sliding_window is \[64\], which is no count"),
+    ],
+)
+def test_bad_keys_are_named(key: str, value: object, message: str) -> None:
+    metadata = {**values_of(tiny_config()), f"llama.{key}": value}
+    with pytest.raises(TritGgufError, match=message) as caught:
+        gguf_to_hf.config_entries(metadata, {"token_embd.weight": (448, 128)}, "model.gguf")
+    assert str(caught.value).startswith("model.gguf: ")
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
-from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.bandwidth import read, read_bandwidth
 from cpu_kernels.threads.crew import Crew
 from tritgguf.cli import app
@@ -126,10 +125,7 @@ def test_a_test_can_be_left_out(tiny_file: Path) -> None:
         bench(tiny_file, prompt_tokens=0, generated_tokens=0)
 
 
-def test_the_instruction_set_can_be_forced(
-    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(instruction_set, "_forced", None)
+def test_the_instruction_set_can_be_forced(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(tiny_file), "-p", "0", "-n", "1", "-r", "1", "--no-kernels", "--json"]
     assert app.main([*arguments, "--isa", "portable"]) == 0
     assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"

@@ -1,4 +1,7 @@
-"""The sizes of a model, from config.json or from GGUF keys, and the tensor shapes that follow from them."""
+"""The sizes of a model, read from config.json or from GGUF keys, and the tensor shapes that follow from them.
+
+Reading the sizes is also where a model's family is found, and where what no family has is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES, QKV, Architecture
+from tritgguf.architectures import keys
+from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES, Architecture
 from tritgguf.architectures.tensor_names import GGUF_LAYER
 from tritgguf.errors import TritGgufError
-from tritgguf.formats.checked import count_of
-
-_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -94,37 +95,51 @@ def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
 def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
     """Return the sizes that a config.json states; TritGgufError for a missing or impossible one."""
     architecture = find_architecture(config, where)
-    hidden = count_of(config, "hidden_size", where)
-    heads = count_of(config, "num_attention_heads", where)
-    kv_heads = count_of(config, "num_key_value_heads", where, default=architecture.default_kv_heads or heads)
+    hidden = keys.HIDDEN.in_config(config, architecture, where)
+    heads = keys.HEADS.in_config(config, architecture, where)
     dimensions = Dimensions(
-        layers=count_of(config, "num_hidden_layers", where, most=_MAX_LAYERS),
-        vocabulary=count_of(config, "vocab_size", where),
+        layers=keys.LAYERS.in_config(config, architecture, where),
+        vocabulary=keys.VOCABULARY.in_config(config, architecture, where),
         hidden=hidden,
-        feed_forward=count_of(config, "intermediate_size", where),
+        feed_forward=keys.FEED_FORWARD.in_config(config, architecture, where),
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=count_of(config, "head_dim", where, default=architecture.default_head_dim or hidden // heads),
+        kv_heads=keys.KV_HEADS.in_config(config, architecture, where, default=heads),
+        head_dim=keys.HEAD_DIM.in_config(config, architecture, where, default=hidden // heads),
         biased=_biased(config, architecture, where),
         architecture=architecture.gguf_name,
     )
     check_heads(dimensions, where)
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    expected = "gelu_pytorch_tanh" if architecture.gelu else "silu"
-    if activation not in (None, expected):
-        raise TritGgufError(f"{where}: activation {activation} is not supported ({expected} is)")
+    if activation not in (None, architecture.activation):
+        raise TritGgufError(f"{where}: activation {activation} is not supported ({architecture.activation} is)")
     return dimensions
 
 
 def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -> frozenset[str]:
-    asked = {"attention_bias": QKV | {"attn_output"}, "mlp_bias": {"ffn_gate", "ffn_up", "ffn_down"}}
     biased = set(architecture.biased)
-    for key, names in asked.items():
-        if config.get(key) and not architecture.may_be_biased:
-            raise TritGgufError(f"{where}: biases ({key}) of a {architecture.hf_class} are not supported")
-        if config.get(key):
-            biased |= names
+    for entry, names in keys.BIASES.items():
+        if config.get(entry) and not architecture.may_be_biased:
+            raise TritGgufError(f"{where}: biases ({entry}) of a {architecture.hf_class} are not supported")
+        if config.get(entry):
+            biased.update(names)
     return frozenset(biased)
+
+
+def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architecture:
+    """Return the entry for a GGUF model: of the classes that share its name the first that has windows if it has.
+
+    Raises TritGgufError for an architecture that is not in the table.
+    """
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
+        raise TritGgufError(
+            f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
+        )
+    if f"{arch}.{keys.WINDOW_KEY}" in metadata:
+        for entry in ARCHITECTURES.values():
+            if entry.gguf_name == arch and entry.full_attention_every is not None:
+                return entry
+    return GGUF_ARCHITECTURES[arch]
 
 
 def dimensions_from_gguf(
@@ -136,36 +151,30 @@ def dimensions_from_gguf(
     architecture that is not in the table, for a missing or impossible size and for what no entry has:
     experts, partial rotation.
     """
-    arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
-        raise TritGgufError(
-            f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
-        )
-    hidden = count_of(metadata, f"{arch}.embedding_length", where)
-    heads = count_of(metadata, f"{arch}.attention.head_count", where)
-    head_dim = count_of(metadata, f"{arch}.attention.key_length", where, default=hidden // heads)
-    for key, expected in (
-        (f"{arch}.attention.value_length", head_dim),
-        (f"{arch}.rope.dimension_count", head_dim),
-    ):
-        if metadata.get(key, expected) != expected:
+    architecture = find_gguf_architecture(metadata, where)
+    hidden = keys.HIDDEN.in_gguf(metadata, architecture, where)
+    heads = keys.HEADS.in_gguf(metadata, architecture, where)
+    head_dim = keys.HEAD_DIM.in_gguf(metadata, architecture, where, default=hidden // heads)
+    for rule in (keys.VALUE_DIM, keys.ROTATED_DIM):
+        key = f"{architecture.gguf_name}.{rule.gguf}"
+        if metadata.get(key, head_dim) != head_dim:
             raise TritGgufError(
-                f"{where}: {key} is {metadata[key]}, but only {expected}, the head's length, is supported"
+                f"{where}: {key} is {metadata[key]}, but only {head_dim}, the head's length, is supported"
             )
-    if metadata.get(f"{arch}.expert_count"):
+    if metadata.get(f"{architecture.gguf_name}.expert_count"):
         raise TritGgufError(f"{where}: models with experts are not supported")
-    if GGUF_ARCHITECTURES[arch].fused and biased:
+    if architecture.fused and biased:
         raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
     dimensions = Dimensions(
-        layers=count_of(metadata, f"{arch}.block_count", where, most=_MAX_LAYERS),
+        layers=keys.LAYERS.in_gguf(metadata, architecture, where),
         vocabulary=vocabulary,
         hidden=hidden,
-        feed_forward=count_of(metadata, f"{arch}.feed_forward_length", where),
+        feed_forward=keys.FEED_FORWARD.in_gguf(metadata, architecture, where),
         heads=heads,
-        kv_heads=count_of(metadata, f"{arch}.attention.head_count_kv", where, default=heads),
+        kv_heads=keys.KV_HEADS.in_gguf(metadata, architecture, where, default=heads),
         head_dim=head_dim,
         biased=biased,
-        architecture=arch,
+        architecture=architecture.gguf_name,
     )
     check_heads(dimensions, where)
     return dimensions

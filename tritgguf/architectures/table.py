@@ -1,7 +1,8 @@
-"""Hugging Face model classes and their GGUF form: tensors, names, shapes, row order.
+"""The table of model families: one entry of `ARCHITECTURES` for each class that config.json may name.
 
-One entry of `ARCHITECTURES` per class that config.json may name; `model_keys` and `model_config` say what its keys are.
-The facts (names, the row permutation, what layers have which attention) are those of llama.cpp's
+An entry says what sets a family apart: the names of its tensors, the order of their rows, which layers have which
+attention, what config.json means where it is silent, and which keys it has beside those of all families (`keys`).
+Everything else in this package, and the forward pass, asks the entry. The facts are those of llama.cpp's
 convert_hf_to_gguf.py and of its models, so that a stock file made from the same checkpoint and ours differ in nothing
 but the packed matrices.
 """
@@ -9,7 +10,11 @@ but the packed matrices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from tritgguf.architectures.key_rules import Rule
+from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS, SHARED
 
 MATRICES = {
     "attn_q": "self_attn.q_proj",
@@ -41,18 +46,19 @@ class Architecture:
 
     hf_class: str
     gguf_name: str
-    default_context: int
-    """`max_position_embeddings` where config.json leaves it out."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes where config.json leaves an entry out, if `keys` do not say it. Without an entry here,
+    there are as many key-value heads as heads, a head is the width over the heads, and the head is not tied."""
+    keys: tuple[Rule, ...] = ()
+    """The rules of keys that the family has beside those of all."""
+    model_type: str | None = None
+    """transformers' name for the family; None for the class's, without `ForCausalLM` and in small letters."""
     permutes_rotary_rows: bool = False
     """Whether GGUF interleaves the halves of each head's rows in Q and K (`llama` rotates pairs)."""
     biased: frozenset[str] = frozenset()
     """Matrices that always have a bias, by GGUF name."""
     may_be_biased: bool = False
     """Whether config.json's `attention_bias` and `mlp_bias` give the others one."""
-    default_kv_heads: int | None = None
-    """`num_key_value_heads` where config.json leaves it out; None stands for `num_attention_heads`."""
-    default_head_dim: int | None = None
-    """`head_dim` where config.json leaves it out; None stands for the width over the heads."""
     norms: Mapping[str, str] | None = None
     """GGUF name -> Hugging Face name of a layer's norms; None for Llama's two."""
     normalizes_together: bool = False
@@ -63,10 +69,8 @@ class Architecture:
     """Whether Q, K and V are one matrix, and gate and up."""
     gelu: bool = False
     """Whether the feed-forward's gate is GELU (tanh) instead of SiLU."""
-    tied_by_default: bool = False
-    """`tie_word_embeddings` where config.json leaves it out."""
-    default_window: int | None = None
-    """`sliding_window` where config.json leaves it out."""
+    activation_entry: str = "hidden_act"
+    """The entry of config.json that names the gate's function."""
     full_attention_every: int | None = None
     """Every so many layers attend to everything, the others to a sliding window, if there is one; 0: no layer does,
     None: all do."""
@@ -76,6 +80,24 @@ class Architecture:
     """Whether layers with a sliding window have a rotation of their own."""
     scales_embeddings: bool = False
     """Whether embeddings are multiplied with the root of the width."""
+    always_states_head_dim: bool = False
+    """Whether GGUF has the length of a head even where it is the width over the heads."""
+    states_space_prefix: bool = False
+    """Whether GGUF has the `add_prefix_space` of tokenizer_config.json."""
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Return the rules of all keys, in the order of a file."""
+        return (*SHARED, *self.keys)
+
+    @property
+    def activation(self) -> str:
+        """The name of the gate's function in config.json."""
+        return "gelu_pytorch_tanh" if self.gelu else "silu"
+
+    @property
+    def hf_model_type(self) -> str:
+        """The `model_type` of config.json."""
+        return self.model_type or self.hf_class.removesuffix("ForCausalLM").lower()
 
     def matrices(self) -> Mapping[str, str]:
         """Return GGUF name -> Hugging Face name of a layer's matrices."""
@@ -103,61 +125,91 @@ ARCHITECTURES = {
         Architecture(
             "LlamaForCausalLM",
             "llama",
-            2048,
+            {"max_position_embeddings": 2048},
             permutes_rotary_rows=True,
             may_be_biased=True,
-            full_attention_every=0,  # Mistral's files are of this kind too
+            always_states_head_dim=True,
+            states_space_prefix=True,
         ),
         Architecture(
             "MistralForCausalLM",
             "llama",
-            131072,
+            {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
             permutes_rotary_rows=True,
-            default_kv_heads=8,
-            default_window=4096,
             full_attention_every=0,
+            always_states_head_dim=True,
+            states_space_prefix=True,
         ),
-        Architecture("Qwen2ForCausalLM", "qwen2", 32768, biased=QKV, default_kv_heads=32),
-        Architecture("Qwen3ForCausalLM", "qwen3", 32768, default_head_dim=128, norms=_WITH_HEAD_NORMS),
-        Architecture("GraniteForCausalLM", "granite", 2048, permutes_rotary_rows=True),
+        Architecture(
+            "Qwen2ForCausalLM", "qwen2", {"max_position_embeddings": 32768, "num_key_value_heads": 32}, biased=QKV
+        ),
+        Architecture(
+            "Qwen3ForCausalLM", "qwen3", {"max_position_embeddings": 32768, "head_dim": 128}, norms=_WITH_HEAD_NORMS
+        ),
+        Architecture(
+            "GraniteForCausalLM",
+            "granite",
+            {"max_position_embeddings": 2048},
+            keys=MULTIPLIERS,
+            permutes_rotary_rows=True,
+        ),
         Architecture(
             "SmolLM3ForCausalLM",
             "smollm3",
-            32768,
+            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True},
             permutes_rotary_rows=True,
-            default_kv_heads=4,
-            tied_by_default=True,
             unrotated_every=4,
         ),
         Architecture(
-            "Olmo2ForCausalLM", "olmo2", 2048, norms={**_OUTPUT_NORMS, **_QUERY_KEY_NORMS}, normalizes_together=True
+            "Olmo2ForCausalLM",
+            "olmo2",
+            {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+            norms={**_OUTPUT_NORMS, **_QUERY_KEY_NORMS},
+            normalizes_together=True,
         ),
-        Architecture("Phi3ForCausalLM", "phi3", 4096, fused=True, full_attention_every=0),
+        Architecture(
+            "Phi3ForCausalLM",
+            "phi3",
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+            fused=True,
+            full_attention_every=0,
+        ),
         Architecture(
             "Gemma2ForCausalLM",
             "gemma2",
-            8192,
-            default_kv_heads=4,
-            default_head_dim=256,
+            {
+                "max_position_embeddings": 8192,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+            keys=SCALAR_AND_SOFTCAPS,
             norms=_FOUR_NORMS,
             norm_offset=1,
             gelu=True,
-            tied_by_default=True,
-            default_window=4096,
+            activation_entry="hidden_activation",
             full_attention_every=2,
             scales_embeddings=True,
         ),
         Architecture(
             "Gemma3ForCausalLM",
             "gemma3",
-            131072,
-            default_kv_heads=4,
-            default_head_dim=256,
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+            },
+            keys=SCALAR_AND_SOFTCAPS,
+            model_type="gemma3_text",
             norms={**_FOUR_NORMS, **_QUERY_KEY_NORMS},
             norm_offset=1,
             gelu=True,
-            tied_by_default=True,
-            default_window=4096,
+            activation_entry="hidden_activation",
             full_attention_every=6,
             sliding_rope=True,
             scales_embeddings=True,

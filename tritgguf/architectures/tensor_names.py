@@ -1,4 +1,7 @@
-"""Tensor names and row order: Hugging Face to GGUF and back."""
+"""Tensors of a Hugging Face checkpoint and of GGUF: their names on both sides, the order of their rows, norms' offsets.
+
+Which names and which order a family has is said in `table`.
+"""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     entries = config_entries(metadata, shapes, where)
     # Token ids that the class would make up may lie beyond the vocabulary.
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return transformers.AutoConfig.for_model(model_type_of(metadata), **ids, **entries)
+    return transformers.AutoConfig.for_model(model_type_of(metadata, where), **ids, **entries)
 
 
 def _on_meta(config: Any, **settings: Any) -> Any:

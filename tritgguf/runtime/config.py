@@ -8,9 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.transformer.layer_options import LayerOptions
-from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
-from tritgguf.architectures.rope import ROPE_FREQS, Rotation, rotation_of_base, rotation_of_keys
-from tritgguf.architectures.table import GGUF_ARCHITECTURES, Architecture
+from tritgguf.architectures import keys
+from tritgguf.architectures.dimensions import (
+    Dimensions,
+    biased_matrices,
+    dimensions_from_gguf,
+    find_gguf_architecture,
+)
+from tritgguf.architectures.key_rules import KeyRule
+from tritgguf.architectures.rope import (
+    DEFAULT_BASE,
+    ROPE_FREQS,
+    SLIDING_BASE_KEY,
+    Rotation,
+    rotation_of_base,
+    rotation_of_keys,
+)
+from tritgguf.architectures.table import Architecture
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.checked import count_of
 from tritgguf.formats.gguf_file import GgufFile
@@ -69,29 +83,36 @@ class ModelConfig:
                 raise TritGgufError(
                     f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
                 )
-        arch = dimensions.architecture
-        architecture = GGUF_ARCHITECTURES[arch]
+        architecture = find_gguf_architecture(file.metadata, str(file.path))
+
+        def number(rule: KeyRule, default: float | None = None) -> float:
+            key = f"{architecture.gguf_name}.{rule.gguf}"
+            return _number(file, key, rule.absent if default is None else default)
+
+        def softcap(rule: KeyRule) -> float:
+            return number(rule) if f"{architecture.gguf_name}.{rule.gguf}" in file.metadata else _NO_SOFTCAP
+
         rotations, of_layers = _rotations(file, architecture, dimensions)
         default_embedding_scale = math.sqrt(dimensions.hidden) if architecture.scales_embeddings else 1.0
         return cls(
             architecture=architecture,
             dimensions=dimensions,
-            context_length=int(_number(file, f"{arch}.context_length")),
+            context_length=int(number(keys.CONTEXT)),
             layer_options=LayerOptions(
-                epsilon=np.float32(_number(file, f"{arch}.attention.layer_norm_rms_epsilon")),
-                residual_scale=np.float32(_number(file, f"{arch}.residual_scale", 1.0)),
+                epsilon=np.float32(number(keys.EPSILON)),
+                residual_scale=np.float32(number(keys.RESIDUAL_SCALE)),
                 gelu=architecture.gelu,
                 interleaved=architecture.permutes_rotary_rows,
-                attention_scale=np.float32(_number(file, f"{arch}.attention.scale", dimensions.head_dim**-0.5)),
-                softcap=np.float32(_softcap(file, f"{arch}.attn_logit_softcapping")),
+                attention_scale=np.float32(number(keys.ATTENTION_SCALE, dimensions.head_dim**-0.5)),
+                softcap=np.float32(softcap(keys.ATTENTION_SOFTCAP)),
                 normalizes_together=architecture.normalizes_together,
                 windows=_windows(file, architecture, dimensions.layers),
                 rotations=of_layers,
             ),
             rotations=rotations,
-            embedding_scale=_number(file, f"{arch}.embedding_scale", default_embedding_scale),
-            logit_scale=1.0 / _number(file, f"{arch}.logit_scale", 1.0),
-            logit_softcap=_softcap(file, f"{arch}.final_logit_softcapping"),
+            embedding_scale=number(keys.EMBEDDING_SCALE, default_embedding_scale),
+            logit_scale=1.0 / number(keys.LOGIT_SCALE),
+            logit_softcap=softcap(keys.LOGIT_SOFTCAP),
         )
 
 
@@ -102,13 +123,9 @@ def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     return value
 
 
-def _softcap(file: GgufFile, key: str) -> float:
-    return _number(file, key) if key in file.metadata else _NO_SOFTCAP
-
-
 def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndarray:
     """Return how many places each layer's tokens see, 0 for all: int64 [layers]."""
-    key = f"{architecture.gguf_name}.attention.sliding_window"
+    key = f"{architecture.gguf_name}.{keys.WINDOW_KEY}"
     if key not in file.metadata:
         return np.zeros(layers, np.int64)
     window = count_of(file.metadata, key, str(file.path))
@@ -130,7 +147,7 @@ def _rotations(
         still = Rotation(np.zeros(head_dim // 2))
         return (rotation, still), np.array([int(not architecture.rotates(layer)) for layer in layers], np.int64)
     if architecture.sliding_rope:
-        base = _number(file, f"{architecture.gguf_name}.rope.freq_base_swa", 10000.0)
+        base = _number(file, f"{architecture.gguf_name}.{SLIDING_BASE_KEY}", DEFAULT_BASE)
         sliding = rotation_of_base(base, head_dim)
         return (rotation, sliding), np.array([int(architecture.slides(layer)) for layer in layers], np.int64)
     return (rotation,), np.zeros(dimensions.layers, np.int64)

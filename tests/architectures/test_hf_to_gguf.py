@@ -1,0 +1,124 @@
+"""config.json -> GGUF keys: what llama.cpp's converter writes, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import pytest
+from model_keys import config_of, values_of
+
+from tritgguf.architectures import hf_to_gguf
+from tritgguf.errors import TritGgufError
+
+# What llama.cpp's convert_hf_to_gguf.py writes for the tiny models.
+_LLAMA_KEYS = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 256,
+    "llama.embedding_length": 128,
+    "llama.feed_forward_length": 192,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.rope.freq_base": 10000.0,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.attention.key_length": 32,
+    "llama.attention.value_length": 32,
+    "llama.vocab_size": 448,
+    "llama.rope.dimension_count": 32,
+}
+
+
+def test_keys_of_llama_in_order_and_with_their_types() -> None:
+    metadata = hf_to_gguf.gguf_metadata(config_of("llama"))
+    assert [(key, value.value) for key, value in metadata.items()] == list(_LLAMA_KEYS.items())
+    floats = {key for key, value in metadata.items() if value.type == gguf.GGUFValueType.FLOAT32}
+    assert floats == {"llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"}
+    counts = set(metadata) - floats - {"general.architecture"}
+    assert {metadata[key].type for key in counts} == {gguf.GGUFValueType.UINT32}
+
+
+def test_keys_of_qwen2() -> None:
+    leave_out = ("key_length", "value_length", "vocab_size", "dimension_count")
+    expected = {
+        key.replace("llama", "qwen2"): value for key, value in _LLAMA_KEYS.items() if not key.endswith(leave_out)
+    }
+    expected |= {"general.architecture": "qwen2", "qwen2.rope.freq_base": 1000000.0}
+    assert list(values_of(config_of("qwen2")).items()) == list(expected.items())
+    assert values_of(config_of("qwen2", head_dim=16))["qwen2.attention.key_length"] == 16
+
+
+def test_keys_of_mistral_are_llamas() -> None:
+    values = values_of(config_of("mistral"))
+    assert list(values) == list(_LLAMA_KEYS)
+    assert (values["general.architecture"], values["llama.attention.key_length"]) == ("llama", 64)
+    assert (values["llama.rope.dimension_count"], values["llama.rope.freq_base"]) == (64, 1000000.0)
+
+
+def test_what_config_json_may_leave_out() -> None:
+    config = config_of("llama")
+    for key in ("rope_theta", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"):
+        del config[key]
+    values = values_of(config)
+    assert (values["llama.attention.head_count_kv"], values["llama.context_length"]) == (4, 2048)
+    assert (values["llama.rope.freq_base"], values["llama.attention.layer_norm_rms_epsilon"]) == (1e4, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
+        ({"architectures": None}, "names no model class"),
+        ({"architectures": []}, "names no model class"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "128"}, "hidden_size is '128'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "cannot share 3 key-value heads"),
+        ({"num_attention_heads": 1000}, "head_dim is 0"),
+        ({"head_dim": 33}, "cannot be rotated in pairs"),
+        ({"hidden_act": "gelu"}, "activation gelu is not supported"),
+        ({"architectures": ["Qwen2ForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "hidden_act": "gelu_pytorch_tanh",
+                "layer_types": ["full_attention"] * 2,
+            },
+            "layer_types are not those of a Gemma2ForCausalLM",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [0, 1]},
+            "layers without rotation",
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            "a sliding window of a Qwen2ForCausalLM",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
+        ({"architectures": ["GraniteForCausalLM"], "logits_scaling": 0}, "logits_scaling is 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
+        ({"rope_scaling": "linear"}, "is not an object"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type longrope is not supported"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0}}, "are equal"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_a_bad_config_names_the_entry(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TritGgufError, match=message) as caught:
+        hf_to_gguf.gguf_metadata({**config_of("llama"), **changes}, "folder/config.json")
+    assert str(caught.value).startswith("folder/config.json: ")
+    assert "\n" not in str(caught.value)

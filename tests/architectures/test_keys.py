@@ -1,0 +1,62 @@
+"""The table of keys: of every family both directions say the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from model_keys import values_of
+
+from tritgguf.architectures import dimensions, gguf_to_hf
+from tritgguf.architectures.key_rules import KeyRule, SizeRule
+from tritgguf.architectures.table import ARCHITECTURES
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+all_classes = pytest.mark.parametrize("hf_class", list(ARCHITECTURES))
+
+
+def config_of(hf_class: str, **entries: Any) -> dict[str, Any]:
+    """Return a config.json that leaves most to its family."""
+    return {"architectures": [hf_class], **_SIZES, **entries}
+
+
+def there_and_back(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of a config.json as a file holds them, and the entries that they lead back to."""
+    keys = values_of(config)
+    stored = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in keys.items()}
+    shapes = dimensions.dimensions_from_config(config).shapes()
+    return stored, gguf_to_hf.config_entries(stored, shapes, "model.gguf")
+
+
+@all_classes
+def test_defaults_lead_back(hf_class: str) -> None:
+    keys, entries = there_and_back(config_of(hf_class))
+    keys_again, entries_again = there_and_back({"architectures": [hf_class], **entries})
+    assert entries_again == entries
+    assert keys.items() <= keys_again.items()  # the length of a head is stated now
+    stated = {"num_key_value_heads", "tie_word_embeddings"}  # by the config and by the tensors
+    defaults = {name: value for name, value in ARCHITECTURES[hf_class].defaults.items() if name not in stated}
+    assert defaults.items() <= entries.items()
+
+
+@all_classes
+def test_numbers_lead_back(hf_class: str) -> None:
+    rules = [rule for rule in ARCHITECTURES[hf_class].rules() if isinstance(rule, KeyRule)]
+    numbers = {rule.hf: 100 + place for place, rule in enumerate(rules)}
+    _, entries = there_and_back(config_of(hf_class, **numbers))
+    assert {name: entries[name] for name in numbers} == numbers
+
+
+@all_classes
+def test_no_key_has_two_rules(hf_class: str) -> None:
+    rules = [rule for rule in ARCHITECTURES[hf_class].rules() if isinstance(rule, KeyRule | SizeRule)]
+    assert max(Counter(rule.gguf for rule in rules).values()) == 1

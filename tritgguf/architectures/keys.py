@@ -1,0 +1,159 @@
+"""The table of keys: which entry of config.json is which GGUF key, shared by all families or of some.
+
+`SHARED` holds for every model. The groups behind it are for `Architecture.keys` of the families that have them. The
+order is llama.cpp's, because it is the order of the keys in a file. `hf_to_gguf` and `gguf_to_hf` apply the rules, and
+`runtime.config` reads its numbers by them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tritgguf.architectures import rope_keys
+from tritgguf.architectures.key_rules import GgufKeys, HfConfig, KeyRule, Rule, SizeRule, SpecialRule, Transform
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.checked import count_of
+
+_MAX_LAYERS = 1000
+
+BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_up", "ffn_gate", "ffn_down"),
+}
+"""Entry of config.json -> the matrices that it gives a bias."""
+
+
+def _states_head_dim(config: HfConfig) -> bool:
+    sizes = config.dimensions
+    return (
+        config.architecture.always_states_head_dim
+        or sizes.head_dim != sizes.hidden // sizes.heads
+        or bool(config.entries.get("head_dim"))
+    )
+
+
+def _permutes_rows(config: HfConfig) -> bool:
+    # Those whose converter in llama.cpp is Llama's, which writes two keys more.
+    return config.architecture.permutes_rotary_rows
+
+
+def _head_is_tied(keys: GgufKeys) -> dict[str, Any]:
+    return {"tie_word_embeddings": "output.weight" not in keys.tensors}
+
+
+def _biases(keys: GgufKeys) -> dict[str, Any]:
+    if not keys.architecture.may_be_biased:
+        return {}
+    return {entry: f"blk.0.{names[0]}.bias" in keys.tensors for entry, names in BIASES.items()}
+
+
+def _window_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
+    """Return the sliding window in tokens; TritGgufError where other layers have it than the family's."""
+    architecture, layers, where = config.architecture, config.dimensions.layers, config.where
+    stored, switch = config.get("sliding_window"), config.entries.get("use_sliding_window")
+    kinds = config.entries.get("layer_types")
+    if stored is None:
+        return {}
+    if architecture.full_attention_every is None:
+        # Qwen has one behind a switch, transformers knows none for the others.
+        first = config.entries.get("max_window_layers", layers)
+        slides = "sliding_attention" in kinds if isinstance(kinds, list) else first != layers
+        if switch and slides:
+            raise TritGgufError(f"{where}: a sliding window of a {architecture.hf_class} is not supported")
+        return {}
+    if "use_sliding_window" in config.entries and not switch:
+        return {}
+    expected = ["sliding_attention" if architecture.slides(layer) else "full_attention" for layer in range(layers)]
+    if kinds is not None and kinds != expected:
+        raise TritGgufError(f"{where}: layer_types are not those of a {architecture.hf_class}, which are supported")
+    return {WINDOW_KEY: count_of({"sliding_window": stored}, "sliding_window", where)}
+
+
+def _window_to_hf(keys: GgufKeys) -> dict[str, Any]:
+    if keys.architecture.full_attention_every is None:
+        return {}
+    window = keys.get(WINDOW_KEY)
+    return {"sliding_window": None if window is None else keys.number(WINDOW_KEY, whole=True)}
+
+
+def _check_unrotated(config: HfConfig) -> dict[str, int | float | str]:
+    """Raise TritGgufError where config.json has other layers without rotation than its family."""
+    every, stored = config.architecture.unrotated_every, config.entries.get("no_rope_layers")
+    if not every or (stored is None and config.entries.get("no_rope_layer_interval", every) == every):
+        return {}
+    if stored != [int(config.architecture.rotates(layer)) for layer in range(config.dimensions.layers)]:
+        raise TritGgufError(
+            f"{config.where}: other layers without rotation (no_rope_layers) than every {every}th are not supported"
+        )
+    return {}
+
+
+def _check_causal(config: HfConfig) -> dict[str, int | float | str]:
+    if config.entries.get("use_bidirectional_attention"):
+        raise TritGgufError(f"{config.where}: attention to later tokens (use_bidirectional_attention) is not supported")
+    return {}
+
+
+def _scale_of_scalar(scalar: float, config: HfConfig) -> float | None:
+    return None if scalar == config.dimensions.head_dim else 1.0 / math.sqrt(scalar)
+
+
+def _scalar_of_scale(scale: Any, keys: GgufKeys) -> int:
+    if scale is None:
+        return keys.dimensions.head_dim
+    if not 1e-6 < scale < 1e6:
+        name = f"{keys.architecture.gguf_name}.{QUERY_SCALAR.gguf}"
+        raise TritGgufError(f"{keys.where}: {name} is {scale!r}, which is no scale")
+    return round(scale**-2)
+
+
+LAYERS = SizeRule("layers", "num_hidden_layers", "block_count", most=_MAX_LAYERS)
+CONTEXT = KeyRule("max_position_embeddings", "context_length", whole=True, required=True)
+HIDDEN = SizeRule("hidden", "hidden_size", "embedding_length")
+FEED_FORWARD = SizeRule("feed_forward", "intermediate_size", "feed_forward_length")
+HEADS = SizeRule("heads", "num_attention_heads", "attention.head_count")
+KV_HEADS = SizeRule("kv_heads", "num_key_value_heads", "attention.head_count_kv")
+ROPE = SpecialRule(rope_keys.rope_to_gguf, rope_keys.rope_to_hf)
+EPSILON = KeyRule("rms_norm_eps", "attention.layer_norm_rms_epsilon", 1e-6, required=True)
+HEAD_DIM = SizeRule("head_dim", "head_dim", "attention.key_length", when=_states_head_dim)
+VALUE_DIM = SizeRule("head_dim", "head_dim", "attention.value_length", when=_states_head_dim)
+VOCABULARY = SizeRule("vocabulary", "vocab_size", "vocab_size", when=_permutes_rows)
+ROTATED_DIM = SizeRule("head_dim", "head_dim", "rope.dimension_count", when=_permutes_rows)
+TIED = SpecialRule(to_hf=_head_is_tied)
+BIASED = SpecialRule(to_hf=_biases)
+WINDOW_KEY = "attention.sliding_window"
+WINDOW = SpecialRule(_window_to_gguf, _window_to_hf)
+UNROTATED = SpecialRule(_check_unrotated)
+SHARED: tuple[Rule, ...] = (
+    LAYERS,
+    CONTEXT,
+    HIDDEN,
+    FEED_FORWARD,
+    HEADS,
+    KV_HEADS,
+    ROPE,
+    EPSILON,
+    HEAD_DIM,
+    VALUE_DIM,
+    VOCABULARY,
+    ROTATED_DIM,
+    TIED,
+    BIASED,
+    WINDOW,
+    UNROTATED,
+)
+
+ATTENTION_SCALE = KeyRule("attention_multiplier", "attention.scale", 1.0, absent=1.0)
+EMBEDDING_SCALE = KeyRule("embedding_multiplier", "embedding_scale", 1.0, absent=1.0)
+RESIDUAL_SCALE = KeyRule("residual_multiplier", "residual_scale", 1.0, absent=1.0)
+LOGIT_SCALE = KeyRule("logits_scaling", "logit_scale", 1.0, absent=1.0)
+MULTIPLIERS: tuple[Rule, ...] = (ATTENTION_SCALE, EMBEDDING_SCALE, RESIDUAL_SCALE, LOGIT_SCALE)
+
+QUERY_SCALAR = KeyRule(
+    "query_pre_attn_scalar", ATTENTION_SCALE.gguf, 256, transform=Transform(_scale_of_scalar, _scalar_of_scale)
+)
+ATTENTION_SOFTCAP = KeyRule("attn_logit_softcapping", "attn_logit_softcapping", nullable=True)
+LOGIT_SOFTCAP = KeyRule("final_logit_softcapping", "final_logit_softcapping", nullable=True)
+CAUSAL = SpecialRule(_check_causal)
+SCALAR_AND_SOFTCAPS: tuple[Rule, ...] = (QUERY_SCALAR, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, CAUSAL)

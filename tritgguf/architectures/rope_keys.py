@@ -1,0 +1,169 @@
+"""Rotary embedding in config.json and in GGUF's keys: the rule `keys.ROPE`, and Llama 3's scaling, which is a tensor.
+
+config.json has two layouts. Before transformers 5, `rope_theta` stood beside `rope_scaling`; since then both are in
+`rope_parameters`, and where layers differ there is one object for each kind of attention. GGUF has one key for each
+number. What they mean for the forward pass is in `rope`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tritgguf.architectures.rope import (
+    BASE_KEY,
+    DEFAULT_BASE,
+    FACTOR_KEY,
+    ORIGINAL_KEY,
+    ROPE_FREQS,
+    SLIDING_BASE_KEY,
+    TYPE_KEY,
+    YARN_KEYS,
+    llama3_factors,
+)
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.checked import count_of, positive_number
+from tritgguf.formats.dtypes import shortest_decimal
+
+if TYPE_CHECKING:
+    from tritgguf.architectures.key_rules import GgufKeys, HfConfig
+
+_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def rope_parameters(config: HfConfig) -> dict[str, Any]:
+    """Return `rope_type`, `rope_theta` and what the type needs, from both layouts of config.json.
+
+    Where layers differ, it is the object for the whole text that counts here. Raises TritGgufError for what cannot be
+    run.
+    """
+    entries, where = config.entries, config.where
+    stored = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    if isinstance(stored, dict) and isinstance(stored.get("full_attention"), dict):
+        stored = stored["full_attention"]
+    if not isinstance(stored, dict):
+        raise TritGgufError(f"{where}: rope_parameters is not an object")
+    context = config.get("max_position_embeddings")
+    defaults = {
+        "rope_type": stored.get("type", "default"),
+        "rope_theta": config.get("rope_theta", DEFAULT_BASE),
+        "original_max_position_embeddings": entries.get("original_max_position_embeddings", context),
+    }
+    parameters = {**defaults, **stored}
+    kind = parameters["rope_type"]
+    # `dynamic` changes nothing up to max_position_embeddings, where the model's context ends.
+    if kind not in _TYPES:
+        raise TritGgufError(
+            f"{where}: rope type {kind} is not supported (default, linear, dynamic, yarn and llama3 are)"
+        )
+    if parameters.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise TritGgufError(f"{where}: rotating only a part of each head (partial_rotary_factor) is not supported")
+    if parameters.get("mscale") is not None or parameters.get("truncate", True) is not True:
+        raise TritGgufError(f"{where}: a rope scaling with mscale or without truncate is not supported")
+    numbers = ["rope_theta", *(("factor",) if kind in ("linear", "yarn") else ())]
+    if kind == "llama3":
+        parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
+        numbers += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in numbers:
+        positive_number(parameters.get(key), key, where)
+    if kind == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
+        raise TritGgufError(f"{where}: low_freq_factor and high_freq_factor of the rope scaling are equal")
+    return parameters
+
+
+def rope_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
+    """Return the keys of the scaling and of the bases; Llama 3's scaling has none."""
+    parameters, where = rope_parameters(config), config.where
+    keys: dict[str, int | float | str] = {}
+    if parameters["rope_type"] in ("linear", "yarn"):
+        keys = {TYPE_KEY: parameters["rope_type"], FACTOR_KEY: float(parameters["factor"])}
+    if parameters["rope_type"] == "yarn":
+        keys[ORIGINAL_KEY] = count_of(parameters, "original_max_position_embeddings", where)
+        for entry, key in YARN_KEYS.items():
+            if parameters.get(entry) is not None:
+                keys[key] = positive_number(parameters[entry], entry, where)
+    keys[BASE_KEY] = float(parameters["rope_theta"])
+    if config.architecture.sliding_rope:
+        keys[SLIDING_BASE_KEY] = _sliding_base(config)
+    return keys
+
+
+def _sliding_base(config: HfConfig) -> float:
+    """Return the base of the layers with a sliding window, in both layouts."""
+    parameters = config.entries.get("rope_parameters") or {}
+    stored = parameters.get("sliding_attention", {}) if isinstance(parameters, dict) else {}
+    stored = stored if isinstance(stored, dict) else {}
+    if stored.get("rope_type", "default") != "default":
+        raise TritGgufError(f"{config.where}: a rope scaling of the layers with a sliding window is not supported")
+    base = stored.get("rope_theta", config.get("rope_local_base_freq", DEFAULT_BASE))
+    return positive_number(base, "rope_local_base_freq", config.where)
+
+
+def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
+    """Return `rope_parameters` in the layout of transformers 5."""
+
+    def number(key: str, default: float | None = None, *, whole: bool = False) -> Any:
+        return shortest_decimal(keys.number(key, default, whole=whole))
+
+    kind = keys.get(TYPE_KEY, "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise TritGgufError(f"{keys.where}: rope scaling {kind} is not supported (linear and yarn are)")
+    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": number(BASE_KEY, DEFAULT_BASE)}
+    if kind != "none":
+        rope["factor"] = number(FACTOR_KEY)
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = number(ORIGINAL_KEY, whole=True)
+        rope |= {entry: number(key) for entry, key in YARN_KEYS.items() if keys.get(key) is not None}
+    if not keys.architecture.sliding_rope:
+        return {"rope_parameters": rope}
+    sliding = {"rope_type": "default", "rope_theta": number(SLIDING_BASE_KEY, DEFAULT_BASE)}
+    return {"rope_parameters": {"full_attention": rope, "sliding_attention": sliding}}
+
+
+def in_older_layout(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of config.json before transformers 5 for `rope_parameters`; every version reads them."""
+    entries = {}
+    if "sliding_attention" in rope:
+        entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    entries["rope_theta"] = rope["rope_theta"]
+    entries["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+    return entries
+
+
+def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the rope scaling of Llama 3 whose `llama3_factors` are these: float32 [head_dim / 2].
+
+    Reads their formula backwards, with the `rope_theta` of `config`. Between the two borders a pair's share is
+    (original * frequency / 2 pi - low) / (high - low), a line in the frequency. It leaves a common factor of
+    original, low and high open; with low = 1, as Llama 3.1 has it, they are its own.
+    """
+    factor = float(factors.max())
+    share = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones(len(factors))
+    frequencies = config["rope_theta"] ** (-np.arange(len(factors)) / len(factors))
+    between = (share > 1e-5) & (share < 1 - 1e-5)
+    low, high = 1.0, 4.0
+    if between.sum() >= 2:
+        slope, intercept = np.polyfit(frequencies[between], share[between], 1)
+        high = round(low - low / intercept, 4)
+    elif between.any():
+        slope = ((share + low / (high - low)) / frequencies)[between][0]
+    else:
+        slope = math.nan
+    original = slope * 2 * math.pi * (high - low)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": shortest_decimal(factor),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": round(original) if math.isfinite(original) else 0,
+    }
+    if scaling["original_max_position_embeddings"] > 0 and high > 0 and high != low:
+        again = llama3_factors({**scaling, "rope_theta": config["rope_theta"]}, 2 * len(factors))
+        if again is not None and np.allclose(again, factors, rtol=1e-4):
+            return scaling
+    raise TritGgufError(f"{where}: config.json has no words for tensor {ROPE_FREQS}; export a GGUF file instead")
