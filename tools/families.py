@@ -23,7 +23,8 @@ from tritgguf.architectures.table import ARCHITECTURES, Architecture
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
-from tritgguf.reference.model import require_torch, silent_transformers
+from tritgguf.reference.model import require_torch
+from tritgguf.reference.process_settings import silent_transformers
 
 END = "<|endoftext|>"
 _SIZES = {

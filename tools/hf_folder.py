@@ -15,7 +15,8 @@ from typing import Any
 from tritgguf.cli import terminal
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.reference.model import require_torch, silent_transformers
+from tritgguf.reference.model import require_torch
+from tritgguf.reference.process_settings import silent_transformers
 from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
 
 _MAX_SHARD_SIZE = "1GB"

@@ -22,7 +22,13 @@ from tritgguf.version import __version__ as __version__
 if TYPE_CHECKING:
     from tritgguf.conversion.convert import ConvertProgress, convert
     from tritgguf.conversion.report import ConvertReport
-    from tritgguf.errors import TritGgufError
+    from tritgguf.errors import (
+        BadRequestError,
+        ContextFullError,
+        DamagedFileError,
+        MissingExtraError,
+        TritGgufError,
+    )
     from tritgguf.evaluation.verify import VerifyReport, verify
     from tritgguf.exporters.export import ExportReport, export
     from tritgguf.generation.chat import Chat
@@ -32,12 +38,16 @@ if TYPE_CHECKING:
     from tritgguf.generation.sampling import SamplingOptions
 
 __all__ = [
+    "BadRequestError",
     "Chat",
+    "ContextFullError",
     "ConvertProgress",
     "ConvertReport",
+    "DamagedFileError",
     "ExportReport",
     "Generation",
     "LoadedModel",
+    "MissingExtraError",
     "SamplingOptions",
     "TritGgufError",
     "VerifyReport",
@@ -49,12 +59,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BadRequestError": "errors",
     "Chat": "generation.chat",
+    "ContextFullError": "errors",
     "ConvertProgress": "conversion.convert",
     "ConvertReport": "conversion.report",
+    "DamagedFileError": "errors",
     "ExportReport": "exporters.export",
     "Generation": "generation.result",
     "LoadedModel": "generation.loaded_model",
+    "MissingExtraError": "errors",
     "SamplingOptions": "generation.sampling",
     "TritGgufError": "errors",
     "VerifyReport": "evaluation.verify",

@@ -23,9 +23,15 @@ def _template(name: str, template: str, *says: str) -> Attack:
 
 
 _GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+# One operation on lists of lists of lists, sixty deep: it compares 2**60 pairs, and no signal interrupts it.
+_PAIRS = (
+    "{% set n = namespace(a=[0], b=[0]) %}"
+    "{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
+)
 
 ATTACKS = [
     _template("loops in loops", 3 * "{% for a in range(9999) %}" + 3 * "{% endfor %}", "seconds"),
+    _template("a comparison that takes for ever", _PAIRS, "seconds"),
     _template("a macro that calls itself", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     _template("a text of a thousand million letters", "{{ 'a' * 1000000000 }}", "memory"),
     _template("a text that doubles sixty times", _GROW, "memory"),

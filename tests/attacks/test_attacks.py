@@ -13,8 +13,15 @@ import trit_tensors
 from attack import Attack
 
 from tritgguf.cli import app
+from tritgguf.tokenization import template_process
 
 ATTACKS = [attack for kind in (gguf_headers, trit_tensors, checkpoints, chat_templates) for attack in kind.ATTACKS]
+
+
+@pytest.fixture(autouse=True)
+def _short_time_for_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an attack by an endless template take less than the 5 seconds that it really may."""
+    monkeypatch.setattr(template_process, "MOST_SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

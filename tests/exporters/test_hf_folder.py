@@ -20,7 +20,8 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.safetensors_reader import open_shards
 from tritgguf.formats.trit_types import is_trit_type
-from tritgguf.reference.model import ReferenceModel, silent_transformers
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.reference.process_settings import silent_transformers
 from tritgguf.sources.open import open_source
 
 CHAT = [

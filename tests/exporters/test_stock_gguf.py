@@ -93,7 +93,7 @@ def test_an_existing_file(tiny_trit_file: Callable[..., GgufFile], tmp_path: Pat
 def load_gguf(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from tritgguf.reference.model import silent_transformers
+    from tritgguf.reference.process_settings import silent_transformers
 
     with silent_transformers():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")

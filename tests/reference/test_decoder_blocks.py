@@ -10,8 +10,9 @@ import torch
 from tiny_models import VARIANTS, write_tiny_model
 
 from tritgguf.exporters.export import export
-from tritgguf.reference.decoder_blocks import DecoderBlocks, fast_products
+from tritgguf.reference.decoder_blocks import DecoderBlocks
 from tritgguf.reference.model import ReferenceModel
+from tritgguf.reference.process_settings import fast_products
 from tritgguf.sources.open import open_source
 
 WINDOWS = np.random.default_rng(0).integers(3, 400, (5, 24)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ BYTE_LEVEL_KINDS = ("smollm", "gpt-2", "qwen2", "llama-bpe")
 
 
 # ---- Hugging Face -> GGUF ----
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)
+def test_logging_is_left_alone(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = logging.getLogger("gguf").handlers[:]
+    tokenizer_values(write_tokenizer_folder(tmp_path, kind))
+    assert logging.getLogger("gguf").handlers == before
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL_KINDS)

@@ -17,8 +17,9 @@ from cpu_kernels.threads.crew import Crew
 from tritgguf.calibration.error_feedback import Feedback, InputMoments
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
-from tritgguf.reference.decoder_blocks import Block, DecoderBlocks, Known, fast_products
+from tritgguf.reference.decoder_blocks import Block, DecoderBlocks, Known
 from tritgguf.reference.known_inputs import Ending, Gathered
+from tritgguf.reference.process_settings import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor

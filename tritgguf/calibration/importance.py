@@ -14,7 +14,8 @@ import numpy as np
 from tritgguf.formats.gguf_writer import check_output
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.machine import peak_memory_bytes
-from tritgguf.reference.decoder_blocks import DecoderBlocks, fast_products
+from tritgguf.reference.decoder_blocks import DecoderBlocks
+from tritgguf.reference.process_settings import fast_products
 from tritgguf.sources.open import open_source
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError
 from tritgguf.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
     """Return windows of equal length from evenly spread places of a text.
 
     Each starts with the BOS token where the model uses one. There are fewer than `tokens` tokens in all when the text
-    is shorter; TritGgufError when it does not fill one window.
+    is shorter; BadRequestError when it does not fill one window.
     """
     tokenizer = tokenizer_of(source)
     ids = plain_tokens(tokenizer, text)
@@ -28,7 +28,7 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(bos)
     if len(ids) < body:
-        raise TritGgufError(f"the calibration text has {len(ids)} tokens; it needs at least {body}, better {tokens}")
+        raise BadRequestError(f"the calibration text has {len(ids)} tokens; it needs at least {body}, better {tokens}")
     count = min(max(1, tokens // length), len(ids) // body)
     starts = np.linspace(0, len(ids) - body, count).astype(int).tolist()
     return [[*bos, *ids[start : start + body]] for start in starts]

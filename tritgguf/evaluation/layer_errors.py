@@ -60,7 +60,7 @@ def layer_errors(
                 block.set(name, file.read_float32(name))
             own = relative_error(block.forward(original), expected)
             quantized = block.forward(quantized)
+            errors.append(LayerError(index, own**0.5, relative_error(quantized, expected) ** 0.5))
         original = expected
-        errors.append(LayerError(index, own**0.5, relative_error(quantized, expected) ** 0.5))
         progress(index + 1, blocks.count)
     return errors

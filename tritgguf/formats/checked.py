@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 
 _MAX_COUNT = 1 << 31
 
@@ -18,13 +18,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise TritGgufError(f"{path}: no such file; a Hugging Face folder needs it") from error
+        raise DamagedFileError(f"{path}: no such file; a Hugging Face folder needs it") from error
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise TritGgufError(f"{path}: is no valid JSON ({error}); fetch the file again") from error
+        raise DamagedFileError(f"{path}: is no valid JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
-        raise TritGgufError(f"{path}: holds no JSON object; fetch the file again")
+        raise DamagedFileError(f"{path}: holds no JSON object; fetch the file again")
     return value
 
 
@@ -38,7 +38,9 @@ def check_inside(path: Path) -> None:
     folder, target = path.parent.resolve(), path.resolve()
     in_hub_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     if not in_hub_cache and not target.is_relative_to(folder):
-        raise TritGgufError(f"{path}: is a link to {target}, outside of its folder; copy the file here if you trust it")
+        raise DamagedFileError(
+            f"{path}: is a link to {target}, outside of its folder; copy the file here if you trust it"
+        )
 
 
 def is_unicode(text: str) -> bool:
@@ -58,14 +60,14 @@ def count_of(
     if value is None:
         value = default
     if value is None:
-        raise TritGgufError(f"{where}: {key} is missing")
+        raise DamagedFileError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise TritGgufError(f"{where}: {key} is {value!r}, which is no count from 1 to {most}")
+        raise DamagedFileError(f"{where}: {key} is {value!r}, which is no count from 1 to {most}")
     return value
 
 
 def positive_number(value: Any, key: str, where: str) -> float:
     """Return a configuration's value as a float; TritGgufError unless it is a number above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise TritGgufError(f"{where}: {key} is {value!r}, which is no positive number")
+        raise DamagedFileError(f"{where}: {key} is {value!r}, which is no positive number")
     return float(value)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, TritGgufError
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -46,11 +46,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_new_folder(output: Path) -> None:
-    """Raise TritGgufError unless a folder may be made at `output`: what is there already is never replaced."""
+    """Raise BadRequestError unless a folder may be made at `output`: what is there already is never replaced."""
     if os.path.lexists(output):
-        raise TritGgufError(f"{output}: exists already, and no folder is ever replaced; name another one")
+        raise BadRequestError(f"{output}: exists already, and no folder is ever replaced; name another one")
     if not output.parent.is_dir():
-        raise TritGgufError(f"{output}: its parent folder does not exist; create it first")
+        raise BadRequestError(f"{output}: its parent folder does not exist; create it first")
 
 
 @contextmanager

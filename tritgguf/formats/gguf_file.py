@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, Metadata, TensorInfo
 
@@ -44,7 +44,7 @@ class GgufFile:
             header = HeaderParser(self._map, self.path)
             self.tensors: dict[str, TensorInfo] = header.tensors
         except (struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.path}: the header is damaged ({error}); fetch or write the file again"
             ) from error
         self._entries = header.entries
@@ -55,7 +55,7 @@ class GgufFile:
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
-                    raise TritGgufError(f"{self.path}: not a GGUF file")
+                    raise DamagedFileError(f"{self.path}: not a GGUF file")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise TritGgufError(f"{self.path}: cannot be read ({error.strerror})") from error
@@ -64,7 +64,7 @@ class GgufFile:
         version = self.metadata.get(trit_types.KEY_VERSION)
         packed = any(trit_types.is_trit_type(info.type_id) for info in self.tensors.values())
         if packed and version != trit_types.FORMAT_VERSION:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.path}: version {version} of the trit format is not known (version"
                 f" {trit_types.FORMAT_VERSION} is); use a newer tritgguf or convert the model again"
             )
@@ -104,14 +104,14 @@ class GgufFile:
         key = trit_types.codebook_key(name)
         values = self.metadata.get(key)
         if not isinstance(values, list) or len(values) != trit_types.CODEBOOK_SIZE:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.path}: tensor {name} has no codebook of 27 entries ({key}); convert the model again"
             )
         is_numbers = all(type(value) in (int, float) for value in values)
         with np.errstate(over="ignore"):
             codebook = np.array(values if is_numbers else np.nan, dtype=np.float32)
         if not is_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.path}: tensor {name} has a codebook that is no list of scales; convert the model again"
             )
         return codebook
@@ -168,7 +168,7 @@ class GgufFile:
                     rows[start : start + step], GGMLQuantizationType(info.type_id)
                 )
         except NotImplementedError as error:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.path}: tensor {name} has type {info.type_name}, which cannot be read; use an F16 or Q8_0 file"
             ) from error
         return weights

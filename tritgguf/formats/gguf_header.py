@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats import trit_types
 
 F32, F16, BF16 = 0, 1, 30
@@ -115,7 +115,7 @@ class HeaderParser:
         self._check_overlap()
 
     def _fail(self, what: str) -> NoReturn:
-        raise TritGgufError(f"{self.path}: {what}; fetch or write the file again")
+        raise DamagedFileError(f"{self.path}: {what}; fetch or write the file again")
 
     def _take(self, code: str) -> tuple[Any, ...]:
         size = struct.calcsize(code)

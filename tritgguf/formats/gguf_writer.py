@@ -22,7 +22,7 @@ import xxhash
 from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import DiskError, check_room, disk_errors, sync_folder
 from tritgguf.formats.journal import Journal, WrittenTensor
 
@@ -203,7 +203,7 @@ class StreamingWriter:
         names = [tensor.name for tensor in self.tensors[: len(self.resumed)]]
         end = self.resumed[-1].end if self.resumed else self._header_end
         if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
-            raise TritGgufError(f"{self._part}: has not what its journal says; start over without --resume")
+            raise DamagedFileError(f"{self._part}: has not what its journal says; start over without --resume")
         self._next = len(self.resumed)
         if not self.resumed:
             self._file.truncate(0)
@@ -277,10 +277,10 @@ def _is_interruption(error: BaseException) -> bool:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise TritGgufError unless a file may be written at `output`."""
+    """Raise BadRequestError unless a file may be written at `output`."""
     if output.is_dir():
-        raise TritGgufError(f"{output}: is a folder; name a file")
+        raise BadRequestError(f"{output}: is a folder; name a file")
     if output.exists() and not overwrite:
-        raise TritGgufError(f"{output}: exists already; name another file or use --overwrite")
+        raise BadRequestError(f"{output}: exists already; name another file or use --overwrite")
     if not output.parent.is_dir():
-        raise TritGgufError(f"{output}: its folder does not exist; create it first")
+        raise BadRequestError(f"{output}: its folder does not exist; create it first")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32
@@ -48,28 +48,32 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
     found = {}
     for name, importance in _from_gguf(path, columns) if is_gguf else _from_dat(path, columns):
         if importance.shape != (columns[name],):
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{path}: {name} has {importance.size} columns, but {columns[name]} in the model; this importance"
                 " matrix is of another model"
             )
         if not (np.isfinite(importance).all() and importance.min(initial=0) >= 0):
-            raise TritGgufError(f"{path}: {name} has a mean square that is negative or no number; make the file again")
+            raise DamagedFileError(
+                f"{path}: {name} has a mean square that is negative or no number; make the file again"
+            )
         found[name] = importance.astype(np.float32)
     if not found:
-        raise TritGgufError(f"{path}: knows none of the model's matrices; this importance matrix is of another model")
+        raise DamagedFileError(
+            f"{path}: knows none of the model's matrices; this importance matrix is of another model"
+        )
     return found
 
 
 def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
-        raise TritGgufError(f"{path}: is a GGUF file, but no importance matrix (general.type is not imatrix)")
+        raise DamagedFileError(f"{path}: is a GGUF file, but no importance matrix (general.type is not imatrix)")
     for name in columns:
         sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
         if sums is None and counts is None:
             continue
         if sums is None or counts is None or sums.type_id != F32 or counts.type_id != F32 or counts.n_weights != 1:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{path}: {name} needs one tensor {_SUMS} and one {_COUNTS}, both F32, with one count (experts are not"
                 " supported)"
             )
@@ -77,7 +81,7 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
         if count > 0:
             yield name, file.read_float32(sums.name).reshape(-1) / np.float64(count)
         elif not count <= 0:
-            raise TritGgufError(f"{path}: {name}{_COUNTS} is no number; make the file again")
+            raise DamagedFileError(f"{path}: {name}{_COUNTS} is no number; make the file again")
 
 
 def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
@@ -88,14 +92,14 @@ def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.
         def take(size: int) -> bytes:
             nonlocal left
             if not 0 <= size <= left:
-                raise TritGgufError(f"{path}: is no importance matrix, or cut short; fetch or make it again")
+                raise DamagedFileError(f"{path}: is no importance matrix, or cut short; fetch or make it again")
             left -= size
             return file.read(size)
 
         def number(most: int) -> int:
             (value,) = struct.unpack("<i", take(4))
             if not 0 <= value <= most:
-                raise TritGgufError(f"{path}: is no importance matrix (a count of {value}); fetch or make it again")
+                raise DamagedFileError(f"{path}: is no importance matrix (a count of {value}); fetch or make it again")
             return int(value)
 
         for _ in range(number(_MAX_ENTRIES)):

@@ -22,7 +22,7 @@ import xxhash
 
 from cpu_kernels.packed_rows.check_words import first_damaged_row, first_not_finite
 from cpu_kernels.threads.cores import physical_cores
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16, F32, TensorInfo
@@ -94,7 +94,7 @@ def _check_codebook(file: GgufFile, name: str) -> None:
     """Check what an encoder promises and a decoder need not rely on; `GgufFile.codebook` checks the rest."""
     codebook = file.codebook(name)
     if (np.diff(codebook) < 0).any():
-        raise TritGgufError(f"{file.path}: the codebook of tensor {name} is not ascending; {_REMEDY}")
+        raise DamagedFileError(f"{file.path}: the codebook of tensor {name} is not ascending; {_REMEDY}")
 
 
 class _Pieces(threading.local):
@@ -123,7 +123,7 @@ class _Pieces(threading.local):
         while part:
             count = file.readinto(part)
             if not count:
-                raise TritGgufError(f"{self._path}: ends inside tensor {name}; {_REMEDY}")
+                raise DamagedFileError(f"{self._path}: ends inside tensor {name}; {_REMEDY}")
             part = part[count:]
 
 
@@ -134,7 +134,7 @@ def _check_tensor(file: GgufFile, pieces: _Pieces, info: TensorInfo) -> None:
         if trit_types.is_trit_type(info.type_id):
             row = first_damaged_row(part.view(np.uint16).reshape(-1, row_bytes // 2), TritType(info.type_id).depth)
             if row >= 0:
-                raise TritGgufError(
+                raise DamagedFileError(
                     f"{file.path}: tensor {info.name}, row {start // row_bytes + row} has a word that no encoder"
                     f" writes; {_REMEDY}"
                 )
@@ -143,7 +143,7 @@ def _check_tensor(file: GgufFile, pieces: _Pieces, info: TensorInfo) -> None:
             place = first_not_finite(part.view(bits), exponent)
             if place >= 0:
                 place += start * info.n_weights // info.n_bytes
-                raise TritGgufError(f"{file.path}: tensor {info.name}, weight {place} is NaN or infinite; {_REMEDY}")
+                raise DamagedFileError(f"{file.path}: tensor {info.name}, weight {place} is NaN or infinite; {_REMEDY}")
     stated = file.metadata.get(trit_types.checksum_key(info.name))
     if stated is not None and stated != digest.intdigest():
-        raise TritGgufError(f"{file.path}: tensor {info.name} does not match its checksum; {_REMEDY}")
+        raise DamagedFileError(f"{file.path}: tensor {info.name} does not match its checksum; {_REMEDY}")

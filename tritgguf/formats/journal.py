@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
 
 
@@ -100,9 +100,9 @@ class JobLog:
             file.flush()
             os.fsync(file.fileno())
 
-    def misfit(self, what: str) -> TritGgufError:
+    def misfit(self, what: str) -> DamagedFileError:
         """Return the error that the log, as `what` says, is none to go on from."""
-        return TritGgufError(f"{self.path}: the journal {what}; start over without --resume")
+        return DamagedFileError(f"{self.path}: the journal {what}; start over without --resume")
 
 
 class Journal(JobLog):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import check_inside, read_json
 from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
 
@@ -75,7 +75,7 @@ class StoredTensor:
                     # One call returns at most 2 GiB.
                     count = file.readinto(view)
                     if not count:
-                        raise TritGgufError(f"{self.path}: ends inside tensor {self.name}; fetch the file again")
+                        raise DamagedFileError(f"{self.path}: ends inside tensor {self.name}; fetch the file again")
                     view = view[count:]
         except OSError as error:
             raise TritGgufError(f"{self.path}: tensor {self.name} cannot be read ({error.strerror})") from error
@@ -100,24 +100,28 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
     for name in names:
         for tensor in _open_shard(folder / name):
             if tensor.name in tensors:
-                raise TritGgufError(f"{tensor.path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
+                raise DamagedFileError(
+                    f"{tensor.path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}"
+                )
             if weight_map is not None and weight_map.get(tensor.name) != name:
-                raise TritGgufError(f"{tensor.path}: {_INDEX_NAME} does not place tensor {tensor.name} in this shard")
+                raise DamagedFileError(
+                    f"{tensor.path}: {_INDEX_NAME} does not place tensor {tensor.name} in this shard"
+                )
             tensors[tensor.name] = tensor
     for name, shard in (weight_map or {}).items():
         if name not in tensors:
-            raise TritGgufError(f"{folder / shard}: tensor {name}, which {_INDEX_NAME} places here, is missing")
+            raise DamagedFileError(f"{folder / shard}: tensor {name}, which {_INDEX_NAME} places here, is missing")
     return tensors
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TritGgufError(f"{path}: has no `weight_map`; fetch the file again")
+        raise DamagedFileError(f"{path}: has no `weight_map`; fetch the file again")
     for file_name in weight_map.values():
         is_plain = isinstance(file_name, str) and re.fullmatch(r"[\w.-]+\.safetensors", file_name) is not None
         if not is_plain or file_name.startswith("."):
-            raise TritGgufError(f"{path}: {file_name!r} is not the name of a safetensors file in this folder")
+            raise DamagedFileError(f"{path}: {file_name!r} is not the name of a safetensors file in this folder")
     return weight_map
 
 
@@ -127,15 +131,17 @@ def _list_shards(folder: Path) -> list[str]:
     if not parts:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if pickled:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{folder}: has only pickled weights ({pickled[0]}), which can run code when they are loaded;"
                 " save the model as safetensors (save_pretrained in transformers) and convert that"
             )
-        raise TritGgufError(f"{folder}: has no {_SINGLE_NAME} and no shards (model-00001-of-...); nothing to convert")
+        raise DamagedFileError(
+            f"{folder}: has no {_SINGLE_NAME} and no shards (model-00001-of-...); nothing to convert"
+        )
     count = int(parts[0][2])
     present = {int(part[1]) for part in parts if int(part[2]) == count}
     if len(present) != len(parts) or present != set(range(1, count + 1)):
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{folder}: has {len(parts)} shards that are not the parts 1 to {count}; fetch the missing ones"
         )
     return sorted(part.string for part in parts)
@@ -146,7 +152,7 @@ def _open_shard(path: Path) -> list[StoredTensor]:
 
     check_inside(path)
     if not path.is_file():
-        raise TritGgufError(f"{path}: this shard is missing; fetch it")
+        raise DamagedFileError(f"{path}: this shard is missing; fetch it")
     try:
         with safe_open(str(path), framework="np"):
             pass  # opening is what checks it
@@ -154,7 +160,7 @@ def _open_shard(path: Path) -> list[StoredTensor]:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
     except (SafetensorError, ValueError) as error:
-        raise TritGgufError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
+        raise DamagedFileError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     tensors = []

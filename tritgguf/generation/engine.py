@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cpu_kernels.threads.crew import interrupts_deferred
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, ContextFullError
 from tritgguf.generation.engine_core import EngineCore
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.scheduler import Budget
@@ -58,11 +58,11 @@ class Engine:
         self._progress = threading.Condition()
 
     def submit(self, request: Request) -> RunningRequest:
-        """Queue a request; TritGgufError when its prompt is empty, too long, or has a token that does not exist."""
+        """Queue a request; BadRequestError or ContextFullError for a prompt that is empty, too long, or unknown."""
         if not request.prompt:
-            raise TritGgufError("the prompt is empty; give the model something to continue")
+            raise BadRequestError("the prompt is empty; give the model something to continue")
         if len(request.prompt) > self.context:
-            raise TritGgufError(
+            raise ContextFullError(
                 f"the prompt has {len(request.prompt)} tokens, the context holds {self.context}; shorten it or raise -c"
             )
         self.model.check_tokens(np.asarray(request.prompt, np.int64))
@@ -97,7 +97,7 @@ class Engine:
         if request.error is not None:
             raise request.error
         if request.outputs is None:
-            raise TritGgufError("the request was cancelled")
+            raise BadRequestError("the request was cancelled")
         return request.outputs
 
     def step(self) -> bool:

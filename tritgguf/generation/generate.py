@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError
 from tritgguf.generation.loaded_model import LoadedModel, load
 from tritgguf.generation.prompt import prompt_tokens
 from tritgguf.generation.result import Generation
@@ -77,10 +77,10 @@ def generate(
     if isinstance(model, str | Path):
         model = load(model)
     if not isinstance(model, LoadedModel):
-        raise TritGgufError(f"generate needs a loaded model or the path of its file, not {model!r}")
+        raise BadRequestError(f"generate needs a loaded model or the path of its file, not {model!r}")
     prompts, is_batch = _prompts(prompt, messages)
     if is_batch and (stream or on_text is not None):
-        raise TritGgufError("only a single prompt can be streamed; give one, or leave stream and on_text out")
+        raise BadRequestError("only a single prompt can be streamed; give one, or leave stream and on_text out")
     stops, chosen = [stop] if isinstance(stop, str) else list(stop), sampling_options(sampling, options)
     tokens = [prompt_tokens(model, text, messages=chat, system=system, raw=raw) for text, chat in prompts]
     streams = [
@@ -105,7 +105,7 @@ def _prompts(
         return [(None, parts)], False
     if parts and all(isinstance(part, list | tuple) and part and all(map(_is_message, part)) for part in parts):
         return [(None, list(part)) for part in parts], True
-    raise TritGgufError(
+    raise BadRequestError(
         f"a prompt is a text, a list of messages, or a list of either, not {prompt!r:.60};"
         ' a message is {"role": ..., "content": ...}'
     )

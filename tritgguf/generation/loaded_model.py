@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tritgguf.errors import BadRequestError
 from tritgguf.generation.request import Request, Wanted
 from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
@@ -107,8 +108,6 @@ class LoadedModel:
     def _prompt_and_continuation(
         self, prompt: Sequence[int] | str, continuation: Sequence[int] | str
     ) -> tuple[list[int], list[int]]:
-        from tritgguf.errors import TritGgufError
-
         if isinstance(prompt, str) and isinstance(continuation, str):
             before, whole = self._tokens(prompt), self._tokens(prompt + continuation)
             after = whole[len(before) :]
@@ -122,9 +121,9 @@ class LoadedModel:
         if not before and self.tokenizer.bos_id is not None:
             before = [self.tokenizer.bos_id]
         if not before:
-            raise TritGgufError("the model has no BOS token, so a score needs a prompt")
+            raise BadRequestError("the model has no BOS token, so a score needs a prompt")
         if not after:
-            raise TritGgufError("the continuation has no tokens; give a longer one")
+            raise BadRequestError("the continuation has no tokens; give a longer one")
         return before, after
 
     def _outputs(self, tokens: list[int], wanted: Wanted, first: int) -> np.ndarray:
@@ -166,10 +165,13 @@ def load(
     from tritgguf.generation.engine import Engine
     from tritgguf.runtime.kv_pool import CACHE_TYPES, DEFAULT_CACHE_TYPE, check_cache_fits
     from tritgguf.runtime.model import Model
+    from tritgguf.tokenization.template_process import start_renderer
 
     file = GgufFile(path)
-    tokenizer = Tokenizer(file.metadata, name=str(path))
     template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        start_renderer()  # beside the rest of loading
+    tokenizer = Tokenizer(file.metadata, name=str(path))
     model = Model(file, threads=threads, prefill_bits=prefill_bits, exact=exact, isa=isa)
     cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
     if context is not None and cache_type in CACHE_TYPES:

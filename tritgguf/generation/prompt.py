@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def prompt_tokens(
     """Return the tokens of a prompt or of a chat; the parameters are those of `generate`."""
     if messages is not None:
         if prompt is not None or system is not None or raw:
-            raise TritGgufError("messages hold the whole chat: give neither a prompt, nor a system message, nor raw")
+            raise BadRequestError("messages hold the whole chat: give neither a prompt, nor a system message, nor raw")
         return chat_tokens(model, messages)
     if prompt is None:
-        raise TritGgufError("there is nothing to generate from; give a prompt or messages")
+        raise BadRequestError("there is nothing to generate from; give a prompt or messages")
     if raw and system is not None:
-        raise TritGgufError("raw takes the prompt as it is; leave the system message out or write it into the prompt")
+        raise BadRequestError("raw takes the prompt as it is; leave the system message out or write it into the prompt")
     if raw:
         return model.tokenizer.encode(prompt, add_special=True, parse_special=True)
     return chat_tokens(model, [*system_message(system), {"role": "user", "content": prompt}])
@@ -42,10 +42,10 @@ def system_message(system: str | None) -> list[Message]:
 def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
     """Return the prompt of a chat's next answer; TritGgufError when the file has no chat template."""
     if model.chat_template is None:
-        raise TritGgufError(f"{model.path} has no chat template, it may be a base model; continue a text with --raw")
+        raise BadRequestError(f"{model.path} has no chat template, it may be a base model; continue a text with --raw")
     from tritgguf.tokenization.chat_template import encode_chat
 
     try:
         return encode_chat(model.tokenizer, model.chat_template, messages)
     except TritGgufError as error:
-        raise TritGgufError(f"{model.path}: {error}") from error
+        raise type(error)(f"{model.path}: {error}") from error

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, DamagedFileError
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen; the defaults are llama.cpp's. Raises TritGgufError for impossible values.
+    """How the next token is chosen; the defaults are llama.cpp's. Raises BadRequestError for impossible values.
 
     temperature: 0 always takes the likeliest token, higher is wilder.
     top_k: keep the k likeliest tokens; 0 or less keeps all.
@@ -51,17 +51,17 @@ class SamplingOptions:
 
 
 def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
-    """Return sampling options with some of them replaced by name; TritGgufError for a name that is none."""
+    """Return sampling options with some of them replaced by name; BadRequestError for a name that is none."""
     names = [field.name for field in fields(SamplingOptions)]
     for name in options:
         if name not in names:
-            raise TritGgufError(f"there is no option {name}; the sampling options are {', '.join(names)}")
+            raise BadRequestError(f"there is no option {name}; the sampling options are {', '.join(names)}")
     return replace(sampling or SamplingOptions(), **options)
 
 
 def _require(condition: bool, option: str, expected: str, value: float) -> None:
     if not condition:
-        raise TritGgufError(f"{option} must be {expected}, not {value}")
+        raise BadRequestError(f"{option} must be {expected}, not {value}")
 
 
 class Sampler:
@@ -83,12 +83,12 @@ class Sampler:
     def sample(self, logits: np.ndarray) -> int:
         """Return the next token for float32 logits [vocab_size], which stay as they are.
 
-        Raises TritGgufError when the logits are not numbers.
+        Raises DamagedFileError when the logits are not numbers.
         """
         logits = self._penalized(logits)
         largest = logits.max()
         if not math.isfinite(largest):  # the maximum of anything with a NaN in it is NaN
-            raise TritGgufError("the model computes no numbers: its file is damaged, fetch or convert it again")
+            raise DamagedFileError("the model computes no numbers: its file is damaged, fetch or convert it again")
         if self.options.temperature == 0 or self.options.top_k == 1:
             return int(np.argmax(logits))
         if self.options.top_k <= 0 and self.options.top_p == 1 and self.options.min_p == 0:

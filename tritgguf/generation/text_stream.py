@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.result import FinishReason, Generation, Timings
@@ -144,6 +144,6 @@ class TextStream(Iterator[str]):
 def _check_vocabulary(model: LoadedModel, tokens: list[int]) -> None:
     vocabulary = model.engine.model.config.vocab_size
     if max(tokens, default=0) >= vocabulary:
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{model.path}: the tokenizer gives token {max(tokens)} and the model knows {vocabulary}; convert it again"
         )

@@ -18,7 +18,8 @@ import numpy as np
 
 from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
 from tritgguf.reference.known_inputs import Ending, Gathered, find_endings
-from tritgguf.reference.model import head_counts, meta_module, require_torch, silent_transformers
+from tritgguf.reference.model import head_counts, meta_module, require_torch
+from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,16 +43,14 @@ class DecoderBlocks:
     """The decoder blocks of a source, in float32.
 
     Raises TritGgufError when torch or transformers is missing or cannot build the model.
-    `threads` sets how many threads torch uses from here on.
+    `threads` is how many threads torch computes with, here and while a block is open; None leaves it to torch.
     """
 
     def __init__(self, source: Source, *, threads: int | None = None) -> None:
         require_torch()
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._source = source
+        self._source, self._threads = source, threads
         self._metadata = {key: value.value for key, value in source.metadata.items()}
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
@@ -75,7 +74,8 @@ class DecoderBlocks:
         embeddings.weight = torch.nn.Parameter(torch.from_numpy(self._rows(wanted)), requires_grad=False)
         embeddings.padding_idx = None
         taken: list[Tensor] = []
-        with torch.inference_mode(), _before(self._module.model.layers[0], lambda x: taken.append(x.clone())):
+        look = _before(self._module.model.layers[0], lambda x: taken.append(x.clone()))
+        with torch_threads(self._threads), torch.inference_mode(), look:
             for some in self.portions(torch.from_numpy(places.reshape(ids.shape))):
                 self._forward(embeddings(some))
         embeddings.to("meta")
@@ -96,7 +96,8 @@ class DecoderBlocks:
         passing_on = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
-            yield block
+            with torch_threads(self._threads):
+                yield block
         finally:
             self._module.model.layers[index] = passing_on
             self._layers[index] = layer.to("meta")
@@ -301,23 +302,6 @@ def _pass_on(layer: Any) -> Any:
     module = PassOn()
     module.attention_type = getattr(layer, "attention_type", None)
     return module
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Let torch multiply float32 matrices in bfloat16, with float32 sums, where the processor has instructions for it.
-
-    That is several times faster, and moves the result of calibration by less than another text would
-    (`docs/quality.md`).
-    """
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

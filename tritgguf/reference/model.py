@@ -9,11 +9,8 @@ torch and transformers are imported inside functions: only the `verify` extra br
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +18,8 @@ import numpy as np
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, MissingExtraError
+from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,14 +31,14 @@ _HEAD = "output.weight"
 
 
 def require_torch() -> None:
-    """Raise TritGgufError unless torch and transformers can be imported."""
-    # Page faults of large temporary tensors took half of the time of calibration without huge pages.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    """Raise MissingExtraError unless torch and transformers can be imported."""
     for package in ("torch", "transformers"):
         try:
+            if package == "torch":
+                import_torch_with_huge_pages()
             importlib.import_module(package)
         except ImportError as error:
-            raise TritGgufError(
+            raise MissingExtraError(
                 f"this needs {package}, which cannot be imported ({_first_line(error)}); pip install 'tritgguf[verify]'"
             ) from error
 
@@ -48,15 +46,12 @@ def require_torch() -> None:
 class ReferenceModel:
     """A causal language model of transformers in float32, on the CPU.
 
-    `threads` sets how many threads torch uses from here on.
+    `threads` is how many threads torch computes with; None leaves it to torch.
     """
 
     def __init__(self, module: Any, *, threads: int | None = None) -> None:
         self.module = module.eval()
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        self._threads = threads
 
     @classmethod
     def open(cls, source: Source, *, threads: int | None = None) -> ReferenceModel:
@@ -109,10 +104,10 @@ class ReferenceModel:
             parameter = parameters.pop(hf_tensor_name(arch, name), None)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
             if parameter is None or tuple(parameter.shape) != weights.shape:
-                raise TritGgufError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
+                raise DamagedFileError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
             np.copyto(parameter.detach().numpy(), weights)
         if parameters:
-            raise TritGgufError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
+            raise DamagedFileError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
 
     def _set_head(self, tied: bool) -> None:
         """Make the output head the embeddings themselves, or a matrix of its own."""
@@ -128,7 +123,7 @@ class ReferenceModel:
         """Return the logits behind every token of one sequence: float32 [n, vocabulary]."""
         import torch
 
-        with silent_transformers(), torch.inference_mode():
+        with silent_transformers(), torch_threads(self._threads), torch.inference_mode():
             return self.module(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int] = ()) -> list[int]:
@@ -144,7 +139,7 @@ class ReferenceModel:
             do_sample=False, max_new_tokens=count, eos_token_id=sorted(stop_tokens) or None, pad_token_id=0
         )
         ids = torch.tensor([list(prompt)])
-        with silent_transformers(), torch.inference_mode():
+        with silent_transformers(), torch_threads(self._threads), torch.inference_mode():
             answer = self.module.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
         return answer[:-1] if answer and answer[-1] in stop_tokens else answer
 
@@ -173,9 +168,9 @@ def _load_folder(folder: Path) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises whatever its many parts raise
-            raise TritGgufError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+            raise DamagedFileError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
     if found["missing_keys"]:
-        raise TritGgufError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
+        raise DamagedFileError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
     return module
 
 
@@ -207,7 +202,7 @@ def meta_module(source: Source) -> Any:
             try:
                 config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
             except Exception as error:  # transformers raises whatever its many parts raise
-                raise TritGgufError(
+                raise DamagedFileError(
                     f"{source.folder}: transformers cannot read its config ({_first_line(error)})"
                 ) from error
     else:
@@ -246,24 +241,6 @@ def _restore_buffers(module: Any, config: Any) -> None:
     embeddings = module.get_input_embeddings()
     if hasattr(embeddings, "scalar_embed_scale"):
         embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
-
-
-@contextlib.contextmanager
-def silent_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars, warnings and log lines; exceptions pass."""
-    from transformers.utils import logging
-
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress_bar:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

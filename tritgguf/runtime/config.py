@@ -25,7 +25,7 @@ from tritgguf.architectures.rope import (
     rotation_of_keys,
 )
 from tritgguf.architectures.table import Architecture
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import count_of
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32
@@ -69,7 +69,7 @@ class ModelConfig:
     def from_file(cls, file: GgufFile) -> ModelConfig:
         """Read and check a file's configuration, and that it has every tensor in the right shape."""
         if "token_embd.weight" not in file.tensors:
-            raise TritGgufError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
+            raise DamagedFileError(f"{file.path}: has no tensor token_embd.weight; it is no language model")
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         biased = biased_matrices(file.tensors)
         dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
@@ -77,10 +77,10 @@ class ModelConfig:
             if name not in file.tensors:
                 if name == "output.weight":
                     continue
-                raise TritGgufError(f"{file.path}: tensor {name} is missing; convert the model again")
+                raise DamagedFileError(f"{file.path}: tensor {name} is missing; convert the model again")
             if file.tensors[name].shape != shape:
                 found = file.tensors[name].shape
-                raise TritGgufError(
+                raise DamagedFileError(
                     f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
                 )
         architecture = find_gguf_architecture(file.metadata, str(file.path))
@@ -119,7 +119,7 @@ class ModelConfig:
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
-        raise TritGgufError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
+        raise DamagedFileError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
     return value
 
 
@@ -141,7 +141,7 @@ def _rotations(
     if ROPE_FREQS in file.tensors:
         factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
         if not (factors > 0).all():
-            raise TritGgufError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
+            raise DamagedFileError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
         rotation = Rotation(rotation.frequencies / factors, rotation.length)
     if architecture.unrotated_every:
         still = Rotation(np.zeros(head_dim // 2))
@@ -157,5 +157,5 @@ def read_vector(file: GgufFile, name: str, length: int) -> np.ndarray:
     """Return a vector of weights: float32 [length], a view of the map."""
     info = file.tensors[name]
     if info.type_id != F32 or info.shape != (length,):
-        raise TritGgufError(f"{file.path}: tensor {name} is {info.type_name} {info.shape}, not F32 ({length},)")
+        raise DamagedFileError(f"{file.path}: tensor {name} is {info.type_name} {info.shape}, not F32 ({length},)")
     return file.raw(name).view(np.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, padded_dimension, page_elements
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError
 from tritgguf.machine import machine_memory_bytes
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.rotations import RotationTables
@@ -44,7 +44,7 @@ def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: 
     """Raise TritGgufError when keys and values of this context need more memory than the machine has free."""
     memory, needed = machine_memory_bytes(), pages_of(context) * page_bytes(config, cache_type)
     if memory is not None and needed > memory[1]:
-        raise TritGgufError(
+        raise BadRequestError(
             f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
             " use a smaller one (-c)"
         )
@@ -77,7 +77,7 @@ class KVPool:
         `cache_type` is a key of CACHE_TYPES. Raises TritGgufError for an unknown type.
         """
         if cache_type not in CACHE_TYPES:
-            raise TritGgufError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+            raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
         sizes = config.dimensions
         self.context = context
         self.layers, self.kv_heads = sizes.layers, sizes.kv_heads

@@ -16,7 +16,7 @@ import numpy as np
 from cpu_kernels.threads.crew import CompilingCrew, Crew, announcing_compilation
 from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.decode_pass import DecodePass
@@ -63,7 +63,7 @@ class Model:
         try:
             _ = self.crew.isa
         except ValueError as error:
-            raise TritGgufError(str(error)) from error
+            raise BadRequestError(str(error)) from error
         self.config = ModelConfig.from_file(file)
         self.exact, self._decode_bits = exact, decode_bits
         self._file = file  # keeps the map open
@@ -136,7 +136,7 @@ class Model:
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raise TritGgufError when there are no tokens, int64 [n], or one that does not exist."""
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise TritGgufError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
+            raise BadRequestError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
 
     def _is_single(self, batch: TokenBatch) -> bool:
         """Tell whether a batch is one generated token with 16-bit activations."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import ContextFullError
 from tritgguf.runtime.model import Model
 from tritgguf.runtime.token_batch import TokenBatch
 
@@ -55,7 +55,7 @@ class SingleSequence:
         ids, position = np.asarray(tokens, np.int64), self.position
         self.model.check_tokens(ids)
         if position + ids.size > self.context:
-            raise TritGgufError(
+            raise ContextFullError(
                 f"{position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
             )
         self.pool.reserve(self._sequence, ids.size)

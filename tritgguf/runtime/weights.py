@@ -7,7 +7,7 @@ import numpy as np
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.crew import Crew
 from cpu_kernels.transformer.projection import Matrix, Projection
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 from tritgguf.formats.trit_types import TritType, is_trit_type
@@ -109,6 +109,6 @@ def _read_matrix(file: GgufFile, name: str) -> Matrix:
         return Matrix(file.raw(name), rows, columns, TritType(info.type_id).depth, file.codebook(name))
     if info.type_id == F16:
         return Matrix(file.raw(name), rows, columns, depth=0)
-    raise TritGgufError(
+    raise DamagedFileError(
         f"{file.path}: tensor {name} is {info.type_name}, but only trit files are run; make one with `tritgguf convert`"
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import TritType, is_trit_type
@@ -38,7 +38,9 @@ class GgufSource:
         self.warnings: list[str] = []
         self._file = GgufFile(path)
         if self._file.metadata.get("split.count", 0) not in (0, 1):
-            raise TritGgufError(f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge")
+            raise DamagedFileError(
+                f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge"
+            )
         self.dimensions = self._check_tensors()
         self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._file.tensors.values()]
         self.metadata = _gguf_metadata(self._file)
@@ -83,7 +85,7 @@ class GgufSource:
         dimensions = dimensions_from_gguf(self._file.metadata, vocabulary, biased, self.name)
         factors = shapes.pop(ROPE_FREQS, None)
         if factors not in (None, (dimensions.head_dim // 2,)):
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self.name}: tensor {ROPE_FREQS} has shape {factors}, not ({dimensions.head_dim // 2},)"
             )
         check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=str)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import is_unicode, read_json
 from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
@@ -39,7 +39,7 @@ class HfFolderSource:
         self.architecture = dimensions.find_architecture(self.config, str(where))
         if self.config.get("quantization_config"):
             method = _get(self.config["quantization_config"], "quant_method", "an unknown method")
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
             )
         self.dimensions = dimensions.dimensions_from_config(self.config, str(where))
@@ -99,11 +99,11 @@ class HfFolderSource:
                 continue
             name = tensor_names.gguf_tensor_name(self.architecture.gguf_name, hf_name)
             if name is None:
-                raise TritGgufError(
+                raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} does not belong to a {self.architecture.hf_class}"
                 )
             if stored.dtype not in READABLE_DTYPES:
-                raise TritGgufError(
+                raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} has dtype {stored.dtype}; F32, F16 or BF16 is needed"
                 )
             selected[name] = stored

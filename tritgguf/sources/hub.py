@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError, TritGgufError
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md"]
 # Subfolders and `consolidated` files hold the same weights again in their makers' own formats.
@@ -31,9 +31,9 @@ def download(hub_id: str, revision: str | None) -> Path:
             f"{hub_id}: access is gated; accept its terms on the hub and log in (`hf auth login`)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise TritGgufError(f"{hub_id}: no such file or folder here, and no such model on the hub") from error
+        raise BadRequestError(f"{hub_id}: no such file or folder here, and no such model on the hub") from error
     except RevisionNotFoundError as error:
-        raise TritGgufError(f"{hub_id}: the hub has no revision {revision} of this model") from error
+        raise BadRequestError(f"{hub_id}: the hub has no revision {revision} of this model") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise TritGgufError(f"{hub_id}: the hub cannot be reached; give a local folder or go online") from error
     except Exception as error:  # which classes a transport raises depends on huggingface_hub's version

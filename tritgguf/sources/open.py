@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import BadRequestError
 from tritgguf.sources.gguf import GgufSource
 from tritgguf.sources.hf_folder import HfFolderSource
 from tritgguf.sources.hub import download
@@ -26,5 +26,5 @@ def open_source(location: str | Path, *, revision: str | None = None) -> Source:
     if path.is_file():
         return GgufSource(path)
     if _HUB_ID.fullmatch(str(location)) is None or str(location).endswith((".gguf", ".safetensors")):
-        raise TritGgufError(f"{location}: no such file or folder, and no hub id (organization/name) either")
+        raise BadRequestError(f"{location}: no such file or folder, and no hub id (organization/name) either")
     return HfFolderSource(download(str(location), revision), hub_id=str(location))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.matrix_rows import MatrixRows
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def check_shapes(
         del expected["output.weight"]
     for name, shape in expected.items():
         if name not in shapes:
-            raise TritGgufError(f"{where}: tensor {label(name)} is missing")
+            raise DamagedFileError(f"{where}: tensor {label(name)} is missing")
         if shapes[name] != shape:
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{where}: tensor {label(name)} has shape {shapes[name]}, but the config demands {shape}"
             )
     for name in shapes:
         if name not in expected:
-            raise TritGgufError(f"{where}: tensor {label(name)} does not belong to a model with this config")
+            raise DamagedFileError(f"{where}: tensor {label(name)} does not belong to a model with this config")

@@ -1,26 +1,20 @@
 """A chat to a prompt, with the Jinja template that the model's file carries.
 
 Two things are untrusted here. The template comes with the file, so it runs in Jinja's sandbox, with bounds on time
-and memory (`template_limits`). And what a user types must not become control tokens: `<|im_end|>` in a
-message is text that talks about a token, not the end of a turn.
+and memory, in a process of its own (`template_process`). And what a user types must not become control tokens:
+`<|im_end|>` in a message is text that talks about a token, not the end of a turn.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from tritgguf.tokenization.template_process import render_in_child
 
-from tritgguf.errors import TritGgufError
-from tritgguf.tokenization.template_limits import MOST_CHARACTERS, BoundedEnvironment, limited
-from tritgguf.tokenization.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from tritgguf.tokenization.tokenizer import Tokenizer
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
@@ -30,17 +24,6 @@ class Message(TypedDict):
 
     role: str
     content: str
-
-
-class _GenerationTag(Extension):
-    """Lets `{% generation %}`, which marks the answers for training, stand for what it contains."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the block's body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def render(
@@ -53,53 +36,16 @@ def render(
 ) -> str:
     """Return the prompt that a template makes of a chat, as transformers' `apply_chat_template` renders it.
 
-    Raises TritGgufError with the template's own message when it refuses the chat, or with what is wrong with
-    it.
+    Raises BadRequestError with the template's own message when it refuses the chat, and DamagedFileError with what is
+    wrong with it.
     """
-    try:
-        with limited():  # compiling too: Jinja computes constants then
-            text = _compile(template).render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                bos_token=bos_token,
-                eos_token=eos_token,
-                add_generation_prompt=add_generation_prompt,
-            )
-        if len(text) > MOST_CHARACTERS:
-            raise TemplateError(f"it makes a text of more than {MOST_CHARACTERS} characters")
-        return text
-    except MemoryError as error:
-        raise TritGgufError(
-            "the chat template takes too much memory; --raw gives the model your text as it is"
-        ) from error
-    except Exception as error:  # a template is a program of somebody else: anything may come
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TritGgufError(f"the chat template fails ({reason}); --raw gives the model your text as it is") from error
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Template:
-    environment = BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Replace Jinja's filter, which escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+    values = {
+        "messages": [dict(message) for message in messages],
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return render_in_child(template, values)
 
 
 def encode_chat(

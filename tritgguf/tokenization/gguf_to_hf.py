@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.tokenization.tokenizer import refused
 
 SPACE_SIGN = "\u2581"  # what SentencePiece writes for a space
@@ -62,11 +62,11 @@ def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
-        raise TritGgufError(f"{where}: tokenizer.ggml.model is {model}; gpt2 and llama are supported")
+        raise DamagedFileError(f"{where}: tokenizer.ggml.model is {model}; gpt2 and llama are supported")
     tokens = _list_of(metadata, "tokenizer.ggml.tokens", str, where)
     types = _list_of(metadata, "tokenizer.ggml.token_type", int, where, default=[TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
-        raise TritGgufError(f"{where}: has {len(tokens)} tokens but {len(types)} token types")
+        raise DamagedFileError(f"{where}: has {len(tokens)} tokens but {len(types)} token types")
     vocabulary: dict[str, int] = {}
     for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind != TokenType.UNUSED:
@@ -109,7 +109,7 @@ def _byte_level_parts(
 ) -> dict[str, Any]:
     pre = _pre_name(metadata)
     if pre not in PRE_TOKENIZERS:
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{where}: tokenizer.ggml.pre is {pre}, but only {', '.join(PRE_TOKENIZERS)} are known here;"
             " convert the Hugging Face checkpoint instead, which brings its tokenizer.json"
         )
@@ -132,7 +132,7 @@ def _sentencepiece_parts(
 ) -> dict[str, Any]:
     scores = _list_of(metadata, "tokenizer.ggml.scores", (int, float), where)
     if len(scores) != len(tokens):
-        raise TritGgufError(f"{where}: has {len(tokens)} tokens but {len(scores)} scores")
+        raise DamagedFileError(f"{where}: has {len(tokens)} tokens but {len(scores)} scores")
     add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     to_sign = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
     from_sign = {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "}
@@ -203,19 +203,19 @@ def _special_id(metadata: Mapping[str, Any], name: str, default: int | None, tok
     key = f"tokenizer.ggml.{name}_token_id"
     token_id = metadata.get(key, default)
     if type(token_id) is not int or not 0 <= token_id < len(tokens):
-        raise TritGgufError(f"{where}: {key} is {token_id}, which is no token")
+        raise DamagedFileError(f"{where}: {key} is {token_id}, which is no token")
     return token_id
 
 
 def merge_pairs(merges: Any, where: str) -> list[tuple[str, str]]:
     """Return merges as pairs; files before 2024 have them as `left right`."""
     if not isinstance(merges, list):
-        raise TritGgufError(f"{where}: has no list of merges")
+        raise DamagedFileError(f"{where}: has no list of merges")
     pairs = []
     for merge in merges:
         parts = merge.split(" ", 1) if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise TritGgufError(f"{where}: the merge {merge!r} is no pair of tokens")
+            raise DamagedFileError(f"{where}: the merge {merge!r} is no pair of tokens")
         pairs.append((parts[0], parts[1]))
     return pairs
 
@@ -229,7 +229,7 @@ def _list_of(
 ) -> list[Any]:
     values = metadata.get(key, default)
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise TritGgufError(f"{where}: {key} is missing or of another type than it should be")
+        raise DamagedFileError(f"{where}: {key} is missing or of another type than it should be")
     return values
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import is_unicode, read_json
 from tritgguf.tokenization.gguf_to_hf import (
     PRE_TOKENIZERS,
@@ -40,6 +41,18 @@ _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|
 _VOCABULARY_WITHOUT_BOS = 49152
 
 
+@contextmanager
+def _quiet_gguf() -> Iterator[None]:
+    """Keep gguf-py from printing the oddities that it reports by logging: none of them is for the user to act on."""
+    logger, silence = logging.getLogger("gguf"), logging.NullHandler()
+    logger.addHandler(silence)
+    try:
+        yield
+    finally:
+        logger.removeHandler(silence)
+
+
+@_quiet_gguf()
 def tokenizer_metadata(
     folder: Path, vocabulary: int, *, add_space_prefix_key: bool
 ) -> tuple[dict[str, GGUFValue], list[str]]:
@@ -53,7 +66,7 @@ def tokenizer_metadata(
     json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     tokenizer = read_json(json_path) if json_path.is_file() else None
     if tokenizer is None and not model_path.is_file():
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{folder}: has no tokenizer.json and no tokenizer.model; save the tokenizer with the model"
         )
     config_path = folder / "tokenizer_config.json"
@@ -77,7 +90,7 @@ def tokenizer_metadata(
     for key, value in metadata.items():
         texts = value.value if isinstance(value.value, list) else [value.value]
         if not is_unicode("".join(text for text in texts if isinstance(text, str))):
-            raise TritGgufError(f"{folder}: {key} would hold half of a surrogate pair, which is no character")
+            raise DamagedFileError(f"{folder}: {key} would hold half of a surrogate pair, which is no character")
     if tokenizer is None:
         text = tokenizer_json_from_gguf({key: value.value for key, value in metadata.items()}, where=where)
     else:
@@ -92,11 +105,11 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise TritGgufError(f"{where}: a tokenizer of kind {kind} is not supported (BPE is)")
+        raise DamagedFileError(f"{where}: a tokenizer of kind {kind} is not supported (BPE is)")
     if model.get("byte_fallback"):
         return True
     if "ByteLevel" not in (step[0] for step in _signature(tokenizer.get("pre_tokenizer"))):
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{where}: its BPE works neither on bytes (ByteLevel) nor with byte_fallback; not supported"
         )
     return False
@@ -107,18 +120,18 @@ def _added_tokens(tokenizer: Mapping[str, Any] | None, config: Mapping[str, Any]
     if tokenizer is not None:
         entries = tokenizer.get("added_tokens") or []
         if not isinstance(entries, list):
-            raise TritGgufError(f"{where}: added_tokens is no list")
+            raise DamagedFileError(f"{where}: added_tokens is no list")
     else:
         decoder = config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict) or not all(
             key.isdecimal() and isinstance(e, dict) for key, e in decoder.items()
         ):
-            raise TritGgufError(f"{where}: added_tokens_decoder in tokenizer_config.json is damaged")
+            raise DamagedFileError(f"{where}: added_tokens_decoder in tokenizer_config.json is damaged")
         entries = [{**entry, "id": int(key)} for key, entry in decoder.items()]
     added = {}
     for entry in entries:
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
-            raise TritGgufError(f"{where}: an entry of added_tokens has no id or no content")
+            raise DamagedFileError(f"{where}: an entry of added_tokens has no id or no content")
         added[entry["id"]] = entry
     return added
 
@@ -133,7 +146,7 @@ def _added_type(entry: Mapping[str, Any]) -> tuple[str, int]:
 
 def _check_id(token_id: Any, vocabulary: int, where: str) -> int:
     if type(token_id) is not int or not 0 <= token_id < vocabulary:
-        raise TritGgufError(f"{where}: token id {token_id!r} does not fit config.json's vocab_size of {vocabulary}")
+        raise DamagedFileError(f"{where}: token id {token_id!r} does not fit config.json's vocab_size of {vocabulary}")
     return token_id
 
 
@@ -169,7 +182,7 @@ def _add_sentencepiece(
 ) -> None:
     pieces = read_pieces(model_path) if model_path.is_file() else _pieces_from_json(tokenizer or {}, vocabulary, where)
     if len(pieces) > vocabulary:
-        raise TritGgufError(f"{where}: has {len(pieces)} tokens, more than config.json's vocab_size of {vocabulary}")
+        raise DamagedFileError(f"{where}: has {len(pieces)} tokens, more than config.json's vocab_size of {vocabulary}")
     pieces += [Piece(f"[PAD{token_id}]", -10000.0, TokenType.UNUSED) for token_id in range(len(pieces), vocabulary)]
     for token_id, entry in _added_tokens(tokenizer, config, where).items():
         text, kind = _added_type(entry)
@@ -204,16 +217,13 @@ def _pieces_from_json(tokenizer: Mapping[str, Any], vocabulary: int, where: str)
 
 def _add_special(writer: GGUFWriter, folder: Path, vocabulary: int, *, load_merges: bool) -> None:
     """Add merges, special tokens' ids, add_bos_token and the like, and the chat template, as gguf-py does."""
-    # gguf-py reports oddities through logging, which would print them; none of them is for the user to act
-    # on.
-    logging.getLogger("gguf").addHandler(logging.NullHandler())
     try:
         SpecialVocab(folder, load_merges=load_merges, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
         names = writer.kv_data[0].get("tokenizer.chat_templates")
         if names is not None:
             names.value.sort()  # they come from a set
     except Exception as error:  # it trusts the files' structure, so anything may come
-        raise TritGgufError(f"{folder}: the tokenizer's JSON files are damaged ({error!r})") from error
+        raise DamagedFileError(f"{folder}: the tokenizer's JSON files are damaged ({error!r})") from error
 
 
 def _signature(pre_tokenizer: Any, nesting: int = 0) -> list[tuple[Any, ...]]:

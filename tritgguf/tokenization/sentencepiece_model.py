@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 
 _BPE = 2
 _NORMAL = 1
@@ -45,11 +45,11 @@ def read_pieces(path: Path) -> list[Piece]:
             elif field == 2:
                 kind = dict(_fields(_expect_bytes(value))).get(3, kind)
     except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise TritGgufError(
+        raise DamagedFileError(
             f"{path}: is no SentencePiece model ({error}); a tokenizer.json would do instead"
         ) from error
     if not pieces or kind != _BPE:
-        raise TritGgufError(f"{path}: is no SentencePiece model of kind BPE; a tokenizer.json would do instead")
+        raise DamagedFileError(f"{path}: is no SentencePiece model of kind BPE; a tokenizer.json would do instead")
     return pieces
 
 

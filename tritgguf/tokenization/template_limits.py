@@ -2,12 +2,15 @@
 
 Jinja's sandbox keeps a template from the interpreter's insides and from changing what it is given. It does not keep it
 from counting to ten thousand million, or from making a string of that length. Real templates take milliseconds.
+
+Time and memory are bounded for a whole process, so this is for the one that does nothing but render
+(`template_worker`).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,10 +21,14 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_SECONDS = 5.0
 MOST_CHARACTERS = 10_000_000
 _MOST_BYTES = 1 << 28
 _MOST_BITS = 4096  # of one number: an operation on large ones cannot be interrupted
+_GRACE_SECONDS = 1.0
+
+
+class TakesTooLongError(SecurityError):
+    """The clock has stopped a template."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -39,25 +46,27 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Stop what takes too long or too much memory, where the system can.
+def limited(seconds: float) -> Iterator[None]:
+    """Stop what takes longer than `seconds`, or too much memory where the system can tell.
 
-    The clock needs the main thread of the program, where commands run.
+    The process ends where its clock cannot raise an error: on Windows, and in the middle of one long operation.
     """
     with ExitStack() as bounds:
+        faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
+        bounds.callback(faulthandler.cancel_dump_traceback_later)
+        if hasattr(signal, "setitimer"):
+            bounds.enter_context(_time_bound(seconds))
         bounds.enter_context(_memory_bound())
-        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-            bounds.enter_context(_time_bound())
         yield
 
 
 @contextmanager
-def _time_bound() -> Iterator[None]:
+def _time_bound(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SecurityError(f"it takes more than {MOST_SECONDS:.0f} seconds")
+        raise TakesTooLongError(f"it takes more than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError
 
 KEY_HUGGINGFACE = "tokenizer.huggingface.json"
 
@@ -40,7 +40,7 @@ def refused(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TritGgufError(f"{what} ({error}); fetch the original or convert the model again") from error
+        raise DamagedFileError(f"{what} ({error}); fetch the original or convert the model again") from error
 
 
 class Tokenizer:
@@ -70,7 +70,7 @@ class Tokenizer:
     def _load(self, metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         serialized = metadata.get(KEY_HUGGINGFACE)
         if not isinstance(serialized, str):
-            raise TritGgufError(
+            raise DamagedFileError(
                 f"{self._name} carries no tokenizer ({KEY_HUGGINGFACE}); write it with `tritgguf convert`"
             )
         with refused(f"{self._name}: the tokenizer cannot be read"):
