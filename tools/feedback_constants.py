@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from cpu_kernels.threads.crew import Crew
 from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.calibration.encoder import CalibratedEncoder
+from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.error_feedback import Feedback
 from tritgguf.conversion.plan import block_of
 from tritgguf.evaluation.text_windows import shipped_text
@@ -79,8 +79,8 @@ def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
     """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
-    encoder = CalibratedEncoder(source, depths, windows, Crew(None), feedback=partial(Feedback, **settings))
-    decoded = {name: encoder.quantize(name).decoded() for name in depths}
+    quantizer = BlockQuantizer(source, depths, windows, Crew(None), feedback=partial(Feedback, **settings))
+    decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:
         return decoded[name] if name in decoded else source.read(name)

@@ -14,10 +14,10 @@ import torch
 from tiny_models import write_tiny_model
 
 from tritgguf.architectures.tensor_names import hf_tensor_name, quantized_tensor
-from tritgguf.calibration.importance import calibrate, summed_squares
+from tritgguf.calibration.importance import measure_importance, summed_squares
 from tritgguf.calibration.text import window_length, windows_of_text
 from tritgguf.cli import app
-from tritgguf.conversion.own_text import KeptText, calibration_windows, windows_of_own_text
+from tritgguf.conversion.own_text import SavedText, calibration_windows, windows_of_own_text
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.imatrix import read_importance
@@ -58,7 +58,9 @@ def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str, monkeyp
 def test_the_file_is_an_importance_matrix(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     steps: list[tuple[int, int]] = []
-    report = calibrate(source, tmp_path / "out.gguf", WINDOWS, text="mine", progress=lambda *step: steps.append(step))
+    report = measure_importance(
+        source, tmp_path / "out.gguf", WINDOWS, text="mine", progress=lambda *step: steps.append(step)
+    )
     assert (report.tokens, report.matrices) == (160, 14)
     assert steps == [(1, 2), (2, 2)]
     sums = summed_squares(open_source(str(source)), WINDOWS)
@@ -118,8 +120,8 @@ def test_own_text_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pyte
             if done == stop:
                 raise KeyboardInterrupt
 
-        with KeptText(out, resume=resume) as kept:
-            return windows_of_own_text(source, tokens, seed=seed, kept=kept, progress=progress), len(steps)
+        with SavedText(out, resume=resume) as saved:
+            return windows_of_own_text(source, tokens, seed=seed, saved=saved, progress=progress), len(steps)
 
     with pytest.raises(KeyboardInterrupt):
         written(3 * length, resume=False, stop=2 * length + 1)
@@ -220,7 +222,7 @@ def test_the_option_tune_names_an_encoder(
     seen: list[tuple[str, int]] = []
 
     def convert(source: str, output: Path, **options: Any) -> None:
-        seen.append((options["encoder"], len(options["windows"])))
+        seen.append((options["encoder"].name, len(options["windows"])))
         raise TritGgufError("enough")
 
     monkeypatch.setattr(importlib.import_module("tritgguf.conversion.convert"), "convert", convert)

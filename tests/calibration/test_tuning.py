@@ -10,7 +10,7 @@ from calibration_inputs import OTHERS, WINDOWS, logit_error, packed_names
 from tiny_models import write_tiny_model
 
 from cpu_kernels.threads.crew import Crew
-from tritgguf.calibration.encoder import CalibratedEncoder
+from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.sensitivity import relative_error
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.conversion.convert import convert
@@ -79,5 +79,5 @@ def test_the_whole_model_is_better_and_the_same_again(tmp_path: Path) -> None:
 def test_matrices_that_are_not_quantized_are_not_trained(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     some = [name for name in packed_names(tmp_path / "model") if "attn_q" in name]
-    encoder = CalibratedEncoder(source, dict.fromkeys(some, 1), WINDOWS[:8], Crew(1), tuning=Tuning(epochs=1))
-    assert [encoder.quantize(name).depth for name in some] == [1] * len(some)
+    quantizer = BlockQuantizer(source, dict.fromkeys(some, 1), WINDOWS[:8], Crew(1), tuning=Tuning(epochs=1))
+    assert [quantizer.quantize(name).depth for name in some] == [1] * len(some)

@@ -26,6 +26,7 @@ import tritgguf
 from tritgguf.cli import app, terminal
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
+from tritgguf.conversion.encoders import Automatic
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import VerifyReport
@@ -392,7 +393,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         "--resume",
     ]
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
-    options: dict[str, Any] = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True, "resume": True}
+    options: dict[str, Any] = {"depth": 3, "encoder": Automatic(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
     options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),))}
     assert calls == [("org/name", Path("out.gguf"), options)]

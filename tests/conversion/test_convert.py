@@ -24,7 +24,7 @@ from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.trit_types import DEPTHS, TritType
-from tritgguf.quantization import matrix_encoders
+from tritgguf.quantization import v2
 from tritgguf.sources.open import open_source
 
 # The package's `convert` is the function; its module has to be asked for by name.
@@ -86,7 +86,7 @@ def test_types_and_contents(tmp_path: Path, variant: str, depth: int) -> None:
         elif info.type_id == F16:
             np.testing.assert_array_equal(file.read_float32(name), weights.astype(np.float16))
         else:
-            matrix = matrix_encoders.quantize(weights, depth)  # of float32; `convert` gives the codec what is stored
+            matrix = v2.quantize(weights, depth)  # of float32; `convert` gives the codec what is stored
             np.testing.assert_array_equal(file.raw(name), matrix.pack().reshape(-1))
             np.testing.assert_array_equal(file.codebook(name), matrix.codebook)
 
@@ -279,7 +279,7 @@ def test_smollm2(smollm2_folder: Path, trit_file: Callable[[int], Path]) -> None
     packed = [info for info in file.tensors.values() if info.type_id == TritType.TRIT2]
     assert 8 * sum(info.n_bytes for info in packed) / sum(info.n_weights for info in packed) == 3.5
     for name in ("blk.0.attn_q.weight", "blk.17.attn_k.weight", "blk.29.ffn_down.weight"):
-        matrix = matrix_encoders.quantize(source.read(name), 2)
+        matrix = v2.quantize(source.read(name), 2)
         np.testing.assert_array_equal(file.raw(name), matrix.pack().reshape(-1))
         np.testing.assert_array_equal(file.codebook(name), matrix.codebook)
     np.testing.assert_array_equal(file.read_float32("blk.3.ffn_norm.weight"), source.read("blk.3.ffn_norm.weight"))

@@ -16,7 +16,7 @@ from tritgguf.diagnostics.bench import bench, bytes_read_per_token
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.trit_types import DEPTHS, row_bytes
-from tritgguf.quantization import matrix_encoders
+from tritgguf.quantization import v2
 from tritgguf.runtime.weights import Embeddings
 from tritgguf.sources.open import open_source
 
@@ -53,7 +53,7 @@ def test_head_and_embeddings_of_their_own(tmp_path: Path, options: dict[str, Any
         if kind == "F16":
             np.testing.assert_array_equal(file.read_float32(name), source.read(name).astype(np.float16))
         else:
-            matrix = matrix_encoders.quantize(source.read(name), int(kind[-1]))
+            matrix = v2.quantize(source.read(name), int(kind[-1]))
             np.testing.assert_array_equal(file.raw(name), matrix.pack().reshape(-1))
             np.testing.assert_array_equal(file.codebook(name), matrix.codebook)
     assert file.tensors["blk.0.ffn_up.weight"].type_name == "TRIT2"

@@ -13,7 +13,7 @@ from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.quantization import matrix_encoders
+from tritgguf.quantization import v2
 
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 
@@ -36,7 +36,7 @@ def test_another_depth(tmp_path: Path, deep: Path) -> None:
     before, after = GgufFile(deep), GgufFile(tmp_path / "out.gguf")
     for name, info in after.tensors.items():
         if quantized_tensor(name):
-            matrix = matrix_encoders.quantize(before.read_float32(name), 2)
+            matrix = v2.quantize(before.read_float32(name), 2)
             assert info.type_name == "TRIT2"
             np.testing.assert_array_equal(after.raw(name), matrix.pack().reshape(-1))
             np.testing.assert_array_equal(after.codebook(name), matrix.codebook)

@@ -17,15 +17,17 @@ from random_inputs import CREW
 from simulated_producer import produce
 from tiny_models import VARIANTS, write_tiny_model
 
+from cpu_kernels.threads.crew import Crew
 from tritgguf import convert
 from tritgguf.formats import matrix_rows
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization.codebooks import in_ascending_order
-from tritgguf.quantization.matrix_encoders import ENCODERS, quantize, quantize_rows
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.quantization.recover import Fit, find_fit
+from tritgguf.quantization.scale_search import quantize_searched
+from tritgguf.quantization.v2 import quantize_v2
 from tritgguf.sources.open import open_source
 
 MEGABYTE = 1 << 20
@@ -146,7 +148,7 @@ def test_rows_of_a_folder(tmp_path: Path, variant: str) -> None:
 # -- encoders
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("quantize_rows", [quantize_v2, quantize_searched])
 @given(
     rows=st.integers(1, 12),
     blocks=st.integers(1, 4),
@@ -158,7 +160,7 @@ def test_rows_of_a_folder(tmp_path: Path, variant: str) -> None:
     zeros=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
 )
 def test_quantized_in_blocks(
-    encoder: str,
+    quantize_rows: Callable[[MatrixRows, int, Crew], QuantizedRows],
     rows: int,
     blocks: int,
     multiple: int,
@@ -174,8 +176,8 @@ def test_quantized_in_blocks(
     if kind != "float32":
         weights = weights.astype(np.float16) if kind == "float16" else (weights.view(np.uint32) >> 16).astype(np.uint16)
     with blocks_of(weights_at_once):
-        found = joined(quantize_rows(lazily(weights, multiple), depth, encoder, CREW))
-    assert_same(found, quantize(weights, depth, encoder, CREW))
+        found = joined(quantize_rows(lazily(weights, multiple), depth, CREW))
+    assert_same(found, joined(quantize_rows(MatrixRows.of(weights), depth, CREW)))
 
 
 @pytest.mark.parametrize("row", [0, 5])
@@ -183,7 +185,7 @@ def test_damage_is_found_before_the_first_part(row: int) -> None:
     weights = np.ones((6, 64), np.float32)
     weights[row, 3] = np.inf
     with blocks_of(64), pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
-        quantize_rows(lazily(weights), 2)
+        quantize_v2(lazily(weights), 2, CREW)
 
 
 @given(seed=st.integers(0, 1 << 30), blocks=st.integers(1, 4), spread=st.sampled_from([0.0, 1e-3, 1.0, 10.0]))
@@ -276,9 +278,7 @@ def test_memory_of_quantizing() -> None:
     matrix = MatrixRows((4096, 4096), tile.dtype, lambda first, last: np.resize(tile, (last - first, 4096)), 64)
 
     def encode() -> None:
-        assert (
-            sum(part.pack(CREW).nbytes for part in quantize_rows(matrix, 2, crew=CREW).parts) == 4096 * 4096 * 28 / 64
-        )
+        assert sum(part.pack(CREW).nbytes for part in quantize_v2(matrix, 2, CREW).parts) == 4096 * 4096 * 28 / 64
 
     with blocks_of(1 << 18):
         # The scales of the groups take 4 MB, a block 0.5 MB; the matrix would take 32 MB and its levels 16.

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.1
-"""What is added to the second moments' diagonal, as a share of its mean, however many inputs were seen."""
+"""Damping of the second moments: what is added to their diagonal, as a share of the diagonal's mean."""
 DAMPING_OF_FEW = 2.0
-"""What is added besides, times columns over inputs: moments of few inputs fit what is peculiar to them.
+"""Extra damping, times columns/inputs: it regularizes second moments that are estimated from few inputs.
 
 Both are measured in `docs/quality.md`.
 """
@@ -66,7 +66,7 @@ class InputMoments:
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Add inputs and the original model's inputs in the same places, both float32 [..., columns]."""
+        """Add inputs and the original model's inputs at the same positions, both float32 [..., columns]."""
         columns = len(self._second)
         x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
         difference = x_original - x
@@ -188,8 +188,8 @@ class Feedback:
             levels[:, first:last] = some_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = some_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
-        places = np.argsort(self._order.numpy())
-        levels, indices = levels[:, places], indices[:, places[::GROUP_SIZE] // GROUP_SIZE]
+        positions = np.argsort(self._order.numpy())
+        levels, indices = levels[:, positions], indices[:, positions[::GROUP_SIZE] // GROUP_SIZE]
         quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)
         error = float(np.square(weights - quantized.decoded(), dtype=np.float64).sum())
         return QuantizedMatrix(

@@ -1,4 +1,4 @@
-"""Collecting importance: a text goes through the model, and each matrix's inputs are squared and summed."""
+"""Measuring importance: a text goes through the model, and each matrix's inputs are squared and summed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CalibrateReport:
-    """What `calibrate` wrote."""
+class ImportanceReport:
+    """What `measure_importance` wrote."""
 
     source: str
     output: Path
@@ -37,7 +37,7 @@ class CalibrateReport:
     peak_memory_bytes: int
 
 
-def calibrate(
+def measure_importance(
     source: str | Path,
     output: str | Path,
     windows: Sequence[Sequence[int]],
@@ -46,7 +46,7 @@ def calibrate(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> CalibrateReport:
+) -> ImportanceReport:
     """Write the importance of every matrix that `convert` packs, as an importance matrix of llama.cpp.
 
     Args:
@@ -78,7 +78,7 @@ def calibrate(
         overwrite=overwrite,
     )
     seconds = time.perf_counter() - started
-    return CalibrateReport(opened.name, output, text, tokens, len(sums), seconds, peak_memory_bytes())
+    return ImportanceReport(opened.name, output, text, tokens, len(sums), seconds, peak_memory_bytes())
 
 
 def summed_squares(

@@ -17,7 +17,7 @@ DEFAULT_TOKENS = 128 * WINDOW_TOKENS
 
 
 def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
-    """Return windows of equal length from evenly spread places of a text.
+    """Return windows of equal length from evenly spread positions of a text.
 
     Each starts with the BOS token where the model uses one. There are fewer than `tokens` tokens in all when the text
     is shorter; BadRequestError when it does not fill one window.

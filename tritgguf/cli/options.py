@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share, and how an option is made."""
+"""The arguments and options that several commands share, those of `convert`, and how an option is made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, **settings)
 
 
+SourceModel = Annotated[
+    str, typer.Argument(help="A Hugging Face folder, a hub id (org/name), or a GGUF file.", metavar="SOURCE")
+]
+OutputFile = Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
 InstructionSet = Annotated[
@@ -65,3 +70,51 @@ CalibrationTokens = Annotated[
     ),
 ]
 TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Of the text that the model itself writes.")]
+
+# Options of `convert`
+
+Depth = Annotated[
+    int | None, option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered")
+]
+OutputDepth = Annotated[
+    int | None, option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
+]
+EmbeddingDepth = Annotated[
+    int | None, option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
+]
+EncoderName = Annotated[
+    str,
+    option(
+        "--encoder",
+        metavar="NAME",
+        help="v2: quantize as published; best: try every scale; imatrix: by importance; calibrated: let a text go"
+        " through the model and make up for what is lost; tuned: train on the text besides; recover: recover"
+        " dequantized trits exactly; recover+v2: v2 where that cannot be done.",
+        show_default="recover where a source holds such trits, otherwise v2",
+    ),
+]
+ImatrixFile = Annotated[
+    Path | None,
+    option("--imatrix", metavar="FILE", help="Importance by `calibrate` or llama-imatrix.", show_default=False),
+]
+KeepRules = Annotated[
+    str | None,
+    option(
+        "--keep",
+        metavar="RULES",
+        help="Other depths for some matrices, 0 for F16: 'blk.0.*=3,*.ffn_down=3'.",
+        show_default=False,
+    ),
+]
+TargetBits = Annotated[
+    float | None,
+    option("--target-bpw", help="Choose depths by what each matrix can bear, to average N bits per weight."),
+]
+Sensitivity = Annotated[
+    float | None,
+    option("--sensitivity", help="Take a trit from matrices whose error in the block's output stays below N."),
+]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Train every block on the text; much slower, worth it at depths 1 and 2.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted, if it was.")]

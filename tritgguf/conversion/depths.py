@@ -19,6 +19,7 @@ Sensitivities = Mapping[str, Mapping[int, float]]
 """GGUF name -> depth -> what the matrix's error at this depth costs."""
 
 F16_DEPTH = 0
+_DEFAULT_DEPTH = 2
 _HALVINGS = 200
 
 
@@ -103,6 +104,38 @@ class DepthChoice:
 
 
 NO_CHOICE = DepthChoice()
+
+
+@dataclass(frozen=True)
+class DepthOptions:
+    """The depths that a caller of `convert` wants; raises TritGgufError for depths that do not exist.
+
+    depth: trits per weight of the layers' matrices; None for 2, or for any where a matrix is recovered.
+    output_depth, embedding_depth: of the output head and of the embeddings, 0 for F16; None for what the source has.
+    choice: which matrices of the layers have another depth.
+    """
+
+    depth: int | None = None
+    output_depth: int | None = None
+    embedding_depth: int | None = None
+    choice: DepthChoice = NO_CHOICE
+
+    def __post_init__(self) -> None:
+        if self.depth not in (None, *trit_types.DEPTHS):
+            raise TritGgufError(f"depth {self.depth} does not exist; choose 1, 2, 3 or 4")
+        for what, value in (("output", self.output_depth), ("embedding", self.embedding_depth)):
+            if value not in (None, F16_DEPTH, *trit_types.DEPTHS):
+                raise TritGgufError(f"{what} depth {value} does not exist; choose 1, 2, 3 or 4, or 0 for F16")
+
+    @property
+    def of_layers(self) -> int:
+        """The depth of matrices that are quantized and that `choice` does not name."""
+        return self.depth or _DEFAULT_DEPTH
+
+    @property
+    def deepest_recovered(self) -> int:
+        """The greatest depth that a recovered matrix may have."""
+        return self.depth or max(trit_types.DEPTHS)
 
 
 def parse_rules(text: str) -> list[KeepRule]:

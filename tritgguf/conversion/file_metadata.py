@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
 
-from tritgguf.conversion.pipeline import checksum_value, codebook_value
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_writer import PlannedTensor
 from tritgguf.sources.source import Source
@@ -29,3 +31,13 @@ def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depth
     for tensor in plan:
         metadata[trit_types.checksum_key(tensor.name)] = checksum_value(0)
     return metadata
+
+
+def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
+    """Return a codebook as the header holds it."""
+    return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+
+
+def checksum_value(checksum: int) -> GGUFValue:
+    """Return a checksum as the header holds it."""
+    return GGUFValue(checksum, GGUFValueType.UINT64)

@@ -25,6 +25,7 @@ from tritgguf.calibration.text import (
     windows_of_text,
 )
 from tritgguf.conversion.convert import convert
+from tritgguf.conversion.encoders import V2
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.journal import JobLog
@@ -59,7 +60,7 @@ def calibration_windows(
     *,
     seed: int = 0,
     threads: int | None = None,
-    kept: KeptText | None = None,
+    saved: SavedText | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[list[int]], str]:
     """Return the windows of a text file, or of the model's own text, and a few words on where they come from.
@@ -69,7 +70,7 @@ def calibration_windows(
     """
     if text is None:
         wanted = tokens or DEFAULT_OWN_TOKENS
-        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, kept=kept, progress=progress)
+        windows = windows_of_own_text(source, wanted, seed=seed, threads=threads, saved=saved, progress=progress)
         return windows, f"own text, seed {seed}"
     try:
         content = text.read_text("utf-8", errors="replace")
@@ -87,18 +88,18 @@ def windows_of_own_text(
     *,
     seed: int = 0,
     threads: int | None = None,
-    kept: KeptText | None = None,
+    saved: SavedText | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Return windows of equal length of text that the model itself writes.
 
     The model writes as a trit file of depth 4, in the folder for temporary files, so that it runs from the disk and
-    memory does not grow with it. The same seed gives the same text. Windows that `kept` has are not written again.
+    memory does not grow with it. The same seed gives the same text. Windows that `saved` has are not written again.
     """
     length = window_length(source)
     count = max(1, tokens // length)
     job = {"text": source.name, "seed": seed, "windows": count, "length": length}
-    windows = [] if kept is None else kept.open(job, vocabulary_size(source))
+    windows = [] if saved is None else saved.open(job, vocabulary_size(source))
     if len(windows) == count:
         return windows
     tokenizer = tokenizer_of(source)
@@ -109,7 +110,7 @@ def windows_of_own_text(
         path = Path(folder) / "writer.gguf"
         depth = _WRITING_DEPTH
         convert(
-            source.name, path, depth=depth, output_depth=depth, embedding_depth=depth, encoder="v2", threads=threads
+            source.name, path, depth=depth, output_depth=depth, embedding_depth=depth, encoder=V2(), threads=threads
         )
         engine = _writer(path, length, threads)
         while len(windows) < count:
@@ -123,16 +124,16 @@ def windows_of_own_text(
 
             for window in _write(engine, texts, length, show):
                 windows.append(window)
-                if kept is not None:
-                    kept.add(window)
+                if saved is not None:
+                    saved.add(window)
     return windows
 
 
-class KeptText:
-    """Keeps the windows of own text beside the file that they are for, so that an interruption does not lose them.
+class SavedText:
+    """Saves the windows of own text beside the file that they are for, so that an interruption does not lose them.
 
-    A context: at its end they are removed, unless an interruption ends it or an unfinished file is left behind, which
-    will need them again.
+    A context manager: at its end they are removed, unless an interruption ends it or an unfinished file is left behind,
+    which will need them again.
 
     Args:
         output: the file that is to be written.
@@ -162,11 +163,11 @@ class KeptText:
         return windows
 
     def add(self, window: list[int]) -> None:
-        """Keep a window."""
+        """Save a window."""
         if self._log is not None:
             self._log.append([window])
 
-    def __enter__(self) -> KeptText:
+    def __enter__(self) -> SavedText:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:

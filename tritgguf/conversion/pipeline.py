@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from gguf import GGUFValue, GGUFValueType
 
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.crew import Crew
-from tritgguf.conversion.encoders import Encoder
+from tritgguf.conversion.encoders import MatrixEncoder
+from tritgguf.conversion.file_metadata import checksum_value, codebook_value
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.dtypes import to_float32
@@ -50,7 +50,7 @@ class _Encoded:
 
 
 def stream(
-    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: Encoder, crew: Crew
+    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: MatrixEncoder, crew: Crew
 ) -> Iterator[np.ndarray]:
     """Read, encode and write the planned tensors; yield the squares of each when it is written.
 
@@ -98,7 +98,7 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, tensor: PlannedTensor, rest: Encoder) -> MatrixRows | _Encoded:
+def _read(source: Source, tensor: PlannedTensor, rest: MatrixEncoder) -> MatrixRows | _Encoded:
     """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that.
 
     What an encoder reads by itself is left to it.
@@ -107,11 +107,11 @@ def _read(source: Source, tensor: PlannedTensor, rest: Encoder) -> MatrixRows | 
     if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
         return _Encoded(iter([packed.data]), packed.codebook)
     rows = source.rows(tensor.name)
-    return rows.held() if rest.reads(tensor.name) else rows
+    return rows.held() if rest.wants_weights(tensor.name) else rows
 
 
 def _encode(
-    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, fit: Fit | None, rest: Encoder, crew: Crew
+    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, fit: Fit | None, rest: MatrixEncoder, crew: Crew
 ) -> _Encoded:
     """Recover or quantize, and pack, what is to be packed."""
     if isinstance(rows, _Encoded):
@@ -196,13 +196,3 @@ def _is_finite(weights: np.ndarray) -> bool:
     if weights.dtype == np.float16:  # by their bits, which is ten times faster
         return bool((weights.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7C00)
     return bool(np.isfinite(weights).all())
-
-
-def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
-    """Return a codebook as the header holds it."""
-    return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-
-
-def checksum_value(checksum: int) -> GGUFValue:
-    """Return a checksum as the header holds it."""
-    return GGUFValue(checksum, GGUFValueType.UINT64)

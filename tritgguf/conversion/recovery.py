@@ -9,36 +9,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cpu_kernels.threads.crew import Crew
-from tritgguf.conversion import encoders
+from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
-from tritgguf.quantization import matrix_encoders
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
-AUTOMATIC, RECOVER, _OR = "auto", "recover", "+"
 _PROBES = 4  # matrices that are looked at first; where none of them fits, no other is read
 _NAMED = 3  # tensors that a message names
 
 
-def encoder_names() -> list[str]:
-    """Return what `convert` takes as its encoder."""
-    return [AUTOMATIC, RECOVER, *(f"{RECOVER}{_OR}{name}" for name in encoders.NAMES), *encoders.NAMES]
-
-
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """How a source's matrices are to be encoded.
+    """Which matrices are recovered; the others are quantized.
 
     Attributes:
-        encoder: its name for the report and for the file's metadata: what was really used.
-        fallback: one of `encoders.NAMES`, for the matrices that are not in `fits`.
-        fits: matrices that are recovered exactly, by GGUF name.
-        warnings: a line for the user where some are not and that was asked for.
+        encoder: the name for the report and for the file's metadata: the encoder that is really used.
+        fits: GGUF name -> exact fit, of the matrices that are recovered.
+        warnings: a line for the user where recovery was asked for and some matrices have no exact fit.
 
     """
 
     encoder: str
-    fallback: str
     fits: dict[str, Fit] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -46,62 +37,63 @@ class RecoveryPlan:
 def plan_recovery(
     source: Source,
     names: Sequence[str],
-    encoder: str,
+    encoder: Encoder,
+    quantizer: Quantizer,
     deepest: int,
     crew: Crew,
     progress: Callable[[str], None] = lambda name: None,
-    default: str = matrix_encoders.DEFAULT_ENCODER,
 ) -> RecoveryPlan:
-    """Decide which matrices are recovered and how the others are encoded.
+    """Decide which matrices are recovered.
 
-    `auto` recovers if most weights have an exact fit and then wants one for all; it reads a few matrices only where
-    there is nothing to recover. `recover` wants a fit for all, `recover+NAME` encodes those without one by NAME, and
-    any other encoder is left to itself.
+    `Automatic` recovers if most weights have an exact fit, and then every matrix must have one; it reads only a few
+    matrices where there is nothing to recover. `Recover` looks at every matrix; a quantizer recovers none.
 
     Args:
         source: the checkpoint.
         names: its matrices that are to be packed.
-        encoder: one of `encoder_names`.
+        encoder: the encoder that the user has chosen.
+        quantizer: for the matrices that are not recovered.
         deepest: the greatest depth to try.
         crew: the threads to use.
-        progress: called with the name of each matrix that was looked through, the first few excepted.
-        default: one of `encoders.NAMES`, for what `auto` does not recover.
+        progress: called with the name of each matrix that was searched, except the first few.
 
     Raises:
-        TritGgufError: a matrix has no exact fit, and the encoder says not what to do with it.
+        TritGgufError: a matrix has no exact fit, and the encoder does not say how to quantize it.
 
     """
-    if encoder in encoders.NAMES:
-        return RecoveryPlan(encoder, encoder)
-    fallback = encoder.rpartition(_OR)[2] if _OR in encoder else default
+    if not isinstance(encoder, Recover | Automatic):
+        return RecoveryPlan(encoder.name)
+    is_automatic = isinstance(encoder, Automatic)
+    must_fit = is_automatic or encoder.otherwise is None
     found: dict[str, Fit | NoFit] = {}
 
     def look(name: str) -> None:
         found[name] = find_fit(source.rows(name).held(), deepest=deepest, crew=crew)
         source.release(name)
 
-    if encoder == AUTOMATIC:
-        for place in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
-            look(names[place])
+    if is_automatic:
+        for position in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
+            look(names[position])
         if not any(map(_is_recovered, found.values())):
-            return RecoveryPlan(fallback, fallback)
-    if not names and encoder == RECOVER:
-        raise TritGgufError(f"{source.name}: has no matrix to recover trits from; leave --encoder {RECOVER} away")
+            return RecoveryPlan(quantizer.name)
+    elif must_fit and not names:
+        raise TritGgufError(f"{source.name}: has no matrix to recover trits from; leave --encoder recover away")
     for name in names:
         if name not in found:
             look(name)
             progress(name)
-    if encoder == AUTOMATIC and not _are_most(source, found):
-        return RecoveryPlan(fallback, fallback)
+    if is_automatic and not _are_most(source, found):
+        return RecoveryPlan(quantizer.name)
     fits = {name: fit for name, fit in found.items() if isinstance(fit, Fit)}
     if len(fits) == len(found):
-        return RecoveryPlan(RECOVER, fallback, fits)
+        return RecoveryPlan(Recover().name, fits)
     message = _list_of_misfits(source, found)
-    if _OR not in encoder:
+    if must_fit:
+        both = Recover(quantizer).name
         raise TritGgufError(
-            f"{message}; --encoder {RECOVER}{_OR}{fallback} quantizes those again, --encoder {fallback} all of them"
+            f"{message}; --encoder {both} quantizes those again, --encoder {quantizer.name} all of them"
         )
-    return RecoveryPlan(encoder, fallback, fits, [f"{message}; quantized by {fallback}"])
+    return RecoveryPlan(encoder.name, fits, [f"{message}; quantized by {quantizer.name}"])
 
 
 def _is_recovered(fit: Fit | NoFit) -> bool:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tritgguf.conversion.plan import ConversionPlan
+from tritgguf.formats import trit_types
+from tritgguf.formats.gguf_header import F16, F32
+from tritgguf.formats.gguf_writer import PlannedTensor
+from tritgguf.formats.trit_types import TritType
+from tritgguf.machine import peak_memory_bytes
 
 
 @dataclass
@@ -29,3 +38,53 @@ class ConvertReport:
     file_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+
+def conversion_report(
+    plan: ConversionPlan, output: Path, squares: tuple[float, float], seconds: float
+) -> ConvertReport:
+    """Return the report of a conversion whose file is complete.
+
+    Args:
+        plan: what was written.
+        output: the file.
+        squares: the sums of the squared errors and of the squared weights, over the matrices packed here.
+        seconds: how long the conversion took.
+
+    """
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        counts[_type_name(tensor)] += 1
+        sizes[_type_name(tensor)] += tensor.n_bytes
+    packed = [tensor for tensor in plan.tensors if trit_types.is_trit_type(tensor.type_id)]
+    weights, packed_weights = _weights(plan.tensors), _weights(packed)
+    packed_bytes, file_bytes = sum(tensor.n_bytes for tensor in packed), output.stat().st_size
+    error, power = squares
+    return ConvertReport(
+        output,
+        plan.source.name,
+        plan.depth,
+        plan.recovery.encoder,
+        weights=weights,
+        tensors_by_type=dict(counts),
+        bytes_by_type=dict(sizes),
+        bits_per_weight_quantized=8 * packed_bytes / packed_weights if packed_weights else 0.0,
+        bits_per_weight_file=8 * file_bytes / weights,
+        relative_error=math.sqrt(error / power) if power else 0.0,
+        kept_unaligned=plan.kept_unaligned,
+        warnings=plan.warnings,
+        file_bytes=file_bytes,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _type_name(tensor: PlannedTensor) -> str:
+    if trit_types.is_trit_type(tensor.type_id):
+        return TritType(tensor.type_id).name
+    return {F32: "F32", F16: "F16"}[tensor.type_id]
+
+
+def _weights(tensors: list[PlannedTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)

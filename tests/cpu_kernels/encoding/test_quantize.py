@@ -14,9 +14,9 @@ from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.crew import Crew
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.trit_types import DEPTHS
-from tritgguf.quantization import matrix_encoders
-from tritgguf.quantization.matrix_encoders import quantize
+from tritgguf.quantization import v2
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
+from tritgguf.quantization.v2 import quantize
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 3).map(lambda blocks: 64 * blocks))
@@ -51,7 +51,7 @@ def assert_levels_are_nearest(weights: np.ndarray, matrix: QuantizedMatrix) -> N
 def assert_follows_description(weights: np.ndarray, matrix: QuantizedMatrix, scales: np.ndarray) -> None:
     """Assert everything that follows from the groups' wanted scales."""
     largest = float(np.abs(weights).max())
-    expected = naive.log_spaced_codebook(scales, largest, matrix_encoders.LOWEST_QUANTILE)
+    expected = naive.log_spaced_codebook(scales, largest, v2.LOWEST_QUANTILE)
     np.testing.assert_allclose(matrix.codebook, expected, rtol=1e-6)
     assert matrix.codebook[-1] == np.float32(largest)
     assert (np.diff(matrix.codebook) >= 0).all()
@@ -131,7 +131,7 @@ def test_order_and_sign_within_a_group_do_not_matter(depth: int) -> None:
 def test_lowest_entry_is_a_quantile_of_the_wanted_scales(depth: int) -> None:
     weights = gaussian(64, 1024) * np.geomspace(1e-3, 1, 64, dtype=np.float32)[:, None]
     scales, _ = naive.wanted_scales(weights, depth)
-    rank = int(matrix_encoders.LOWEST_QUANTILE * (scales.size - 1))
+    rank = int(v2.LOWEST_QUANTILE * (scales.size - 1))
     assert quantize(weights, depth).codebook[0] == np.sort(scales, axis=None)[rank]
     assert 0 < rank < 0.05 * scales.size
 
@@ -268,9 +268,3 @@ def test_a_grid_is_reproduced(depth: int) -> None:
     levels[:, ::16] = h
     weights = (levels * np.float32(0.5 / h)).astype(np.float32)
     np.testing.assert_allclose(decoded(quantize(weights, depth)), weights, atol=1e-6)
-
-
-def test_encoders_are_named() -> None:
-    assert matrix_encoders.DEFAULT_ENCODER in matrix_encoders.ENCODERS
-    with pytest.raises(KeyError):
-        quantize(gaussian(1, 64), 2, "v1")

@@ -1,9 +1,9 @@
-"""The encoder that follows the model: every matrix is quantized for the inputs that it will really get.
+"""Quantizing block after block: every matrix is quantized for the inputs that it gets in the quantized model.
 
-A text goes through two copies of the model, decoder block after decoder block: the original one, and the one whose
-matrices so far are quantized. What the second gives a matrix is what its error is measured on, and what it has lost is
-what the matrix is to repair (`error_feedback`). In memory are one block, the hidden states of both copies, and the
-inputs of the block in both: nothing that grows with the number of blocks.
+A text goes through two copies of the model, decoder block after decoder block: the original one, and one whose earlier
+matrices are quantized. A matrix's error is measured on its inputs in the second copy, and the matrix repairs what these
+inputs have lost (`error_feedback`). Memory holds one block, the hidden states of both copies, and the inputs of the
+block in both, so it does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tritgguf.sources.source import Source
 
 
-class CalibratedEncoder:
+class BlockQuantizer:
     """Quantizes the matrices of a source, block after block.
 
     Args:
@@ -36,7 +36,7 @@ class CalibratedEncoder:
         windows: token ids of the calibration text, in windows of equal length.
         crew: the threads to use; torch takes as many.
         written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
-            already, or None. A block whose matrices all are is not quantized again.
+            already, or None. A block of which all matrices are written is not quantized again.
         feedback: makes the quantizer of matrices that share an input.
         tuning: how each block is trained when its matrices are quantized; None for not at all.
 

@@ -1,8 +1,12 @@
-"""The encoders that need no more than the matrix, and the choice among them by name."""
+"""The encoder `v2`, that of the published codec: four candidate scales for every group.
+
+The codebook is log-spaced up to the largest magnitude. How its lowest entry is chosen is not public: `LOWEST_QUANTILE`
+says what is done here, and `docs/quality.md` what was measured for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,37 +16,25 @@ from cpu_kernels.threads.crew import Crew, default_crew
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.codebooks import log_spaced_codebook
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
-from tritgguf.quantization.scale_search import quantize_searched
 
-DEFAULT_ENCODER = "v2"
 LOWEST_QUANTILE = 0.005
-"""Of the groups' wanted scales, the lowest entry of the codebook of `v2`."""
+"""Of the groups' wanted scales, the lowest entry of the codebook."""
 
 
-def quantize(
-    weights: np.ndarray, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
-) -> QuantizedMatrix:
+def quantize(weights: np.ndarray, depth: int, crew: Crew | None = None) -> QuantizedMatrix:
     """Quantize a matrix [rows, columns], columns a multiple of 64, at `depth` trits per weight.
 
     `weights` are float32, float16, or uint16, which stands for the bits of bfloat16: as a checkpoint stores them.
     Raises ValueError for NaN or infinite weights: no scale fits them.
     """
-    (quantized,) = quantize_rows(MatrixRows.of(weights), depth, encoder, crew).parts
+    (quantized,) = quantize_v2(MatrixRows.of(weights), depth, crew or default_crew()).parts
     return quantized
 
 
-def quantize_rows(
-    matrix: MatrixRows, depth: int, encoder: str = DEFAULT_ENCODER, crew: Crew | None = None
-) -> QuantizedRows:
-    """Quantize a matrix as `quantize` does, to the bit, in blocks of rows; raises as it does, before the first part."""
-    return ENCODERS[encoder](matrix, depth, crew or default_crew())
+def quantize_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
+    """Quantize a matrix as `quantize` does, to the bit, in blocks of rows; raises as it does, before the first part.
 
-
-def _quantize_rows_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
-    """Encode as the published codec does: four candidate scales, a log-spaced codebook up to the largest magnitude.
-
-    How the codebook's lowest entry is chosen is not public. `LOWEST_QUANTILE` says what is done here, and
-    `docs/quality.md` what was measured for it. The matrix is read twice; in between, its wanted scales are kept.
+    The matrix is read twice; in between, its wanted scales are kept.
     """
     offset = np.float32(level_offset(depth))
     wanted: list[np.ndarray] = []
@@ -69,9 +61,3 @@ def _quantize_rows_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRo
             yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
     return QuantizedRows(codebook, parts())
-
-
-ENCODERS: dict[str, Callable[[MatrixRows, int, Crew], QuantizedRows]] = {
-    "v2": _quantize_rows_v2,
-    "best": quantize_searched,
-}
