@@ -11,8 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-import families
-
+from tools.models import families
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import verify

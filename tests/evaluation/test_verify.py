@@ -325,7 +325,7 @@ def test_smollm2(request: pytest.FixtureRequest, smollm2_folder: Path, depth: in
 @needs_torch
 @pytest.mark.real_model
 def test_smollm2_says_the_same_as_transformers(smollm2_folder: Path, smollm2_d3: Path) -> None:
-    import greedy_match
+    from tools.quality import greedy_match
 
     matches = greedy_match.compare(str(smollm2_folder), str(smollm2_d3), tokens=16)
     assert len(matches) == len(set(greedy_match.PROMPTS)) == 6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -85,6 +85,21 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, next_tokens: Seque
             )
         )
     return Comparison.concatenate(parts)
+
+
+def compare_windows(
+    windows: Sequence[Sequence[int]], reference: Iterable[np.ndarray], logits: Iterable[np.ndarray]
+) -> Comparison:
+    """Compare a model's logits with the reference's on windows of tokens; both are [tokens, vocabulary] by window.
+
+    Raises TritGgufError when a logit is infinite or not a number.
+    """
+    return Comparison.concatenate(
+        [
+            compare_logits(expected, found, window[1:])
+            for window, expected, found in zip(windows, reference, logits, strict=True)
+        ]
+    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
