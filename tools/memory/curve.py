@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.memory.chart import write_chart
+from tools import svg
+from tools.memory.chart import draw
 from tools.models.synthetic_checkpoint import SHAPES, with_layers, write_checkpoint
 from tritgguf.diagnostics.bench import processor_name
 from tritgguf.exporters.export import FORMATS
@@ -167,7 +168,7 @@ def main() -> int:
             write_text(options.json, json.dumps(result) + "\n")
     print(markdown(result))
     if options.plot:
-        write_chart(result, options.plot)
+        svg.write(options.plot, draw(result))
     peaks = [run["peak_own"] for runs in result["shapes"].values() for run in runs]
     return int(max(peaks, default=0) > BOUND)
 

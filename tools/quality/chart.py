@@ -1,15 +1,12 @@
-"""KL over bits per weight as SVG, on a logarithmic scale; readable on light and on dark ground."""
+"""KL over bits per weight, on a logarithmic scale."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from html import escape
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.speed.chart import STYLE
-from tritgguf.formats.durable_output import disk_errors, write_text
+from tools.svg import Drawing
 
 _WIDTH, _HEIGHT = 820, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 190, 56, 44
@@ -24,9 +21,11 @@ _COLORS = {
     "llama.cpp": "#d9822b",
     "llama.cpp, imatrix": "#a04a00",
 }
-_STYLE = """
+_STYLE = """\
   .series { fill: none; stroke-width: 1.5; stroke-opacity: 0.7 }
 """
+Place = Callable[[float, float], tuple[float, float]]
+"""From bits per weight and KL to a point of the drawing."""
 
 
 def draw(result: dict[str, Any]) -> str:
@@ -37,26 +36,27 @@ def draw(result: dict[str, Any]) -> str:
     powers = [math.log10(row["kl_mean"]) for row in rows]
     bottom, top = math.floor(min(powers)), math.ceil(max(powers))
 
-    def place(row: dict[str, Any]) -> tuple[float, float]:
-        x = _LEFT + (row["bpw"] - low) / max(1, high - low) * (_WIDTH - _LEFT - _RIGHT)
-        share = (top - math.log10(row["kl_mean"])) / max(1, top - bottom)
+    def place(bits: float, kl: float) -> tuple[float, float]:
+        x = _LEFT + (bits - low) / max(1, high - low) * (_WIDTH - _LEFT - _RIGHT)
+        share = (top - math.log10(kl)) / max(1, top - bottom)
         return x, _TOP + share * (_HEIGHT - _TOP - _BOTTOM)
 
-    title = f"KL to the FP16 model over bits per weight, {result['model']}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
-        f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}{_STYLE}</style>",
-        f'<text class="title" x="8" y="20">{escape(title)}</text>',
-        '<text class="small" x="8" y="38">mean over all tokens, in nats, logarithmic: lower is better</text>',
-        *_grid(range(low, high + 1), range(bottom, top + 1), place),
-    ]
+    drawing = Drawing(
+        _WIDTH,
+        _HEIGHT,
+        f"KL to the FP16 model over bits per weight, {result['model']}",
+        "mean over all tokens, in nats, logarithmic: lower is better",
+        _STYLE,
+    )
+    _draw_grid(drawing, range(low, high + 1), range(bottom, top + 1), place)
     for number, (series, members) in enumerate(_series(rows).items()):
-        points = [place(row) for row in sorted(members, key=lambda row: row["bpw"])]
-        parts += _curve(series, points, joined=not series.startswith("llama.cpp"), number=number)
+        points = [place(row["bpw"], row["kl_mean"]) for row in sorted(members, key=lambda row: row["bpw"])]
+        _draw_series(drawing, series, points, joined=not series.startswith("llama.cpp"), number=number)
         if series.startswith("llama.cpp"):
-            parts += [_label(row["name"].partition("-")[0], *place(row)) for row in members]
-    return "\n".join([*parts, "</svg>", ""])
+            for row in members:
+                x, y = place(row["bpw"], row["kl_mean"])
+                drawing.text(x + 7, y + 4, row["name"].partition("-")[0], kind="small")
+    return str(drawing)
 
 
 def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -74,38 +74,26 @@ def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in _COLORS if name in found}
 
 
-def _grid(bits: Sequence[int], powers: Sequence[int], place: Any) -> list[str]:
-    """Return the lines and figures of both axes."""
-    parts = []
+def _draw_grid(drawing: Drawing, bits: Sequence[int], powers: Sequence[int], place: Place) -> None:
+    """Draw the lines and figures of both axes."""
     for bit in bits:
-        x, _ = place({"bpw": bit, "kl_mean": 1})
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{_HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text class="small" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{bit}</text>')
+        x, _ = place(bit, 1)
+        drawing.line(x, _TOP, x, _HEIGHT - _BOTTOM, kind="grid")
+        drawing.text(x, _HEIGHT - _BOTTOM + 16, str(bit), kind="small", anchor="middle")
     for power in powers:
-        _, y = place({"bpw": bits[0], "kl_mean": 10.0**power})
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="small" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    return parts
+        _, y = place(bits[0], 10.0**power)
+        drawing.line(_LEFT, y, _WIDTH - _RIGHT, y, kind="grid")
+        drawing.text(_LEFT - 6, y + 4, f"{10.0**power:g}", kind="small", anchor="end")
 
 
-def _curve(series: str, points: Sequence[tuple[float, float]], *, joined: bool, number: int) -> list[str]:
-    """Return a series' dots, the line through them and its entry in the legend."""
-    color = _COLORS[series]
-    y = _TOP + 20 * number
-    parts = [f'<circle cx="{x:.1f}" cy="{top:.1f}" r="4" fill="{color}"/>' for x, top in points]
+def _draw_series(
+    drawing: Drawing, series: str, points: Sequence[tuple[float, float]], *, joined: bool, number: int
+) -> None:
+    """Draw a series' dots, the line through them and its entry in the legend."""
+    color, y = _COLORS[series], _TOP + 20 * number
+    for x, top in points:
+        drawing.dot(x, top, color)
     if joined and len(points) > 1:
-        path = " ".join(f"{x:.1f},{top:.1f}" for x, top in points)
-        parts.append(f'<polyline class="series" stroke="{color}" points="{path}"/>')
-    parts.append(f'<circle cx="{_WIDTH - _RIGHT + 18}" cy="{y - 4}" r="4" fill="{color}"/>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT + 28}" y="{y}">{escape(series)}</text>')
-    return parts
-
-
-def _label(text: str, x: float, y: float) -> str:
-    return f'<text class="small" x="{x + 7:.1f}" y="{y + 4:.1f}">{escape(text)}</text>'
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the chart."""
-    with disk_errors(path):
-        write_text(path, draw(result))
+        drawing.curve(points, kind="series", color=color)
+    drawing.dot(_WIDTH - _RIGHT + 18, y - 4, color)
+    drawing.text(_WIDTH - _RIGHT + 28, y, series)

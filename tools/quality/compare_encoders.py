@@ -27,7 +27,7 @@ import typer
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.crew import Crew
-from tools import tool_command
+from tools import svg, tool_command
 from tools.llama_cpp import binaries
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
 from tools.llama_cpp.referee import build_referee
@@ -262,7 +262,7 @@ def main(
         names = rows.split(",") if rows else [name for name in ROWS if name not in there]
         measure(measurement, names, result, keep)
     if plot is not None:
-        chart.write(plot, result)
+        svg.write(plot, chart.draw(result))
     if show and rows:
         result["rows"] = [row for row in result["rows"] if row["name"] in rows.split(",")]
     if as_json:

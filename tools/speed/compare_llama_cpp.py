@@ -34,9 +34,10 @@ import typer
 
 from cpu_kernels.simd import instruction_set, variants
 from cpu_kernels.threads.cores import physical_cores
+from tools import svg
 from tools.llama_cpp import binaries
 from tools.models.random_model import SHAPES, write_random_model
-from tools.speed.chart import write_chart
+from tools.speed.chart import draw
 from tools.speed.quiet_machine import Patience, processor_seconds, share_of_others
 from tools.speed.ratios import (
     GOALS,
@@ -335,7 +336,7 @@ def main(
             folder = cache or binaries.cache_folder()
             result = _compare(shape, only, threads, repeats, patience, folder, output, keep)
         if plot is not None:
-            write_chart(result, plot)
+            svg.write(plot, draw(result))
     except TritGgufError as error:
         terminal.error(str(error))
         raise typer.Exit(1) from error

@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.crew import Crew
+from tools import svg
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
 from tools.quality import chart, compare_encoders, package_texts
 from tritgguf.evaluation.divergence import Comparison
@@ -160,7 +161,7 @@ def test_table() -> None:
 
 
 def test_chart(tmp_path: Path) -> None:
-    chart.write(tmp_path / "a.svg", RESULT)
+    svg.write(tmp_path / "a.svg", chart.draw(RESULT))
     root = ElementTree.parse(tmp_path / "a.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     texts = [node.text for node in root.iter(f"{space}text")]

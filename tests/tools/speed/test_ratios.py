@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools.speed.chart import draw, write_chart
+from tools import svg
+from tools.speed.chart import draw
 from tools.speed.ratios import GOALS, Ratio, Result, Samples, Side, markdown, read_result, table, verdict
 from tritgguf.errors import TritGgufError
 
@@ -127,7 +128,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_what_cannot_be_written_is_one_line(result: Result, tmp_path: Path) -> None:
-    for write in (result.write, lambda file: write_chart(result.json, file)):
+    for write in (result.write, lambda file: svg.write(file, draw(result.json))):
         with pytest.raises(TritGgufError, match="cannot be written"):
             write(tmp_path / "no folder" / "file")
 
@@ -147,23 +148,23 @@ def test_tables(result: Result) -> None:
 
 
 def test_the_chart(result: Result, tmp_path: Path) -> None:
-    write_chart(result.json, tmp_path / "speed.svg")
+    svg.write(tmp_path / "speed.svg", draw(result.json))
     text = (tmp_path / "speed.svg").read_text()
     assert text == draw(result.json)
-    svg = ElementTree.fromstring(text)
+    root = ElementTree.fromstring(text)
     name = "{http://www.w3.org/2000/svg}"
-    bars = svg.findall(f"{name}rect")
+    bars = root.findall(f"{name}rect")
     assert [bar.get("class") for bar in bars] == ["pass", "fail", "none"]
     widths = [float(bar.get("width", 0)) for bar in bars]
     assert widths[0] / widths[1] == pytest.approx(1.5, rel=0.01)
-    marks = [line for line in svg.findall(f"{name}line") if line.get("class") == "bound"]
+    marks = [line for line in root.findall(f"{name}line") if line.get("class") == "bound"]
     left = float(bars[0].get("x", 0))
     # The second bar ends where the first one's bound is, and the first where the second one's is.
     assert [float(mark.get("x1", 0)) - left for mark in marks] == pytest.approx([widths[1], widths[0]], abs=0.2)
-    texts = [element.text for element in svg.findall(f"{name}text")]
+    texts = [element.text for element in root.findall(f"{name}text")]
     assert {"1.50", "1.00", "1.25", GOALS["decode.trit2/q4_0"].label} <= set(texts)
     assert "prefers-color-scheme: dark" in text
-    _, _, width, height = map(float, svg.get("viewBox", "").split())
-    for element in svg.findall(f"{name}text"):
+    _, _, width, height = map(float, root.get("viewBox", "").split())
+    for element in root.findall(f"{name}text"):
         assert 0 <= float(element.get("x", 0)) <= width
         assert 0 <= float(element.get("y", 0)) <= height
