@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tritgguf.conversion.convert import ConvertProgress, convert
     from tritgguf.conversion.report import ConvertReport
     from tritgguf.errors import TritGgufError
-    from tritgguf.evaluation.verify import VerifyReport, verify
+    from tritgguf.evaluation.verify import VerifyReport, verify, verify_files
     from tritgguf.exporters.export import ExportReport, export
     from tritgguf.runtime.chat import Chat
     from tritgguf.runtime.generate import generate
@@ -46,6 +46,7 @@ __all__ = [
     "generate",
     "load",
     "verify",
+    "verify_files",
 ]
 
 _HOMES = {
@@ -63,6 +64,7 @@ _HOMES = {
     "generate": "runtime.generate",
     "load": "runtime.loaded_model",
     "verify": "evaluation.verify",
+    "verify_files": "evaluation.verify",
 }
 
 

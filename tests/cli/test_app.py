@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import importlib
 import io
@@ -28,6 +29,7 @@ from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
+from tritgguf.evaluation.layer_errors import LayerError
 from tritgguf.evaluation.verify import VerifyReport
 from tritgguf.runtime.sampling import Sampler, SamplingOptions
 
@@ -445,19 +447,19 @@ def verification() -> VerifyReport:
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
     calls: list[Any] = []
 
-    def fake(source: str, file: Path, *, progress: Any, **options: Any) -> VerifyReport:
-        calls.append((source, file, options))
+    def fake(source: str, files: list[Path], *, progress: Any, **options: Any) -> list[VerifyReport]:
+        calls.append((source, files, options))
         for stage in ("runner", "source"):
             progress(stage, 0, 2)
             progress(stage, 2, 2)
-        return verification()
+        return [verification()]
 
-    monkeypatch.setattr(VERIFY, "verify", fake)
+    monkeypatch.setattr(VERIFY, "verify_files", fake)
     (tmp_path / "text.txt").write_text("Some text.\n")
     arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
     assert app.main(["verify", "models/x", "x.gguf", *arguments]) == 0
     options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None}
-    assert calls == [("models/x", Path("x.gguf"), options)]
+    assert calls == [("models/x", [Path("x.gguf")], options)]
     captured = capsys.readouterr()
     for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
         assert text in captured.out
@@ -465,11 +467,25 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
 
 
 def test_verify_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(VERIFY, "verify", lambda *arguments, **options: verification())
+    monkeypatch.setattr(VERIFY, "verify_files", lambda *arguments, **options: [verification()])
     assert app.main(["verify", "models/x", "x.gguf", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["runner"] == {"max_rel_logit_diff": 2.5e-4, "max_rel_logit_diff_int16": 3.5e-4, "kl_int8": 1.5e-3}
     assert report["tokens"] == 500
+
+
+def test_verify_several_files(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    other = dataclasses.replace(verification(), file=Path("y.gguf"), kl_mean=0.125, layers=[LayerError(0, 0.25, 0.5)])
+    monkeypatch.setattr(VERIFY, "verify_files", lambda *arguments, **options: [verification(), other])
+    assert app.main(["verify", "models/x", "x.gguf", "y.gguf"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  x\.gguf +2\.5e-04 +3\.5e-04 +1\.5e-03$", out, re.MULTILINE)
+    assert re.search(r"^  x\.gguf +0\.5760 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert re.search(r"^  y\.gguf +0\.1250 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert out.count("7.500") == 1  # the source's perplexity
+    assert re.search(r"^  +0 +0\.2500 +0\.5000$", out, re.MULTILINE)
+    assert app.main(["verify", "models/x", "x.gguf", "y.gguf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps([verification().as_dict(), other.as_dict()]))
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,11 @@ class Comparison:
         """The reference's perplexity."""
         return _perplexity(self.surprise_reference)
 
+    def as_dict(self) -> dict[str, float]:
+        """Return the means and shares by their names."""
+        names = ("kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_reference")
+        return {name: getattr(self, name) for name in names}
+
     @classmethod
     def concatenate(cls, parts: Sequence[Comparison]) -> Comparison:
         """Join comparisons of several windows."""
@@ -100,6 +105,12 @@ def compare_windows(
             for window, expected, found in zip(windows, reference, logits, strict=True)
         ]
     )
+
+
+def largest_difference(reference: np.ndarray, logits: np.ndarray) -> float:
+    """Return the largest difference of two logits, of arrays [positions, vocabulary]."""
+    chunks = (slice(first, first + _CHUNK_ROWS) for first in range(0, len(reference), _CHUNK_ROWS))
+    return max(float(np.abs(logits[rows] - reference[rows]).max()) for rows in chunks)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
