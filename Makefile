@@ -24,15 +24,15 @@ check: .venv/stamp
 	$(BIN)/lint-imports
 
 fetch: .venv/stamp
-	$(BIN)/python tools/fetch_model.py smollm2
+	$(BIN)/python -m tools.models.fetch_model smollm2
 
 # Builds the part of llama.cpp that tests/referee/test_against_llama_cpp.py asks; without it, those tests are skipped.
 referee: .venv/stamp
-	$(BIN)/python tools/llama_cpp_referee.py
+	$(BIN)/python -m tools.llama_cpp.referee
 
 # Damaged input for a minute, always the same (docs/safety.md).
 fuzz: .venv/stamp
-	$(BIN)/python tools/fuzz.py --seconds 60 --seed 1
+	$(BIN)/python -m tools.fuzz.fuzzer --seconds 60 --seed 1
 
 # Removes what can be made again; the models in models/ stay.
 clean:

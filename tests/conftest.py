@@ -49,8 +49,8 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def referee_library() -> Path:
     """The library that asks llama.cpp; skips the test when it is not built, or fails it where CI must have built it."""
-    from llama_cpp import cache_folder
-    from llama_cpp_referee import find_referee, missing_programs
+    from tools.llama_cpp.binaries import cache_folder
+    from tools.llama_cpp.referee import find_referee, missing_programs
 
     found = find_referee(cache_folder())
     if found is None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         TritGgufError,
     )
-    from tritgguf.evaluation.verify import VerifyReport, verify
+    from tritgguf.evaluation.verify import VerifyReport, verify, verify_files
     from tritgguf.exporters.export import ExportReport, export
     from tritgguf.generation.chat import Chat
     from tritgguf.generation.generate import generate
@@ -56,6 +56,7 @@ __all__ = [
     "generate",
     "load",
     "verify",
+    "verify_files",
 ]
 
 _HOMES = {
@@ -77,6 +78,7 @@ _HOMES = {
     "generate": "generation.generate",
     "load": "generation.loaded_model",
     "verify": "evaluation.verify",
+    "verify_files": "evaluation.verify",
 }
 
 

@@ -16,8 +16,7 @@ from tritgguf.runtime.token_batch import TokenBatch
 
 pytest.importorskip("torch")
 
-import families
-
+from tools.models import families
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import verify

@@ -107,7 +107,7 @@ def test_own_text_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pyte
     length = window_length(source)
     whole = windows_of_own_text(source, 3 * length, seed=5)
     monkeypatch.setattr(
-        "tritgguf.runtime.lockstep._MOST_TEXTS", 2
+        "tritgguf.conversion.own_text._MOST_TEXTS", 2
     )  # what a window becomes does not depend on the others
     out, log = tmp_path / "out.gguf", tmp_path / "out.gguf.part.text"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recover_roundtrip import reference_halves
-from simulated_producer import produce
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
+from tools.recovery.recover_roundtrip import reference_halves
+from tools.recovery.simulated_producer import produce
 from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.encoders import V2, ScaleSearch

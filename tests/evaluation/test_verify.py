@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,9 +17,9 @@ from tiny_models import write_tiny_model
 
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
-from tritgguf.evaluation.divergence import Comparison, compare_logits, log_softmax
+from tritgguf.evaluation.divergence import Comparison, compare_logits, compare_windows, largest_difference, log_softmax
 from tritgguf.evaluation.text_windows import shipped_text, split_windows
-from tritgguf.evaluation.verify import verify
+from tritgguf.evaluation.verify import verify, verify_files
 from tritgguf.sources.open import open_source
 
 needs_torch = pytest.mark.skipif(
@@ -116,6 +117,23 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     broken[1, 2] = value
     with pytest.raises(TritGgufError, match="not a number"):
         compare_logits(logits, broken, [0])
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 100])
+def test_the_largest_difference(rows: int) -> None:
+    reference, logits = np.random.default_rng(rows).normal(0, 9, (2, rows, 20)).astype(np.float32)
+    assert largest_difference(reference, logits) == np.abs(reference - logits).max()
+
+
+def test_windows_are_compared_one_by_one() -> None:
+    reference, logits = np.random.default_rng(7).normal(0, 4, (2, 12, 40)).astype(np.float32)
+    windows = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12]]
+    together = compare_windows(windows, np.split(reference, [5]), np.split(logits, [5]))
+    assert len(together.kl) == 12 and len(together.surprise) == 10
+    np.testing.assert_array_equal(together.kl[5:], compare_logits(reference[5:], logits[5:], windows[1][1:]).kl)
+    assert together.as_dict()["kl_mean"] == together.kl_mean
+    with pytest.raises(ValueError):
+        compare_windows(windows, np.split(reference, [5]), [logits])
 
 
 # -- text
@@ -265,12 +283,55 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert 0.5 < quantization["top1_agreement"] <= 1
     assert all(0 <= done <= total for _, done, total in steps)
     assert list(dict.fromkeys(stage for stage, _, _ in steps)) == [
-        "runner",
         "load source",
         "source",
         "load dequantized weights",
         "dequantized",
     ]
+
+
+@needs_torch
+@pytest.mark.parametrize("layers", [False, True])
+def test_several_files_are_as_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
+    """The source's logits are computed once; of each file the report is the one that it has alone."""
+    from tritgguf.reference.model import ReferenceModel
+
+    folder = write_tiny_model(tmp_path / "model")
+    files = [tmp_path / f"d{depth}.gguf" for depth in (2, 3)]
+    for depth, file in zip((2, 3), files, strict=True):
+        convert(folder, file, depth=depth)
+    alone = [verify(folder, file, tokens=300, layers=layers) for file in files]
+    opened, computed, stages = [], [], []
+
+    class Counted(ReferenceModel):
+        @classmethod
+        def open(cls, *arguments: Any, **options: Any) -> ReferenceModel:
+            opened.append(arguments)
+            return super().open(*arguments, **options)
+
+        def logits(self, tokens: Any) -> np.ndarray:
+            computed.append(len(tokens))
+            return super().logits(tokens)
+
+    monkeypatch.setattr("tritgguf.reference.model.ReferenceModel", Counted)
+    reports = verify_files(folder, files, tokens=300, layers=layers, progress=lambda stage, *_: stages.append(stage))
+    assert [dataclasses.replace(report, seconds=0) for report in reports] == [
+        dataclasses.replace(report, seconds=0) for report in alone
+    ]
+    assert len(opened) == 1
+    assert len(computed) == 2 + 2 * len(files)  # two windows of the source, and of each file's dequantized weights
+    assert {"dequantized of d2.gguf", "dequantized of d3.gguf"} < set(stages)
+    assert ("layers of d3.gguf" in stages) == layers
+    assert verify_files(folder, []) == []
+
+
+@needs_torch
+def test_files_that_split_the_text_differently_are_refused(tmp_path: Path) -> None:
+    for name, context in (("long", 256), ("short", 128)):
+        folder = write_tiny_model(tmp_path / name, max_position_embeddings=context)
+        convert(folder, tmp_path / f"{name}.gguf", depth=2)
+    with pytest.raises(TritGgufError, match=r"short\.gguf splits the text .* than .*long\.gguf; verify it alone"):
+        verify_files(tmp_path / "long", [tmp_path / "long.gguf", tmp_path / "short.gguf"], tokens=200)
 
 
 @needs_torch
@@ -325,7 +386,7 @@ def test_smollm2(request: pytest.FixtureRequest, smollm2_folder: Path, depth: in
 @needs_torch
 @pytest.mark.real_model
 def test_smollm2_says_the_same_as_transformers(smollm2_folder: Path, smollm2_d3: Path) -> None:
-    import greedy_match
+    from tools.quality import greedy_match
 
     matches = greedy_match.compare(str(smollm2_folder), str(smollm2_d3), tokens=16)
     assert len(matches) == len(set(greedy_match.PROMPTS)) == 6

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from random_inputs import CREW
-from simulated_producer import produce
 from tiny_models import VARIANTS, write_tiny_model
 
 from cpu_kernels.threads.crew import Crew
+from tools.recovery.simulated_producer import produce
 from tritgguf import convert
 from tritgguf.formats import matrix_rows
 from tritgguf.formats.dtypes import to_float32

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from random_inputs import CREW
-from recover_roundtrip import bfloat16_bits, differing_numbers
-from simulated_producer import HALVES, ORDERS, produce, random_case
 
 from cpu_kernels.threads.crew import Crew
+from tools.recovery.recover_roundtrip import bfloat16_bits, differing_numbers
+from tools.recovery.simulated_producer import HALVES, ORDERS, produce, random_case
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization import recover

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 from awkward_strings import awkward_strings
-from greedy_match import PROMPTS, compare_prompt
-from llama_cpp_referee import Referee, relative_difference, render
 from real_models import MODELS
 from sequences import open_sequence
 from stock_gguf import write_float32, write_vocabulary
 from tiny_models import CHAT_TEMPLATE, VARIANTS, write_tiny_model
 
+from tools.llama_cpp.referee import Referee, relative_difference, render
+from tools.models import families
+from tools.quality.greedy_match import PROMPTS, compare_prompt
 from tritgguf import export
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.text_windows import shipped_text
@@ -42,7 +42,7 @@ def source_of(name: str, folder: Path) -> Path:
     if name in VARIANTS:
         return write_tiny_model(folder / name, name)
     if not (MODELS / name).exists():
-        pytest.skip(f"models/{name} is not here; tools/fetch_model.py fetches it")
+        pytest.skip(f"models/{name} is not here; tools/models/fetch_model.py fetches it")
     return MODELS / name
 
 

@@ -1,14 +1,15 @@
-"""`tritgguf verify`: compare a trit file with its source."""
+"""`tritgguf verify`: compare trit files with their source."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.options import InstructionSet, Json, Threads, TritFile, option
+from tritgguf.cli.options import InstructionSet, Json, Threads, option
 from tritgguf.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -37,17 +38,56 @@ def print_verification(report: VerifyReport) -> None:
             ("perplexity of the source", f"{report.perplexity_reference:.3f}"),
         ],
     )
+    _print_layers(report, "Hidden states behind each block, error relative to the original")
+
+
+def print_verifications(reports: Sequence[VerifyReport]) -> None:
+    """Print one row for each of several files, verified against one source."""
+    first = reports[0]
+    print_table(
+        f"Runner against transformers on the dequantized weights, {first.tokens} tokens",
+        ("file", ">largest logit difference", ">with 16-bit activations", ">KL of 8-bit activations"),
+        [
+            (
+                str(report.file),
+                f"{report.max_rel_logit_diff:.1e}",
+                f"{report.max_rel_logit_diff_int16:.1e}",
+                f"{report.kl_int8:.1e}",
+            )
+            for report in reports
+        ],
+    )
+    print_table(
+        f"Quantization, against {first.source} with a perplexity of {first.perplexity_reference:.3f}",
+        ("file", ">KL, mean", ">KL, 99th percentile", ">same top token", ">perplexity"),
+        [
+            (
+                str(report.file),
+                f"{report.kl_mean:.4f}",
+                f"{report.kl_p99:.4f}",
+                f"{report.top1_agreement:.1%}",
+                f"{report.perplexity:.3f}",
+            )
+            for report in reports
+        ],
+    )
+    for report in reports:
+        _print_layers(report, f"Hidden states behind each block of {report.file}, error relative to the original")
+
+
+def _print_layers(report: VerifyReport, title: str) -> None:
+    """Print the errors of the blocks, if they were asked for."""
     if report.layers is not None:
         print_table(
-            "Hidden states behind each block, error relative to the original",
+            title,
             (">block", ">of this block", ">of all so far"),
             [(str(layer.block), f"{layer.own:.4f}", f"{layer.accumulated:.4f}") for layer in report.layers],
         )
 
 
 def verify_command(
-    source: Annotated[str, typer.Argument(help="What the file was converted from.", metavar="SOURCE")],
-    file: TritFile,
+    source: Annotated[str, typer.Argument(help="What the files were converted from.", metavar="SOURCE")],
+    files: Annotated[list[Path], typer.Argument(help="GGUF files that `convert` wrote.", metavar="FILE.gguf")],
     text_file: Annotated[
         Path | None,
         option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
@@ -58,20 +98,24 @@ def verify_command(
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a trit file with its source: whether the runner is right, what quantization cost.
+    """Compare trit files with their source: whether the runner is right, what quantization cost.
 
+    Several files are compared in one run: a row for each in the tables, an object for each in --json's list.
     Needs torch and transformers: pip install "tritgguf[verify]".
 
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """
-    from tritgguf.evaluation.verify import verify
+    from tritgguf.evaluation.verify import verify_files
 
     text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
     with terminal.progress(in_bytes=False) as report:
-        result = verify(
-            source, file, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report
+        reports = verify_files(
+            source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report
         )
     if as_json:
-        terminal.print_json(result.as_dict())
+        objects = [report.as_dict() for report in reports]
+        terminal.print_json(objects[0] if len(objects) == 1 else objects)
+    elif len(reports) == 1:
+        print_verification(reports[0])
     else:
-        print_verification(result)
+        print_verifications(reports)

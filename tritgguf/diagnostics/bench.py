@@ -204,26 +204,33 @@ def bench(
         places = depth + (generated_tokens + 1) // 2
         seconds = decode_seconds(config, weights, crew, places, repetitions, cache_type)
         decode_kernels = shares(seconds, 1 / decode.mean)
-    infos = file.tensors.values()
     return BenchReport(
-        file=file.path,
-        architecture=config.dimensions.architecture,
-        types="+".join(sorted({TritType(info.type_id).name for info in infos if is_trit_type(info.type_id)})),
-        file_bytes=file.path.stat().st_size,
-        weights=sum(info.n_weights for info in infos),
-        processor=processor_name(),
-        instruction_set=variants.name_of(len(crew.isa)),
-        threads=crew.threads,
+        **_facts(file, model),
         prefill=prefill,
         decode=decode,
-        trit_weights=trit_weights_per_token(file),
-        bytes_per_token=bytes_read_per_token(file),
         read_bandwidth=bandwidth,
         prefill_kernels=[] if prompt_times is None else shares(prompt_times.seconds),
         decode_kernels=decode_kernels,
         launch_share=None if decode is None else decode_launch_seconds(config, weights, crew) * decode.mean,
         prefill_launch_share=None if prompt_times is None else prompt_times.launch_share,
     )
+
+
+def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
+    """Return what a report says about file and machine, before anything is measured."""
+    infos = file.tensors.values()
+    return {
+        "file": file.path,
+        "architecture": model.config.dimensions.architecture,
+        "types": "+".join(sorted({TritType(info.type_id).name for info in infos if is_trit_type(info.type_id)})),
+        "file_bytes": file.path.stat().st_size,
+        "weights": sum(info.n_weights for info in infos),
+        "trit_weights": trit_weights_per_token(file),
+        "bytes_per_token": bytes_read_per_token(file),
+        "processor": processor_name(),
+        "instruction_set": variants.name_of(len(model.crew.isa)),
+        "threads": model.crew.threads,
+    }
 
 
 def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> list[int]:

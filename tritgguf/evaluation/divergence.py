@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -51,6 +51,11 @@ class Comparison:
         """The reference's perplexity."""
         return _perplexity(self.surprise_reference)
 
+    def as_dict(self) -> dict[str, float]:
+        """Return the means and shares by their names."""
+        names = ("kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_reference")
+        return {name: getattr(self, name) for name in names}
+
     @classmethod
     def concatenate(cls, parts: Sequence[Comparison]) -> Comparison:
         """Join comparisons of several windows."""
@@ -85,6 +90,27 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, next_tokens: Seque
             )
         )
     return Comparison.concatenate(parts)
+
+
+def compare_windows(
+    windows: Sequence[Sequence[int]], reference: Iterable[np.ndarray], logits: Iterable[np.ndarray]
+) -> Comparison:
+    """Compare a model's logits with the reference's on windows of tokens; both are [tokens, vocabulary] by window.
+
+    Raises TritGgufError when a logit is infinite or not a number.
+    """
+    return Comparison.concatenate(
+        [
+            compare_logits(expected, found, window[1:])
+            for window, expected, found in zip(windows, reference, logits, strict=True)
+        ]
+    )
+
+
+def largest_difference(reference: np.ndarray, logits: np.ndarray) -> float:
+    """Return the largest difference of two logits, of arrays [positions, vocabulary]."""
+    chunks = (slice(first, first + _CHUNK_ROWS) for first in range(0, len(reference), _CHUNK_ROWS))
+    return max(float(np.abs(logits[rows] - reference[rows]).max()) for rows in chunks)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -52,3 +52,14 @@ def tokenized_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]
         window=min(WINDOW_TOKENS, context),
         bos=tokenizer.bos_id if tokenizer.add_bos else None,
     )
+
+
+def common_windows(files: Sequence[GgufFile], text: str, tokens: int) -> list[list[int]]:
+    """Return the windows of `tokenized_windows` that all files have in common; TritGgufError when theirs differ."""
+    windows = tokenized_windows(files[0], text, tokens)
+    for file in files[1:]:
+        if tokenized_windows(file, text, tokens) != windows:
+            raise TritGgufError(
+                f"{file.path} splits the text into other tokens or windows than {files[0].path}; verify it alone"
+            )
+    return windows

@@ -6,17 +6,18 @@ with exact activations, where only the rounding of float32 is left, and with 16-
 that `run` takes for prompts are from these.
 
 *Quantization*: what did the conversion cost? The trit model stands against the source model. The trit model's
-logits are the runner's, for they are what a user gets; the source's are those of transformers in float32.
+logits are the runner's, for they are what a user gets; the source's are those of transformers in float32. They are
+computed once, however many files are compared with them.
 
-Memory: one float32 copy of the model (the dequantized weights replace the source's in place) and the runner's
-logits for the whole text, 4 bytes for each token and vocabulary entry: 311 MB for 512 tokens of a vocabulary
-of 151,936.
+Memory: one float32 copy of the model (the dequantized weights replace the source's in place) and the logits of two
+models for one window, 4 bytes for each token and vocabulary entry: twice 311 MB for 512 tokens of a vocabulary of
+151,936. The runner computes its 16-bit logits twice instead of keeping them until the weights are replaced.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.errors import TritGgufError
-from tritgguf.evaluation.divergence import Comparison, compare_logits
-from tritgguf.evaluation.text_windows import shipped_text, tokenized_windows
+from tritgguf.evaluation.divergence import Comparison, compare_logits, largest_difference
+from tritgguf.evaluation.text_windows import WINDOW_TOKENS, common_windows, shipped_text
 
 if TYPE_CHECKING:
     from tritgguf.evaluation.layer_errors import LayerError
     from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.reference.model import ReferenceModel
     from tritgguf.sources.source import Source
+
 _SIZES = {
     "block_count": "layers",
     "embedding_length": "width",
@@ -64,6 +67,7 @@ class VerifyReport:
     perplexity: float
     perplexity_reference: float
     seconds: float
+    """Of the whole verification, with all its files."""
     layers: list[LayerError] | None = None
     """Where the error comes from, if that was asked for."""
 
@@ -91,6 +95,15 @@ class VerifyReport:
         }
 
 
+@dataclass(frozen=True)
+class _RunnerErrors:
+    """The measures of the runner in a `VerifyReport`, under the same names."""
+
+    max_rel_logit_diff: float
+    max_rel_logit_diff_int16: float
+    kl_int8: float
+
+
 def verify(
     source: str | Path,
     file: str | Path,
@@ -115,65 +128,155 @@ def verify(
     Raises TritGgufError when torch or transformers is missing, when source and file do not belong together or
     when the text is too short.
     """
-    from tritgguf.evaluation.layer_errors import layer_errors
+    (report,) = verify_files(
+        source, [file], text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=progress
+    )
+    return report
+
+
+def verify_files(
+    source: str | Path,
+    files: Sequence[str | Path],
+    *,
+    text: str | None = None,
+    tokens: int = 512,
+    layers: bool = False,
+    threads: int | None = None,
+    isa: str | None = None,
+    progress: Progress | None = None,
+) -> list[VerifyReport]:
+    """Compare several trit GGUF files with the source they were converted from, each as `verify` does.
+
+    The source's logits are computed once for all of them. Returns one report for each file, in their order.
+
+    Raises TritGgufError as `verify` does, and when the files split the text into different tokens.
+    """
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.reference.model import ReferenceModel, require_torch
     from tritgguf.sources.open import open_source
 
+    if not files:
+        return []
     start = time.perf_counter()
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
-    trit_file = GgufFile(file)
+    trit_files = [GgufFile(file) for file in files]
     opened = open_source(str(source))
-    check_same_model(trit_file, opened)
-    windows = tokenized_windows(trit_file, shipped_text() if text is None else text, tokens)
-    runner_logits: list[np.ndarray] = []
-    of_prompts = []
-    both = (_runner_logits(trit_file, windows, threads, isa, bits=bits) for bits in (16, 8))
-    for window, logits, prompt_logits in zip(windows, *both, strict=True):
-        report("runner", len(runner_logits), len(windows))
-        runner_logits.append(logits)
-        of_prompts.append(compare_logits(logits, prompt_logits, window[1:]))
+    for file in trit_files:
+        check_same_model(file, opened)
+    windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
 
+    runner = _Runner(threads, isa)
     report("load source", 0, 1)
     reference = ReferenceModel.open(opened, threads=threads)
-    comparisons = []
-    for done, (window, ours) in enumerate(zip(windows, runner_logits, strict=True)):
-        report("source", done, len(windows))
-        comparisons.append(compare_logits(reference.logits(window), ours, window[1:]))
-    quantization = Comparison.concatenate(comparisons)
-
-    reference.load_file(trit_file, progress=partial(report, "load dequantized weights"))
-    exact_logits = _runner_logits(trit_file, windows, threads, isa, bits=16, exact=True)
-    difference = difference_int16 = largest = 0.0
-    for done, (window, ours, exact) in enumerate(zip(windows, runner_logits, exact_logits, strict=True)):
-        report("dequantized", done, len(windows))
-        theirs = reference.logits(window)
-        difference = max(difference, float(np.abs(exact - theirs).max()))
-        difference_int16 = max(difference_int16, float(np.abs(ours - theirs).max()))
-        largest = max(largest, float(np.abs(theirs).max()))
-    report("dequantized", len(windows), len(windows))
+    costs = _costs_of_quantization(reference, trit_files, windows, runner, report)
+    progresses = [report if len(trit_files) == 1 else _naming(report, file) for file in trit_files]
+    errors = [
+        _errors_of_runner(reference, file, windows, runner, progress_of_file)
+        for file, progress_of_file in zip(trit_files, progresses, strict=True)
+    ]
     del reference
-    of_layers = None
-    if layers:
-        equally_long = [window for window in windows if len(window) == len(windows[0])]
-        of_layers = layer_errors(opened, trit_file, equally_long, threads=threads, progress=partial(report, "layers"))
-    return VerifyReport(
-        source=opened.name,
-        file=trit_file.path,
-        tokens=sum(map(len, windows)),
-        windows=len(windows),
-        max_rel_logit_diff=difference / largest,
-        max_rel_logit_diff_int16=difference_int16 / largest,
-        kl_int8=Comparison.concatenate(of_prompts).kl_mean,
-        kl_mean=quantization.kl_mean,
-        kl_p99=quantization.kl_p99,
-        top1_agreement=quantization.top1_agreement,
-        perplexity=quantization.perplexity,
-        perplexity_reference=quantization.perplexity_reference,
-        seconds=time.perf_counter() - start,
-        layers=of_layers,
-    )
+    of_layers = [
+        _errors_of_layers(opened, file, windows, threads, progress_of_file) if layers else None
+        for file, progress_of_file in zip(trit_files, progresses, strict=True)
+    ]
+    seconds = time.perf_counter() - start
+    return [
+        VerifyReport(
+            source=opened.name,
+            file=file.path,
+            tokens=sum(map(len, windows)),
+            windows=len(windows),
+            **vars(error),
+            **cost.as_dict(),
+            seconds=seconds,
+            layers=blocks,
+        )
+        for file, cost, error, blocks in zip(trit_files, costs, errors, of_layers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """The runner's threads and instruction set."""
+
+    threads: int | None
+    isa: str | None
+
+    def logits_of(self, file: GgufFile, *, bits: int, exact: bool = False) -> Callable[[Sequence[int]], np.ndarray]:
+        """Return a function from a window of tokens to logits, float32 [tokens, vocabulary]."""
+        from tritgguf.generation.engine import Engine
+        from tritgguf.generation.request import Request
+        from tritgguf.runtime.model import Model
+
+        model = Model(file, threads=self.threads, prefill_bits=bits, exact=exact, isa=self.isa)
+        engine = Engine(model, context=WINDOW_TOKENS, parallel=1, cache_type="f16" if bits == 8 else "f32")
+
+        def logits(window: Sequence[int]) -> np.ndarray:
+            return engine.outputs(engine.submit(Request(list(window), wanted="logits", cache_prompt=False)))
+
+        return logits
+
+
+def _naming(report: Progress, file: GgufFile) -> Progress:
+    """Return a progress callback whose stages name the file."""
+    return lambda stage, done, total: report(f"{stage} of {file.path.name}", done, total)
+
+
+def _costs_of_quantization(
+    reference: ReferenceModel,
+    files: Sequence[GgufFile],
+    windows: Sequence[Sequence[int]],
+    runner: _Runner,
+    report: Progress,
+) -> list[Comparison]:
+    """Compare the runner's logits of every file with those of the source, which `reference` has the weights of."""
+    parts: list[list[Comparison]] = [[] for _ in files]
+    of_files = [runner.logits_of(file, bits=16) for file in files]
+    for done, window in enumerate(windows):
+        report("source", done, len(windows))
+        expected = reference.logits(window)
+        for logits, comparisons in zip(of_files, parts, strict=True):
+            comparisons.append(compare_logits(expected, logits(window), window[1:]))
+    report("source", len(windows), len(windows))
+    return [Comparison.concatenate(comparisons) for comparisons in parts]
+
+
+def _errors_of_runner(
+    reference: ReferenceModel,
+    file: GgufFile,
+    windows: Sequence[Sequence[int]],
+    runner: _Runner,
+    report: Progress,
+) -> _RunnerErrors:
+    """Compare the runner's logits with those of transformers; `reference` receives the file's dequantized weights."""
+    reference.load_file(file, progress=partial(report, "load dequantized weights"))
+    of_prompts = []
+    exact_logits = runner.logits_of(file, bits=16, exact=True)
+    logits, prompt_logits = (runner.logits_of(file, bits=bits) for bits in (16, 8))
+    exact = int16 = largest = 0.0
+    for done, window in enumerate(windows):
+        report("dequantized", done, len(windows))
+        expected = reference.logits(window)
+        largest = max(largest, float(np.abs(expected).max()))
+        exact = max(exact, largest_difference(expected, exact_logits(window)))
+        ours = logits(window)
+        int16 = max(int16, largest_difference(expected, ours))
+        del expected  # no more than two sets of logits are in memory
+        of_prompts.append(compare_logits(ours, prompt_logits(window), window[1:]))
+        del ours
+    report("dequantized", len(windows), len(windows))
+    return _RunnerErrors(exact / largest, int16 / largest, Comparison.concatenate(of_prompts).kl_mean)
+
+
+def _errors_of_layers(
+    source: Source, file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, report: Progress
+) -> list[LayerError]:
+    """Return the error of every block, on the windows of full length."""
+    from tritgguf.evaluation.layer_errors import layer_errors
+
+    equally_long = [window for window in windows if len(window) == len(windows[0])]
+    return layer_errors(source, file, equally_long, threads=threads, progress=partial(report, "layers"))
 
 
 def check_same_model(file: GgufFile, source: Source) -> None:
@@ -203,24 +306,3 @@ def _sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells two models apart at a glance, by its name in messages."""
     arch = metadata.get("general.architecture")
     return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}") for key, what in _SIZES.items()}}
-
-
-def _runner_logits(
-    file: GgufFile,
-    windows: Sequence[Sequence[int]],
-    threads: int | None,
-    isa: str | None,
-    *,
-    bits: int,
-    exact: bool = False,
-) -> Iterator[np.ndarray]:
-    """Yield the runner's logits of every window: float32 [tokens, vocabulary] each."""
-    from tritgguf.generation.engine import Engine
-    from tritgguf.generation.request import Request
-    from tritgguf.runtime.model import Model
-
-    model = Model(file, threads=threads, prefill_bits=bits, exact=exact, isa=isa)
-    cache_type = "f16" if bits == 8 else "f32"
-    engine = Engine(model, context=max(map(len, windows)), parallel=1, cache_type=cache_type)
-    for window in windows:
-        yield engine.outputs(engine.submit(Request(list(window), wanted="logits", cache_prompt=False)))

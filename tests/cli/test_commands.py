@@ -1,0 +1,190 @@
+"""convert, verify and inspect: what they are given, print and report as an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Capture, fails
+from tiny_models import write_tiny_model
+
+from tritgguf.cli import app
+from tritgguf.conversion.convert import ConvertProgress, convert
+from tritgguf.conversion.depths import DepthChoice, KeepRule
+from tritgguf.conversion.report import ConvertReport
+from tritgguf.errors import TritGgufError
+from tritgguf.evaluation.layer_errors import LayerError
+from tritgguf.evaluation.verify import VerifyReport
+
+CONVERT, VERIFY = (importlib.import_module(f"tritgguf.{name}") for name in ("conversion.convert", "evaluation.verify"))
+
+
+def conversion() -> ConvertReport:
+    return ConvertReport(
+        output=Path("out.gguf"),
+        source="models/x",
+        depth=2,
+        encoder="v2",
+        weights=1000,
+        tensors_by_type={"TRIT2": 3, "F16": 1},
+        bytes_by_type={"TRIT2": 61_300_000, "F16": 500},
+        bits_per_weight_quantized=3.5,
+        bits_per_weight_file=6.25,
+        relative_error=0.1234,
+        kept_unaligned=["blk.0.attn_q.weight"],
+        warnings=["an unknown pre-tokenizer"],
+        file_bytes=61_400_000,
+        seconds=12.3,
+        peak_memory_bytes=1_230_000_000,
+    )
+
+
+def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    calls: list[Any] = []
+
+    def fake(source: str, output: Path, *, progress: Any, **options: Any) -> ConvertReport:
+        calls.append((source, output, options))
+        for done in range(0, 101, 10):
+            progress(ConvertProgress("blk.0.x", done * 10**6, 10**8))
+        return conversion()
+
+    monkeypatch.setattr(CONVERT, "convert", fake)
+    arguments = [
+        "--depth",
+        "3",
+        "--embedding-depth",
+        "4",
+        "-j",
+        "2",
+        "--overwrite",
+        "--keep",
+        "*.ffn_down=4",
+        "--resume",
+    ]
+    assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
+    options: dict[str, Any] = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True, "resume": True}
+    options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
+    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),))}
+    assert calls == [("org/name", Path("out.gguf"), options)]
+    captured = capsys.readouterr()
+    for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "12.3 s", "1.23 GB"):
+        assert text in captured.out
+    assert re.search(r"^ 50 %  blk\.0\.x  [\d.]+ [kMG]?B/s  \d+ s left$", captured.err, re.MULTILINE)
+    assert "blk.0.attn_q.weight" in captured.err
+    assert "warning: an unknown pre-tokenizer" in captured.err
+
+
+def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(CONVERT, "convert", lambda *arguments, **options: conversion())
+    assert app.main(["convert", "org/name", "out.gguf", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output"] == "out.gguf"
+    assert report["bytes_by_type"] == {"TRIT2": 61_300_000, "F16": 500}
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (TritGgufError("x.gguf: tensor \x1b[31ma\nb is bad"), "error: x.gguf: tensor [31ma b is bad\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: Permission denied\n"),
+        (MemoryError(), "error: not enough memory; close other programs or give a smaller --ctx-size\n"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture, raised: Exception, line: str) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(CONVERT, "convert", fail)
+    assert fails(capsys, "convert", "org/name", "out.gguf") == line
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CONVERT, "convert", interrupt)
+    assert app.main(["convert", "org/name", "out.gguf"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def verification() -> VerifyReport:
+    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 3.5e-4, 1.5e-3, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
+
+
+def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def fake(source: str, files: list[Path], *, progress: Any, **options: Any) -> list[VerifyReport]:
+        calls.append((source, files, options))
+        for stage in ("runner", "source"):
+            progress(stage, 0, 2)
+            progress(stage, 2, 2)
+        return [verification()]
+
+    monkeypatch.setattr(VERIFY, "verify_files", fake)
+    (tmp_path / "text.txt").write_text("Some text.\n")
+    arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
+    assert app.main(["verify", "models/x", "x.gguf", *arguments]) == 0
+    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None}
+    assert calls == [("models/x", [Path("x.gguf")], options)]
+    captured = capsys.readouterr()
+    for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
+        assert text in captured.out
+    assert captured.err.splitlines()[0].endswith("runner")
+
+
+def test_verify_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(VERIFY, "verify_files", lambda *arguments, **options: [verification()])
+    assert app.main(["verify", "models/x", "x.gguf", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["runner"] == {"max_rel_logit_diff": 2.5e-4, "max_rel_logit_diff_int16": 3.5e-4, "kl_int8": 1.5e-3}
+    assert report["tokens"] == 500
+
+
+def test_verify_several_files(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    other = dataclasses.replace(verification(), file=Path("y.gguf"), kl_mean=0.125, layers=[LayerError(0, 0.25, 0.5)])
+    monkeypatch.setattr(VERIFY, "verify_files", lambda *arguments, **options: [verification(), other])
+    assert app.main(["verify", "models/x", "x.gguf", "y.gguf"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  x\.gguf +2\.5e-04 +3\.5e-04 +1\.5e-03$", out, re.MULTILINE)
+    assert re.search(r"^  x\.gguf +0\.5760 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert re.search(r"^  y\.gguf +0\.1250 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert out.count("7.500") == 1  # the source's perplexity
+    assert re.search(r"^  +0 +0\.2500 +0\.5000$", out, re.MULTILINE)
+    assert app.main(["verify", "models/x", "x.gguf", "y.gguf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps([verification().as_dict(), other.as_dict()]))
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2)
+    return folder / "model.gguf"
+
+
+def test_inspect(capsys: Capture, tiny_file: Path) -> None:
+    assert app.main(["inspect", str(tiny_file)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  blk\.0\.ffn_down\.weight +TRIT2 +128 x 192 +\d+  [\d.]+ \.\. [\d.]+$", out, re.MULTILINE)
+    assert re.search(r"^  tokenizer\.ggml\.tokens +\[.*\.\.\.\] \(448 elements\)$", out, re.MULTILINE)
+    assert re.search(r"^  bits per weight, quantized matrices +3\.500$", out, re.MULTILINE)
+
+
+def test_inspect_json(capsys: Capture, tiny_file: Path) -> None:
+    assert app.main(["inspect", str(tiny_file), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["metadata"]["tokenizer.ggml.tokens"]) == 448
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
+    command = f"'{sys.executable}' -m tritgguf inspect '{tiny_file}' --json | head -c 10"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (len(result.stdout), result.stderr) == (10, "")

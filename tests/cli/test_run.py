@@ -1,0 +1,274 @@
+"""`run`: the answer and the timings, its options, prompts from anywhere, and the chat at a terminal."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Capture, at_a_terminal, fails, run_python
+from scripted_model import END, scripted
+from small_tokenizers import encode
+
+from tritgguf.cli import app, terminal
+from tritgguf.generation.sampling import Sampler, SamplingOptions
+
+LOADED_MODEL = importlib.import_module("tritgguf.generation.loaded_model")
+TIMINGS = re.compile(r"load \d+\.\d\d s \| prompt \d+ tokens, [\d.]+ tokens/s \| decode \d+ tokens, [\d.]+ tokens/s\n")
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that answers "The dog sleeps."; `loaded` holds what `load` was called with."""
+    model = scripted("The dog sleeps.")
+    model.loaded = None
+
+    def load(path: Path, **options: Any) -> Any:
+        model.loaded = (path, options)
+        return model
+
+    monkeypatch.setattr(LOADED_MODEL, "load", load)
+    return model
+
+
+def record_sampling(monkeypatch: pytest.MonkeyPatch) -> list[SamplingOptions]:
+    """Return a list that receives the options of every sampler from now on."""
+    seen: list[SamplingOptions] = []
+
+    def make(options: SamplingOptions) -> Sampler:
+        seen.append(options)
+        return Sampler(options)
+
+    monkeypatch.setattr("tritgguf.generation.sampling.Sampler", make)
+    return seen
+
+
+def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> None:
+    assert app.main(["run", "model.gguf", "-p", "Hi"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "The dog sleeps.\n"
+    assert TIMINGS.fullmatch(captured.err)
+    assert model.loaded == (
+        Path("model.gguf"),
+        {
+            "context": None,
+            "threads": None,
+            "prefill_bits": 8,
+            "exact": False,
+            "cache_type": None,
+            "on_compilation": terminal.print_compilation_note,
+        },
+    )
+
+
+def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    seen = record_sampling(monkeypatch)
+    arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 99 -t 2"
+    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split()]) == 0
+    assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3)]
+    assert model.loaded[1]["context"] == 99
+    assert model.loaded[1]["threads"] == 2
+
+
+def test_defaults_are_llama_cpps(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    seen = record_sampling(monkeypatch)
+    assert app.main(["run", "model.gguf", "-p", "Hi"]) == 0
+    assert seen == [SamplingOptions(0.8, 40, 0.95, 0.05, 1.0, 64, -1)]
+
+
+def test_run_json(capsys: Capture, model: Any) -> None:
+    assert app.main(["run", "model.gguf", "-p", "Hi", "--json", "-s", "5", "-n", "2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tokens"] == encode(model.tokenizer, "The dog sleeps.")[:2]
+    assert answer["text"] == model.tokenizer.decode(answer["tokens"])
+    assert (answer["model"], answer["finish_reason"], answer["seed"]) == ("model.gguf", "length", 5)
+    assert answer["timings"]["decode_tokens"] == 1
+    assert set(answer["timings"]) >= {"load_seconds", "prompt_tokens_per_second", "decode_tokens_per_second"}
+
+
+def test_the_prompt_from_a_file(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"Hi \xff\n\n")
+    assert app.main(["run", "model.gguf", "--raw", "-f", str(tmp_path / "prompt.txt")]) == 0
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi \ufffd\n")
+
+
+def test_the_system_message(model: Any) -> None:
+    assert app.main(["run", "model.gguf", "-p", "Hi", "-sys", "Be brief."]) == 0
+    text = model.tokenizer.decode(model.model.calls[0])
+    assert text.startswith("system\nBe brief.\nuser\nHi")
+
+
+def test_the_prompt_from_a_pipe(capsys: Capture, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    assert app.main(["run", "model.gguf", "--raw"]) == 0
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi")
+    assert capsys.readouterr().out == "The dog sleeps.\n"
+
+
+def test_an_empty_pipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "no prompt" in fails(capsys, "run", "model.gguf")
+
+
+def test_a_full_context_is_said(capsys: Capture, model: Any) -> None:
+    model.model.context = 16
+    model.model.script = [40] * 99
+    assert app.main(["run", "model.gguf", "--raw", "-p", "The dog"]) == 0
+    assert "the context of 16 tokens is full" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context(capsys: Capture, model: Any) -> None:
+    model.model.context = 16
+    assert "the context holds 16" in fails(capsys, "run", "model.gguf", "-p", "dog " * 50)
+
+
+def test_ctrl_c_ends_a_single_answer(capsys: Capture, model: Any) -> None:
+    model.model.interrupt_in_call = 3
+    assert app.main(["run", "model.gguf", "-p", "Hi"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\n")
+    assert captured.err == ""
+
+
+# -- the chat
+
+
+def types(monkeypatch: pytest.MonkeyPatch, model: Any, turns: Sequence[tuple[Any, str]]) -> None:
+    """Let somebody type lines, or press a key that raises, and the model answer each line."""
+    remaining = iter(turns)
+
+    def read(prompt: str = "") -> str:
+        line, answer = next(remaining, (EOFError, ""))
+        if isinstance(line, type):
+            raise line
+        model.model.script = [*encode(model.tokenizer, answer), END]
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any) -> None:
+    at_a_terminal(monkeypatch)
+    types(monkeypatch, model, [("A color?", "Red."), ("", ""), ("Another?", "Blue.")])
+    assert app.main(["run", "model.gguf", "-sys", "Be brief."]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Red.\nBlue.\n"
+    assert TIMINGS.search(captured.err)
+    said = model.tokenizer.decode(model.cached_tokens)
+    assert said.startswith("system\nBe brief.\nuser\nA color?\nassistant\nRed.\nuser\nAnother?\nassistant\nBlue.")
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any
+) -> None:
+    at_a_terminal(monkeypatch)
+    types(monkeypatch, model, [("A color?", "The dog sleeps."), (KeyboardInterrupt, ""), ("Another?", "Blue.")])
+    model.model.interrupt_in_call = 3
+    assert app.main(["run", "model.gguf"]) == 0
+    stopped = capsys.readouterr().out.splitlines()[0]
+    assert "The dog sleeps.".startswith(stopped)
+    assert stopped
+    assert f"assistant\n{stopped}\nuser\nAnother?" in model.tokenizer.decode(model.cached_tokens)
+
+
+def test_clear_starts_a_new_chat(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    at_a_terminal(monkeypatch)
+    types(monkeypatch, model, [("A color?", "Red."), ("/clear", ""), ("Another?", "Blue.")])
+    assert app.main(["run", "model.gguf"]) == 0
+    assert model.tokenizer.decode(model.cached_tokens).startswith("user\nAnother?\nassistant\nBlue.")
+
+
+def test_a_message_without_room_is_an_error_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any
+) -> None:
+    at_a_terminal(monkeypatch)
+    model.model.context = 40
+    types(monkeypatch, model, [("dog " * 100, ""), ("Hi", "Red.")])
+    assert app.main(["run", "model.gguf"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Red.\n"
+    assert "error: the prompt has" in captured.err
+
+
+@pytest.mark.parametrize("option", ["--raw", "--json"])
+def test_without_a_prompt_there_is_nothing_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, option: str
+) -> None:
+    at_a_terminal(monkeypatch)
+    assert app.main(["run", "model.gguf", option]) == 1
+    assert f"{option} needs a prompt" in capsys.readouterr().err
+
+
+# -- the real one
+
+
+@pytest.mark.real_model
+def test_a_chat_at_a_real_terminal(smollm2_d2: Path) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0", "-n", "24"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    screen = ""
+
+    def wait_for(pattern: str) -> None:
+        nonlocal screen
+        while not re.search(pattern, screen):
+            ready, _, _ = select.select([ours], [], [], 120)
+            assert ready, f"{pattern!r} did not come: {screen!r}"
+            screen += os.read(ours, 4096).decode(errors="replace")
+
+    def type_keys(keys: bytes) -> None:
+        nonlocal screen
+        screen = ""
+        os.write(ours, keys)
+
+    try:
+        wait_for("> ")
+        type_keys(b"Write a very long story about a dog.\n")
+        wait_for(r"dog\.\s+\S+ \S+ \S+")
+        os.kill(process.pid, signal.SIGINT)
+        wait_for(r"\n\S*> ")
+        type_keys(b"Hi\n")
+        wait_for(r"Hi\s+\w[^>]*\n\S*> ")
+        type_keys(b"\x04")
+        wait_for(r"decode \d+ tokens")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+@pytest.mark.real_model
+def test_the_same_seed_the_same_answer(smollm2_d2: Path) -> None:
+    command = (
+        "-m",
+        "tritgguf",
+        "run",
+        str(smollm2_d2),
+        "-p",
+        "Once upon a time there was",
+        "--raw",
+        "-n",
+        "12",
+        "-c",
+        "128",
+        "-s",
+        "11",
+    )
+    first, second = run_python(*command), run_python(*command)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert len(first.stdout) > 10
+    assert TIMINGS.fullmatch(first.stderr)

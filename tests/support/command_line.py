@@ -1,0 +1,37 @@
+"""Running the command line in a test: in this process, in another, and as at a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tritgguf.cli import app
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fails(capsys: Capture, *arguments: str) -> str:
+    """Run a command that must fail with one line and exit code 1; return the line."""
+    assert app.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", captured.err)
+    return captured.err
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stdin and stdout be a terminal's. (No fixture: pytest sets stdout anew when the test starts.)"""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)

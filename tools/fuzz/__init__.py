@@ -1,0 +1,1 @@
+"""Damaged input by the thousand."""

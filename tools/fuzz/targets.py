@@ -1,0 +1,268 @@
+"""What is fuzzed: each target makes damaged input from a seed and gives it to a reader or a command.
+
+A target returns when the input was read or refused as it should be; everything else is a finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import mmap
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cpu_kernels.packed_rows.check_words import first_damaged_row
+from cpu_kernels.packed_rows.unpack import dequantize
+from cpu_kernels.threads.crew import Crew
+from cpu_kernels.transformer.activations import quantize_row
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
+from tools.fuzz.mutations import MarkedBytes, mark_gguf, mutate_bytes, mutate_json
+from tools.models import families
+from tritgguf.cli import app
+from tritgguf.conversion.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.imatrix import read_importance
+from tritgguf.formats.integrity import check
+from tritgguf.formats.trit_types import codebook_key, row_bytes
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.model import Model
+from tritgguf.runtime.single_sequence import SingleSequence
+from tritgguf.sources.open import open_source
+from tritgguf.tokenization import chat_template
+from tritgguf.tokenization.tokenizer import Tokenizer
+
+_OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
+Target = Callable[[random.Random], None]
+_HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
+
+
+class FindingError(Exception):
+    """Something that a damaged input must not do."""
+
+
+class Targets:
+    """The targets, with the sound models that they damage; all files lie in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.source = folder / "model"
+        if not (folder / "sound.gguf").exists():
+            families.write_random_family(self.source, "qwen3")
+            convert(self.source, folder / "sound.gguf", depth=2, threads=1)
+        self._file = mark_gguf(str(folder / "sound.gguf"))
+        self._header = _short_header(folder)
+        self._damaged = folder / "damaged.gguf"
+        self._compile_kernels()
+        self.by_name: dict[str, Target] = {
+            "gguf-header": self.gguf_header,
+            "gguf-file": self.gguf_file,
+            "command": self.command,
+            "safetensors": self.safetensors,
+            "config": self.config,
+            "tokenizer": self.tokenizer,
+            "chat-template": self.chat_template,
+            "trit-rows": self.trit_rows,
+        }
+
+    def _compile_kernels(self) -> None:
+        """Compile what the targets run, or load it from the cache: a case has ten seconds."""
+        for command in self._commands(self.folder / "sound.gguf"):
+            self._call(command)
+        for number in range(40):
+            self.trit_rows(random.Random(number))
+
+    def gguf_header(self, chance: random.Random) -> None:
+        """Open a file whose short header is damaged, and look at every key and tensor."""
+        self._damaged.write_bytes(mutate_bytes(self._header, chance))
+        with _refusal():
+            file = GgufFile(self._damaged)
+            size = self._damaged.stat().st_size
+            for info in file.tensors.values():
+                if not 0 <= info.offset <= info.offset + info.n_bytes <= size:
+                    raise FindingError(f"tensor {info.name} lies outside of the file")
+                file.raw(info.name)
+            dict(file.metadata)
+            ModelConfig.from_file(file)
+
+    def gguf_file(self, chance: random.Random) -> None:
+        """Open a whole damaged file, load the model and run two tokens, check it and read it as a source."""
+        self._damaged.write_bytes(mutate_bytes(self._file, chance))
+        with _refusal():
+            file = GgufFile(self._damaged)
+            Tokenizer(file.metadata, name=str(self._damaged))
+            sequence = SingleSequence(Model(file, threads=1), 4)
+            sequence.forward([1, 2])
+            sequence.forward([3])
+        with _refusal():
+            check(self._damaged, threads=1)
+        with _refusal():
+            for tensor in open_source(str(self._damaged)).tensors:
+                open_source(str(self._damaged)).read(tensor.name)
+                break
+        with _refusal():
+            read_importance(self._damaged, {"blk.0.attn_q.weight": 128})
+
+    def command(self, chance: random.Random) -> None:
+        """Give a damaged file to a command as a user would."""
+        self._damaged.write_bytes(mutate_bytes(self._file, chance))
+        self._call(chance.choice(self._commands(self._damaged)))
+
+    def _commands(self, file: Path) -> tuple[list[str], ...]:
+        path, out = str(file), str(self.folder / "out.gguf")
+        return (
+            ["inspect", path],
+            ["check", path, "-t", "1"],
+            ["run", path, "--raw", "-p", "a", "-n", "1", "-c", "8", "-t", "1", "--temp", "0"],
+            ["convert", path, out, "--depth", "1", "-t", "1", "--overwrite"],
+        )
+
+    def _call(self, arguments: list[str]) -> None:
+        """Run a command in this process and look at what it says, returns and leaves behind."""
+        for name in _OUTPUTS:
+            (self.folder / name).unlink(missing_ok=True)  # of a case that did not come to its end
+        printed, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            code = app.main(arguments)
+        left = [name for name in _OUTPUTS if (self.folder / name).exists()]
+        lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
+        if code not in (0, 1) or (code == 1) != (len(lines) == 1):
+            raise FindingError(f"{arguments[0]}: exit code {code}, stderr {errors.getvalue()[-300:]!r}")
+        if "Traceback" in errors.getvalue() or (code and left):
+            raise FindingError(f"{arguments[0]}: left {left}, stderr {errors.getvalue()[-300:]!r}")
+
+    def safetensors(self, chance: random.Random) -> None:
+        """Read a folder whose safetensors header is damaged."""
+        sound = (self.source / "model.safetensors").read_bytes()
+        length = int.from_bytes(sound[:8], "little")
+        if chance.random() < 0.7:
+            header = json.dumps(mutate_json(json.loads(sound[8 : 8 + length]), chance), ensure_ascii=True).encode()
+            damaged = len(header).to_bytes(8, "little") + header + sound[8 + length :]
+        else:
+            marked = MarkedBytes()
+            marked.integer(length, 8)
+            marked.texts.append((8, length))
+            marked.plain(sound[8:])
+            damaged = mutate_bytes(marked, chance)
+        self._read_folder("model.safetensors", damaged, read=True)
+
+    def config(self, chance: random.Random) -> None:
+        """Read a folder whose config.json is damaged."""
+        sound = json.loads((self.source / "config.json").read_text("utf-8"))
+        self._read_folder("config.json", json.dumps(mutate_json(sound, chance)).encode(), read=False)
+
+    def tokenizer(self, chance: random.Random) -> None:
+        """Read a folder whose tokenizer files are damaged, and encode and decode with it."""
+        name = chance.choice(("tokenizer.json", "tokenizer_config.json"))
+        sound = json.loads((self.source / name).read_text("utf-8"))
+        self._read_folder(name, json.dumps(mutate_json(sound, chance)).encode(), read=False)
+
+    def chat_template(self, chance: random.Random) -> None:
+        """Render templates made of parts that real and hostile ones have."""
+        parts = (
+            "{{ messages[0]['content'] }}", "{% for m in messages %}{{ m.role }}{% endfor %}",
+            "{{ 'a' * 99999999999 }}", "{% for i in range(9999) %}", "{% endfor %}", "{{ ''.__class__ }}",
+            "{{ 2 ** 99999999 }}", "{% macro f() %}", "{{ f() }}", "{% endmacro %}", "{{ messages | tojson }}",
+            "{% set x = messages %}", "{{ x ~ x }}", "{% if", "{{ bos_token }}", "{% generation %}",
+            "{% endgeneration %}", "}}", "{#", "{{ raise_exception('no') }}",
+        )  # fmt: skip
+        template = "".join(chance.choice(parts) for _ in range(chance.randrange(1, 9)))
+        with _refusal():
+            chat_template.render(template, [{"role": "user", "content": "a"}], bos_token="", eos_token="")
+
+    def trit_rows(self, chance: random.Random) -> None:
+        """Run every kernel on random words whose last byte is the last one before memory that may not be read."""
+        depth, rows = chance.choice((1, 2, 3, 4)), chance.choice((1, 2, 5, 16, 17, 33))
+        columns = 64 * chance.choice((1, 2, 3, 5, 9))
+        generator = np.random.default_rng(chance.getrandbits(32))
+        with _guarded(generator.integers(0, 256, rows * row_bytes(depth, columns), np.uint8)) as data:
+            codebook = np.sort(generator.random(27).astype(np.float32))
+            in_rows = data.reshape(rows, -1)
+            decoded = dequantize(in_rows, codebook, depth, Crew(1))
+            if not np.isfinite(decoded).all():
+                raise FindingError("random words decode to numbers that are not finite")
+            first_damaged_row(in_rows.view(np.uint16), depth)
+            projection = Projection([Matrix(data, rows, columns, depth, codebook)])
+            vector = Activations(1, columns).vector(0)
+            vector[0][:] = generator.standard_normal(columns)
+            quantize_row(*vector)
+            projection.multiply_vector(vector[0], np.empty(rows, np.float32), Crew(1))
+            batch = Batch(7, columns, bits=chance.choice((8, 16)))
+            batch.x[:] = generator.standard_normal((7, columns))
+            batch.quantize(Crew(1))
+            projection.multiply(batch, np.empty((7, rows), np.float32), Crew(1))
+
+    def _read_folder(self, name: str, damaged: bytes, *, read: bool) -> None:
+        folder = self.folder / "damaged"
+        if not folder.exists():
+            shutil.copytree(self.source, folder)
+        (folder / name).write_bytes(damaged)
+        try:
+            with _refusal():
+                source = open_source(str(folder))
+                Tokenizer({key: value.value for key, value in source.metadata.items()}, name=str(folder)).encode(
+                    "a b", add_special=True, parse_special=True
+                )
+                for tensor in source.tensors if read else ():
+                    source.read(tensor.name)
+        finally:
+            shutil.copyfile(self.source / name, folder / name)
+
+
+@contextlib.contextmanager
+def _refusal():  # type: ignore[no-untyped-def]
+    """Let a refusal pass if it is one line."""
+    try:
+        yield
+    except TritGgufError as error:
+        if "\n" in str(error) or not str(error):
+            raise FindingError(f"a message of several lines or none: {error!r}") from error
+
+
+@contextlib.contextmanager
+def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
+    """Place bytes right before a page that may not be read: a kernel that reads on ends the process."""
+    pages = -(-len(data) // mmap.PAGESIZE) + 1
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    whole = np.frombuffer(memory, np.uint8)
+    end = (pages - 1) * mmap.PAGESIZE
+    placed = whole[end - len(data) : end]
+    placed[:] = data
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(whole.ctypes.data + end)
+    if libc.mprotect(guard, mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    try:
+        yield placed
+    finally:
+        libc.mprotect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _short_header(folder: Path) -> MarkedBytes:
+    """Return a file of a few tensors without a tokenizer: thousands of its headers can be read in a second."""
+    from gguf import GGUFValue, GGUFValueType
+
+    from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
+
+    sound = GgufFile(folder / "sound.gguf")
+    names = ["token_embd.weight", "output_norm.weight", *(name for name in sound.tensors if name.startswith("blk.0."))]
+    others = tuple(codebook_key(name) for name in sound.tensors if name not in names)
+    metadata = {key: sound.value(key) for key in sound.metadata if _HEADER_KEYS.match(key) and key not in others}
+    metadata["qwen3.block_count"] = GGUFValue(1, GGUFValueType.UINT32)
+    infos = [sound.tensors[name] for name in names]
+    plan = [PlannedTensor(info.name, info.shape, info.type_id, info.n_bytes) for info in infos]
+    path = folder / "short.gguf"
+    with StreamingWriter(path, metadata, plan, overwrite=True) as writer:
+        for tensor in plan:
+            writer.begin(tensor)
+            writer.write(sound.raw(tensor.name))
+            writer.end(None, (0.0, 0.0))
+    return mark_gguf(str(path))

@@ -1,0 +1,177 @@
+"""Measure the memory of convert, inspect, export and recovery on a checkpoint in the shape of a large model.
+
+    python -m tools.memory.curve --shape qwen2.5-72b --layers 10 --json docs/memory.json --plot docs/memory.svg
+
+The commands run as a user runs them, one after the other, on a checkpoint by `tools/models/synthetic_checkpoint.py`;
+their resident memory is looked at fifty times a second. Everything written but the results is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import svg
+from tools.memory.chart import draw
+from tools.models.synthetic_checkpoint import SHAPES, with_layers, write_checkpoint
+from tritgguf.diagnostics.bench import processor_name
+from tritgguf.exporters.export import FORMATS
+from tritgguf.formats.durable_output import disk_errors, write_text
+from tritgguf.machine import resident_bytes
+
+BOUND = 1_500_000_000
+_INTERVAL = 0.02  # seconds
+_POINTS = 150  # that are kept of a curve
+_RECOVERED_LAYERS = 2
+
+Sample = tuple[float, int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command and its memory, in bytes: its own, and pages of mapped files, which the system can take back."""
+
+    name: str
+    command: str
+    seconds: float
+    peak_own: int
+    peak_files: int
+    curve: list[Sample]
+    """Seconds since the start, own memory, pages of files: the largest of each interval."""
+
+
+def measure(name: str, arguments: Sequence[str]) -> Run:
+    """Run `tritgguf` with these arguments and look at its memory until it ends; SystemExit if it fails."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tritgguf", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    samples: list[Sample] = []
+    start = time.perf_counter()
+    assert process.stderr is not None
+    with process.stderr:
+        while process.poll() is None:
+            try:
+                own, files = resident_bytes(process.pid)
+            except OSError:  # it has just ended
+                break
+            samples.append((time.perf_counter() - start, own, files))
+            time.sleep(_INTERVAL)
+        said = process.stderr.read()
+    seconds = time.perf_counter() - start
+    if process.wait():
+        raise SystemExit(f"{name} failed: {said.strip().splitlines()[-1:]}")
+    return Run(
+        name,
+        " ".join(["tritgguf", *(Path(argument).name for argument in arguments)]),
+        round(seconds, 1),
+        max(own for _, own, _ in samples),
+        max(files for _, _, files in samples),
+        thinned(samples, _POINTS),
+    )
+
+
+def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """Return at most so many samples: the largest values of each of as many equal parts."""
+    size = -(-len(samples) // most)
+    parts = [samples[first : first + size] for first in range(0, len(samples), size)]
+    return [
+        (round(part[0][0], 2), max(own for _, own, _ in part), max(files for _, _, files in part)) for part in parts
+    ]
+
+
+def measure_shape(shape: str, layers: int, folder: Path, formats: Sequence[str]) -> list[Run]:
+    """Measure every command on a checkpoint of this shape; what is written goes as soon as it is not needed."""
+    sizes = with_layers(SHAPES[shape], layers)
+    checkpoint, file, output, again = (folder / name for name in ("checkpoint", "d2.gguf", "output", "again.gguf"))
+    write_checkpoint(checkpoint, sizes)
+    packed_head = ["--output-depth", "4", "--embedding-depth", "4"]
+    runs = [_reported("convert, head packed too", ["convert", str(checkpoint), str(file), *packed_head])]
+    _remove(file)
+    runs.append(_reported("convert", ["convert", str(checkpoint), str(file)]))
+    _remove(checkpoint)
+    runs.append(_reported("inspect", ["inspect", str(file)]))
+    for name in formats:
+        runs.append(_reported(f"export to {name}", ["export", str(file), str(output), "--to", name]))
+        if output.is_file():
+            runs.append(_reported(f"convert from {name}", ["convert", str(output), str(again)]))
+            _remove(again)
+        _remove(output)
+    _remove(file)
+    few = min(layers, _RECOVERED_LAYERS)
+    write_checkpoint(checkpoint, with_layers(sizes, few), dequantized=True)
+    arguments = ["convert", str(checkpoint), str(file), "--encoder", "recover"]
+    runs.append(_reported(f"recovery ({few} layers)", arguments))
+    return runs
+
+
+def _reported(name: str, arguments: Sequence[str]) -> Run:
+    run = measure(name, arguments)
+    print(
+        f"{run.name:45} {run.peak_own / 1e9:6.2f} GB own {run.peak_files / 1e9:6.2f} GB of files {run.seconds:8.1f} s",
+        flush=True,
+    )
+    return run
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of a result."""
+    lines = ["| model | command | peak of its own | pages of files | seconds |", "|---|---|---|---|---|"]
+    for shape, run in itertools.chain.from_iterable(
+        ((shape, run) for run in runs) for shape, runs in result["shapes"].items()
+    ):
+        lines.append(
+            f"| {shape} | {run['name']} | {run['peak_own'] / 1e9:.2f} GB | {run['peak_files'] / 1e9:.2f} GB"
+            f" | {run['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Parse the command line, measure, keep and print; return 1 if a command took more than it may."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, help="whose shape to take; without it, only draw and print")
+    parser.add_argument("--layers", type=int, help="how many of its layers (default all)")
+    parser.add_argument("--export", nargs="*", default=["q8_0"], choices=FORMATS, help="to what (default q8_0)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, required=True, help="keeps the results; other shapes in it stay")
+    parser.add_argument("--plot", type=Path, help="draws every result that the file holds, as SVG")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"bound": BOUND, "processor": processor_name(), "shapes": {}}
+    if options.json.exists():
+        result = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.shape:
+        layers = options.layers or SHAPES[options.shape].layers
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            runs = measure_shape(options.shape, layers, Path(folder), options.export)
+        result["shapes"][f"{options.shape}, {layers} layers"] = [asdict(run) for run in runs]
+        with disk_errors(options.json):
+            write_text(options.json, json.dumps(result) + "\n")
+    print(markdown(result))
+    if options.plot:
+        svg.write(options.plot, draw(result))
+    peaks = [run["peak_own"] for runs in result["shapes"].values() for run in runs]
+    return int(max(peaks, default=0) > BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models to measure and test with: fetched, random, and in the shape of large ones."""

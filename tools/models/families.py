@@ -1,0 +1,156 @@
+"""Every supported family against transformers: random weights, converted, run, and compared logit by logit.
+
+    python -m tools.models.families            # the table of docs/families.md
+    python -m tools.models.families qwen3 phi3 --json
+
+transformers builds each model from its own configuration class; its weights are drawn so that no part of it is idle
+(norms away from 1, biases away from 0, activations near 1), and its windows are far shorter than the text.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tools import tool_command
+from tritgguf.architectures.table import ARCHITECTURES, Architecture
+from tritgguf.cli import terminal
+from tritgguf.conversion.convert import convert
+from tritgguf.evaluation.verify import verify
+from tritgguf.reference.model import require_torch
+from tritgguf.reference.process_settings import silent_transformers
+
+END = "<|endoftext|>"
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+_GEMMA = {"head_dim": 64, "sliding_window": 48, "query_pre_attn_scalar": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, linear rope": ("llama", {"rope_parameters": _LINEAR}),
+    "llama, YaRN": ("llama", {"rope_parameters": _YARN}),
+    "mistral, sliding window": ("mistral", {"sliding_window": 48, "head_dim": 64}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.5,
+        },
+    ),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "phi3, sliding window": ("phi3", {"sliding_window": 48}),
+    "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
+}
+"""Name -> transformers' model type, and its configuration beside `_SIZES`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family's result."""
+
+    name: str
+    hf_class: str
+    gguf_architecture: str
+    max_rel_logit_diff: float
+    tokens: int
+
+
+def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
+    """Write a Hugging Face folder of a family with random weights in float16, and return the folder."""
+    require_torch()
+    import torch
+    import transformers
+
+    model_type, entries = FAMILIES[name]
+    torch.manual_seed(seed)
+    with silent_transformers():
+        config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **entries})
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        for parameter_name, parameter in model.named_parameters():
+            _draw(parameter_name, parameter, ARCHITECTURES[type(model).__name__])
+        model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return folder
+
+
+def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
+    import torch
+
+    with torch.no_grad():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+            # Some multiply embeddings with the root of their width; everybody else's are near 1 themselves.
+            if "embed_tokens" in name and not architecture.scales_embeddings:
+                parameter.mul_(parameter.shape[1] ** 0.5)
+        else:
+            parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of the 256 bytes, one merge (llama.cpp wants some) and an end token."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("t", "h")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+
+
+def measure(name: str, folder: Path, *, depth: int = 2, tokens: int = 256) -> Row:
+    """Convert a random model of a family in `folder` and return the largest difference of its logits."""
+    source = write_random_family(folder / "model", name)
+    convert(source, folder / "model.gguf", depth=depth, overwrite=True)
+    report = verify(source, folder / "model.gguf", tokens=tokens)
+    (hf_class,) = json.loads((source / "config.json").read_text("utf-8"))["architectures"]
+    arch = ARCHITECTURES[hf_class].gguf_name
+    return Row(name, hf_class, arch, report.max_rel_logit_diff, report.tokens)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Families; all if none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare the logits of random models of every family with those of transformers."""
+    rows = []
+    for name in names or FAMILIES:
+        if name not in FAMILIES:
+            raise typer.BadParameter(f"{name} is none of {', '.join(FAMILIES)}")
+        with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
+            rows.append(measure(name, Path(folder)))
+    if as_json:
+        terminal.print_json([vars(row) for row in rows])
+        return
+    print("| family | class | GGUF | largest difference of a logit, relative |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.name} | {row.hf_class} | {row.gguf_architecture} | {row.max_rel_logit_diff:.1e} |")
+
+
+if __name__ == "__main__":
+    tool_command.run(main)

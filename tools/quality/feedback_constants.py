@@ -1,0 +1,93 @@
+"""Which constants of error feedback give the least KL? One row for each setting, the same texts in all.
+
+The calibration text is of package descriptions and docstrings. KL is that of other such text, then of the text that
+ships for `tritgguf verify`, which is of no subject in particular.
+
+    python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
+
+Without arguments that name a setting, the constants as they are and each of them changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults would take half of the time
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cpu_kernels.threads.crew import Crew
+from tools.quality import package_texts
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.block_quantizer import BlockQuantizer
+from tritgguf.calibration.error_feedback import Feedback
+from tritgguf.conversion.plan import block_of
+from tritgguf.evaluation.divergence import compare_windows
+from tritgguf.evaluation.text_windows import shipped_text
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
+from tritgguf.sources.source import Source
+
+SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", help="HF folder or hub id")
+    parser.add_argument(
+        "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
+    )
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize so many blocks only (default all)")
+    parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
+    options = parser.parse_intermixed_args()  # settings may follow options
+
+    source = open_source(options.source)
+    tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
+    depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
+    calibration, evaluation = package_texts.texts()
+    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in (evaluation, shipped_text())]
+    reference = ReferenceModel.open(source)
+    expected = [[reference.logits(window) for window in windows] for windows in texts]
+    print("setting                KL   99th  top-1      KL   99th  top-1  seconds", flush=True)
+    for setting in options.settings:
+        values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
+        some = package_texts.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
+        started = time.perf_counter()
+        quantize(source, depths, some, values, reference)
+        found = [
+            compare_windows(windows, logits, map(reference.logits, windows))
+            for windows, logits in zip(texts, expected, strict=True)
+        ]
+        columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
+        print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
+
+
+def quantized_names(source: Source, blocks: int) -> list[str]:
+    """Return the matrices of the first blocks, in their order."""
+    names = (tensor.name for tensor in source.tensors if quantized_tensor(tensor.name))
+    return sorted((name for name in names if block_of(name) < blocks), key=block_of)
+
+
+def quantize(
+    source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
+) -> None:
+    """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
+    quantizer = BlockQuantizer(source, depths, windows, Crew(None), feedback=partial(Feedback, **settings))
+    decoded = {name: quantizer.quantize(name).decoded() for name in depths}
+
+    def read(name: str) -> np.ndarray:
+        return decoded[name] if name in decoded else source.read(name)
+
+    metadata = {key: value.value for key, value in source.metadata.items()}
+    model.load_tensors(metadata, [tensor.name for tensor in source.tensors], read, source.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Text to calibrate on and text to evaluate on, disjoint, fixed, and on every machine that has the pinned packages.
+
+Package descriptions (METADATA without its header, which is much the same everywhere) and documentation of Python's
+standard library: prose, lists, tables and code. A package or a module is on one side only, by a hash of its name, and a
+paragraph of the evaluation side that also occurs on the calibration side is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+WINDOW_TOKENS = 512
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+_MOST_CHARACTERS = 40_000  # of one package or module, so that none dominates
+_EVALUATION_SHARE = 3  # one of so many
+
+
+def texts() -> tuple[str, str]:
+    """Return the calibration text and the evaluation text."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for name, text in [*_descriptions(), *_docstrings()]:
+        is_evaluation = hashlib.sha256(name.encode()).digest()[0] % _EVALUATION_SHARE == 0
+        sides[is_evaluation].append(text[:_MOST_CHARACTERS])
+    calibration, evaluation = ("\n\n".join(side) for side in sides)
+    known = set(_paragraphs(calibration))
+    return calibration, "\n\n".join(part for part in _paragraphs(evaluation) if part not in known)
+
+
+def windows_of(text: str, tokenizer: Tokenizer, count: int, tokens: int = WINDOW_TOKENS) -> list[list[int]]:
+    """Return `count` windows of tokens from evenly spread places of a text; they overlap where it is too short."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return [ids[start : start + tokens] for start in np.linspace(0, len(ids) - tokens, count).astype(int)]
+
+
+def fingerprint(windows: Sequence[Sequence[int]]) -> str:
+    """Return a hash of windows, to tell whether two results are about the same text."""
+    return hashlib.sha256(np.array(windows, np.int64).tobytes()).hexdigest()[:16]
+
+
+def _descriptions() -> Iterator[tuple[str, str]]:
+    """Yield name and description of every pinned package that is installed."""
+    for line in sorted(_CONSTRAINTS.read_text("utf-8").splitlines(), key=str.lower):
+        name = line.partition("==")[0].strip()
+        if not name or name.startswith("#"):
+            continue
+        try:
+            yield name, str(distribution(name).read_text("METADATA")).partition("\n\n")[2]
+        except PackageNotFoundError:
+            continue
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """Yield name and docstrings of every module of the standard library that is one file."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text("utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        found = [
+            text
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node))
+        ]
+        yield path.stem, "\n\n".join(found)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -1,0 +1,1 @@
+"""Exact recovery of dequantized checkpoints, tested on simulated and real ones."""
