@@ -22,6 +22,7 @@ from cpu_kernels.threads.crew import Crew
 from cpu_kernels.transformer.activations import VectorBuffers, quantize_batch, quantize_row, remainder_of_batch
 from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
 from cpu_kernels.transformer.gemv import HALVES, gemv
+from cpu_kernels.transformer.gemv_batch import gemv_batch, scratch_for
 
 
 class Activations:
@@ -145,6 +146,7 @@ class Projection:
         self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
+        self._scratch: np.ndarray | None = None  # of `multiply_vectors`
 
     @property
     def reads_floats(self) -> bool:
@@ -194,3 +196,27 @@ class Projection:
         vector[0][:] = x
         quantize_row(*vector)
         crew.run(gemv, self._isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)
+
+    def multiply_vectors(
+        self, activations: Activations, out: np.ndarray, crew: Crew, scratch: np.ndarray | None = None
+    ) -> None:
+        """Multiply vectors that are quantized already; each result is what `multiply_vector` gives, to the bit.
+
+        Args:
+            activations: of any number of vectors.
+            out: float32 [vectors, rows of all matrices]; the rows may lie anywhere.
+            crew: the threads to use.
+            scratch: what `scratch_for` returned for as many threads and columns, or more; without, it is allocated at
+                the first call and kept.
+
+        """
+        if activations.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
+            raise ValueError("vectors, matrices and output do not fit each other")
+        if scratch is None:
+            if self._scratch is None or len(self._scratch) < crew.threads:
+                self._scratch = scratch_for(crew.threads, self.columns)
+            scratch = self._scratch
+        elif len(scratch) < crew.threads or scratch.shape[1] < scratch_for(0, self.columns).shape[1]:
+            raise ValueError("scratch is too small for the threads or the columns")
+        matrices = self.addresses, self.matrix_rows, self.kinds, self.steps
+        crew.run(gemv_batch, self._isa, *matrices, activations.buffers, out, scratch)
