@@ -23,7 +23,7 @@ from cpu_kernels.transformer.batch_dot import (
     unpack_panel,
 )
 from cpu_kernels.transformer.batch_dot_halves import BLOCK, SUMS, arrange_floats, dot_halves
-from cpu_kernels.transformer.gemv import HALVES, multiply_rows
+from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
 
 _MOST_VECTORS = 16  # for which a row is unpacked once
 _AT_ONCE = 4  # vectors whose integer sums stay in registers together
@@ -40,10 +40,16 @@ _OTHERS = _TAILS + _MOST_VECTORS * ROWS * 4
 _VECTORS = _OTHERS + _MOST_VECTORS * ROWS * 4 * 16
 
 
+@numba.njit(cache=True)
+def scratch_floats(columns):
+    """Return how many float32 a thread needs to work with, for matrices of up to so many columns."""
+    vectors = _MOST_VECTORS * columns  # of float32; of integers and their scales it is less
+    return (_VECTORS + 2 * _ALIGNMENT) // 4 + vectors
+
+
 def scratch_for(threads: int, columns: int) -> np.ndarray:
     """Return working memory for so many threads, a row for each, and matrices of up to so many columns: float32."""
-    floats = _MOST_VECTORS * columns  # a packed matrix's integers and scales need less
-    return np.zeros((threads, (_VECTORS + 2 * _ALIGNMENT) // 4 + floats), np.float32)
+    return np.zeros((threads, scratch_floats.py_func(columns)), np.float32)
 
 
 @numba.njit(cache=True)
@@ -169,6 +175,24 @@ def _half_rows_batch(isa, address, x, y, first, last, scratch):
 
 
 @numba.njit(cache=True)
+def multiply_half_rows(isa, address, x, y, first, last, scratch):
+    """Compute rows `first` to `last` of one float16 matrix times some vectors.
+
+    Args:
+        isa, address: as in `multiply_rows_batch`.
+        x: float32 [vectors, columns].
+        y, first, last, scratch: as in `multiply_rows_batch`.
+
+    """
+    if len(x) == 1:
+        half_rows(isa, address, x[0], y[0], first, last)
+        return
+    for v in range(0, len(x), _MOST_VECTORS):
+        some = slice(v, min(v + _MOST_VECTORS, len(x)))
+        _half_rows_batch(isa, address, x[some], y[some], first, last, scratch)
+
+
+@numba.njit(cache=True)
 def multiply_rows_batch(isa, address, kind, steps, activations, y, first, last, scratch):
     """Compute rows `first` to `last` of one matrix times some vectors: for each what `multiply_rows` gives, to the bit.
 
@@ -182,6 +206,9 @@ def multiply_rows_batch(isa, address, kind, steps, activations, y, first, last, 
     """
     x, pairs, offsets, units = activations
     groups = units.shape[1]
+    if kind == HALVES:
+        multiply_half_rows(isa, address, x, y, first, last, scratch)
+        return
     if len(x) == 1:
         multiply_rows(isa, address, kind, steps, (x[0], pairs[0], offsets[0], units[0]), y[0], first, last)
         return
@@ -189,9 +216,6 @@ def multiply_rows_batch(isa, address, kind, steps, activations, y, first, last, 
     base = scratch.ctypes.data + _aligned(scratch)
     for v in range(0, len(x), _MOST_VECTORS):
         some = slice(v, min(v + _MOST_VECTORS, len(x)))
-        if kind == HALVES:
-            _half_rows_batch(isa, address, x[some], y[some], first, last, scratch)
-            continue
         _arrange(kind, pairs[some], offsets[some], units[some], base)
         _trit_rows_batch(isa, address, kind, row_bytes, steps, groups, y[some], first, last, scratch)
 
