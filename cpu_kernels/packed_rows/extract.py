@@ -1,7 +1,7 @@
 """The heart of the kernels: how digits come out of packed words, for each depth.
 
 The planes and the fields of their words are those of `docs/format.md` section 3; each function below reads them in
-the order in which the document lists them. What its vectors' lanes stand for is the `Step`'s business: `GroupLanes`
+the order in which the document lists them. What its vectors' lanes stand for is the `Step`'s business: `PackedGroups`
 has neighbouring groups of one row side by side, for decode, and `RowLanes` one group of neighbouring rows, for
 prefill.
 """
@@ -75,24 +75,13 @@ class Step(ABC):
         return self.vectors.dot_pairs(zero if onto is None else onto, value, factors)
 
 
-class GroupLanes(Step):
-    """Neighbouring groups of one row: 16, 8 or 4 lanes. The levels are multiplied with activations at once.
+class PackedGroups(Step):
+    """Neighbouring groups of one packed row: 16, 8 or 4 lanes."""
 
-    The activations come as pairs: vector j holds, in neighbouring 16-bit lanes, weights j and j + 8 of every group
-    (`quantize_row` lays them out so).
-
-    Attributes:
-        sums: the running integer sums of the groups, <lanes x i32>.
-
-    """
-
-    def __init__(
-        self, vectors: Vectors, row: ir.Value, pairs: ir.Value, groups: ir.Value, first_group: ir.Value, sums: ir.Value
-    ) -> None:
-        """Take the addresses of the row and of int16 pairs [8, groups, 2], and the group of lane 0."""
-        super().__init__(vectors, sums.type.count)
-        self._row, self._pairs, self._groups, self._first_group = row, pairs, groups, first_group
-        self.sums = sums
+    def __init__(self, vectors: Vectors, lanes: int, row: ir.Value, groups: ir.Value, first_group: ir.Value) -> None:
+        """Take the address of the row, its number of groups, and the group of lane 0."""
+        super().__init__(vectors, lanes)
+        self._row, self._groups, self._first_group = row, groups, first_group
 
     def plane(self, words_per_group: int, start_in_words_per_group: int) -> ir.Value:
         """Load a plane with 2 words a group or 1."""
@@ -115,6 +104,26 @@ class GroupLanes(Step):
         """Return all of them: lane g is group g."""
         return factors
 
+
+class GroupLanes(PackedGroups):
+    """Neighbouring groups of one row whose levels are multiplied with activations at once.
+
+    The activations come as pairs: vector j holds, in neighbouring 16-bit lanes, weights j and j + 8 of every group
+    (`quantize_row` lays them out so).
+
+    Attributes:
+        sums: the running integer sums of the groups, <lanes x i32>.
+
+    """
+
+    def __init__(
+        self, vectors: Vectors, row: ir.Value, pairs: ir.Value, groups: ir.Value, first_group: ir.Value, sums: ir.Value
+    ) -> None:
+        """Take the addresses of the row and of int16 pairs [8, groups, 2], and the group of lane 0."""
+        super().__init__(vectors, sums.type.count, row, groups, first_group)
+        self._pairs = pairs
+        self.sums = sums
+
     def take(self, pair: int, levels: ir.Value) -> None:
         """Multiply with the activations of weights `pair` and `pair + 8`, and add to the sums."""
         builder = self.vectors.builder
@@ -122,6 +131,21 @@ class GroupLanes(Step):
         offset = builder.add(plane, builder.mul(self._first_group, I64(4)))
         x = self.vectors.load(builder.add(self._pairs, offset), I16, 2 * self.lanes)
         self.sums = self.vectors.dot_pairs(self.sums, levels, x)
+
+
+class StoredGroups(PackedGroups):
+    """Neighbouring groups of one row whose levels are kept, to be multiplied with several vectors: [8, lanes, 2]."""
+
+    def __init__(
+        self, vectors: Vectors, lanes: int, row: ir.Value, groups: ir.Value, first_group: ir.Value, target: ir.Value
+    ) -> None:
+        """Take the address to store at, too."""
+        super().__init__(vectors, lanes, row, groups, first_group)
+        self._target = target
+
+    def take(self, pair: int, levels: ir.Value) -> None:
+        """Store them."""
+        self.vectors.store(levels, self._target, 4 * self.lanes * pair)
 
 
 class RowLanes(Step):

@@ -245,10 +245,7 @@ class Vectors:
         return self.builder.sitofp(value, vector(FLOAT, value.type.count))
 
     def sum(self, value: ir.Value) -> ir.Value:
-        """Return the sum of a float vector's lanes, pairwise."""
-        function = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
-        module = self.builder.module
-        declared = module.globals.get(function) or ir.Function(
-            module, ir.FunctionType(FLOAT, [FLOAT, value.type]), function
-        )
-        return self.builder.call(declared, [FLOAT(0.0), value], fastmath=("reassoc",))
+        """Return the sum of a float vector's lanes: both halves are added until one lane is left."""
+        while value.type.count > 1:
+            value = self.builder.fadd(*self.split(value))
+        return self.builder.extract_element(value, I32(0))

@@ -21,7 +21,8 @@ from cpu_kernels.packed_rows.extract import D3, D4
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, BLOCK_TOKENS, GROUP_SIZE, TILE_ROWS
 from cpu_kernels.packed_rows.unpack import unpack_tile
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
-from cpu_kernels.simd.vectors import FLOAT, HALF, I16, I32, I64, Vectors, vector
+from cpu_kernels.simd.vectors import FLOAT, I16, I32, I64, Vectors, vector
+from cpu_kernels.transformer.gemv_batch import multiply_half_rows, scratch_floats
 
 _HALVES = 2  # of a tile: vectors of 16 rows
 _TILE = _HALVES * TILE_ROWS
@@ -30,26 +31,32 @@ _REGISTER_TILE = {PORTABLE: (2, 3), AVX2: (2, 3), AVX2_VNNI: (2, 3), AVX512_NO_V
 # What is unpacked at once, so that it stays in the second-level cache while all tokens pass: 256 rows of 1,536 columns
 _PANEL_TILES = 8
 _PANEL_GROUPS = 96
+# A number of tokens as a type, see `instruction_set`
+T1, T2, T3, T4, T5, T6 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4, (0,) * 5, (0,) * 6)
 _DEPTH_OF_PAIRS = 3  # up to it a group's products of 8-bit numbers, added in pairs, fit 16 bits: 8 * 26 * 127
 
 
 @intrinsic
-def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, scales, out, token_bytes, groups, add):
-    """Emit a tile of 32 rows times a block of 6 tokens, added to `out` or put there; addresses and numbers as integers.
+def _tile_dot(
+    typing_context, isa, depth, count, tile, tile_steps, integers, offsets, scales, out, token_bytes, groups, add
+):
+    """Emit a tile of 32 rows times tokens of a block, added to `out` or put there; addresses and numbers as integers.
+
+    count: how many tokens, as a type; the addresses are those of the first one.
 
     tile int16 [2, groups, 8, 16, 2] or int8 [2, groups, 4, 16, 4], tile_steps float32 [2, groups, 16], integers int16
     [groups, 8, 6 tokens, 2] or int8 [groups, 4, 6 tokens, 4] (the array itself, for its type), offsets int32 [groups,
-    6 tokens], scales float32 [groups, 6 tokens], out float32 [6 tokens, 32], a token every `token_bytes`.
+    6 tokens], scales float32 [groups, 6 tokens], out float32 [tokens, 32], a token every `token_bytes`.
     """
     bits = integers.dtype.bitwidth
     halves_at_once, tokens_at_once = _REGISTER_TILE[isa.count]
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
-        tile, tile_steps, integers_array, offsets, scales, out, token_bytes, groups, add = arguments[2:]
+        tile, tile_steps, integers_array, offsets, scales, out, token_bytes, groups, add = arguments[3:]
         x = builder.ptrtoint(context.make_array(integers)(context, builder, integers_array).data, I64)
         for halves in _chunks(_HALVES, halves_at_once):
-            for tokens in _chunks(BLOCK_TOKENS, tokens_at_once):
+            for tokens in _chunks(count.count, tokens_at_once):
                 places = [
                     (builder.add(out, builder.mul(token_bytes, I64(token))), 4 * half * TILE_ROWS)
                     for token in tokens
@@ -69,12 +76,13 @@ def _tile_dot(typing_context, isa, depth, tile, tile_steps, integers, offsets, s
                     vectors.store(builder.load(total), *place)
         return context.get_dummy_value()
 
-    return types.void(isa, depth, types.intp, types.intp, integers, *[types.intp] * 5, types.boolean), generate
+    numbers = [types.intp] * 5
+    return types.void(isa, depth, count, types.intp, types.intp, integers, *numbers, types.boolean), generate
 
 
 def _chunks(count: int, size: int) -> list[range]:
     """Cut range(count) into ranges of `size`."""
-    return [range(first, first + size) for first in range(0, count, size)]
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 class _Group:
@@ -140,49 +148,31 @@ class _Group:
             builder.store(sum_, total)
 
 
-@intrinsic
-def _widen_halves(typing_context, isa, source, target, count):
-    """Emit the conversion of `count` float16 at `source` to float32 at `target`."""
-
-    def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, isa.count)
-        source, target, count = arguments[1:]
-        for lanes, start, end in (
-            (16, I64(0), builder.and_(count, I64(-16))),
-            (1, builder.and_(count, I64(-16)), count),
-        ):
-            with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
-                halves = vectors.load(builder.add(source, builder.mul(index, I64(2))), HALF, lanes)
-                floats = builder.fpext(halves, vector(FLOAT, lanes))
-                vectors.store(floats, builder.add(target, builder.mul(index, I64(4))))
-        return context.get_dummy_value()
-
-    return types.void(isa, *[types.intp] * 3), generate
-
-
 @numba.njit(cache=True)
 def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out, y, first_token, add):
-    """Put one tile times one block of tokens into y [tokens, rows of the tile], or add it."""
+    """Put one tile times the tokens of one block into y [tokens, rows of the tile], or add it."""
     tokens, rows = min(BLOCK_TOKENS, len(y) - first_token), y.shape[1]
     target = y[first_token:]
-    whole = tokens == BLOCK_TOKENS and rows == _TILE
+    whole = rows == _TILE
     if add and not whole:
         for t in range(tokens):
             for r in range(rows):
                 out[t, r] = target[t, r]
-    _tile_dot(
-        isa,
-        depth,
-        tile.ctypes.data,
-        tile_steps.ctypes.data,
-        integers,
-        offsets.ctypes.data,
-        scales.ctypes.data,
-        target.ctypes.data if whole else out.ctypes.data,
-        target.strides[0] if whole else out.strides[0],
-        len(scales),
-        add,
-    )
+    weights = tile.ctypes.data, tile_steps.ctypes.data
+    end, row = target.ctypes.data if whole else out.ctypes.data, target.strides[0] if whole else out.strides[0]
+    rest = offsets.ctypes.data, scales.ctypes.data, end, row, len(scales), add
+    if tokens == 6:
+        _tile_dot(isa, depth, T6, *weights, integers, *rest)
+    elif tokens == 5:
+        _tile_dot(isa, depth, T5, *weights, integers, *rest)
+    elif tokens == 4:
+        _tile_dot(isa, depth, T4, *weights, integers, *rest)
+    elif tokens == 3:
+        _tile_dot(isa, depth, T3, *weights, integers, *rest)
+    elif tokens == 2:
+        _tile_dot(isa, depth, T2, *weights, integers, *rest)
+    else:
+        _tile_dot(isa, depth, T1, *weights, integers, *rest)
     if not whole:
         for t in range(tokens):
             for r in range(rows):
@@ -240,17 +230,9 @@ def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first
                         _multiply_tile(isa, D4, *arguments)
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"})
-def _dot(a, b):
-    total = np.float32(0.0)
-    for k in range(len(a)):
-        total += a[k] * b[k]
-    return total
-
-
 @numba.njit(cache=True, nogil=True)
 def half_gemm(isa, halves, rows, x, y, first_column, thread, threads):
-    """Compute a thread's share of a float16 matrix times a batch.
+    """Compute a thread's share of a float16 matrix times a batch; each result is what `gemv` gives, to the bit.
 
     Args:
         isa: the instruction set.
@@ -260,9 +242,7 @@ def half_gemm(isa, halves, rows, x, y, first_column, thread, threads):
         y, first_column, thread, threads: as in `trit_gemm`.
 
     """
-    columns = x.shape[1]
-    row = np.empty(columns, np.float32)
-    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
-        _widen_halves(isa, halves[r * columns : (r + 1) * columns].ctypes.data, row.ctypes.data, columns)
-        for t in range(len(x)):
-            y[t, first_column + r] = _dot(row, x[t])
+    scratch = np.empty(scratch_floats(x.shape[1]), np.float32)
+    first, last = rows * thread // threads, rows * (thread + 1) // threads
+    out = y[:, first_column : first_column + rows]
+    multiply_half_rows(isa, halves.ctypes.data, x, out, first, last, scratch)

@@ -118,7 +118,7 @@ def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, fi
 
 
 @numba.njit(cache=True)
-def _half_rows(isa, address, x, y, first, last):
+def half_rows(isa, address, x, y, first, last):
     """Compute rows `first` to `last` of one float16 matrix."""
     row = address + first * len(x) * 2
     for r in range(first, last):
@@ -144,7 +144,7 @@ def multiply_rows(isa, address, kind, steps, activations, y, first, last):
     x, pairs, offsets, scales = activations
     blocks = len(scales) // 4
     if kind == HALVES:
-        _half_rows(isa, address, x, y, first, last)
+        half_rows(isa, address, x, y, first, last)
     elif kind == 1:
         _trit_rows(D1, isa, address, blocks * 16, pairs, offsets[0], scales, steps, y, first, last)
     elif kind == 2:

@@ -27,7 +27,7 @@ from cpu_kernels.transformer.activations import (
 )
 from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
 from cpu_kernels.transformer.gemv import HALVES, gemv
-from cpu_kernels.transformer.gemv_batch import gemv_batch, make_row_scratch
+from cpu_kernels.transformer.gemv_batch import gemv_batch, scratch_for
 
 
 class Activations:
@@ -161,6 +161,7 @@ class Projection:
         self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
+        self._scratch: np.ndarray | None = None  # of `multiply_vectors`
 
     @property
     def reads_floats(self) -> bool:
@@ -196,14 +197,6 @@ class Projection:
                     out[:, first : first + matrix.rows] += rest
             first += matrix.rows
 
-    def multiply_vectors(self, vectors: Activations, out: np.ndarray, crew: Crew) -> None:
-        """Multiply quantized vectors: [n, columns] -> float32 [n, rows of all matrices], equal to `multiply_vector`."""
-        if vectors.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
-            raise ValueError("vectors, matrices and output do not fit each other")
-        scratch = make_row_scratch(self.columns, crew.threads)
-        arguments = (self.addresses, self.matrix_rows, self.kinds, self.steps)
-        crew.run(gemv_batch, crew.isa, *arguments, vectors.buffers, out, scratch)
-
     def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
         """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
         if x.shape != (self.columns,) or out.shape != (self.rows,):
@@ -218,3 +211,27 @@ class Projection:
         vector[0][:] = x
         quantize_row(*vector)
         crew.run(gemv, crew.isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)
+
+    def multiply_vectors(
+        self, activations: Activations, out: np.ndarray, crew: Crew, scratch: np.ndarray | None = None
+    ) -> None:
+        """Multiply vectors that are quantized already; each result is what `multiply_vector` gives, to the bit.
+
+        Args:
+            activations: of any number of vectors.
+            out: float32 [vectors, rows of all matrices]; the rows may lie anywhere.
+            crew: the threads to use.
+            scratch: what `scratch_for` returned for as many threads and columns, or more; without, it is allocated at
+                the first call and kept.
+
+        """
+        if activations.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
+            raise ValueError("vectors, matrices and output do not fit each other")
+        if scratch is None:
+            if self._scratch is None or len(self._scratch) < crew.threads:
+                self._scratch = scratch_for(crew.threads, self.columns)
+            scratch = self._scratch
+        elif len(scratch) < crew.threads or scratch.shape[1] < scratch_for(0, self.columns).shape[1]:
+            raise ValueError("scratch is too small for the threads or the columns")
+        matrices = self.addresses, self.matrix_rows, self.kinds, self.steps
+        crew.run(gemv_batch, crew.isa, *matrices, activations.buffers, out, scratch)

@@ -9,7 +9,7 @@ from cpu_kernels.transformer.activations import VectorBuffers
 from cpu_kernels.transformer.attend_token import make_scratch
 from cpu_kernels.transformer.decode import Buffers, Head, Weights, decode
 from cpu_kernels.transformer.decode_batch import BatchBuffers, decode_batch
-from cpu_kernels.transformer.gemv_batch import make_row_scratch
+from cpu_kernels.transformer.gemv_batch import scratch_for
 from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations
 from tritgguf.architectures.dimensions import Dimensions
@@ -114,7 +114,7 @@ def _batch_buffers(sizes: Dimensions, tokens: int, threads: int) -> BatchBuffers
         gate=np.zeros((tokens, sizes.feed_forward), np.float32),
         up=np.zeros((tokens, sizes.feed_forward), np.float32),
         gated=Activations(tokens, sizes.feed_forward).buffers,
-        own_rows=make_row_scratch(max(sizes.hidden, head_columns, sizes.feed_forward), threads),
+        own_rows=scratch_for(threads, max(sizes.hidden, head_columns, sizes.feed_forward)),
     )
 
 

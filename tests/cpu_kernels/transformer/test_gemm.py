@@ -99,7 +99,16 @@ def test_half_matrix(variant: str, columns: int) -> None:
     batch = batch_of(x)
     result = multiply([matrix[0]], batch)
     assert_close(result, expected_product([matrix], batch))
-    assert_close(result, one_by_one([matrix[0]], x))
+    np.testing.assert_array_equal(result, one_by_one([matrix[0]], x))
+
+
+@depths
+@bit_counts
+def test_a_block_that_is_not_full_changes_no_bit(variant: str, depth: int, bits: int) -> None:
+    matrix, x = trit_matrix(depth, 37, 192)[0], vectors(12, 192)
+    whole = multiply([matrix], batch_of(x, bits))
+    for tokens in (1, 2, 3, 4, 5, 7, 11):
+        np.testing.assert_array_equal(multiply([matrix], batch_of(x[:tokens], bits)), whole[:tokens])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
