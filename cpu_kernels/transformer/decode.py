@@ -78,6 +78,28 @@ def add_bias(bias, out, first, last):
 
 
 @numba.njit(cache=True)
+def _attention(
+    isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter, thread, threads
+):
+    """Compute this thread's share of a layer's attention, its matrices included; all threads are done at the end."""
+    addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
+    gemv(isa, addresses[QKV], weights.rows[QKV], kinds[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
+    wait_for_all(counter, threads)
+    attend_token(
+        isa, kv, scratch, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], options,
+        sequence, position, thread, threads,
+    )  # fmt: skip
+    wait_for_all(counter, threads)
+    join_spans(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
+    quantize_row(*attended)
+    out = buffers.residual
+    first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
+    multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
+    add_bias(weights.output_biases[layer], out, first, last)
+    wait_for_all(counter, threads)
+
+
+@numba.njit(cache=True)
 def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads):
     """Compute this thread's share of gate and up, join them and quantize the result."""
     columns = len(buffers.gate)
@@ -128,30 +150,10 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
             options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
-        gemv(
-            isa,
-            addresses[QKV],
-            weights.rows[QKV],
-            kinds[QKV],
-            steps[QKV],
-            hidden,
-            buffers.qkv,
-            thread,
+        _attention(
+            isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter, thread,
             threads,
-        )
-        wait_for_all(counter, threads)
-        attend_token(
-            isa, kv, scratch, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], options,
-            sequence, position, thread, threads,
         )  # fmt: skip
-        wait_for_all(counter, threads)
-        join_spans(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
-        quantize_row(*attended)
-        out = buffers.residual
-        first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
-        multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
-        add_bias(weights.output_biases[layer], out, first, last)
-        wait_for_all(counter, threads)
         output_norm = weights.attention_output_norms[layer]
         advance_row(
             stream, buffers.residual, output_norm, options.residual_scale, weights.feed_forward_norms[layer],
@@ -160,6 +162,8 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
         quantize_row(*hidden)
         _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads)
         wait_for_all(counter, threads)
+        out = buffers.residual
+        first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
         multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
         add_bias(weights.down_biases[layer], out, first, last)
         output_norm = weights.feed_forward_output_norms[layer]

@@ -19,6 +19,7 @@ from tiny_models import write_tiny_model
 from tritgguf.cli import app
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
+from tritgguf.conversion.encoders import Automatic
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import LayerError
@@ -70,7 +71,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         "--resume",
     ]
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
-    options: dict[str, Any] = {"depth": 3, "encoder": "auto", "threads": 2, "overwrite": True, "resume": True}
+    options: dict[str, Any] = {"depth": 3, "encoder": Automatic(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
     options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),))}
     assert calls == [("org/name", Path("out.gguf"), options)]
@@ -134,7 +135,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
     (tmp_path / "text.txt").write_text("Some text.\n")
     arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
     assert app.main(["verify", "models/x", "x.gguf", *arguments]) == 0
-    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None}
+    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None, "isa": None}
     assert calls == [("models/x", [Path("x.gguf")], options)]
     captured = capsys.readouterr()
     for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):

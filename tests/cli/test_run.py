@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from command_line import Capture, at_a_terminal, fails, run_python
-from scripted_model import END, scripted
+from scripted_model import END, scripted, set_context
 from small_tokenizers import encode
 
 from tritgguf.cli import app, terminal
@@ -63,10 +63,12 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
         Path("model.gguf"),
         {
             "context": None,
+            "parallel": 1,
             "threads": None,
             "prefill_bits": 8,
             "exact": False,
             "cache_type": None,
+            "isa": None,
             "on_compilation": terminal.print_compilation_note,
         },
     )
@@ -122,14 +124,14 @@ def test_an_empty_pipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_full_context_is_said(capsys: Capture, model: Any) -> None:
-    model.model.context = 16
+    set_context(model, 16)
     model.model.script = [40] * 99
     assert app.main(["run", "model.gguf", "--raw", "-p", "The dog"]) == 0
     assert "the context of 16 tokens is full" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context(capsys: Capture, model: Any) -> None:
-    model.model.context = 16
+    set_context(model, 16)
     assert "the context holds 16" in fails(capsys, "run", "model.gguf", "-p", "dog " * 50)
 
 
@@ -165,7 +167,7 @@ def test_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any) ->
     captured = capsys.readouterr()
     assert captured.out == "Red.\nBlue.\n"
     assert TIMINGS.search(captured.err)
-    said = model.tokenizer.decode(model.cached_tokens)
+    said = model.tokenizer.decode(model.model.text)
     assert said.startswith("system\nBe brief.\nuser\nA color?\nassistant\nRed.\nuser\nAnother?\nassistant\nBlue.")
 
 
@@ -179,21 +181,21 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
     stopped = capsys.readouterr().out.splitlines()[0]
     assert "The dog sleeps.".startswith(stopped)
     assert stopped
-    assert f"assistant\n{stopped}\nuser\nAnother?" in model.tokenizer.decode(model.cached_tokens)
+    assert f"assistant\n{stopped}\nuser\nAnother?" in model.tokenizer.decode(model.model.text)
 
 
 def test_clear_starts_a_new_chat(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     at_a_terminal(monkeypatch)
     types(monkeypatch, model, [("A color?", "Red."), ("/clear", ""), ("Another?", "Blue.")])
     assert app.main(["run", "model.gguf"]) == 0
-    assert model.tokenizer.decode(model.cached_tokens).startswith("user\nAnother?\nassistant\nBlue.")
+    assert model.tokenizer.decode(model.model.text).startswith("user\nAnother?\nassistant\nBlue.")
 
 
 def test_a_message_without_room_is_an_error_and_the_chat_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any
 ) -> None:
     at_a_terminal(monkeypatch)
-    model.model.context = 40
+    set_context(model, 40)
     types(monkeypatch, model, [("dog " * 100, ""), ("Hi", "Red.")])
     assert app.main(["run", "model.gguf"]) == 0
     captured = capsys.readouterr()

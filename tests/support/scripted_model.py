@@ -37,6 +37,13 @@ class ScriptedModel:
         self.script = list(script)
         self.calls: list[list[int]] = []
         self.interrupt_in_call: int | None = None
+        self._texts: dict[int, list[int]] = {}
+        self._last_sequence = 0
+
+    @property
+    def text(self) -> list[int]:
+        """The tokens of the sequence that the last forward pass went on with."""
+        return self._texts[self._last_sequence]
 
     def new_kv_pool(self, **options: Any) -> KVPool:
         pages = options["sequences"] * (options["context"] // 256 + 2)
@@ -53,6 +60,10 @@ class ScriptedModel:
         self.calls.append(batch.tokens.tolist())
         if len(self.calls) == self.interrupt_in_call:
             raise KeyboardInterrupt
+        for token, position, sequence in zip(batch.tokens, batch.positions, batch.sequences, strict=True):
+            text = self._texts.setdefault(int(sequence), [])
+            text[int(position) :] = [int(token)]
+            self._last_sequence = int(sequence)
         if hidden is not None:
             hidden[:] = np.arange(len(hidden))[:, np.newaxis]
         for row in [] if logits is None else logits:
@@ -76,3 +87,8 @@ def scripted(script: Sequence[int] | str, context: int = 512, template: str | No
     )
     loaded.model = model
     return loaded
+
+
+def set_context(loaded: Any, context: int) -> None:
+    """Give a scripted model an engine with another context."""
+    loaded.engine = Engine(loaded.model, context=context, parallel=4)

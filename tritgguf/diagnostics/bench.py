@@ -186,8 +186,7 @@ def bench(
     """
     if prompt_tokens + generated_tokens == 0:
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
-    file = GgufFile(path)
-    context = depth + max(prompt_tokens, generated_tokens)
+    file, context = GgufFile(path), depth + max(prompt_tokens, generated_tokens)
     model = Model(file, threads=threads, prefill_bits=prefill_bits, isa=isa)
     sequence = SingleSequence(model, context, cache_type=cache_type)
     check_cache_fits(model.config, context, cache_type, str(file.path))

@@ -43,6 +43,7 @@ _SIZES = {
     "attention.head_count_kv": "key-value heads",
 }
 
+Logits = Callable[[Sequence[int]], np.ndarray]
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all."""
 
@@ -167,9 +168,10 @@ def verify_files(
     windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
 
     runner = _Runner(threads, isa)
+    of_files = [runner.logits_of(file, bits=16) for file in trit_files]
     report("load source", 0, 1)
     reference = ReferenceModel.open(opened, threads=threads)
-    costs = _costs_of_quantization(reference, trit_files, windows, runner, report)
+    costs = _costs_of_quantization(reference, of_files, windows, report)
     progresses = [report if len(trit_files) == 1 else _naming(report, file) for file in trit_files]
     errors = [
         _errors_of_runner(reference, file, windows, runner, progress_of_file)
@@ -203,7 +205,7 @@ class _Runner:
     threads: int | None
     isa: str | None
 
-    def logits_of(self, file: GgufFile, *, bits: int, exact: bool = False) -> Callable[[Sequence[int]], np.ndarray]:
+    def logits_of(self, file: GgufFile, *, bits: int, exact: bool = False) -> Logits:
         """Return a function from a window of tokens to logits, float32 [tokens, vocabulary]."""
         from tritgguf.generation.engine import Engine
         from tritgguf.generation.request import Request
@@ -225,14 +227,12 @@ def _naming(report: Progress, file: GgufFile) -> Progress:
 
 def _costs_of_quantization(
     reference: ReferenceModel,
-    files: Sequence[GgufFile],
+    of_files: Sequence[Logits],
     windows: Sequence[Sequence[int]],
-    runner: _Runner,
     report: Progress,
 ) -> list[Comparison]:
     """Compare the runner's logits of every file with those of the source, which `reference` has the weights of."""
-    parts: list[list[Comparison]] = [[] for _ in files]
-    of_files = [runner.logits_of(file, bits=16) for file in files]
+    parts: list[list[Comparison]] = [[] for _ in of_files]
     for done, window in enumerate(windows):
         report("source", done, len(windows))
         expected = reference.logits(window)
