@@ -5,14 +5,14 @@ from __future__ import annotations
 _CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
-def harmless(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Return a text without its control characters, except line feeds and tabs."""
     return text.translate(_CONTROL_CHARACTERS)
 
 
 def one_line(text: str) -> str:
     """Return a text on one line, without control characters."""
-    return harmless(" ".join(text.split()))
+    return strip_control_characters(" ".join(text.split()))
 
 
 def format_bytes(count: float) -> str:

@@ -6,17 +6,19 @@ import numba
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, TRIT_CODES, WORDS_PER_BLOCK
-from cpu_kernels.threads.crew import Crew, default_crew
+from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 
 
-def pack(levels: np.ndarray, scale_indices: np.ndarray, depth: int, crew: Crew | None = None) -> np.ndarray:
+def pack(
+    levels: np.ndarray, scale_indices: np.ndarray, depth: int, thread_pool: ThreadPool | None = None
+) -> np.ndarray:
     """Pack a quantized matrix.
 
     Args:
         levels: uint8 [rows, columns], level + h, below 3**depth; columns is a multiple of 64.
         scale_indices: uint8 [rows, columns / 16], below 27.
         depth: 1 to 4.
-        crew: the threads to use; None for all cores.
+        thread_pool: the threads to use; None for all cores.
 
     Returns:
         uint8 [rows, bytes of a row], as `docs/format.md` lays it out.
@@ -24,7 +26,9 @@ def pack(levels: np.ndarray, scale_indices: np.ndarray, depth: int, crew: Crew |
     """
     rows, columns = levels.shape
     words = np.empty((rows, columns // BLOCK_SIZE * WORDS_PER_BLOCK[depth]), np.uint16)
-    (crew or default_crew()).run(_PACKERS[depth], levels.reshape(rows, -1, GROUP_SIZE), scale_indices, words)
+    (thread_pool or default_thread_pool()).run(
+        _PACKERS[depth], levels.reshape(rows, -1, GROUP_SIZE), scale_indices, words
+    )
     return words.view(np.uint8)
 
 

@@ -29,7 +29,7 @@ from cpu_kernels.packed_rows.layout import (
 from cpu_kernels.simd.transpose import transpose
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I8, I16, I32, I64, Vectors, vector
-from cpu_kernels.threads.crew import Crew, default_crew
+from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 
 _CACHE_LINE = 64
 _PAIRED = 8
@@ -37,13 +37,13 @@ _PAIRED = 8
 _PLANES = np.array([[0] * 5, [8, 0, 0, 0, 0], [8, 4, 2, 0, 0], [8, 8, 4, 1, 0], [8, 8, 8, 2, 1]])
 
 
-def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.ndarray, np.ndarray]:
+def unpack(rows: np.ndarray, depth: int, thread_pool: ThreadPool | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Unpack rows: the inverse of `pack`.
 
     Args:
         rows: uint8 [rows, bytes of a row].
         depth: 1 to 4.
-        crew: the threads to use; None for all cores.
+        thread_pool: the threads to use; None for all cores.
 
     Returns:
         levels uint8 [rows, columns] (level + h) and scale indices uint8 [rows, columns / 16].
@@ -53,12 +53,12 @@ def unpack(rows: np.ndarray, depth: int, crew: Crew | None = None) -> tuple[np.n
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)
-    crew = crew or default_crew()
-    crew.run(_unpack_rows, crew.isa, words, depth, levels, indices)
+    thread_pool = thread_pool or default_thread_pool()
+    thread_pool.run(_unpack_rows, thread_pool.isa, words, depth, levels, indices)
     return levels.reshape(len(rows), -1), indices
 
 
-def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, crew: Crew | None = None) -> np.ndarray:
+def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, thread_pool: ThreadPool | None = None) -> np.ndarray:
     """Decode packed rows to weights.
 
     A weight is step * level, rounded once to float32, where step = scale / h, rounded once to float32
@@ -68,16 +68,16 @@ def dequantize(rows: np.ndarray, codebook: np.ndarray, depth: int, crew: Crew | 
         rows: uint8 [rows, bytes of a row].
         codebook: float32 [27], the scales: magnitudes of the largest level.
         depth: 1 to 4.
-        crew: the threads to use; None for all cores.
+        thread_pool: the threads to use; None for all cores.
 
     Returns:
         float32 [rows, columns].
 
     """
-    levels, indices = unpack(rows, depth, crew)
+    levels, indices = unpack(rows, depth, thread_pool)
     weights = np.empty(levels.shape, np.float32)
     steps = codebook / np.float32(level_offset(depth))
-    (crew or default_crew()).run(_scale_rows, levels, indices, steps, level_offset(depth), weights)
+    (thread_pool or default_thread_pool()).run(_scale_rows, levels, indices, steps, level_offset(depth), weights)
     return weights
 
 

@@ -7,7 +7,7 @@ import time
 import numba
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 
 BUFFER_BYTES = 1 << 30  # server processors have caches of several hundred megabytes
 
@@ -21,13 +21,13 @@ def read(buffer, thread, threads):
     return total
 
 
-def read_bandwidth(crew: Crew, repetitions: int, buffer_bytes: int = BUFFER_BYTES) -> float:
-    """Return the bytes per second at which `crew` reads a buffer that no cache holds: the median of repetitions."""
+def read_bandwidth(thread_pool: ThreadPool, repetitions: int, buffer_bytes: int = BUFFER_BYTES) -> float:
+    """Return the bytes per second at which the threads read a buffer that no cache holds: the median of repetitions."""
     buffer = np.ones(buffer_bytes // 8, np.int64)
-    crew.run(read, buffer[:0])  # compiles
+    thread_pool.run(read, buffer[:0])  # compiles
     times = []
     for _ in range(repetitions):
         start = time.perf_counter()
-        crew.run(read, buffer)
+        thread_pool.run(read, buffer)
         times.append(time.perf_counter() - start)
     return buffer.nbytes / float(np.median(times))

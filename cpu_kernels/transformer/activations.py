@@ -154,7 +154,7 @@ def normalize_row(x, residual, weight, epsilon, out):
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
-def advance_row(x, residual, output_norm, scale, weight, epsilon, out):
+def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
     """Add a layer's output to the stream, then normalize the stream for the next matrices; all float32.
 
     Args:
@@ -203,7 +203,7 @@ def _emit_gate(builder, arguments, inner):
 
 
 @intrinsic
-def _gate_by_silu(typing_context, gate, up, out, count):
+def _silu_times(typing_context, gate, up, out, count):
     """Emit SwiGLU: silu(x) = x / (1 + exp(-x))."""
 
     def generate(context, builder, signature, arguments):
@@ -214,7 +214,7 @@ def _gate_by_silu(typing_context, gate, up, out, count):
 
 
 @intrinsic
-def _gate_by_gelu(typing_context, gate, up, out, count):
+def _gelu_times(typing_context, gate, up, out, count):
     """Emit GEGLU: gelu(x) = x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x**3)."""
 
     def inner(builder, vectors, x, lanes):
@@ -231,12 +231,12 @@ def _gate_by_gelu(typing_context, gate, up, out, count):
 
 
 @numba.njit(cache=True)
-def gate_row(gate, up, gelu, out):
+def swiglu(gate, up, gelu, out):
     """Open the gate: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
     if gelu:
-        _gate_by_gelu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+        _gelu_times(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
     else:
-        _gate_by_silu(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
+        _silu_times(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -278,30 +278,32 @@ def remainder_of_batch(x, integers, scales, out, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def advance_batch(stream, residual, output_norm, scale, weight, epsilon, x, integers, offsets, scales, thread, threads):
-    """Add a layer's output, normalize and quantize a thread's share of a batch; see `advance_row`.
+def add_and_rms_norm_batch(
+    stream, residual, output_norm, scale, weight, epsilon, x, integers, offsets, scales, thread, threads
+):
+    """Add a layer's output, normalize and quantize a thread's share of a batch; see `add_and_rms_norm`.
 
     Args:
         stream: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
         residual: float32 [tokens, columns], the last matrix's result.
-        output_norm, scale, weight, epsilon: as in `advance_row`.
+        output_norm, scale, weight, epsilon: as in `add_and_rms_norm`.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
         thread, threads: which share.
 
     """
     for block in _share(len(scales), thread, threads):
         for t in _tokens(block, x):
-            advance_row(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
+            add_and_rms_norm(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
         _quantize_tokens(block, x, integers, offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def gate_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
+def swiglu_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
     """Gate and quantize a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
-        gelu: as in `gate_row`.
+        gelu: as in `swiglu`.
         keep: whether `x` is to be written: it is as much memory as all the rest, and packed matrices do not read it.
             Without, columns are whole groups.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
@@ -313,7 +315,7 @@ def gate_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, thread
     for block in _share(len(scales), thread, threads):
         if keep:
             for t in _tokens(block, x):
-                gate_row(gate_up[t, :columns], gate_up[t, columns:], gelu, x[t])
+                swiglu(gate_up[t, :columns], gate_up[t, columns:], gelu, x[t])
             _quantize_tokens(block, x, integers, offsets, scales)
             continue
         for first in range(0, groups, _GROUPS_AT_ONCE):
@@ -321,5 +323,5 @@ def gate_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, thread
             start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
             for t in _tokens(block, x):
                 part = gated[: end - start]
-                gate_row(gate_up[t, start:end], gate_up[t, columns + start : columns + end], gelu, part)
+                swiglu(gate_up[t, start:end], gate_up[t, columns + start : columns + end], gelu, part)
                 _quantize_part(t, some, _groups(part), integers, offsets, scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.attend_token import attend_token, join_spans
+from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 
 
 @numba.njit(cache=True, nogil=True)
@@ -29,5 +29,5 @@ def attend_layers(isa, kv, scratch, qkv, bias, norms, options, position, out, co
     for layer in range(kv.layers):
         attend_token(isa, kv, scratch, layer, qkv, bias, norms[layer], options, 0, position, thread, threads)
         wait_for_all(counter, threads)
-        join_spans(isa, scratch, 0, options.windows[layer], position, head_dim, out[thread], thread)
+        merge_splits(isa, scratch, 0, options.windows[layer], position, head_dim, out[thread], thread)
         wait_for_all(counter, threads)

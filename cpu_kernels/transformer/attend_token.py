@@ -22,8 +22,8 @@ from cpu_kernels.transformer.attention_tile import PANEL, largest_of, powers_of_
 from cpu_kernels.transformer.kv_pages import PAGE, padded_dimension, store_head
 from cpu_kernels.transformer.rotation import common_factors, rotated_head
 
-SPANS = 16  # parts into which the positions of one token's attention are divided at most
-_SHORTEST_SPAN = 64  # positions
+MOST_SPLITS = 16  # parts into which the positions of one token's attention are divided at most
+_SHORTEST_SPLIT = 64  # positions
 
 
 class Scratch(NamedTuple):
@@ -31,9 +31,9 @@ class Scratch(NamedTuple):
 
     own_queries: np.ndarray  # float32 [threads, group + 1, padded_dim]: of a group of heads, and a key
     own_scores: np.ndarray  # float32 [threads, MOST_ROWS, PAGE]
-    sums: np.ndarray  # float32 [tokens, kv_heads, SPANS, group, padded_dim]: of values, weighted
-    largest: np.ndarray  # float32 [tokens, kv_heads, SPANS, group]: score
-    totals: np.ndarray  # float32 [tokens, kv_heads, SPANS, group]: of the weights
+    sums: np.ndarray  # float32 [tokens, kv_heads, MOST_SPLITS, group, padded_dim]: of values, weighted
+    largest: np.ndarray  # float32 [tokens, kv_heads, MOST_SPLITS, group]: score
+    totals: np.ndarray  # float32 [tokens, kv_heads, MOST_SPLITS, group]: of the weights
 
 
 def make_scratch(tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int) -> Scratch:
@@ -42,18 +42,18 @@ def make_scratch(tokens: int, heads: int, kv_heads: int, head_dim: int, threads:
     return Scratch(
         own_queries=np.zeros((threads, group + 1, padded), np.float32),
         own_scores=np.zeros((threads, MOST_ROWS, PAGE), np.float32),
-        sums=np.zeros((tokens, kv_heads, SPANS, group, padded), np.float32),
-        largest=np.zeros((tokens, kv_heads, SPANS, group), np.float32),
-        totals=np.zeros((tokens, kv_heads, SPANS, group), np.float32),
+        sums=np.zeros((tokens, kv_heads, MOST_SPLITS, group, padded), np.float32),
+        largest=np.zeros((tokens, kv_heads, MOST_SPLITS, group), np.float32),
+        totals=np.zeros((tokens, kv_heads, MOST_SPLITS, group), np.float32),
     )
 
 
 @numba.njit(cache=True)
-def _spans(position, window):
+def _splits(position, window):
     """Return where the spans of a token's attention begin, how many positions one has, and how many there are."""
     base = first_position(position, window)
-    length = _SHORTEST_SPAN
-    while length * SPANS < position + 1 - base:
+    length = _SHORTEST_SPLIT
+    while length * MOST_SPLITS < position + 1 - base:
         length *= 2
     return base, length, (position - base) // length + 1
 
@@ -61,7 +61,7 @@ def _spans(position, window):
 @numba.njit(cache=True)
 def units_of(kv, window, position):
     """Return into how many units, which threads can share, a token's attention is divided."""
-    return kv.kv_heads * _spans(position, window)[2]
+    return kv.kv_heads * _splits(position, window)[2]
 
 
 @numba.njit(cache=True)
@@ -85,7 +85,7 @@ def store_key_value(kv, scratch, layer, qkv, bias, norm, options, sequence, posi
 def attend_units(
     isa, kv, scratch, token, layer, qkv, bias, norm, options, sequence, position, first, last, stores, thread
 ):
-    """Compute some units of one token's attention, which `join_spans` completes.
+    """Compute some units of one token's attention, which `merge_splits` completes.
 
     Args:
         isa: the instruction set.
@@ -109,7 +109,7 @@ def attend_units(
     dim, group = 2 * len(cosines), len(queries) - 1
     of_queries = common_factors(qkv, bias, norm, kv.kv_heads * group, kv.kv_heads, dim, options)[0]
     lowest = lowest_position(position, window)
-    base, length, spans = _spans(position, window)
+    base, length, spans = _splits(position, window)
     scale, softcap = options.attention_scale * np.float32(LOG2_E), options.softcap * np.float32(LOG2_E)
     prepared = -1
     for unit in range(first, last):
@@ -133,7 +133,7 @@ def attend_units(
 
 @numba.njit(cache=True)
 def attend_token(isa, kv, scratch, layer, qkv, bias, norm, options, sequence, position, thread, threads):
-    """Compute a thread's share of a single token's attention, which `join_spans` completes; see `attend_units`."""
+    """Compute a thread's share of a single token's attention, which `merge_splits` completes; see `attend_units`."""
     units = units_of(kv, options.windows[layer], position)
     attend_units(
         isa, kv, scratch, 0, layer, qkv, bias, norm, options, sequence, position, units * thread // threads,
@@ -142,7 +142,7 @@ def attend_token(isa, kv, scratch, layer, qkv, bias, norm, options, sequence, po
 
 
 @numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
-def join_spans(isa, scratch, token, window, position, head_dim, out, thread):
+def merge_splits(isa, scratch, token, window, position, head_dim, out, thread):
     """Complete a token's attention when all its units are computed.
 
     Args:
@@ -157,7 +157,7 @@ def join_spans(isa, scratch, token, window, position, head_dim, out, thread):
 
     """
     _, kv_heads, _, group, _ = scratch.sums.shape
-    spans = _spans(position, window)[2]
+    spans = _splits(position, window)[2]
     weights = scratch.own_scores[thread, 0]
     for head in range(kv_heads * group):
         shared, g = head // group, head % group

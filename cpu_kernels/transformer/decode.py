@@ -13,8 +13,8 @@ import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, advance_row, gate_row, quantize_row
-from cpu_kernels.transformer.attend_token import attend_token, join_spans
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
+from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
 
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
 
     addresses: np.ndarray  # int64 [layers, 7]
     rows: np.ndarray  # int64 [7]
-    kinds: np.ndarray  # int64 [layers, 7]
+    depths: np.ndarray  # int64 [layers, 7]
     steps: np.ndarray  # float32 [layers, 7, 32]
     attention_norms: np.ndarray  # float32 [layers, hidden], of the stream
     query_key_norms: np.ndarray  # float32 [layers, rows of Q and K]
@@ -45,7 +45,7 @@ class Head(NamedTuple):
     norm: np.ndarray  # float32 [hidden]
     addresses: np.ndarray  # int64 [1]
     rows: np.ndarray  # int64 [1]
-    kinds: np.ndarray  # int64 [1]
+    depths: np.ndarray  # int64 [1]
     steps: np.ndarray  # float32 [1, 32]
 
 
@@ -82,19 +82,19 @@ def _attention(
     isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter, thread, threads
 ):
     """Compute this thread's share of a layer's attention, its matrices included; all threads are done at the end."""
-    addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
-    gemv(isa, addresses[QKV], weights.rows[QKV], kinds[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+    gemv(isa, addresses[QKV], weights.rows[QKV], depths[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
     wait_for_all(counter, threads)
     attend_token(
         isa, kv, scratch, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], options,
         sequence, position, thread, threads,
     )  # fmt: skip
     wait_for_all(counter, threads)
-    join_spans(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
+    merge_splits(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
     quantize_row(*attended)
     out = buffers.residual
     first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
-    multiply_rows(isa, addresses[OUTPUT], kinds[OUTPUT], steps[OUTPUT], attended, out, first, last)
+    multiply_rows(isa, addresses[OUTPUT], depths[OUTPUT], steps[OUTPUT], attended, out, first, last)
     add_bias(weights.output_biases[layer], out, first, last)
     wait_for_all(counter, threads)
 
@@ -108,13 +108,13 @@ def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads
     first, last = first_group * GROUP_SIZE, last_group * GROUP_SIZE
     if thread == threads - 1:
         last = columns
-    addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
-    multiply_rows(isa, addresses[GATE], kinds[GATE], steps[GATE], hidden, buffers.gate, first, last)
-    multiply_rows(isa, addresses[UP], kinds[UP], steps[UP], hidden, buffers.up, first, last)
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+    multiply_rows(isa, addresses[GATE], depths[GATE], steps[GATE], hidden, buffers.gate, first, last)
+    multiply_rows(isa, addresses[UP], depths[UP], steps[UP], hidden, buffers.up, first, last)
     add_bias(weights.gate_biases[layer], buffers.gate, first, last)
     add_bias(weights.up_biases[layer], buffers.up, first, last)
     x, pairs, offsets, scales = row_of(buffers.gated, 0)
-    gate_row(buffers.gate[first:last], buffers.up[first:last], options.gelu, x[first:last])
+    swiglu(buffers.gate[first:last], buffers.up[first:last], options.gelu, x[first:last])
     quantize_row(
         x[first:last],
         pairs[:, first_group:last_group],
@@ -144,8 +144,8 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
     attended = row_of(buffers.own_attended, thread)
     output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
     for layer in range(len(weights.addresses)):
-        addresses, kinds, steps = weights.addresses[layer], weights.kinds[layer], weights.steps[layer]
-        advance_row(
+        addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+        add_and_rms_norm(
             stream, buffers.residual, output_norm, options.residual_scale, weights.attention_norms[layer],
             options.epsilon, hidden[0],
         )  # fmt: skip
@@ -155,7 +155,7 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
             threads,
         )  # fmt: skip
         output_norm = weights.attention_output_norms[layer]
-        advance_row(
+        add_and_rms_norm(
             stream, buffers.residual, output_norm, options.residual_scale, weights.feed_forward_norms[layer],
             options.epsilon, hidden[0],
         )  # fmt: skip
@@ -164,11 +164,13 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
         wait_for_all(counter, threads)
         out = buffers.residual
         first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
-        multiply_rows(isa, addresses[DOWN], kinds[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
+        multiply_rows(isa, addresses[DOWN], depths[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
         add_bias(weights.down_biases[layer], out, first, last)
         output_norm = weights.feed_forward_output_norms[layer]
         wait_for_all(counter, threads)
-    advance_row(stream, buffers.residual, output_norm, options.residual_scale, head.norm, options.epsilon, hidden[0])
+    add_and_rms_norm(
+        stream, buffers.residual, output_norm, options.residual_scale, head.norm, options.epsilon, hidden[0]
+    )
     quantize_row(*hidden)
-    gemv(isa, head.addresses, head.rows, head.kinds, head.steps, hidden, logits, thread, threads)
+    gemv(isa, head.addresses, head.rows, head.depths, head.steps, hidden, logits, thread, threads)
     wait_for_all(counter, threads)

@@ -15,8 +15,8 @@ import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, advance_row, gate_row, quantize_row
-from cpu_kernels.transformer.attend_token import attend_units, join_spans, store_key_value, units_of
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
+from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
 from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
 
@@ -41,7 +41,7 @@ def _advance(buffers, output_norm, norm, options, thread, threads):
     tokens = len(buffers.stream)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, pairs, offsets, scales = row_of(buffers.hidden, t)
-        advance_row(
+        add_and_rms_norm(
             buffers.stream[t], buffers.residual[t], output_norm, options.residual_scale, norm, options.epsilon, x
         )
         quantize_row(x, pairs, offsets, scales)
@@ -75,7 +75,7 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
     head_dim = 2 * kv.cosines.shape[2]
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, pairs, offsets, scales = row_of(buffers.attended, t)
-        join_spans(isa, scratch, t, window, positions[t], head_dim, x, thread)
+        merge_splits(isa, scratch, t, window, positions[t], head_dim, x, thread)
         quantize_row(x, pairs, offsets, scales)
     wait_for_all(counter, threads)
 
@@ -84,7 +84,7 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
 def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, first, last, thread):
     """Multiply some rows of one matrix with every token, and add the bias."""
     multiply_rows_batch(
-        isa, weights.addresses[layer, matrix], weights.kinds[layer, matrix], weights.steps[layer, matrix],
+        isa, weights.addresses[layer, matrix], weights.depths[layer, matrix], weights.steps[layer, matrix],
         activations, out, first, last, buffers.own_rows[thread],
     )  # fmt: skip
     for t in range(len(out)):
@@ -105,7 +105,7 @@ def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
     _multiply(isa, weights, layer, UP, buffers.hidden, up_bias, buffers.up, buffers, first, last, thread)
     for t in range(len(buffers.gate)):
         x, pairs, offsets, scales = row_of(buffers.gated, t)
-        gate_row(buffers.gate[t, first:last], buffers.up[t, first:last], options.gelu, x[first:last])
+        swiglu(buffers.gate[t, first:last], buffers.up[t, first:last], options.gelu, x[first:last])
         quantize_row(
             x[first:last],
             pairs[:, first_group:last_group],
@@ -139,7 +139,7 @@ def decode_batch(
         _advance(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
         wait_for_all(counter, threads)
         gemv_batch(
-            isa, weights.addresses[layer][QKV], weights.rows[QKV], weights.kinds[layer][QKV],
+            isa, weights.addresses[layer][QKV], weights.rows[QKV], weights.depths[layer][QKV],
             weights.steps[layer][QKV], buffers.hidden, buffers.qkv, buffers.own_rows, thread, threads,
         )  # fmt: skip
         wait_for_all(counter, threads)

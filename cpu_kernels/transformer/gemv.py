@@ -12,7 +12,7 @@ from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, GroupLanes
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
 
-HALVES = 0  # the kind of a float16 matrix; 1 to 4 are the depths of trit matrices
+HALVES = 0  # the depth of a float16 matrix; 1 to 4 are the depths of trit matrices
 _LANES = (16, 8, 4)
 # How far ahead of the multiplication the packed bytes are asked for. Without asking, decode from memory ran at half
 # the speed: the extraction fills the reorder buffer, so few loads are on their way at a time.
@@ -127,13 +127,13 @@ def half_rows(isa, address, x, y, first, last):
 
 
 @numba.njit(cache=True)
-def multiply_rows(isa, address, kind, steps, activations, y, first, last):
+def multiply_rows(isa, address, depth, steps, activations, y, first, last):
     """Compute rows `first` to `last` of one matrix times one vector.
 
     Args:
         isa: the instruction set, see `instruction_set.as_type`.
         address: where the matrix's first row lies.
-        kind: HALVES or a depth.
+        depth: HALVES or a depth.
         steps: float32 [32], codebook / h, padded.
         activations: x float32 [columns], pairs int16 [8, groups, 2], offsets int32 [4, groups], scales float32
             [groups], as `quantize_row` makes them.
@@ -143,25 +143,25 @@ def multiply_rows(isa, address, kind, steps, activations, y, first, last):
     """
     x, pairs, offsets, scales = activations
     blocks = len(scales) // 4
-    if kind == HALVES:
+    if depth == HALVES:
         half_rows(isa, address, x, y, first, last)
-    elif kind == 1:
+    elif depth == 1:
         _trit_rows(D1, isa, address, blocks * 16, pairs, offsets[0], scales, steps, y, first, last)
-    elif kind == 2:
+    elif depth == 2:
         _trit_rows(D2, isa, address, blocks * 28, pairs, offsets[1], scales, steps, y, first, last)
-    elif kind == 3:
+    elif depth == 3:
         _trit_rows(D3, isa, address, blocks * 42, pairs, offsets[2], scales, steps, y, first, last)
     else:
         _trit_rows(D4, isa, address, blocks * 54, pairs, offsets[3], scales, steps, y, first, last)
 
 
 @numba.njit(cache=True, nogil=True)
-def gemv(isa, addresses, rows, kinds, steps, activations, y, thread, threads):
+def gemv(isa, addresses, rows, depths, steps, activations, y, thread, threads):
     """Compute a thread's share of several matrices times one vector.
 
     Args:
         isa: the instruction set.
-        addresses, rows, kinds: int64 [matrices].
+        addresses, rows, depths: int64 [matrices].
         steps: float32 [matrices, 32].
         activations: as in `multiply_rows`.
         y: float32 [rows of all matrices], out; the matrices' results lie side by side.
@@ -174,5 +174,5 @@ def gemv(isa, addresses, rows, kinds, steps, activations, y, thread, threads):
         first, last = max(low - start, 0), min(high - start, rows[m])
         if first < last:
             out = y[start : start + rows[m]]
-            multiply_rows(isa, addresses[m], kinds[m], steps[m], activations, out, first, last)
+            multiply_rows(isa, addresses[m], depths[m], steps[m], activations, out, first, last)
         start += rows[m]

@@ -53,16 +53,16 @@ def scratch_for(threads: int, columns: int) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _unpack_rows(isa, kind, row, row_bytes, rows, groups, first_group, steps, rest, table, base):
+def _unpack_rows(isa, depth, row, row_bytes, rows, groups, first_group, steps, rest, table, base):
     """Unpack one panel of some rows into the scratch."""
     ahead = ROWS * row_bytes
     for r in range(rows):
         levels, scales = base + _LEVELS + r * ROW_BYTES, base + _SCALES + r * ROW_SCALES_BYTES
-        if kind == 1:
+        if depth == 1:
             unpack_panel(isa, D1, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        elif kind == 2:
+        elif depth == 2:
             unpack_panel(isa, D2, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        elif kind == 3:
+        elif depth == 3:
             unpack_panel(isa, D3, row, groups, first_group, steps, rest, table, levels, scales, ahead)
         else:
             unpack_panel(isa, D4, row, groups, first_group, steps, rest, table, levels, scales, ahead)
@@ -70,10 +70,10 @@ def _unpack_rows(isa, kind, row, row_bytes, rows, groups, first_group, steps, re
 
 
 @numba.njit(cache=True)
-def _arrange(kind, pairs, offsets, units, base):
+def _arrange(depth, pairs, offsets, units, base):
     """Copy up to 16 vectors into the scratch, four by four."""
     groups = units.shape[1]
-    own_offsets = offsets[:, kind - 1]
+    own_offsets = offsets[:, depth - 1]
     strides = pairs.strides[0], own_offsets.strides[0], units.strides[0]
     for v in range(0, len(units), _AT_ONCE):
         out = base + _VECTORS + v * groups * GROUP_BYTES
@@ -111,7 +111,7 @@ def _aligned(scratch):
 
 
 @numba.njit(cache=True)
-def _trit_rows_batch(isa, address, kind, row_bytes, table, groups, y, first, last, scratch):
+def _trit_rows_batch(isa, address, depth, row_bytes, table, groups, y, first, last, scratch):
     """Compute rows `first` to `last` of one packed matrix times the vectors in the scratch, up to 16."""
     shift = _aligned(scratch)
     base = scratch.ctypes.data + shift
@@ -124,7 +124,9 @@ def _trit_rows_batch(isa, address, kind, row_bytes, table, groups, y, first, las
         for step in range(0, max(steps, 1), PANEL_STEPS):
             some = min(PANEL_STEPS, steps - step)
             own_rest = rest if step + some == steps else 0
-            _unpack_rows(isa, kind, row, row_bytes, rows, groups, step * LANES, some, own_rest, table.ctypes.data, base)
+            _unpack_rows(
+                isa, depth, row, row_bytes, rows, groups, step * LANES, some, own_rest, table.ctypes.data, base
+            )
             _dot_vectors(isa, len(y), groups, step * LANES, some, own_rest, rows, base)
         sum_lanes(isa, totals, rest, base + _RESULTS, (len(y) * ROWS + 15) // 16)
         for v in range(len(y)):
@@ -193,11 +195,11 @@ def multiply_half_rows(isa, address, x, y, first, last, scratch):
 
 
 @numba.njit(cache=True)
-def multiply_rows_batch(isa, address, kind, steps, activations, y, first, last, scratch):
+def multiply_rows_batch(isa, address, depth, steps, activations, y, first, last, scratch):
     """Compute rows `first` to `last` of one matrix times some vectors: for each what `multiply_rows` gives, to the bit.
 
     Args:
-        isa, address, kind, steps: as in `multiply_rows`.
+        isa, address, depth, steps: as in `multiply_rows`.
         activations: as in `multiply_rows`, with one axis more in front: of the vectors.
         y: float32 [vectors, rows of the matrix], out; rows may lie anywhere.
         first, last: the rows to compute.
@@ -206,26 +208,26 @@ def multiply_rows_batch(isa, address, kind, steps, activations, y, first, last, 
     """
     x, pairs, offsets, units = activations
     groups = units.shape[1]
-    if kind == HALVES:
+    if depth == HALVES:
         multiply_half_rows(isa, address, x, y, first, last, scratch)
         return
     if len(x) == 1:
-        multiply_rows(isa, address, kind, steps, (x[0], pairs[0], offsets[0], units[0]), y[0], first, last)
+        multiply_rows(isa, address, depth, steps, (x[0], pairs[0], offsets[0], units[0]), y[0], first, last)
         return
-    row_bytes = groups // 4 * (16 if kind == 1 else 28 if kind == 2 else 42 if kind == 3 else 54)
+    row_bytes = groups // 4 * (16 if depth == 1 else 28 if depth == 2 else 42 if depth == 3 else 54)
     base = scratch.ctypes.data + _aligned(scratch)
     for v in range(0, len(x), _MOST_VECTORS):
         some = slice(v, min(v + _MOST_VECTORS, len(x)))
-        _arrange(kind, pairs[some], offsets[some], units[some], base)
-        _trit_rows_batch(isa, address, kind, row_bytes, steps, groups, y[some], first, last, scratch)
+        _arrange(depth, pairs[some], offsets[some], units[some], base)
+        _trit_rows_batch(isa, address, depth, row_bytes, steps, groups, y[some], first, last, scratch)
 
 
 @numba.njit(cache=True, nogil=True)
-def gemv_batch(isa, addresses, rows, kinds, steps, activations, y, scratch, thread, threads):
+def gemv_batch(isa, addresses, rows, depths, steps, activations, y, scratch, thread, threads):
     """Compute a thread's share of several matrices times some vectors.
 
     Args:
-        isa, addresses, rows, kinds, steps: as in `gemv`.
+        isa, addresses, rows, depths, steps: as in `gemv`.
         activations: as in `multiply_rows_batch`.
         y: float32 [vectors, rows of all matrices], out; the matrices' results lie side by side.
         scratch: see `scratch_for`.
@@ -239,5 +241,5 @@ def gemv_batch(isa, addresses, rows, kinds, steps, activations, y, scratch, thre
         if first < last:
             out = y[:, start : start + rows[m]]
             own = scratch[thread]
-            multiply_rows_batch(isa, addresses[m], kinds[m], steps[m], activations, out, first, last, own)
+            multiply_rows_batch(isa, addresses[m], depths[m], steps[m], activations, out, first, last, own)
         start += rows[m]

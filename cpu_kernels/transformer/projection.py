@@ -17,7 +17,7 @@ from cpu_kernels.packed_rows.layout import (
     WORDS_PER_BLOCK,
     level_offset,
 )
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import (
     VectorBuffers,
     quantize_batch,
@@ -60,9 +60,9 @@ class Activations:
         view.offsets, view.scales = self.offsets[:vectors], self.scales[:vectors]
         return view
 
-    def quantize(self, crew: Crew) -> None:
+    def quantize(self, thread_pool: ThreadPool) -> None:
         """Fill the integer form from `x`."""
-        crew.run(quantize_vectors, *self.buffers)
+        thread_pool.run(quantize_vectors, *self.buffers)
 
     def vector(self, index: int) -> VectorBuffers:
         """Return one vector's part of the arrays."""
@@ -92,15 +92,15 @@ class Batch:
         """All four arrays, in the order in which kernels take them."""
         return self.x, self.integers, self.offsets, self.scales
 
-    def quantize(self, crew: Crew) -> None:
+    def quantize(self, thread_pool: ThreadPool) -> None:
         """Fill the integer form from `x`."""
-        crew.run(quantize_batch, *self.buffers)
+        thread_pool.run(quantize_batch, *self.buffers)
 
-    def remainder(self, crew: Crew) -> Batch:
+    def remainder(self, thread_pool: ThreadPool) -> Batch:
         """Return what quantization left out, quantized in its turn: 15 more bits of every vector."""
         rest = Batch(*self.x.shape)
-        crew.run(remainder_of_batch, self.x, self.integers, self.scales, rest.x)
-        rest.quantize(crew)
+        thread_pool.run(remainder_of_batch, self.x, self.integers, self.scales, rest.x)
+        rest.quantize(thread_pool)
         return rest
 
     def first(self, tokens: int) -> Batch:
@@ -158,7 +158,7 @@ class Projection:
         self.matrices = list(matrices)
         self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
         self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
-        self.kinds = np.array([matrix.depth for matrix in matrices], np.int64)
+        self.depths = np.array([matrix.depth for matrix in matrices], np.int64)
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
         self._scratch: np.ndarray | None = None  # of `multiply_vectors`
@@ -166,15 +166,15 @@ class Projection:
     @property
     def reads_floats(self) -> bool:
         """Whether a matrix multiplies the batch's `x` instead of its integers."""
-        return bool((self.kinds == HALVES).any())
+        return bool((self.depths == HALVES).any())
 
-    def multiply(self, batch: Batch, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
+    def multiply(self, batch: Batch, out: np.ndarray, thread_pool: ThreadPool, *, exact: bool = False) -> None:
         """Multiply every vector of a batch.
 
         Args:
             batch: [tokens, columns], quantized.
             out: float32 [tokens, rows of all matrices].
-            crew: the threads to use.
+            thread_pool: the threads to use.
             exact: whether to multiply what quantization left out too, which takes twice the time and leaves only
                 the rounding of float32.
 
@@ -182,45 +182,45 @@ class Projection:
         if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
             raise ValueError("batch, matrices and output do not fit each other")
         x, *integers = batch.buffers
-        remainder = batch.remainder(crew).buffers[1:] if exact else ()
+        remainder = batch.remainder(thread_pool).buffers[1:] if exact else ()
         first = 0
         for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
             if matrix.depth == HALVES:
-                crew.run(half_gemm, crew.isa, words, matrix.rows, x, out, first)
+                thread_pool.run(half_gemm, thread_pool.isa, words, matrix.rows, x, out, first)
             else:
-                arguments = (crew.isa, words, matrix.rows, matrix.depth, steps)
-                crew.run(trit_gemm, *arguments, *integers, out, first)
+                arguments = (thread_pool.isa, words, matrix.rows, matrix.depth, steps)
+                thread_pool.run(trit_gemm, *arguments, *integers, out, first)
                 if exact:
                     rest = np.zeros((len(out), matrix.rows), np.float32)
-                    crew.run(trit_gemm, *arguments, *remainder, rest, 0)
+                    thread_pool.run(trit_gemm, *arguments, *remainder, rest, 0)
                     out[:, first : first + matrix.rows] += rest
             first += matrix.rows
 
-    def multiply_vector(self, x: np.ndarray, out: np.ndarray, crew: Crew, *, exact: bool = False) -> None:
+    def multiply_vector(self, x: np.ndarray, out: np.ndarray, thread_pool: ThreadPool, *, exact: bool = False) -> None:
         """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
         if x.shape != (self.columns,) or out.shape != (self.rows,):
             raise ValueError("vector, matrices and output do not fit each other")
         if exact:
             batch = Batch(1, self.columns)
             batch.x[0] = x
-            batch.quantize(crew)
-            self.multiply(batch, out[np.newaxis], crew, exact=True)
+            batch.quantize(thread_pool)
+            self.multiply(batch, out[np.newaxis], thread_pool, exact=True)
             return
         vector = Activations(1, self.columns).vector(0)
         vector[0][:] = x
         quantize_row(*vector)
-        crew.run(gemv, crew.isa, self.addresses, self.matrix_rows, self.kinds, self.steps, vector, out)
+        thread_pool.run(gemv, thread_pool.isa, self.addresses, self.matrix_rows, self.depths, self.steps, vector, out)
 
     def multiply_vectors(
-        self, activations: Activations, out: np.ndarray, crew: Crew, scratch: np.ndarray | None = None
+        self, activations: Activations, out: np.ndarray, thread_pool: ThreadPool, scratch: np.ndarray | None = None
     ) -> None:
         """Multiply vectors that are quantized already; each result is what `multiply_vector` gives, to the bit.
 
         Args:
             activations: of any number of vectors.
             out: float32 [vectors, rows of all matrices]; the rows may lie anywhere.
-            crew: the threads to use.
+            thread_pool: the threads to use.
             scratch: what `scratch_for` returned for as many threads and columns, or more; without, it is allocated at
                 the first call and kept.
 
@@ -228,10 +228,10 @@ class Projection:
         if activations.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
             raise ValueError("vectors, matrices and output do not fit each other")
         if scratch is None:
-            if self._scratch is None or len(self._scratch) < crew.threads:
-                self._scratch = scratch_for(crew.threads, self.columns)
+            if self._scratch is None or len(self._scratch) < thread_pool.threads:
+                self._scratch = scratch_for(thread_pool.threads, self.columns)
             scratch = self._scratch
-        elif len(scratch) < crew.threads or scratch.shape[1] < scratch_for(0, self.columns).shape[1]:
+        elif len(scratch) < thread_pool.threads or scratch.shape[1] < scratch_for(0, self.columns).shape[1]:
             raise ValueError("scratch is too small for the threads or the columns")
-        matrices = self.addresses, self.matrix_rows, self.kinds, self.steps
-        crew.run(gemv_batch, crew.isa, *matrices, activations.buffers, out, scratch)
+        matrices = self.addresses, self.matrix_rows, self.depths, self.steps
+        thread_pool.run(gemv_batch, thread_pool.isa, *matrices, activations.buffers, out, scratch)

@@ -9,7 +9,7 @@ import pytest
 from calibration_inputs import WINDOWS, logit_error, packed_names
 from tiny_models import write_tiny_model
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
@@ -44,9 +44,9 @@ def test_a_block_that_was_written_is_not_quantized_again(tmp_path: Path) -> None
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     names = packed_names(tmp_path / "model")
     depths = dict.fromkeys(names, 2)
-    expected = quantize_all(BlockQuantizer(source, depths, WINDOWS, Crew(2)), names)
+    expected = quantize_all(BlockQuantizer(source, depths, WINDOWS, ThreadPool(2)), names)
     first_block = {name: weights for name, weights in expected.items() if name.startswith("blk.0.")}
-    resumed = BlockQuantizer(source, depths, WINDOWS, Crew(2), written=first_block.get)
+    resumed = BlockQuantizer(source, depths, WINDOWS, ThreadPool(2), written=first_block.get)
     rest = [name for name in names if name not in first_block]
     found = quantize_all(resumed, rest)
     for name in rest:
@@ -59,8 +59,8 @@ def test_matrices_that_are_not_named_stay_and_are_reckoned_with(tmp_path: Path) 
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     names = packed_names(tmp_path / "model")
     some = [name for name in names if "ffn" in name]
-    everything = quantize_all(BlockQuantizer(source, dict.fromkeys(names, 1), WINDOWS, Crew(1)), names)
-    found = quantize_all(BlockQuantizer(source, dict.fromkeys(some, 1), WINDOWS, Crew(1)), some)
+    everything = quantize_all(BlockQuantizer(source, dict.fromkeys(names, 1), WINDOWS, ThreadPool(1)), names)
+    found = quantize_all(BlockQuantizer(source, dict.fromkeys(some, 1), WINDOWS, ThreadPool(1)), some)
     assert set(found) == set(some)
     assert any(not np.array_equal(found[name], everything[name]) for name in some)
 

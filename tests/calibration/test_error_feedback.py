@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.error_feedback import Feedback, InputMoments, _factor_of_inverse
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization.scale_search import quantize_searched
 
-CREW = Crew(2)
+THREAD_POOL = ThreadPool(2)
 depths = pytest.mark.parametrize("depth", DEPTHS)
 
 
@@ -59,7 +59,7 @@ def test_columns_follow_the_formula(depth: int, rows: int, groups: int, seed: in
     steps = (np.geomspace(0.5, 3, 5) / offset).astype(np.float32)
     levels, errors = np.empty(weights.shape, np.uint8), np.empty_like(weights)
     indices = np.empty((rows, groups), np.uint8)
-    CREW.run(quantize_columns, weights, factor, steps, np.float32(offset), levels, indices, errors)
+    THREAD_POOL.run(quantize_columns, weights, factor, steps, np.float32(offset), levels, indices, errors)
     expected_levels, expected_indices, expected_errors, costs = naive_columns(weights, factor, steps, offset)
     # Where float32 and float64 round a weight to different levels, or two steps cost the same, the rows part.
     same = (levels == expected_levels).all(1) & (indices == expected_indices).all(1)
@@ -102,9 +102,9 @@ def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: np.ndarray, o
 def test_output_is_closer_than_with_importance_alone(depth: int) -> None:
     moments, inputs, original = random_moments(192, depth)
     weights = np.random.default_rng(9).standard_normal((40, 192)).astype(np.float32)
-    with_feedback = Feedback(moments).quantize(weights, depth, CREW)
+    with_feedback = Feedback(moments).quantize(weights, depth, THREAD_POOL)
     importance = np.square(inputs).mean(0)
-    (alone,) = quantize_searched(MatrixRows.of(weights), depth, CREW, importance=importance).parts
+    (alone,) = quantize_searched(MatrixRows.of(weights), depth, THREAD_POOL, importance=importance).parts
     errors = [output_error(weights, q.decoded(), inputs, original) for q in (with_feedback, alone)]
     assert errors[0] < 0.8 * errors[1]
     decoded = with_feedback.decoded()
@@ -114,8 +114,8 @@ def test_output_is_closer_than_with_importance_alone(depth: int) -> None:
 def test_a_shift_of_the_inputs_is_repaired() -> None:
     moments, inputs, original = random_moments(128, 3, drift=3.0)
     weights = np.random.default_rng(8).standard_normal((32, 128)).astype(np.float32)
-    repaired = Feedback(moments).quantize(weights, 4, CREW)
-    ignored = Feedback(moments, repairs=False).quantize(weights, 4, CREW)
+    repaired = Feedback(moments).quantize(weights, 4, THREAD_POOL)
+    ignored = Feedback(moments, repairs=False).quantize(weights, 4, THREAD_POOL)
     errors = [output_error(weights, q.decoded(), inputs, original) for q in (repaired, ignored)]
     assert errors[0] < 0.5 * errors[1]
 
@@ -132,8 +132,8 @@ def few_and_others() -> tuple[InputMoments, tuple[np.ndarray, np.ndarray]]:
 def test_feedback_does_not_fit_few_inputs(depth: int) -> None:
     moments, others = few_and_others()
     weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
-    damped = Feedback(moments, repairs=False).quantize(weights, depth, CREW)
-    fitted = Feedback(moments, repairs=False, damping_of_few=0.0).quantize(weights, depth, CREW)
+    damped = Feedback(moments, repairs=False).quantize(weights, depth, THREAD_POOL)
+    fitted = Feedback(moments, repairs=False, damping_of_few=0.0).quantize(weights, depth, THREAD_POOL)
     errors = [output_error(weights, q.decoded(), *others) for q in (damped, fitted)]
     assert errors[0] < 0.95 * errors[1]
 
@@ -142,8 +142,8 @@ def test_feedback_does_not_fit_few_inputs(depth: int) -> None:
 def test_what_is_repaired_helps_on_other_inputs(depth: int) -> None:
     moments, others = few_and_others()
     weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
-    repaired = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, CREW)
-    ignored = Feedback(moments, damping_of_few=0.0, repairs=False).quantize(weights, depth, CREW)
+    repaired = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, THREAD_POOL)
+    ignored = Feedback(moments, damping_of_few=0.0, repairs=False).quantize(weights, depth, THREAD_POOL)
     errors = [output_error(weights, q.decoded(), *others) for q in (repaired, ignored)]
     assert errors[0] < 1.02 * errors[1]
 
@@ -196,8 +196,8 @@ def test_inputs_of_zeros_leave_plain_rounding() -> None:
     weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     moments = InputMoments(64)
     moments.add(torch.zeros(5, 64), torch.zeros(5, 64))
-    found = Feedback(moments).quantize(weights, 3, CREW)
-    (expected,) = quantize_searched(MatrixRows.of(weights), 3, CREW, importance=np.ones(64, np.float32)).parts
+    found = Feedback(moments).quantize(weights, 3, THREAD_POOL)
+    (expected,) = quantize_searched(MatrixRows.of(weights), 3, THREAD_POOL, importance=np.ones(64, np.float32)).parts
     np.testing.assert_array_equal(found.levels, expected.levels)
 
 
@@ -207,7 +207,7 @@ def test_what_is_no_number_is_refused(bad: float) -> None:
     weights = np.ones((2, 64), np.float32)
     weights[1, 5] = bad
     with pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
-        Feedback(moments).quantize(weights, 2, CREW)
+        Feedback(moments).quantize(weights, 2, THREAD_POOL)
     moments.add(torch.full((5, 64), bad), torch.zeros(5, 64))
     with pytest.raises(ValueError, match="has inputs that are NaN or infinite"):
         Feedback(moments)
@@ -217,6 +217,6 @@ def test_what_is_no_number_is_refused(bad: float) -> None:
 def test_threads_of_the_kernel_change_nothing(threads: int) -> None:
     moments, _, _ = random_moments(128, 5)
     weights = np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32)
-    one, many = (Feedback(moments).quantize(weights, 2, Crew(n)) for n in (2, threads))
+    one, many = (Feedback(moments).quantize(weights, 2, ThreadPool(n)) for n in (2, threads))
     np.testing.assert_array_equal(one.levels, many.levels)
     np.testing.assert_array_equal(one.codebook, many.codebook)

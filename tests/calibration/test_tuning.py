@@ -9,7 +9,7 @@ import pytest
 from calibration_inputs import OTHERS, WINDOWS, logit_error, packed_names
 from tiny_models import write_tiny_model
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.sensitivity import relative_error
 from tritgguf.calibration.tuning import Tuning, tune_block
@@ -34,7 +34,7 @@ def test_a_block_comes_closer_to_its_original(tmp_path: Path, variant: str, dept
         originals = {name: block.get(name) for name in block.matrices}
         quantized = {}
         for name, weights in originals.items():
-            (quantized[name],) = quantize_searched(MatrixRows.of(weights), depth, Crew(1)).parts
+            (quantized[name],) = quantize_searched(MatrixRows.of(weights), depth, ThreadPool(1)).parts
             block.set(name, quantized[name].decoded())
         before = relative_error(block.forward(hidden), target), relative_error(block.forward(others), other_target)
         tuned = tune_block(block, hidden, target, quantized, originals, Tuning(epochs=6))
@@ -57,7 +57,7 @@ def test_without_training_nothing_changes(tmp_path: Path) -> None:
     with blocks.block(0) as block:
         originals = {name: block.get(name) for name in block.matrices}
         quantized = {
-            name: next(iter(quantize_searched(MatrixRows.of(weights), 2, Crew(1)).parts))
+            name: next(iter(quantize_searched(MatrixRows.of(weights), 2, ThreadPool(1)).parts))
             for name, weights in originals.items()
         }
         tuned = tune_block(block, hidden, hidden, quantized, originals, Tuning(rate=0.0))
@@ -79,5 +79,5 @@ def test_the_whole_model_is_better_and_the_same_again(tmp_path: Path) -> None:
 def test_matrices_that_are_not_quantized_are_not_trained(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     some = [name for name in packed_names(tmp_path / "model") if "attn_q" in name]
-    quantizer = BlockQuantizer(source, dict.fromkeys(some, 1), WINDOWS[:8], Crew(1), tuning=Tuning(epochs=1))
+    quantizer = BlockQuantizer(source, dict.fromkeys(some, 1), WINDOWS[:8], ThreadPool(1), tuning=Tuning(epochs=1))
     assert [quantizer.quantize(name).depth for name in some] == [1] * len(some)

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from cpu_kernels.threads.bandwidth import read, read_bandwidth
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
 from tritgguf.diagnostics.bench import Speed, bench, bytes_read_per_token, processor_name
@@ -35,8 +35,8 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(crew: Crew, repetitions: int) -> float:
-        return read_bandwidth(crew, repetitions, buffer_bytes=1 << 20)
+    def measure(thread_pool: ThreadPool, repetitions: int) -> float:
+        return read_bandwidth(thread_pool, repetitions, buffer_bytes=1 << 20)
 
     monkeypatch.setattr("tritgguf.diagnostics.bench.read_bandwidth", measure)
 
@@ -52,7 +52,7 @@ def test_speed() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_byte_of_the_buffer_is_read_once(threads: int) -> None:
     buffer = np.arange(1000)
-    assert sum(Crew(threads).run(read, buffer)) == buffer.sum()
+    assert sum(ThreadPool(threads).run(read, buffer)) == buffer.sum()
 
 
 @pytest.mark.parametrize(("tied", "expected"), [(False, HEAD_BYTES + 256), (True, HEAD_BYTES + 256)])

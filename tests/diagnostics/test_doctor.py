@@ -14,7 +14,7 @@ import pytest
 from cpu_kernels import kernel_cache
 from cpu_kernels.simd import instruction_set, self_test, variants
 from cpu_kernels.threads.bandwidth import read, read_bandwidth
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
 from tritgguf.diagnostics import doctor
 from tritgguf.diagnostics.doctor import Diagnosis
@@ -24,8 +24,8 @@ AVX2 = ("avx2", "fma", "f16c")
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def measure(crew: Crew, repetitions: int, buffer_bytes: int) -> float:
-        return read_bandwidth(crew, repetitions, min(buffer_bytes, 1 << 20))
+    def measure(thread_pool: ThreadPool, repetitions: int, buffer_bytes: int) -> float:
+        return read_bandwidth(thread_pool, repetitions, min(buffer_bytes, 1 << 20))
 
     monkeypatch.setattr(doctor, "read_bandwidth", measure)
     monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.diagnostics import kernel_times
 from tritgguf.diagnostics.kernel_times import (
     REST,
@@ -40,9 +40,9 @@ def test_shares_of_a_known_whole() -> None:
 
 def test_empty_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    crew = Crew(2)
-    monkeypatch.setattr(crew, "run", lambda kernel, *arguments: calls.append((kernel.__name__, arguments[1])))
-    assert launch_seconds(crew, 3, 7, repetitions=2) >= 0
+    thread_pool = ThreadPool(2)
+    monkeypatch.setattr(thread_pool, "run", lambda kernel, *arguments: calls.append((kernel.__name__, arguments[1])))
+    assert launch_seconds(thread_pool, 3, 7, repetitions=2) >= 0
     assert calls == [("meet", 7)] * 9
 
 
@@ -61,12 +61,12 @@ def test_launches_of_a_prompt(tiny_trit_file: Callable[..., GgufFile], monkeypat
     config = ModelConfig.from_file(file)
     launches = []
 
-    def launch_seconds(crew: Crew, count: int, meetings: int, repetitions: int) -> float:
+    def launch_seconds(thread_pool: ThreadPool, count: int, meetings: int, repetitions: int) -> float:
         launches.append(count)
         return 0.5
 
     monkeypatch.setattr(kernel_times, "launch_seconds", launch_seconds)
-    times = prefill_times(config, ModelWeights(file, config), Crew(2), [1, 2, 3], 4, repetitions=2, bits=8)
+    times = prefill_times(config, ModelWeights(file, config), ThreadPool(2), [1, 2, 3], 4, repetitions=2, bits=8)
     assert launches[0] >= 7 * config.dimensions.layers
     assert {"trit_gemm", REST} <= set(times.seconds)
     assert times.launch_share == pytest.approx(0.5 / sum(times.seconds.values()))

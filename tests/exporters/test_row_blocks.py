@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters import row_blocks
 from tritgguf.exporters.row_blocks import RowBlocks, stored_bytes
 from tritgguf.formats.gguf_file import GgufFile
 
-CREW = Crew(1)
+THREAD_POOL = ThreadPool(1)
 F16, BF16 = GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q8_0, Q4_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0
 
@@ -27,7 +27,7 @@ def test_blocks(
     monkeypatch.setattr(row_blocks, "_WEIGHTS_AT_ONCE", weights_at_once)
     file = tiny_trit_file("qwen2", 3)
     for name, info in file.tensors.items():
-        blocks = list(RowBlocks(file, name, CREW).decoded(multiple))
+        blocks = list(RowBlocks(file, name, THREAD_POOL).decoded(multiple))
         assert all(len(block) % multiple == 0 for block in blocks[:-1])
         assert all(len(block) <= max(multiple, weights_at_once // block.shape[1] + multiple) for block in blocks)
         np.testing.assert_array_equal(np.concatenate(blocks).reshape(info.shape), file.read_float32(name))
@@ -36,7 +36,7 @@ def test_blocks(
 @pytest.mark.parametrize("kind", [F16, BF16, Q8_0, Q4_0])
 def test_bytes(tiny_trit_file: Callable[..., GgufFile], kind: GGMLQuantizationType) -> None:
     file, name = tiny_trit_file(), "blk.1.ffn_down.weight"
-    written = sum(block.nbytes for block in RowBlocks(file, name, CREW).stored_as(kind))
+    written = sum(block.nbytes for block in RowBlocks(file, name, THREAD_POOL).stored_as(kind))
     assert written == stored_bytes(file.tensors[name].shape, kind)
 
 
@@ -53,7 +53,7 @@ def test_bytes(tiny_trit_file: Callable[..., GgufFile], kind: GGMLQuantizationTy
 def test_range(
     tiny_trit_file: Callable[..., GgufFile], kind: GGMLQuantizationType, fits: float, too_large: float, sign: int
 ) -> None:
-    rows = RowBlocks(tiny_trit_file(), "blk.0.attn_q.weight", CREW)
+    rows = RowBlocks(tiny_trit_file(), "blk.0.attn_q.weight", THREAD_POOL)
     block = np.zeros((2, 64), np.float32)
     for value, is_held in ((fits, True), (too_large, False), (np.inf, False), (np.nan, False)):
         block[1, 7] = sign * value

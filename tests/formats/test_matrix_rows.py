@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_inputs import CREW
+from random_inputs import THREAD_POOL
 from tiny_models import VARIANTS, write_tiny_model
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.recovery.simulated_producer import produce
 from tritgguf import convert
 from tritgguf.formats import matrix_rows
@@ -160,7 +160,7 @@ def test_rows_of_a_folder(tmp_path: Path, variant: str) -> None:
     zeros=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
 )
 def test_quantized_in_blocks(
-    quantize_rows: Callable[[MatrixRows, int, Crew], QuantizedRows],
+    quantize_rows: Callable[[MatrixRows, int, ThreadPool], QuantizedRows],
     rows: int,
     blocks: int,
     multiple: int,
@@ -176,8 +176,8 @@ def test_quantized_in_blocks(
     if kind != "float32":
         weights = weights.astype(np.float16) if kind == "float16" else (weights.view(np.uint32) >> 16).astype(np.uint16)
     with blocks_of(weights_at_once):
-        found = joined(quantize_rows(lazily(weights, multiple), depth, CREW))
-    assert_same(found, joined(quantize_rows(MatrixRows.of(weights), depth, CREW)))
+        found = joined(quantize_rows(lazily(weights, multiple), depth, THREAD_POOL))
+    assert_same(found, joined(quantize_rows(MatrixRows.of(weights), depth, THREAD_POOL)))
 
 
 @pytest.mark.parametrize("row", [0, 5])
@@ -185,7 +185,7 @@ def test_damage_is_found_before_the_first_part(row: int) -> None:
     weights = np.ones((6, 64), np.float32)
     weights[row, 3] = np.inf
     with blocks_of(64), pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
-        quantize_v2(lazily(weights), 2, CREW)
+        quantize_v2(lazily(weights), 2, THREAD_POOL)
 
 
 @given(seed=st.integers(0, 1 << 30), blocks=st.integers(1, 4), spread=st.sampled_from([0.0, 1e-3, 1.0, 10.0]))
@@ -216,13 +216,13 @@ def dequantized(seed: int, rows: int, depth: int, half: str = "float16") -> np.n
 )
 def test_recovered_in_blocks(seed: int, rows: int, depth: int, multiple: int, weights_at_once: int, half: str) -> None:
     weights = dequantized(seed, rows, depth, half)
-    expected = find_fit(weights, crew=CREW)
+    expected = find_fit(weights, thread_pool=THREAD_POOL)
     with blocks_of(weights_at_once):
-        found = find_fit(lazily(weights, multiple), crew=CREW)
+        found = find_fit(lazily(weights, multiple), thread_pool=THREAD_POOL)
         assert isinstance(found, Fit) and isinstance(expected, Fit)
-        recovered = joined(found.encode_rows(lazily(weights, multiple), CREW))
+        recovered = joined(found.encode_rows(lazily(weights, multiple), THREAD_POOL))
     np.testing.assert_array_equal(found.codebook, expected.codebook)
-    assert_same(recovered, expected.encode(weights, CREW))
+    assert_same(recovered, expected.encode(weights, THREAD_POOL))
 
 
 @pytest.mark.parametrize("row", [0, 700, 1999])
@@ -231,9 +231,9 @@ def test_a_group_that_the_sample_missed_is_found_in_its_block(row: int) -> None:
     weights[row, 16:32] = 0.3
     weights[row, 16] = 0.3 * 0.25
     with blocks_of(10_000):
-        found = find_fit(lazily(weights, 3), crew=CREW)
+        found = find_fit(lazily(weights, 3), thread_pool=THREAD_POOL)
         assert isinstance(found, Fit)
-        assert (joined(found.encode_rows(lazily(weights, 3), CREW)).levels[row, 16:32] > 4).all()
+        assert (joined(found.encode_rows(lazily(weights, 3), THREAD_POOL)).levels[row, 16:32] > 4).all()
 
 
 # -- conversions
@@ -278,7 +278,10 @@ def test_memory_of_quantizing() -> None:
     matrix = MatrixRows((4096, 4096), tile.dtype, lambda first, last: np.resize(tile, (last - first, 4096)), 64)
 
     def encode() -> None:
-        assert sum(part.pack(CREW).nbytes for part in quantize_v2(matrix, 2, CREW).parts) == 4096 * 4096 * 28 / 64
+        assert (
+            sum(part.pack(THREAD_POOL).nbytes for part in quantize_v2(matrix, 2, THREAD_POOL).parts)
+            == 4096 * 4096 * 28 / 64
+        )
 
     with blocks_of(1 << 18):
         # The scales of the groups take 4 MB, a block 0.5 MB; the matrix would take 32 MB and its levels 16.
@@ -290,9 +293,9 @@ def test_memory_of_recovering() -> None:
     matrix = MatrixRows((4096, 4096), tile.dtype, lambda first, last: np.resize(tile, (last - first, 4096)), 64)
 
     def recover() -> None:
-        fit = find_fit(matrix, crew=CREW)
+        fit = find_fit(matrix, thread_pool=THREAD_POOL)
         assert isinstance(fit, Fit)
-        assert sum(part.squared_error for part in fit.encode_rows(matrix, CREW).parts) < 1
+        assert sum(part.squared_error for part in fit.encode_rows(matrix, THREAD_POOL).parts) < 1
 
     with blocks_of(1 << 18):
         # A table of levels takes 1.8 MB; the matrix would take 32 MB and its levels 16.

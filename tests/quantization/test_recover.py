@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_inputs import CREW
+from random_inputs import THREAD_POOL
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.recovery.recover_roundtrip import bfloat16_bits, differing_numbers
 from tools.recovery.simulated_producer import HALVES, ORDERS, produce, random_case
 from tritgguf.formats.matrix_rows import MatrixRows
@@ -39,7 +39,7 @@ def published(levels: np.ndarray, scales: np.ndarray, depth: int, order: str = "
 
 def recovered(weights: np.ndarray) -> QuantizedMatrix:
     """Recover a matrix that must have a fit, and check it with the reference decoder."""
-    matrix = recover_matrix(weights, CREW)
+    matrix = recover_matrix(weights, THREAD_POOL)
     assert isinstance(matrix, QuantizedMatrix)
     assert differing_numbers(matrix, weights) == 0
     assert (np.diff(matrix.codebook) >= 0).all()
@@ -49,7 +49,7 @@ def recovered(weights: np.ndarray) -> QuantizedMatrix:
 
 def reason(weights: np.ndarray) -> str:
     """Return why a matrix has no fit."""
-    found = find_fit(weights, crew=CREW)
+    found = find_fit(weights, thread_pool=THREAD_POOL)
     assert isinstance(found, NoFit)
     return found.reason
 
@@ -86,7 +86,7 @@ def test_float16_arithmetic(order: str, depth: int) -> None:
     for kind in range(0, KINDS, 7):
         case = random_case(kind, depth)
         weights = produce(case.scales, case.trits, order, "float16")
-        matrix = recover_matrix(weights, CREW)
+        matrix = recover_matrix(weights, THREAD_POOL)
         outcomes.append(isinstance(matrix, QuantizedMatrix))
         assert not isinstance(matrix, QuantizedMatrix) or differing_numbers(matrix, weights) == 0
     assert all(outcomes) == is_one_rounding
@@ -171,9 +171,9 @@ def test_large_matrix_is_looked_through(monkeypatch: pytest.MonkeyPatch) -> None
 def test_threads_agree() -> None:
     case = random_case(1, 3)
     weights = produce(case.scales, case.trits, "scale * level / h", "float32")
-    fits = [find_fit(weights, crew=Crew(threads)) for threads in (1, 3)]
+    fits = [find_fit(weights, thread_pool=ThreadPool(threads)) for threads in (1, 3)]
     assert all(isinstance(fit, Fit) for fit in fits)
-    first, second = (fit.encode(weights, Crew(3)) for fit in fits if isinstance(fit, Fit))
+    first, second = (fit.encode(weights, ThreadPool(3)) for fit in fits if isinstance(fit, Fit))
     np.testing.assert_array_equal(first.codebook, second.codebook)
     np.testing.assert_array_equal(first.levels, second.levels)
 
@@ -215,7 +215,7 @@ def test_refused_groups_have_no_scale(order: str) -> None:
         levels = generator.permutation(np.arange(16))[np.newaxis, np.newaxis] % 14
         scales = np.full((1, 1), generator.uniform(0.1, 1), np.float32)
         weights = produce(scales, trits_of(levels, 3), order, "float16")
-        found = recover._find_fit_of_depth(MatrixRows.of(weights.reshape(1, 16)), HalfType.FLOAT16, 3, CREW)
+        found = recover._find_fit_of_depth(MatrixRows.of(weights.reshape(1, 16)), HalfType.FLOAT16, 3, THREAD_POOL)
         assert isinstance(found, Fit) == some_scale_gives(weights, 3)
         answers.add(isinstance(found, Fit))
     assert False in answers
@@ -226,7 +226,7 @@ def test_ties(numerator: int, fits: bool) -> None:
     # 1374 / 2048 * 15 / 40 and * 25 / 40 lie halfway between halves; no float32 step rounds both ways as these do.
     levels = np.array([[[15, 25, *range(26, 40)]]])
     weights = published(np.repeat(levels, 4, axis=1), np.full((1, 4), numerator / 2048), 4, "scale * level / h")
-    assert isinstance(find_fit(weights, crew=CREW), Fit) == some_scale_gives(weights, 4) == fits
+    assert isinstance(find_fit(weights, thread_pool=THREAD_POOL), Fit) == some_scale_gives(weights, 4) == fits
 
 
 @half_types
@@ -250,8 +250,8 @@ def test_a_scale_for_each_row() -> None:
 
 def test_deepest() -> None:
     weights = published(np.random.default_rng(7).integers(-13, 14, (8, 4, 16)), np.full((8, 4), 0.1), 3)
-    assert isinstance(find_fit(weights, deepest=3, crew=CREW), Fit)
-    refusal = find_fit(weights, deepest=2, crew=CREW)
+    assert isinstance(find_fit(weights, deepest=3, thread_pool=THREAD_POOL), Fit)
+    refusal = find_fit(weights, deepest=2, thread_pool=THREAD_POOL)
     assert isinstance(refusal, NoFit)
     assert refusal.reason.endswith("at depth 2")
 
@@ -271,10 +271,10 @@ def test_other_types() -> None:
 
 def test_another_matrix() -> None:
     weights = published(np.random.default_rng(8).integers(-4, 5, (4, 4, 16)), np.full((4, 4), 0.1), 2)
-    fit = find_fit(weights, crew=CREW)
+    fit = find_fit(weights, thread_pool=THREAD_POOL)
     assert isinstance(fit, Fit)
     with pytest.raises(ValueError, match="not the matrix"):
-        fit.encode((weights * np.float16(1.5)).astype(np.float16), CREW)
+        fit.encode((weights * np.float16(1.5)).astype(np.float16), THREAD_POOL)
 
 
 # -- the bounds themselves

@@ -17,7 +17,7 @@ import torch
 from tiny_models import write_tiny_model
 from transformers.utils import logging
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.importance import summed_squares
 from tritgguf.calibration.sensitivity import measure_sensitivities
 from tritgguf.conversion.convert import convert
@@ -71,7 +71,7 @@ def _layer_errors(source: Any, folder: Path) -> None:
         lambda source, folder: DecoderBlocks(source, threads=OTHER_THREADS).embed(WINDOWS),
         lambda source, folder: summed_squares(source, WINDOWS, threads=OTHER_THREADS),
         lambda source, folder: measure_sensitivities(
-            source, ["blk.0.ffn_up.weight"], [2], WINDOWS, Crew(OTHER_THREADS)
+            source, ["blk.0.ffn_up.weight"], [2], WINDOWS, ThreadPool(OTHER_THREADS)
         ),
         _calibrated,
         _layer_errors,

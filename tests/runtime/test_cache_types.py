@@ -63,7 +63,7 @@ def test_run_and_bench_take_a_type(tiny_trit_file: Files, monkeypatch: pytest.Mo
         return take(self)
 
     monkeypatch.setattr(KVPool, "_take_page", note_and_take)
-    monkeypatch.setattr("tritgguf.diagnostics.bench.read_bandwidth", lambda crew, repetitions: 1.0)
+    monkeypatch.setattr("tritgguf.diagnostics.bench.read_bandwidth", lambda thread_pool, repetitions: 1.0)
     path = str(tiny_trit_file().path)
     for command in (["run", path, "--raw", "-p", "a", "-n", "1"], ["bench", path, "-p", "2", "-n", "1", "-r", "1"]):
         seen.clear()

@@ -6,12 +6,12 @@ import naive
 import numpy as np
 
 from cpu_kernels.packed_rows.pack import pack
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.projection import Activations, Batch, Matrix
 from tritgguf.formats.trit_types import row_bytes
 
-CREW = Crew(2)
+THREAD_POOL = ThreadPool(2)
 CODEBOOK = np.geomspace(0.01, 1.0, 27).astype(np.float32)
 
 
@@ -25,7 +25,7 @@ def random_levels(depth: int, rows: int, columns: int, seed: int = 0) -> tuple[n
 def trit_matrix(depth: int, rows: int, columns: int, seed: int = 0) -> tuple[Matrix, np.ndarray]:
     """Return a packed matrix and its weights, float64 [rows, columns]."""
     levels, indices = random_levels(depth, rows, columns, seed)
-    data = pack(levels, indices, depth, CREW).reshape(-1)
+    data = pack(levels, indices, depth, THREAD_POOL).reshape(-1)
     return Matrix(data, rows, columns, depth, CODEBOOK), naive.exact_steps(levels, indices, CODEBOOK, depth)
 
 
@@ -47,7 +47,7 @@ def batch_of(x: np.ndarray, bits: int = 16) -> Batch:
     """Return float32 [tokens, columns] as the prefill kernels take them."""
     batch = Batch(*x.shape, bits=bits)
     batch.x[:] = x
-    batch.quantize(CREW)
+    batch.quantize(THREAD_POOL)
     return batch
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.check_words import first_damaged_row
 from cpu_kernels.packed_rows.unpack import dequantize
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
 from tools.fuzz.mutations import MarkedBytes, mark_gguf, mutate_bytes, mutate_json
@@ -186,7 +186,7 @@ class Targets:
         with _guarded(generator.integers(0, 256, rows * row_bytes(depth, columns), np.uint8)) as data:
             codebook = np.sort(generator.random(27).astype(np.float32))
             in_rows = data.reshape(rows, -1)
-            decoded = dequantize(in_rows, codebook, depth, Crew(1))
+            decoded = dequantize(in_rows, codebook, depth, ThreadPool(1))
             if not np.isfinite(decoded).all():
                 raise FindingError("random words decode to numbers that are not finite")
             first_damaged_row(in_rows.view(np.uint16), depth)
@@ -194,11 +194,11 @@ class Targets:
             vector = Activations(1, columns).vector(0)
             vector[0][:] = generator.standard_normal(columns)
             quantize_row(*vector)
-            projection.multiply_vector(vector[0], np.empty(rows, np.float32), Crew(1))
+            projection.multiply_vector(vector[0], np.empty(rows, np.float32), ThreadPool(1))
             batch = Batch(7, columns, bits=chance.choice((8, 16)))
             batch.x[:] = generator.standard_normal((7, columns))
-            batch.quantize(Crew(1))
-            projection.multiply(batch, np.empty((7, rows), np.float32), Crew(1))
+            batch.quantize(ThreadPool(1))
+            projection.multiply(batch, np.empty((7, rows), np.float32), ThreadPool(1))
 
     def _read_folder(self, name: str, damaged: bytes, *, read: bool) -> None:
         folder = self.folder / "damaged"

@@ -10,13 +10,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 
 
 class GgmlQuantizer:
     """Quantizes with ggml and decodes with gguf-py: what a file of llama.cpp would hold."""
 
-    def __init__(self, library: Path, crew: Crew) -> None:
+    def __init__(self, library: Path, thread_pool: ThreadPool) -> None:
         self._function = ctypes.CDLL(str(library)).ggml_quantize_chunk
         floats = ctypes.POINTER(ctypes.c_float)
         self._function.argtypes = [
@@ -29,7 +29,7 @@ class GgmlQuantizer:
             floats,
         ]
         self._function.restype = ctypes.c_size_t
-        self._crew = crew
+        self._thread_pool = thread_pool
 
     def round_trip(self, weights: np.ndarray, type_name: str, importance: np.ndarray | None = None) -> np.ndarray:
         """Return a matrix as it is after quantization: float32 [rows, columns].
@@ -46,7 +46,7 @@ class GgmlQuantizer:
         source = np.ascontiguousarray(weights, np.float32).reshape(rows // joined, joined * columns)
         factors = None if importance is None else np.ascontiguousarray(np.tile(importance, joined), np.float32)
         target = np.empty((len(source), source.shape[1] // block * n_bytes), np.uint8)
-        self._crew.run(self._quantize, int(kind), source, target, factors)
+        self._thread_pool.run(self._quantize, int(kind), source, target, factors)
         return dequantize(target, kind).reshape(rows, columns)
 
     def _quantize(

@@ -26,7 +26,7 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools import svg, tool_command
 from tools.llama_cpp import binaries
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
@@ -89,7 +89,7 @@ class Measurement:
     def __init__(self, model: str, models: Path, threads: int | None, files: Path | None = None) -> None:
         self._files = files
         folder, evaluation_windows, calibration_windows = MODELS[model]
-        self._crew = Crew(threads)
+        self._thread_pool = ThreadPool(threads)
         self._path = models / folder
         if not self._path.is_dir():
             raise TritGgufError(f"{self._path}: is not there; fetch it with python -m tools.models.fetch_model {model}")
@@ -132,25 +132,25 @@ class Measurement:
 
     @functools.cached_property
     def _model(self) -> ReferenceModel:
-        return ReferenceModel.open(self._source, threads=self._crew.threads)
+        return ReferenceModel.open(self._source, threads=self._thread_pool.threads)
 
     @functools.cached_property
     def _expected(self) -> list[np.ndarray]:
         """The original model's logits: float32 [tokens, vocabulary] of each window."""
-        model = ReferenceModel.open(self._source, threads=self._crew.threads)
+        model = ReferenceModel.open(self._source, threads=self._thread_pool.threads)
         return [model.logits(window) for window in self.evaluation]
 
     @functools.cached_property
     def _importance(self) -> dict[str, np.ndarray]:
         tokens = sum(map(len, self.calibration))
-        sums = summed_squares(self._source, self.calibration, threads=self._crew.threads)
+        sums = summed_squares(self._source, self.calibration, threads=self._thread_pool.threads)
         return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
 
     @functools.cached_property
     def _own_text(self) -> list[list[int]]:
         tokens = sum(map(len, self.calibration))
         saved = SavedText(self._files / f"{self._path.name}-self", resume=True) if self._files else None
-        return windows_of_own_text(self._source, tokens, threads=self._crew.threads, saved=saved)
+        return windows_of_own_text(self._source, tokens, threads=self._thread_pool.threads, saved=saved)
 
     def _trit_row(self, name: str, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
@@ -170,11 +170,11 @@ class Measurement:
             settings = {"encoder": "calibrated", "windows": self._own_text}
         if encoder in ("calibrated", "tuned"):
             settings["windows"] = self.calibration
-        threads = self._crew.threads
+        threads = self._thread_pool.threads
         convert(self._path, path, depth=depth, choice=choice, threads=threads, resume=True, **settings)
 
     def _llama_cpp_row(self, kind: str, *, with_importance: bool) -> Comparison:
-        quantizer = GgmlQuantizer(build_referee(binaries.cache_folder()), self._crew)
+        quantizer = GgmlQuantizer(build_referee(binaries.cache_folder()), self._thread_pool)
 
         def read(name: str) -> np.ndarray:
             weights = self._source.read(name)

@@ -21,7 +21,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.quality import package_texts
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
@@ -79,7 +79,7 @@ def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
     """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
-    quantizer = BlockQuantizer(source, depths, windows, Crew(None), feedback=partial(Feedback, **settings))
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(Feedback, **settings))
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:

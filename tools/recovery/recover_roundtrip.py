@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.dimensions import find_architecture
 from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
 from tritgguf.formats.checked import read_json
@@ -58,7 +58,9 @@ def bfloat16_bits(values: np.ndarray) -> np.ndarray:
 
 def differing_numbers(matrix: QuantizedMatrix, weights: np.ndarray) -> int:
     """Count the numbers of a recovered matrix that are not those that it was recovered from; -0.0 and 0.0 are one."""
-    decoded = reference_halves(matrix.pack(Crew(1)), weights.shape[1], matrix.depth, matrix.codebook, weights.dtype)
+    decoded = reference_halves(
+        matrix.pack(ThreadPool(1)), weights.shape[1], matrix.depth, matrix.codebook, weights.dtype
+    )
     if weights.dtype == np.float16:
         return int(np.count_nonzero(decoded != weights))
     return int(np.count_nonzero((decoded != weights) & ((decoded | weights) != 0x8000)))
@@ -87,11 +89,11 @@ def main() -> None:
     parser.add_argument("location", type=Path, help="trit file or Hugging Face folder")
     parser.add_argument("--threads", type=int, default=None, help="threads of the recovery (default: all cores)")
     options = parser.parse_args()
-    crew = Crew(options.threads)
+    thread_pool = ThreadPool(options.threads)
     depths, weights, differing, refused, seconds = Counter[int](), 0, 0, 0, 0.0
     for name, halves in published_matrices(options.location):
         started = time.perf_counter()
-        matrix = recover_matrix(halves, crew)
+        matrix = recover_matrix(halves, thread_pool)
         seconds += time.perf_counter() - started
         weights += halves.size
         if isinstance(matrix, NoFit):
@@ -102,7 +104,7 @@ def main() -> None:
             differing += differing_numbers(matrix, halves)
     recovered = ", ".join(f"{count} at depth {depth}" for depth, count in sorted(depths.items())) or "none"
     print(f"recovered {recovered}; no exact fit {refused}; differing numbers {differing} of {weights}")
-    print(f"recovery {seconds:.1f} s on {crew.threads} threads: {weights / seconds / 1e6:.0f} M weights/s")
+    print(f"recovery {seconds:.1f} s on {thread_pool.threads} threads: {weights / seconds / 1e6:.0f} M weights/s")
 
 
 if __name__ == "__main__":

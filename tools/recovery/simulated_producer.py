@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.recovery.recover_roundtrip import bfloat16_bits, differing_numbers
 from tritgguf.quantization.recover import NoFit, recover_matrix
 
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, default="float16", help="what is published")
     parser.add_argument("--only", default="", help="only kinds that contain this, such as `all levels, log-spaced`")
     options = parser.parse_args()
-    crew = Crew(1)
+    thread_pool = ThreadPool(1)
     precisions = ["float64", "float32", options.half]
     results: dict[tuple[str, str], dict[int, list[int | None]]] = defaultdict(lambda: defaultdict(list))
     refused: dict[str, int] = defaultdict(int)
@@ -181,7 +181,7 @@ def main() -> None:
             seed = next(seeds)
         case = random_case(seed, depth)
         weights = produce(case.scales, case.trits, order, precision, options.half)
-        matrix = recover_matrix(weights, crew)
+        matrix = recover_matrix(weights, thread_pool)
         if isinstance(matrix, NoFit):
             refused[matrix.reason.split(" (")[0]] += 1
             results[order, precision][depth].append(None)

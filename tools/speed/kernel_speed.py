@@ -19,7 +19,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.pack import pack
 from cpu_kernels.simd import instruction_set, variants
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.gemm import trit_gemm
 from cpu_kernels.transformer.gemv import gemv
@@ -61,7 +61,7 @@ def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float, float]:
     vector[0][:] = x[0]
     quantize_row(*vector)
     decode = best_time(
-        lambda: gemv(isa, part.addresses, part.matrix_rows, part.kinds, part.steps, vector, out[0], 0, 1), 50
+        lambda: gemv(isa, part.addresses, part.matrix_rows, part.depths, part.steps, vector, out[0], 0, 1), 50
     )
     weights = ROWS * COLUMNS
     prefill, prefill_8 = (2 * weights * TOKENS / seconds / 1e9 for seconds in prefill_times(matrix, isa, x, out))
@@ -74,7 +74,7 @@ def prefill_times(matrix: Matrix, isa: tuple[int, ...], x: np.ndarray, out: np.n
     for bits in (16, 8):
         batch = Batch(*x.shape, bits=bits)
         batch.x[:] = x
-        batch.quantize(Crew(1))
+        batch.quantize(ThreadPool(1))
         arguments = (isa, words, matrix.rows, matrix.depth, steps, *batch.buffers[1:], out, 0, 0, 1)
         times.append(best_time(functools.partial(trit_gemm, *arguments), 5))
     return times

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.error_feedback import Feedback, InputMoments
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
@@ -34,7 +34,7 @@ class BlockQuantizer:
         source: the model.
         depths: GGUF name -> trits per weight of the matrices to quantize; others stay as they are.
         windows: token ids of the calibration text, in windows of equal length.
-        crew: the threads to use; torch takes as many.
+        thread_pool: the threads to use; torch takes as many.
         written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
             already, or None. A block of which all matrices are written is not quantized again.
         feedback: makes the quantizer of matrices that share an input.
@@ -49,14 +49,14 @@ class BlockQuantizer:
         source: Source,
         depths: Mapping[str, int],
         windows: Sequence[Sequence[int]],
-        crew: Crew,
+        thread_pool: ThreadPool,
         *,
         written: Callable[[str], np.ndarray | None] = lambda name: None,
         feedback: Callable[[InputMoments], Feedback] = Feedback,
         tuning: Tuning | None = None,
     ) -> None:
-        self._blocks = DecoderBlocks(source, threads=crew.threads)
-        self._depths, self._crew, self._written, self._feedback = depths, crew, written, feedback
+        self._blocks = DecoderBlocks(source, threads=thread_pool.threads)
+        self._depths, self._thread_pool, self._written, self._feedback = depths, thread_pool, written, feedback
         self._tuning = tuning
         self._original = self._blocks.embed(windows)
         self._hidden = self._original.clone()
@@ -119,7 +119,7 @@ class BlockQuantizer:
         block.inputs(self._hidden, {names[0]: visit}, last=names[0], known=known)
         feedback = self._feedback(moments)
         for name in names:
-            quantized = feedback.quantize(block.get(name), self._depths[name], self._crew)
+            quantized = feedback.quantize(block.get(name), self._depths[name], self._thread_pool)
             block.set(name, quantized.decoded())
             self._quantized[name] = quantized
         return gathered.whole

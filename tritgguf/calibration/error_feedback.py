@@ -19,7 +19,7 @@ import numpy as np
 
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
 
@@ -162,7 +162,7 @@ class Feedback:
         second = second[self._order][:, self._order]
         self._factor = _factor_of_inverse(second)
 
-    def quantize(self, weights: np.ndarray, depth: int, crew: Crew) -> QuantizedMatrix:
+    def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
 
         Raises ValueError for NaN or infinite weights.
@@ -172,7 +172,7 @@ class Feedback:
         if not np.isfinite(weights).all():
             raise ValueError("has a weight that is NaN or infinite")
         target = self._repaired(torch.from_numpy(weights))
-        codebook = searched_codebook(target.numpy(), self._importance, depth, crew)
+        codebook = searched_codebook(target.numpy(), self._importance, depth, thread_pool)
         offset = np.float32(level_offset(depth))
         steps = codebook / offset
         remaining = target[:, self._order].contiguous()
@@ -184,7 +184,7 @@ class Feedback:
             factor = np.ascontiguousarray(self._factor[first:last, first:last].numpy())
             some_levels, errors = np.empty(some.shape, np.uint8), np.empty_like(some)
             some_indices = np.empty((rows, (last - first) // GROUP_SIZE), np.uint8)
-            crew.run(quantize_columns, some, factor, steps, offset, some_levels, some_indices, errors)
+            thread_pool.run(quantize_columns, some, factor, steps, offset, some_levels, some_indices, errors)
             levels[:, first:last] = some_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = some_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
@@ -28,7 +28,7 @@ def measure_sensitivities(
     names: Collection[str],
     depths: Sequence[int],
     windows: Sequence[Sequence[int]],
-    crew: Crew,
+    thread_pool: ThreadPool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[int, float]]:
     """Return GGUF name -> depth -> mean relative squared error of the block's output.
@@ -38,7 +38,7 @@ def measure_sensitivities(
         names: the matrices to measure.
         depths: trits per weight to try.
         windows: token ids of some text, in windows of equal length.
-        crew: the threads to use; torch takes as many.
+        thread_pool: the threads to use; torch takes as many.
         progress: called with the blocks done and the blocks in all.
 
     Raises:
@@ -46,7 +46,7 @@ def measure_sensitivities(
         ValueError: a weight is NaN or infinite.
 
     """
-    blocks = DecoderBlocks(source, threads=crew.threads)
+    blocks = DecoderBlocks(source, threads=thread_pool.threads)
     hidden = blocks.embed(windows)
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
@@ -58,7 +58,7 @@ def measure_sensitivities(
                     sensitivities[name] = {}
                     for depth in depths:
                         (quantized,) = quantize_searched(
-                            MatrixRows.of(weights), depth, crew, importance=importance[name]
+                            MatrixRows.of(weights), depth, thread_pool, importance=importance[name]
                         ).parts
                         block.set(name, quantized.decoded())
                         sensitivities[name][depth] = relative_error(block.forward(hidden), expected)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from tritgguf.text_format import format_bytes, harmless, one_line
+from tritgguf.text_format import format_bytes, one_line, strip_control_characters
 
 
 def error(message: str) -> None:
@@ -28,7 +28,7 @@ def note(message: str) -> None:
 
 def write_answer(piece: str) -> None:
     """Print a piece of a model's answer at once."""
-    sys.stdout.write(harmless(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.write(strip_control_characters(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
@@ -41,7 +41,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print a table; columns whose name starts with ">" are aligned to the right."""
     names = [column.removeprefix(">") for column in columns]
     right = [column.startswith(">") for column in columns]
-    cells = [[harmless(cell) for cell in row] for row in rows]
+    cells = [[strip_control_characters(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -96,7 +96,7 @@ def progress(*, in_bytes: bool) -> Iterator[Report]:
             key = "" if in_bytes else stage
             if key not in tasks:
                 tasks[key] = display.add_task("", total=total)
-            display.update(tasks[key], completed=done, total=total, description=escape(harmless(stage)))
+            display.update(tasks[key], completed=done, total=total, description=escape(strip_control_characters(stage)))
 
         yield report
 

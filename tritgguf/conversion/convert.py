@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
 from tritgguf.conversion.pipeline import stream, written_weights
@@ -77,30 +77,32 @@ def convert(
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
     output = Path(output)
     check_output(output, overwrite)
-    opened, crew = open_source(str(source)), Crew(threads)
+    opened, thread_pool = open_source(str(source)), ThreadPool(threads)
     count = _ProgressCount(opened, progress)
-    plan = plan_conversion(opened, options, chosen, importance, windows, crew, count.searched)
-    with _writer(plan, output, crew, overwrite=overwrite, resume=resume) as writer:
-        squares = _encode(plan, writer, crew, count.written)
+    plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, count.searched)
+    with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
+        squares = _encode(plan, writer, thread_pool, count.written)
     return conversion_report(plan, output, squares, time.perf_counter() - started)
 
 
-def _writer(plan: ConversionPlan, output: Path, crew: Crew, *, overwrite: bool, resume: bool) -> StreamingWriter:
+def _writer(
+    plan: ConversionPlan, output: Path, thread_pool: ThreadPool, *, overwrite: bool, resume: bool
+) -> StreamingWriter:
     """Return the writer of a plan's file."""
-    journal = Journal(output, plan.job(crew.threads))
+    journal = Journal(output, plan.job(thread_pool.threads))
     return StreamingWriter(output, plan.metadata, plan.tensors, overwrite=overwrite, journal=journal, resume=resume)
 
 
 def _encode(
-    plan: ConversionPlan, writer: StreamingWriter, crew: Crew, written: Callable[[str], None]
+    plan: ConversionPlan, writer: StreamingWriter, thread_pool: ThreadPool, written: Callable[[str], None]
 ) -> tuple[float, float]:
     """Encode and write a plan's tensors; return the sums of the squared errors and of the squared weights.
 
     `written` is called with the name of each tensor that is written.
     """
-    job = EncodingJob(plan.source, plan.quantized_depths, crew, partial(written_weights, writer))
+    job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
     squares = np.zeros(2)
-    tensors = stream(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), crew)
+    tensors = stream(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
     for tensor, tensor_squares in zip(plan.tensors, tensors, strict=True):
         squares += tensor_squares
         written(tensor.name)

@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.tuning import Tuning
 from tritgguf.errors import TritGgufError
@@ -52,7 +52,7 @@ class EncodingJob:
     Attributes:
         source: the model.
         depths: GGUF name -> trits per weight of the matrices that will be encoded, in the order of their blocks.
-        crew: the threads to use.
+        thread_pool: the threads to use.
         written: returns the decoded weights, float32 [rows, columns], of a matrix that an earlier run has written, or
             None.
 
@@ -60,7 +60,7 @@ class EncodingJob:
 
     source: Source
     depths: Mapping[str, int]
-    crew: Crew
+    thread_pool: ThreadPool
     written: Callable[[str], np.ndarray | None] = lambda name: None
 
 
@@ -74,7 +74,7 @@ class V2:
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
         """Return the encoder of the job's matrices."""
-        return _Independent(lambda name, matrix, depth: quantize_v2(matrix, depth, job.crew))
+        return _Independent(lambda name, matrix, depth: quantize_v2(matrix, depth, job.thread_pool))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ScaleSearch:
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
         """Return the encoder of the job's matrices."""
-        return _Independent(lambda name, matrix, depth: quantize_searched(matrix, depth, job.crew))
+        return _Independent(lambda name, matrix, depth: quantize_searched(matrix, depth, job.thread_pool))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class ImportanceSearch:
         """Return the encoder of the job's matrices."""
         known = self.importance or {}
         return _Independent(
-            lambda name, matrix, depth: quantize_searched(matrix, depth, job.crew, importance=known.get(name))
+            lambda name, matrix, depth: quantize_searched(matrix, depth, job.thread_pool, importance=known.get(name))
         )
 
 
@@ -276,7 +276,9 @@ class _BlockByBlock:
         from tritgguf.calibration.block_quantizer import BlockQuantizer
 
         in_blocks = {name: depth for name, depth in job.depths.items() if quantized_tensor(name)}
-        self._blocks = BlockQuantizer(job.source, in_blocks, windows, job.crew, written=job.written, tuning=tuning)
+        self._blocks = BlockQuantizer(
+            job.source, in_blocks, windows, job.thread_pool, written=job.written, tuning=tuning
+        )
         self._others = V2().start(job)
 
     def wants_weights(self, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The stream of tensors through a conversion: read, encode, write.
 
-One thread reads the next tensor and one writes the last ones, while the crew quantizes.
+One thread reads the next tensor and one writes the last ones, while the thread_pool quantizes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cpu_kernels.packed_rows.unpack import dequantize
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import MatrixEncoder
 from tritgguf.conversion.file_metadata import checksum_value, codebook_value
 from tritgguf.errors import TritGgufError
@@ -50,11 +50,11 @@ class _Encoded:
 
 
 def stream(
-    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: MatrixEncoder, crew: Crew
+    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: MatrixEncoder, thread_pool: ThreadPool
 ) -> Iterator[np.ndarray]:
     """Read, encode and write the planned tensors; yield the squares of each when it is written.
 
-    Not more than a few tensors that can be held are in memory, however much slower the disk is than the crew.
+    Not more than a few tensors that can be held are in memory, however much slower the disk is than the thread_pool.
     """
     plan = writer.tensors[len(writer.resumed) :]
     for done in writer.resumed:
@@ -76,7 +76,7 @@ def stream(
             rows = reading.result()
             if index + 1 < len(plan):
                 reading = reader.submit(_read, source, plan[index + 1], rest)
-            encoded = _encode(source, tensor, rows, fits.get(tensor.name), rest, crew)
+            encoded = _encode(source, tensor, rows, fits.get(tensor.name), rest, thread_pool)
             del rows
             waiting.append((writing.submit(writer.begin, tensor), 0))
             for part in encoded.parts:
@@ -111,7 +111,12 @@ def _read(source: Source, tensor: PlannedTensor, rest: MatrixEncoder) -> MatrixR
 
 
 def _encode(
-    source: Source, tensor: PlannedTensor, rows: MatrixRows | _Encoded, fit: Fit | None, rest: MatrixEncoder, crew: Crew
+    source: Source,
+    tensor: PlannedTensor,
+    rows: MatrixRows | _Encoded,
+    fit: Fit | None,
+    rest: MatrixEncoder,
+    thread_pool: ThreadPool,
 ) -> _Encoded:
     """Recover or quantize, and pack, what is to be packed."""
     if isinstance(rows, _Encoded):
@@ -120,14 +125,14 @@ def _encode(
         return _Encoded(rows.blocks())
     with _damage_named(source, tensor):
         depth = TritType(tensor.type_id).depth
-        quantized = rest.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, crew)
+        quantized = rest.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, thread_pool)
     squares = np.zeros(2)
 
     def packed() -> Iterator[np.ndarray]:
         with _damage_named(source, tensor):
             for part in quantized.parts:
                 squares[:] += part.squared_error, part.squared_weights
-                yield part.pack(crew)
+                yield part.pack(thread_pool)
 
     return _Encoded(packed(), quantized.codebook, squares)
 

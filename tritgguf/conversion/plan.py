@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from gguf import GGUFValue
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.depths import DepthOptions, Sensitivities
 from tritgguf.conversion.encoders import (
@@ -109,7 +109,7 @@ def plan_conversion(
     encoder: Encoder,
     importance: Importance | None,
     windows: Windows | None,
-    crew: Crew,
+    thread_pool: ThreadPool,
     searched: Callable[[str], None] = lambda name: None,
 ) -> ConversionPlan:
     """Decide what a conversion writes.
@@ -120,7 +120,7 @@ def plan_conversion(
         encoder: how matrices are encoded.
         importance: an importance matrix for the encoder; None for none, or where it has one.
         windows: a text for the encoder and for the choice of depths; None for none, or where the encoder has one.
-        crew: the threads to use.
+        thread_pool: the threads to use.
         searched: called with the name of each matrix that was searched for dequantized trits, except the first few.
 
     Raises:
@@ -134,8 +134,8 @@ def plan_conversion(
         _check_columns(source, quantizer.importance or {})
     depths = wanted_depths(source, options)
     unpacked = [name for name in _packable(source, depths) if source.packed(name) is None]
-    recovery = plan_recovery(source, unpacked, encoder, quantizer, options.deepest_recovered, crew, searched)
-    depths |= _chosen_depths(source, depths, recovery, options, windows, crew)
+    recovery = plan_recovery(source, unpacked, encoder, quantizer, options.deepest_recovered, thread_pool, searched)
+    depths |= _chosen_depths(source, depths, recovery, options, windows, thread_pool)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
@@ -194,7 +194,7 @@ def _chosen_depths(
     recovery: RecoveryPlan,
     options: DepthOptions,
     windows: Windows | None,
-    crew: Crew,
+    thread_pool: ThreadPool,
 ) -> dict[str, int]:
     """Return the depths of the layers' matrices that are packed and not recovered."""
 
@@ -203,7 +203,7 @@ def _chosen_depths(
 
         if windows is None:
             raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
-        return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], crew)
+        return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], thread_pool)
 
     weights = {name: n for name, n in _packable(source, depths).items() if name not in recovery.fits}
     return options.choice.depths(weights, options.of_layers, measure)

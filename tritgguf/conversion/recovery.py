@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
@@ -40,7 +40,7 @@ def plan_recovery(
     encoder: Encoder,
     quantizer: Quantizer,
     deepest: int,
-    crew: Crew,
+    thread_pool: ThreadPool,
     progress: Callable[[str], None] = lambda name: None,
 ) -> RecoveryPlan:
     """Decide which matrices are recovered.
@@ -54,7 +54,7 @@ def plan_recovery(
         encoder: the encoder that the user has chosen.
         quantizer: for the matrices that are not recovered.
         deepest: the greatest depth to try.
-        crew: the threads to use.
+        thread_pool: the threads to use.
         progress: called with the name of each matrix that was searched, except the first few.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_recovery(
     found: dict[str, Fit | NoFit] = {}
 
     def look(name: str) -> None:
-        found[name] = find_fit(source.rows(name).held(), deepest=deepest, crew=crew)
+        found[name] = find_fit(source.rows(name).held(), deepest=deepest, thread_pool=thread_pool)
         source.release(name)
 
     if is_automatic:

@@ -194,14 +194,14 @@ def bench(
     prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
     prefill = _time_prefill(sequence, prompt, depth, repetitions) if prompt else None
     decode = _time_decode(sequence, generated, depth, repetitions) if generated else None
-    bandwidth = read_bandwidth(model.crew, repetitions)
-    config, weights, crew = model.config, ModelWeights(file, model.config), model.crew
+    bandwidth = read_bandwidth(model.thread_pool, repetitions)
+    config, weights, thread_pool = model.config, ModelWeights(file, model.config), model.thread_pool
     prompt_times, decode_kernels = None, list[KernelTime]()
     if prefill is not None and by_kernel:
-        prompt_times = prefill_times(config, weights, crew, prompt, depth, repetitions, prefill_bits, cache_type)
+        prompt_times = prefill_times(config, weights, thread_pool, prompt, depth, repetitions, prefill_bits, cache_type)
     if decode is not None and by_kernel:
         places = depth + (generated_tokens + 1) // 2
-        seconds = decode_seconds(config, weights, crew, places, repetitions, cache_type)
+        seconds = decode_seconds(config, weights, thread_pool, places, repetitions, cache_type)
         decode_kernels = shares(seconds, 1 / decode.mean)
     return BenchReport(
         **_facts(file, model),
@@ -210,7 +210,7 @@ def bench(
         read_bandwidth=bandwidth,
         prefill_kernels=[] if prompt_times is None else shares(prompt_times.seconds),
         decode_kernels=decode_kernels,
-        launch_share=None if decode is None else decode_launch_seconds(config, weights, crew) * decode.mean,
+        launch_share=None if decode is None else decode_launch_seconds(config, weights, thread_pool) * decode.mean,
         prefill_launch_share=None if prompt_times is None else prompt_times.launch_share,
     )
 
@@ -227,8 +227,8 @@ def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
         "trit_weights": trit_weights_per_token(file),
         "bytes_per_token": bytes_read_per_token(file),
         "processor": processor_name(),
-        "instruction_set": variants.name_of(len(model.crew.isa)),
-        "threads": model.crew.threads,
+        "instruction_set": variants.name_of(len(model.thread_pool.isa)),
+        "threads": model.thread_pool.threads,
     }
 
 

@@ -15,7 +15,7 @@ from cpu_kernels import kernel_cache
 from cpu_kernels.simd import instruction_set, variants
 from cpu_kernels.threads.bandwidth import BUFFER_BYTES, read, read_bandwidth
 from cpu_kernels.threads.cores import physical_cores
-from cpu_kernels.threads.crew import Crew, announcing_compilation
+from cpu_kernels.threads.thread_pool import ThreadPool, announcing_compilation
 from tritgguf.diagnostics.bench import Table, processor_name
 from tritgguf.machine import machine_memory_bytes
 from tritgguf.version import __version__
@@ -96,7 +96,7 @@ def doctor(*, on_compilation: Callable[[], None] = lambda: None) -> Diagnosis:
         chosen, problem, better = _instruction_sets()
         memory = machine_memory_bytes()
         buffer_bytes = BUFFER_BYTES if memory is None else min(BUFFER_BYTES, memory[1] // 4)
-        bandwidth = read_bandwidth(Crew(), _REPETITIONS, buffer_bytes)
+        bandwidth = read_bandwidth(ThreadPool(), _REPETITIONS, buffer_bytes)
     folder = kernel_cache.folder_of(read)
     found: dict[str, Any] = {
         "processor": processor_name(),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.threads.barrier import meet
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import make_scratch
@@ -38,8 +38,8 @@ class KernelTime:
     share: float
 
 
-class TimingCrew(Crew):
-    """A crew that keeps the time of every kernel, by name, and counts the launches."""
+class TimingThreadPool(ThreadPool):
+    """A thread_pool that keeps the time of every kernel, by name, and counts the launches."""
 
     def __init__(self, threads: int | None, *, isa: str | None = None) -> None:
         super().__init__(threads, isa=isa)
@@ -47,7 +47,7 @@ class TimingCrew(Crew):
         self.launches = 0
 
     def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run a kernel on every thread, as any crew does."""
+        """Run a kernel on every thread, as any thread_pool does."""
         start = time.perf_counter()
         results = super().run(kernel, *arguments)
         name = kernel.__name__
@@ -67,15 +67,15 @@ class PromptTimes:
 def prefill_times(
     config: ModelConfig,
     weights: ModelWeights,
-    crew: Crew,
+    thread_pool: ThreadPool,
     tokens: list[int],
     depth: int,
     repetitions: int,
     bits: int,
     cache_type: str = DEFAULT_CACHE_TYPE,
 ) -> PromptTimes:
-    """Measure a prompt behind `depth` tokens by kernel, on a crew like `crew`: means of the repetitions."""
-    timing = TimingCrew(crew.threads, isa=crew.isa_name)
+    """Measure a prompt behind `depth` tokens by kernel, on as many threads as `thread_pool` has: means of repetitions."""
+    timing = TimingThreadPool(thread_pool.threads, isa=thread_pool.isa_name)
     prompt_pass = PromptPass(config, weights, bits=bits, exact=False)
     pool, tables = _filled_pool(config, depth + len(tokens), cache_type)
     kv = pool.key_values(tables)
@@ -94,11 +94,11 @@ def prefill_times(
         total += time.perf_counter() - start
     seconds = {name: spent / repetitions for name, spent in timing.seconds.items()}
     seconds[REST] = total / repetitions - sum(seconds.values())
-    launching = launch_seconds(crew, timing.launches // repetitions, 0, repetitions)
+    launching = launch_seconds(thread_pool, timing.launches // repetitions, 0, repetitions)
     return PromptTimes(seconds, launching * repetitions / total)
 
 
-def launch_seconds(crew: Crew, launches: int, meetings: int, repetitions: int) -> float:
+def launch_seconds(thread_pool: ThreadPool, launches: int, meetings: int, repetitions: int) -> float:
     """Return the seconds of `launches` kernels that do nothing but let the threads meet `meetings` times in each.
 
     Threads that arrive with nothing done arrive together: what is measured is the cost of launching and meeting, not
@@ -109,21 +109,23 @@ def launch_seconds(crew: Crew, launches: int, meetings: int, repetitions: int) -
     for repetition in range(repetitions + 1):
         start = time.perf_counter()
         for _ in range(launches):
-            crew.run(meet, counter, meetings)
+            thread_pool.run(meet, counter, meetings)
         if repetition:  # the first time it may have been compiled
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def decode_launch_seconds(config: ModelConfig, weights: ModelWeights, crew: Crew, repetitions: int = 100) -> float:
+def decode_launch_seconds(
+    config: ModelConfig, weights: ModelWeights, thread_pool: ThreadPool, repetitions: int = 100
+) -> float:
     """Return the seconds that one launch and all meetings of a token take by themselves."""
-    return launch_seconds(crew, 1, meetings_per_token(config, weights, crew.threads), repetitions)
+    return launch_seconds(thread_pool, 1, meetings_per_token(config, weights, thread_pool.threads), repetitions)
 
 
 def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int) -> int:
     """Return how often the threads wait for one another in a token; a single one never does."""
 
-    class MeetingCrew(Crew):
+    class MeetingThreadPool(ThreadPool):
         meetings = 0
 
         def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -132,17 +134,17 @@ def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int)
             self.meetings += int(counter[0]) // self.threads
             return results
 
-    crew = MeetingCrew(threads)
+    thread_pool = MeetingThreadPool(threads)
     logits = np.zeros(config.vocab_size, np.float32)
     pool, tables = _filled_pool(config, 1, DEFAULT_CACHE_TYPE)
-    DecodePass(config, weights, threads).run_one(crew, 0, 0, 0, pool.key_values(tables), logits)
-    return crew.meetings
+    DecodePass(config, weights, threads).run_one(thread_pool, 0, 0, 0, pool.key_values(tables), logits)
+    return thread_pool.meetings
 
 
 def decode_seconds(
     config: ModelConfig,
     weights: ModelWeights,
-    crew: Crew,
+    thread_pool: ThreadPool,
     places: int,
     repetitions: int,
     cache_type: str = DEFAULT_CACHE_TYPE,
@@ -154,11 +156,11 @@ def decode_seconds(
     one, is subtracted.
     """
     layers = weights.layers
-    isa = crew.isa
+    isa = thread_pool.isa
     pool, tables = _filled_pool(config, places, cache_type)  # whose pages live as long as it does
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
-        "attention": _attention(isa, config, layers, crew, places - 1, pool.key_values(tables)),
+        "attention": _attention(isa, config, layers, thread_pool, places - 1, pool.key_values(tables)),
         "attention output": _product(isa, *[layer.output for layer in layers]),
         "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
         "down": _product(isa, *[layer.down for layer in layers]),
@@ -169,7 +171,7 @@ def decode_seconds(
     for repetition in range(repetitions + 1):
         for name, call in parts.items():
             start = time.perf_counter()
-            crew.run(*call)
+            thread_pool.run(*call)
             if repetition:  # the first time it may have been compiled
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -183,22 +185,22 @@ def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:
     vector[0][:] = np.random.default_rng(0).standard_normal(matrices.columns)
     quantize_row(*vector)
     out = np.empty(matrices.rows, np.float32)
-    return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.kinds, matrices.steps, vector, out
+    return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.depths, matrices.steps, vector, out
 
 
 def _attention(
     isa: tuple[int, ...],
     config: ModelConfig,
     layers: Sequence[LayerWeights],
-    crew: Crew,
+    thread_pool: ThreadPool,
     position: int,
     kv: KeyValues,
 ) -> tuple[Any, ...]:
     """Return kernel and arguments of the attention of one token, at `position`, in all layers."""
     sizes = config.dimensions
-    scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, crew.threads)
+    scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, thread_pool.threads)
     qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
-    out = np.empty((crew.threads, sizes.heads * sizes.head_dim), np.float32)
+    out = np.empty((thread_pool.threads, sizes.heads * sizes.head_dim), np.float32)
     norms = np.stack([layer.query_key_norm for layer in layers])
     counter = np.zeros(1, np.int64)
     bias, options = np.zeros_like(qkv), config.layer_options

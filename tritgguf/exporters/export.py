@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.hf_folder import export_folder
 from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
@@ -87,7 +87,7 @@ def export(
     opened = _open(file)
     report = ExportReport(output, opened.path, to)
     report.weights = sum(info.n_weights for info in opened.tensors.values())
-    on_tensor, crew = _counter(opened, progress), Crew(threads)
+    on_tensor, thread_pool = _counter(opened, progress), ThreadPool(threads)
     if to == "hf":
         base_model = base_model or _source_on_the_hub(opened)
         if base_model is None:
@@ -95,10 +95,15 @@ def export(
                 f"{file} does not say which model it was made from; --base-model tells the model card"
             )
         report.files = export_folder(
-            opened, output, max_shard_bytes=max_shard_bytes, base_model=base_model, crew=crew, on_tensor=on_tensor
+            opened,
+            output,
+            max_shard_bytes=max_shard_bytes,
+            base_model=base_model,
+            thread_pool=thread_pool,
+            on_tensor=on_tensor,
         )
     else:
-        export_file(opened, output, to=to, overwrite=overwrite, crew=crew, on_tensor=on_tensor)
+        export_file(opened, output, to=to, overwrite=overwrite, thread_pool=thread_pool, on_tensor=on_tensor)
         report.files = {output.name: output.stat().st_size}
     report.output_bytes, report.source_bytes = sum(report.files.values()), opened.path.stat().st_size
     report.seconds, report.peak_memory_bytes = time.perf_counter() - started, peak_memory_bytes()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures import gguf_to_hf, tensor_names
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.exporters import model_card
@@ -27,7 +27,7 @@ def export_folder(
     *,
     max_shard_bytes: int,
     base_model: str | None,
-    crew: Crew,
+    thread_pool: ThreadPool,
     on_tensor: Callable[[str], None],
 ) -> dict[str, int]:
     """Write the folder and return its files' sizes in bytes by name; it appears only when it is complete.
@@ -52,7 +52,7 @@ def export_folder(
     durable_output.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
 
     def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        yield from _halves(RowBlocks(file, gguf_names[hf_name], crew), arch, config)
+        yield from _halves(RowBlocks(file, gguf_names[hf_name], thread_pool), arch, config)
         on_tensor(gguf_names[hf_name])
 
     with durable_output.new_folder(output) as folder:

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_file import GgufFile
@@ -30,11 +30,11 @@ _TOO_LARGE = {
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A tensor's rows in parts, decoded by the threads of a crew."""
+    """A tensor's rows in parts, decoded by the threads of a thread_pool."""
 
     file: GgufFile
     name: str
-    crew: Crew
+    thread_pool: ThreadPool
 
     def decoded(self, multiple: int = 1) -> Iterator[np.ndarray]:
         """Yield the weights: float32 [rows, row length], in blocks of a multiple of `multiple` rows but for the last.
@@ -75,7 +75,7 @@ class RowBlocks:
                 f"{self.file.path}: tensor {self.name} is {info.type_name}, which no trit file has;"
                 " convert the model again"
             )
-        return self.file.decode_rows(self.name, raw, self.crew)
+        return self.file.decode_rows(self.name, raw, self.thread_pool)
 
 
 def stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValue, GGUFValueType, LlamaFileType
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.exporters.row_blocks import RowBlocks, stored_bytes
 from tritgguf.formats import trit_types
@@ -26,7 +26,7 @@ _COPIED_AT_ONCE = 1 << 26
 
 
 def export_file(
-    file: GgufFile, output: Path, *, to: str, overwrite: bool, crew: Crew, on_tensor: Callable[[str], None]
+    file: GgufFile, output: Path, *, to: str, overwrite: bool, thread_pool: ThreadPool, on_tensor: Callable[[str], None]
 ) -> list[PlannedTensor]:
     """Write the file and return its tensors; it appears only when it is complete.
 
@@ -42,7 +42,7 @@ def export_file(
             if planned.type_id == file.tensors[planned.name].type_id:
                 _copy(writer, file, planned.name)
             else:
-                rows = RowBlocks(file, planned.name, crew)
+                rows = RowBlocks(file, planned.name, thread_pool)
                 for block in rows.stored_as(GGMLQuantizationType(planned.type_id)):
                     writer.write(block)
             on_tensor(planned.name)

@@ -27,7 +27,7 @@ from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, M
 if TYPE_CHECKING:
     from gguf import GGUFValue
 
-    from cpu_kernels.threads.crew import Crew
+    from cpu_kernels.threads.thread_pool import ThreadPool
 _WEIGHTS_AT_ONCE = 1 << 22  # gguf-py's dequantization takes several times this in temporary arrays
 
 
@@ -116,16 +116,16 @@ class GgufFile:
             )
         return codebook
 
-    def decode_rows(self, name: str, rows: np.ndarray, crew: Crew | None = None) -> np.ndarray:
+    def decode_rows(self, name: str, rows: np.ndarray, thread_pool: ThreadPool | None = None) -> np.ndarray:
         """Return some rows, uint8 [rows, bytes of a row], of a tensor in trits, F32 or F16 as float32 [rows, columns].
 
-        F32 is returned as a view. `crew` are the threads to use for trits; None for all cores.
+        F32 is returned as a view. `thread_pool` are the threads to use for trits; None for all cores.
         """
         info = self.tensors[name]
         if trit_types.is_trit_type(info.type_id):
             from cpu_kernels.packed_rows.unpack import dequantize
 
-            return dequantize(rows, self.codebook(name), trit_types.TritType(info.type_id).depth, crew)
+            return dequantize(rows, self.codebook(name), trit_types.TritType(info.type_id).depth, thread_pool)
         if info.type_id == F32:
             return rows.view(np.float32)
         if info.type_id == F16:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cpu_kernels.threads.crew import interrupts_deferred
+from cpu_kernels.threads.thread_pool import interrupts_deferred
 from tritgguf.errors import BadRequestError, ContextFullError
 from tritgguf.generation.engine_core import EngineCore
 from tritgguf.generation.request import Request, RunningRequest

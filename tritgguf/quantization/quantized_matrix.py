@@ -13,7 +13,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows import pack
 from cpu_kernels.packed_rows.layout import level_offset
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class QuantizedMatrix:
     squared_error: float
     squared_weights: float
 
-    def pack(self, crew: Crew | None = None) -> np.ndarray:
+    def pack(self, thread_pool: ThreadPool | None = None) -> np.ndarray:
         """Return the packed rows: uint8 [rows, bytes of a row]."""
-        return pack.pack(self.levels, self.scale_indices, self.depth, crew)
+        return pack.pack(self.levels, self.scale_indices, self.depth, thread_pool)
 
     def decoded(self) -> np.ndarray:
         """Return the weights that the packed rows decode to, to the bit: float32 [rows, columns]."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from cpu_kernels.encoding.recover import allowed_scales, encode_halves, find_misfits
 from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew, default_crew
+from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
@@ -82,7 +82,7 @@ class Fit:
     depth: int
     codebook: np.ndarray
 
-    def encode(self, weights: np.ndarray, crew: Crew | None = None) -> QuantizedMatrix:
+    def encode(self, weights: np.ndarray, thread_pool: ThreadPool | None = None) -> QuantizedMatrix:
         """Encode the matrix that the fit was found for: float16 or the bits of bfloat16 [rows, columns].
 
         Decoding it and rounding to halves gives every number again. The sign of a zero is not kept: the format has
@@ -92,7 +92,7 @@ class Fit:
         offset = level_offset(self.depth)
         entries, table = _decoding_tables(self, half_type)
         levels, indices = np.empty(groups.shape, np.uint8), np.empty(groups.shape[:2], np.uint8)
-        results = (crew or default_crew()).run(encode_halves, groups, entries, table, levels, indices)
+        results = (thread_pool or default_thread_pool()).run(encode_halves, groups, entries, table, levels, indices)
         counts = np.sum([counts for counts, _ in results], axis=0)
         if sum(misfits for _, misfits in results):
             raise ValueError("is not the matrix that the fit was found for")
@@ -105,25 +105,27 @@ class Fit:
             self.depth, levels.reshape(weights.shape), indices, self.codebook, float(error), float(power)
         )
 
-    def encode_rows(self, matrix: MatrixRows, crew: Crew | None = None) -> QuantizedRows:
+    def encode_rows(self, matrix: MatrixRows, thread_pool: ThreadPool | None = None) -> QuantizedRows:
         """Encode the matrix as `encode` does, block by block; the parts raise ValueError as it does."""
-        return QuantizedRows(self.codebook, (self.encode(block, crew) for block in matrix.blocks()))
+        return QuantizedRows(self.codebook, (self.encode(block, thread_pool) for block in matrix.blocks()))
 
 
-def recover_matrix(weights: np.ndarray, crew: Crew | None = None) -> QuantizedMatrix | NoFit:
+def recover_matrix(weights: np.ndarray, thread_pool: ThreadPool | None = None) -> QuantizedMatrix | NoFit:
     """Recover a dequantized matrix, as `find_fit` takes it, at the least depth that fits; or say why there is none."""
-    fit = find_fit(weights, crew=crew)
-    return fit if isinstance(fit, NoFit) else fit.encode(weights, crew)
+    fit = find_fit(weights, thread_pool=thread_pool)
+    return fit if isinstance(fit, NoFit) else fit.encode(weights, thread_pool)
 
 
-def find_fit(weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], crew: Crew | None = None) -> Fit | NoFit:
+def find_fit(
+    weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], thread_pool: ThreadPool | None = None
+) -> Fit | NoFit:
     """Find the least depth, and a codebook for it, that give every weight of a matrix; or say why there is none.
 
     Args:
         weights: [rows, columns], columns a multiple of 64: float16, or uint16, which stands for the bits of bfloat16.
             Any other dtype has no fit: nothing was rounded to halves. `MatrixRows` are read once for every codebook.
         deepest: the greatest depth to try.
-        crew: the threads to use; None for all cores.
+        thread_pool: the threads to use; None for all cores.
 
     """
     if weights.dtype not in [half_type.value for half_type in HalfType]:
@@ -131,7 +133,7 @@ def find_fit(weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], cre
     matrix = MatrixRows.of(weights) if isinstance(weights, np.ndarray) else weights
     found: Fit | NoFit = NoFit("has no weights")
     for depth in range(DEPTHS[0], deepest + 1) if math.prod(matrix.shape) else ():
-        found = _find_fit_of_depth(matrix, HalfType(matrix.dtype), depth, crew or default_crew())
+        found = _find_fit_of_depth(matrix, HalfType(matrix.dtype), depth, thread_pool or default_thread_pool())
         if isinstance(found, Fit):
             break
     return found
@@ -144,7 +146,7 @@ def _groups(weights: np.ndarray) -> np.ndarray:
     return halves
 
 
-def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, crew: Crew) -> Fit | NoFit:
+def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, thread_pool: ThreadPool) -> Fit | NoFit:
     """Make a codebook for a few groups, look for groups that it misses, make one for these too, and so on.
 
     What the few groups do not allow, the matrix does not, so a matrix without a fit need not be read to its end.
@@ -163,7 +165,7 @@ def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, crew
             return codebook
         if is_sampled:
             fit = Fit(depth, codebook)
-            numbers, groups = _misfits(matrix, fit, half_type, crew)
+            numbers, groups = _misfits(matrix, fit, half_type, thread_pool)
             if not numbers.size:
                 return fit
         else:
@@ -182,18 +184,20 @@ def _groups_with(matrix: MatrixRows, numbers: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _misfits(matrix: MatrixRows, fit: Fit, half_type: HalfType, crew: Crew) -> tuple[np.ndarray, np.ndarray]:
+def _misfits(
+    matrix: MatrixRows, fit: Fit, half_type: HalfType, thread_pool: ThreadPool
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of groups that no codebook entry gives, int64 [n], and these groups, uint16 [n, 16].
 
     There may be more of them: no block is read after the first `_MISFITS`.
     """
     entries, _ = _decoding_tables(fit, half_type)
-    room = np.empty((crew.threads, -(-_MISFITS // crew.threads)), np.int64)
+    room = np.empty((thread_pool.threads, -(-_MISFITS // thread_pool.threads)), np.int64)
     numbers, found = [np.empty(0, np.int64)], [np.empty((0, GROUP_SIZE), np.uint16)]
     first = 0
     for block in matrix.blocks():
         groups = _groups(block)
-        counts = crew.run(find_misfits, groups, entries, room)
+        counts = thread_pool.run(find_misfits, groups, entries, room)
         places = np.concatenate([room[thread, :count] for thread, count in enumerate(counts)])
         flat = groups.reshape(-1, GROUP_SIZE)
         numbers.append(first + places)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cpu_kernels.encoding.search import best_scales, round_to_best
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.codebooks import log_spaced_codebook
@@ -30,14 +30,14 @@ _LEAST_IMPORTANCE = 1e-6  # of the mean: a column whose input was always zero st
 
 
 def quantize_searched(
-    matrix: MatrixRows, depth: int, crew: Crew, *, importance: np.ndarray | None = None
+    matrix: MatrixRows, depth: int, thread_pool: ThreadPool, *, importance: np.ndarray | None = None
 ) -> QuantizedRows:
     """Quantize with the best scale of the codebook for every group.
 
     Args:
         matrix: columns a multiple of 64; it is read twice.
         depth: 1 to 4.
-        crew: the threads to use.
+        thread_pool: the threads to use.
         importance: float32 [columns], not negative: what squared errors count. None where it is not known: then they
             count with the size of the weight instead.
 
@@ -46,7 +46,7 @@ def quantize_searched(
 
     """
     factors, emphasis = _factors(importance, matrix.shape[1]), importance is None
-    wanted = [_wanted_scales(to_float32(block), factors, emphasis, depth, crew) for block in matrix.blocks()]
+    wanted = [_wanted_scales(to_float32(block), factors, emphasis, depth, thread_pool) for block in matrix.blocks()]
     codebook = log_spaced_codebook(wanted, float(max(scales.max() for scales in wanted)), LOWEST_QUANTILE)
     offset = np.float32(level_offset(depth))
     steps = codebook / offset
@@ -56,16 +56,16 @@ def quantize_searched(
             weights = to_float32(block)
             levels = np.empty(weights.shape, np.uint8)
             indices = np.empty((len(weights), weights.shape[1] // GROUP_SIZE), np.uint8)
-            sums = crew.run(round_to_best, weights, factors, emphasis, steps, offset, levels, indices)
+            sums = thread_pool.run(round_to_best, weights, factors, emphasis, steps, offset, levels, indices)
             error, power = np.sum(sums, axis=0)
             yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 
     return QuantizedRows(codebook, parts())
 
 
-def searched_codebook(weights: np.ndarray, importance: np.ndarray, depth: int, crew: Crew) -> np.ndarray:
+def searched_codebook(weights: np.ndarray, importance: np.ndarray, depth: int, thread_pool: ThreadPool) -> np.ndarray:
     """Return the 27 scales, float32, that `quantize_searched` would choose for float32 weights [rows, columns]."""
-    scales = _wanted_scales(weights, _factors(importance, weights.shape[1]), False, depth, crew)
+    scales = _wanted_scales(weights, _factors(importance, weights.shape[1]), False, depth, thread_pool)
     return log_spaced_codebook([scales], float(scales.max()), LOWEST_QUANTILE)
 
 
@@ -76,11 +76,13 @@ def _factors(importance: np.ndarray | None, columns: int) -> np.ndarray:
     return np.maximum(importance / np.float32(mean), np.float32(_LEAST_IMPORTANCE)).astype(np.float32, copy=False)
 
 
-def _wanted_scales(weights: np.ndarray, factors: np.ndarray, emphasis: bool, depth: int, crew: Crew) -> np.ndarray:
+def _wanted_scales(
+    weights: np.ndarray, factors: np.ndarray, emphasis: bool, depth: int, thread_pool: ThreadPool
+) -> np.ndarray:
     """Return each group's best scale, whatever the codebook: float32 [rows, columns / 16]."""
     if not np.isfinite(weights).all():
         raise ValueError("has a weight that is NaN or infinite")
     scales = np.zeros((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)
     fractions = _FRACTIONS_BY_DEPTH[depth]
-    crew.run(best_scales, weights, factors, emphasis, fractions, np.float32(level_offset(depth)), scales)
+    thread_pool.run(best_scales, weights, factors, emphasis, fractions, np.float32(level_offset(depth)), scales)
     return scales

@@ -12,7 +12,7 @@ import numpy as np
 
 from cpu_kernels.encoding.quantize import as_stored, best_candidates, round_to_codebook
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew, default_crew
+from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.codebooks import log_spaced_codebook
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
@@ -21,17 +21,17 @@ LOWEST_QUANTILE = 0.005
 """Of the groups' wanted scales, the lowest entry of the codebook."""
 
 
-def quantize(weights: np.ndarray, depth: int, crew: Crew | None = None) -> QuantizedMatrix:
+def quantize(weights: np.ndarray, depth: int, thread_pool: ThreadPool | None = None) -> QuantizedMatrix:
     """Quantize a matrix [rows, columns], columns a multiple of 64, at `depth` trits per weight.
 
     `weights` are float32, float16, or uint16, which stands for the bits of bfloat16: as a checkpoint stores them.
     Raises ValueError for NaN or infinite weights: no scale fits them.
     """
-    (quantized,) = quantize_v2(MatrixRows.of(weights), depth, crew or default_crew()).parts
+    (quantized,) = quantize_v2(MatrixRows.of(weights), depth, thread_pool or default_thread_pool()).parts
     return quantized
 
 
-def quantize_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
+def quantize_v2(matrix: MatrixRows, depth: int, thread_pool: ThreadPool) -> QuantizedRows:
     """Quantize a matrix as `quantize` does, to the bit, in blocks of rows; raises as it does, before the first part.
 
     The matrix is read twice; in between, its wanted scales are kept.
@@ -42,7 +42,7 @@ def quantize_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
     for block in matrix.blocks():
         stored, kind = as_stored(block)
         scales = np.empty((len(stored), stored.shape[1] // GROUP_SIZE), np.float32)
-        largest = np.max([largest, *crew.run(best_candidates, stored, kind, offset, scales)])
+        largest = np.max([largest, *thread_pool.run(best_candidates, stored, kind, offset, scales)])
         if np.isnan(largest):
             raise ValueError("has a weight that is NaN or infinite")
         wanted.append(scales)
@@ -56,7 +56,7 @@ def quantize_v2(matrix: MatrixRows, depth: int, crew: Crew) -> QuantizedRows:
             stored, kind = as_stored(block)
             levels = np.empty(stored.shape, np.uint8)
             indices = np.empty(scales.shape, np.uint8)
-            sums = crew.run(round_to_codebook, stored, kind, scales, thresholds, steps, offset, levels, indices)
+            sums = thread_pool.run(round_to_codebook, stored, kind, scales, thresholds, steps, offset, levels, indices)
             error, power = np.sum(sums, axis=0)
             yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import VectorBuffers
 from cpu_kernels.transformer.attend_token import make_scratch
 from cpu_kernels.transformer.decode import Buffers, Head, Weights, decode
@@ -26,26 +26,28 @@ class DecodePass:
         self._embeddings, self._final_norm = weights.embeddings, weights.final_norm.copy()
         self._weights = _gathered(weights)
         head, sizes = weights.head, config.dimensions
-        self._head = Head(self._final_norm, head.addresses, head.matrix_rows, head.kinds, head.steps)
+        self._head = Head(self._final_norm, head.addresses, head.matrix_rows, head.depths, head.steps)
         self._buffers = _single_buffers(sizes, threads)
         self._scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self._batch_buffers = _batch_buffers(sizes, 0, threads)
         self._batch_scratch = make_scratch(0, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self._counter = np.zeros(1, np.int64)
 
-    def run_one(self, crew: Crew, token: int, sequence: int, position: int, kv: KeyValues, logits: np.ndarray) -> None:
+    def run_one(
+        self, thread_pool: ThreadPool, token: int, sequence: int, position: int, kv: KeyValues, logits: np.ndarray
+    ) -> None:
         """Run one token and write its logits, float32 [vocabulary]."""
         self._buffers.own_stream[:] = self._embeddings[token]
         if self._config.embedding_scale != 1:
             self._buffers.own_stream[:] *= self._config.embedding_scale
         self._buffers.residual[:] = 0.0
-        crew.run(
-            decode, crew.isa, self._weights, self._head, kv, self._scratch, self._buffers, self._config.layer_options,
-            sequence, position, logits, self._counter,
+        thread_pool.run(
+            decode, thread_pool.isa, self._weights, self._head, kv, self._scratch, self._buffers,
+            self._config.layer_options, sequence, position, logits, self._counter,
         )  # fmt: skip
 
     def run(
-        self, crew: Crew, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, kv: KeyValues
+        self, thread_pool: ThreadPool, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, kv: KeyValues
     ) -> np.ndarray:
         """Run tokens, int64 [n], where they stand, int64 [n] each.
 
@@ -61,8 +63,8 @@ class DecodePass:
         if self._config.embedding_scale != 1:
             buffers.stream[:] *= self._config.embedding_scale
         buffers.residual[:] = 0.0
-        crew.run(
-            decode_batch, crew.isa, self._weights, self._final_norm, kv, self._batch_scratch, buffers,
+        thread_pool.run(
+            decode_batch, thread_pool.isa, self._weights, self._final_norm, kv, self._batch_scratch, buffers,
             self._config.layer_options, sequences, positions, self._counter,
         )  # fmt: skip
         return buffers.hidden[0]
@@ -74,7 +76,7 @@ def _gathered(weights: ModelWeights) -> Weights:
     return Weights(
         addresses=np.stack([np.concatenate([p.addresses for p in layer.projections]) for layer in layers]),
         rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),
-        kinds=np.stack([np.concatenate([p.kinds for p in layer.projections]) for layer in layers]),
+        depths=np.stack([np.concatenate([p.depths for p in layer.projections]) for layer in layers]),
         steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
         attention_norms=np.stack([layer.attention_norm for layer in layers]),
         query_key_norms=np.stack([layer.query_key_norm for layer in layers]),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cpu_kernels.threads.crew import CompilingCrew, Crew, announcing_compilation
+from cpu_kernels.threads.thread_pool import CompilingThreadPool, ThreadPool, announcing_compilation
 from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations
 from tritgguf.errors import BadRequestError
@@ -35,7 +35,7 @@ class Model:
 
     Attributes:
         config: the model's sizes and options.
-        crew: the threads that run it.
+        thread_pool: the threads that run it.
         exact: whether all activations are multiplied with 31 bits.
 
     Raises TritGgufError for a file that is no trit model or is damaged.
@@ -59,9 +59,9 @@ class Model:
         sequences at once and slower for one. `exact` multiplies all activations with 31 bits, at a fraction of the
         speed. `isa` names the instruction set; None takes the best that works here.
         """
-        self.crew = Crew(threads, isa=isa)
+        self.thread_pool = ThreadPool(threads, isa=isa)
         try:
-            _ = self.crew.isa
+            _ = self.thread_pool.isa
         except ValueError as error:
             raise BadRequestError(str(error)) from error
         self.config = ModelConfig.from_file(file)
@@ -71,7 +71,7 @@ class Model:
         self._rotations = RotationTables(self.config.rotations)
         bits = 16 if exact else prefill_bits
         self._prompt_pass = PromptPass(self.config, self._weights, bits=bits, exact=exact)
-        self._decode_pass = DecodePass(self.config, self._weights, self.crew.threads)
+        self._decode_pass = DecodePass(self.config, self._weights, self.thread_pool.threads)
         self._outputs = Activations(0, self.config.dimensions.hidden)
         self._one_at_a_time = threading.Lock()  # the passes share their buffers
 
@@ -94,14 +94,14 @@ class Model:
         Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
         compiled, which happens on a machine's first run and takes about half a minute.
         """
-        crew, pool = CompilingCrew(1, isa=self.crew.isa_name), self.new_kv_pool(context=1)
+        thread_pool, pool = CompilingThreadPool(1, isa=self.thread_pool.isa_name), self.new_kv_pool(context=1)
         token, logits = np.zeros(1, np.int64), np.zeros((1, self.config.vocab_size), np.float32)
         with announcing_compilation(announce):
             arrays = pool.key_values(self._rotations)
-            self._prompt_pass.run(crew, token, np.array([[0, 1, 0, 0]]), arrays)
-            self._decode_pass.run_one(crew, 0, 0, 0, arrays, logits[0])
-            self._decode_pass.run(crew, token, token, token, arrays)
-            self._multiply_head(np.zeros((1, self.config.dimensions.hidden), np.float32), logits, crew)
+            self._prompt_pass.run(thread_pool, token, np.array([[0, 1, 0, 0]]), arrays)
+            self._decode_pass.run_one(thread_pool, 0, 0, 0, arrays, logits[0])
+            self._decode_pass.run(thread_pool, token, token, token, arrays)
+            self._multiply_head(np.zeros((1, self.config.dimensions.hidden), np.float32), logits, thread_pool)
 
     def forward(
         self, batch: TokenBatch, kv: KVPool, logits: np.ndarray | None, hidden: np.ndarray | None = None
@@ -127,7 +127,7 @@ class Model:
             arrays = kv.key_values(self._rotations)
             if self._is_single(batch) and logits is not None and hidden is None:
                 place = (int(batch.sequences[0]), int(batch.positions[0]))
-                self._decode_pass.run_one(self.crew, int(batch.tokens[0]), *place, arrays, logits[0])
+                self._decode_pass.run_one(self.thread_pool, int(batch.tokens[0]), *place, arrays, logits[0])
             else:
                 self._run(batch, arrays, logits, hidden)
             if logits is not None:
@@ -157,7 +157,7 @@ class Model:
             if hidden is not None:
                 hidden[done : done + len(rows)] = rows
             if logits is not None:
-                self._multiply_head(rows, logits[done : done + len(rows)], self.crew)
+                self._multiply_head(rows, logits[done : done + len(rows)], self.thread_pool)
             done += len(rows)
 
     def _pieces(self, batch: TokenBatch, arrays: KeyValues) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -165,26 +165,28 @@ class Model:
         count, prompts = len(batch.tokens), self._computed_as_prompt(batch)
         for first in range(0, prompts, BATCH_TOKENS):
             last = min(first + BATCH_TOKENS, prompts)
-            states = self._prompt_pass.run(self.crew, batch.tokens[first:last], batch.segments(first, last), arrays)
+            states = self._prompt_pass.run(
+                self.thread_pool, batch.tokens[first:last], batch.segments(first, last), arrays
+            )
             yield first, last, states.x
         for first in range(prompts, count, GENERATED_TOKENS):
             last = min(first + GENERATED_TOKENS, count)
             place = (batch.sequences[first:last], batch.positions[first:last])
-            yield first, last, self._decode_pass.run(self.crew, batch.tokens[first:last], *place, arrays)
+            yield first, last, self._decode_pass.run(self.thread_pool, batch.tokens[first:last], *place, arrays)
 
-    def _multiply_head(self, rows: np.ndarray, logits: np.ndarray, crew: Crew) -> None:
+    def _multiply_head(self, rows: np.ndarray, logits: np.ndarray, thread_pool: ThreadPool) -> None:
         """Multiply hidden states, float32 [rows, hidden], with the output matrix."""
         head = self._weights.head
         if self.exact:
             for row, out in zip(rows, logits, strict=True):
-                head.multiply_vector(row, out, crew, exact=True)
+                head.multiply_vector(row, out, thread_pool, exact=True)
             return
         if len(self._outputs.x) < len(rows):
             self._outputs = Activations(len(rows), rows.shape[1])
         outputs = self._outputs.first(len(rows))
         outputs.x[:] = rows
-        outputs.quantize(crew)
-        head.multiply_vectors(outputs, logits, crew)
+        outputs.quantize(thread_pool)
+        head.multiply_vectors(outputs, logits, thread_pool)
 
 
 def apply_softcap(config: ModelConfig, logits: np.ndarray) -> None:

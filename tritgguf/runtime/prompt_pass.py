@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.threads.crew import Crew
-from cpu_kernels.transformer.activations import advance_batch, gate_batch
+from cpu_kernels.threads.thread_pool import ThreadPool
+from cpu_kernels.transformer.activations import add_and_rms_norm_batch, swiglu_batch
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Batch
@@ -48,7 +48,7 @@ class PromptPass:
         self._bits, self._exact = bits, exact
         self._workspace = _Workspace(0, config.dimensions, bits)
 
-    def run(self, crew: Crew, tokens: np.ndarray, segments: np.ndarray, kv: KeyValues) -> Batch:
+    def run(self, thread_pool: ThreadPool, tokens: np.ndarray, segments: np.ndarray, kv: KeyValues) -> Batch:
         """Run tokens, int64 [n], which `segments` place in their sequences; see `TokenBatch.segments`.
 
         Returns the final norm's output, [n, hidden], quantized too; valid until the next call.
@@ -64,28 +64,28 @@ class PromptPass:
         positions = np.concatenate([np.arange(start, start + rows) for _, rows, _, start in segments.tolist()])
         output_norm = self._weights.layers[0].feed_forward_output_norm  # of nothing: no layer is before the first
         for index, layer in enumerate(self._weights.layers):
-            self._advance(crew, space, output_norm, layer.attention_norm)
-            layer.qkv.multiply(space.hidden, space.qkv, crew, exact=self._exact)
-            self._attend(crew, space, layer, index, kv, segments, sequences, positions)
-            layer.output.multiply(space.attended, space.residual, crew, exact=self._exact)
+            self._advance(thread_pool, space, output_norm, layer.attention_norm)
+            layer.qkv.multiply(space.hidden, space.qkv, thread_pool, exact=self._exact)
+            self._attend(thread_pool, space, layer, index, kv, segments, sequences, positions)
+            layer.output.multiply(space.attended, space.residual, thread_pool, exact=self._exact)
             _add(layer.output_bias, space.residual)
-            self._advance(crew, space, layer.attention_output_norm, layer.feed_forward_norm)
-            self._feed_forward(crew, space, layer)
+            self._advance(thread_pool, space, layer.attention_output_norm, layer.feed_forward_norm)
+            self._feed_forward(thread_pool, space, layer)
             output_norm = layer.feed_forward_output_norm
-        self._advance(crew, space, output_norm, self._weights.final_norm)
+        self._advance(thread_pool, space, output_norm, self._weights.final_norm)
         return space.hidden
 
-    def _advance(self, crew: Crew, space: _Workspace, output_norm: np.ndarray, norm: np.ndarray) -> None:
+    def _advance(self, thread_pool: ThreadPool, space: _Workspace, output_norm: np.ndarray, norm: np.ndarray) -> None:
         """Add a layer's output to the residual stream, then normalize and quantize the stream."""
         options = self._config.layer_options
-        crew.run(
-            advance_batch, space.stream, space.residual, output_norm, options.residual_scale, norm, options.epsilon,
-            *space.hidden.buffers,
+        thread_pool.run(
+            add_and_rms_norm_batch, space.stream, space.residual, output_norm, options.residual_scale, norm,
+            options.epsilon, *space.hidden.buffers,
         )  # fmt: skip
 
     def _attend(
         self,
-        crew: Crew,
+        thread_pool: ThreadPool,
         space: _Workspace,
         layer: LayerWeights,
         index: int,
@@ -96,17 +96,17 @@ class PromptPass:
     ) -> None:
         heads, options = self._config.dimensions.heads, self._config.layer_options
         bias, norm = layer.qkv_bias, layer.query_key_norm
-        crew.run(rotate_and_store, space.qkv, bias, norm, options, index, kv, heads, sequences, positions)
-        crew.run(attend, crew.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
-        space.attended.quantize(crew)
+        thread_pool.run(rotate_and_store, space.qkv, bias, norm, options, index, kv, heads, sequences, positions)
+        thread_pool.run(attend, thread_pool.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
+        space.attended.quantize(thread_pool)
 
-    def _feed_forward(self, crew: Crew, space: _Workspace, layer: LayerWeights) -> None:
-        layer.gate_up.multiply(space.hidden, space.gate_up, crew, exact=self._exact)
+    def _feed_forward(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights) -> None:
+        layer.gate_up.multiply(space.hidden, space.gate_up, thread_pool, exact=self._exact)
         _add(layer.gate_bias, space.gate_up[:, : len(layer.gate_bias)])
         _add(layer.up_bias, space.gate_up[:, len(layer.gate_bias) :])
         keep = self._exact or layer.down.reads_floats
-        crew.run(gate_batch, space.gate_up, self._config.layer_options.gelu, keep, *space.gated.buffers)
-        layer.down.multiply(space.gated, space.residual, crew, exact=self._exact)
+        thread_pool.run(swiglu_batch, space.gate_up, self._config.layer_options.gelu, keep, *space.gated.buffers)
+        layer.down.multiply(space.gated, space.residual, thread_pool, exact=self._exact)
         _add(layer.down_bias, space.residual)
 
 

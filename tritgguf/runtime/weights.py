@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.packed_rows.unpack import dequantize
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.projection import Matrix, Projection
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
@@ -79,14 +79,14 @@ class Embeddings:
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self._rows = matrix.data.reshape(matrix.rows, -1)
-        self._crew = Crew(1)  # a few rows are not worth a launch
+        self._thread_pool = ThreadPool(1)  # a few rows are not worth a launch
 
     def __getitem__(self, tokens: int | np.ndarray) -> np.ndarray:
         """Return the rows of tokens [n], or of one token: float16 or float32 [n, columns]."""
         if self.matrix.codebook is None:
             return self._rows.view(np.float16)[tokens]
         packed = self._rows[np.atleast_1d(tokens)]
-        return dequantize(packed, self.matrix.codebook, self.matrix.depth, self._crew)
+        return dequantize(packed, self.matrix.codebook, self.matrix.depth, self._thread_pool)
 
 
 class ModelWeights:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from random_inputs import CREW
+from random_inputs import THREAD_POOL
 
 from cpu_kernels.encoding.quantize import as_stored, best_candidates
 from cpu_kernels.packed_rows.unpack import dequantize
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization import v2
@@ -28,7 +28,7 @@ def gaussian(rows: int, columns: int, seed: int = 0, size: float = 1.0) -> np.nd
 
 def decoded(matrix: QuantizedMatrix) -> np.ndarray:
     """Return what the packed form of a matrix decodes to."""
-    return dequantize(matrix.pack(CREW), matrix.codebook, matrix.depth)
+    return dequantize(matrix.pack(THREAD_POOL), matrix.codebook, matrix.depth)
 
 
 def squared_error(weights: np.ndarray, matrix: QuantizedMatrix) -> float:
@@ -80,7 +80,7 @@ def test_follows_the_description(depth: int, shape: tuple[int, int], seed: int, 
     # Where two candidates' errors are equal to float32 accuracy, the kernel may take either.
     assume(margins.min() > 1e-4)
     kernel_scales = np.empty_like(scales)
-    CREW.run(best_candidates, *as_stored(weights), np.float32(naive.largest_level(depth)), kernel_scales)
+    THREAD_POOL.run(best_candidates, *as_stored(weights), np.float32(naive.largest_level(depth)), kernel_scales)
     np.testing.assert_array_equal(kernel_scales, scales)
     assert_follows_description(weights, quantize(weights, depth), scales)
 
@@ -105,7 +105,7 @@ def test_halves_give_what_their_float32_gives(
 def test_the_largest_magnitude_is_found_on_the_way(shape: tuple[int, int], seed: int) -> None:
     weights = gaussian(*shape, seed=seed)
     scales = np.empty((shape[0], shape[1] // 16), np.float32)
-    assert max(CREW.run(best_candidates, *as_stored(weights), np.float32(4), scales)) == np.abs(weights).max()
+    assert max(THREAD_POOL.run(best_candidates, *as_stored(weights), np.float32(4), scales)) == np.abs(weights).max()
 
 
 def test_first_of_equal_candidates_wins() -> None:
@@ -148,11 +148,14 @@ def test_many_groups_follow_the_description(depth: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_change_a_bit(depth: int, threads: int) -> None:
     weights = gaussian(7, 128)
-    one, many = quantize(weights, depth, crew=Crew(1)), quantize(weights, depth, crew=Crew(threads))
+    one, many = (
+        quantize(weights, depth, thread_pool=ThreadPool(1)),
+        quantize(weights, depth, thread_pool=ThreadPool(threads)),
+    )
     np.testing.assert_array_equal(many.levels, one.levels)
     np.testing.assert_array_equal(many.scale_indices, one.scale_indices)
     np.testing.assert_array_equal(many.codebook, one.codebook)
-    np.testing.assert_array_equal(many.pack(Crew(threads)), one.pack(Crew(1)))
+    np.testing.assert_array_equal(many.pack(ThreadPool(threads)), one.pack(ThreadPool(1)))
     assert many.squared_error == pytest.approx(one.squared_error, rel=1e-12)
 
 

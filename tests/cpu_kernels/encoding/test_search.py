@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cpu_kernels.encoding.search import best_scales, round_to_best
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
@@ -46,7 +46,7 @@ def test_no_entry_is_better_than_the_chosen_one(depth: int, shape: tuple[int, in
     steps = (np.geomspace(0.05, np.abs(weights).max(), 27) / offset).astype(np.float32)
     levels = np.empty(weights.shape, np.uint8)
     indices = np.empty((len(weights), weights.shape[1] // GROUP_SIZE), np.uint8)
-    sums = Crew(2).run(round_to_best, weights, importance, emphasis, steps, np.float32(offset), levels, indices)
+    sums = ThreadPool(2).run(round_to_best, weights, importance, emphasis, steps, np.float32(offset), levels, indices)
     by_entry = np.array([weighted_errors(weights, importance, emphasis, step, offset) for step in steps])
     chosen = np.take_along_axis(by_entry, indices[np.newaxis].astype(int), 0)[0]
     np.testing.assert_allclose(chosen, by_entry.min(0), rtol=1e-4, atol=1e-10)
@@ -69,7 +69,7 @@ def test_no_fraction_is_better_than_the_chosen_one(
     offset = level_offset(depth)
     fractions = np.linspace(0.5, 1, 6, dtype=np.float32)
     scales = np.zeros((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)
-    Crew(2).run(best_scales, weights, importance, emphasis, fractions, np.float32(offset), scales)
+    ThreadPool(2).run(best_scales, weights, importance, emphasis, fractions, np.float32(offset), scales)
     largest = np.abs(weights).reshape(*scales.shape, GROUP_SIZE).max(-1)
     by_fraction = np.array(
         [weighted_errors(weights, importance, emphasis, largest * f / offset, offset) for f in fractions]
@@ -84,9 +84,9 @@ def test_threads_change_nothing(threads: int) -> None:
     weights, importance = random_problem((7, 20), 1)
     steps = np.geomspace(0.01, 1, 27).astype(np.float32)
     found = []
-    for crew in (Crew(1), Crew(threads)):
+    for thread_pool in (ThreadPool(1), ThreadPool(threads)):
         levels, indices = np.empty(weights.shape, np.uint8), np.empty((7, 20), np.uint8)
-        crew.run(round_to_best, weights, importance, True, steps, np.float32(4), levels, indices)
+        thread_pool.run(round_to_best, weights, importance, True, steps, np.float32(4), levels, indices)
         found.append((levels, indices))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     np.testing.assert_array_equal(found[0][1], found[1][1])

@@ -15,7 +15,7 @@ from cpu_kernels.packed_rows.extract import EXTRACT, GroupLanes
 from cpu_kernels.simd import instruction_set, self_test, variants
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import I32, Vectors
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.trit_types import DEPTHS
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -116,8 +116,8 @@ def test_every_variant_is_a_type_of_its_own() -> None:
 
 
 def test_threads_take_the_chosen_variant(variant: str) -> None:
-    assert Crew(1).isa == variants.as_type(variants.NAMES[variant])
-    assert Crew(1, isa="portable").isa == variants.as_type(PORTABLE)
+    assert ThreadPool(1).isa == variants.as_type(variants.NAMES[variant])
+    assert ThreadPool(1, isa="portable").isa == variants.as_type(PORTABLE)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import naive
 import numpy as np
 import pytest
-from random_inputs import CREW, batch_integers, batch_of, vector_integers, vectors
+from random_inputs import THREAD_POOL, batch_integers, batch_of, vector_integers, vectors
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import (
-    advance_batch,
-    advance_row,
-    gate_batch,
-    gate_row,
+    add_and_rms_norm,
+    add_and_rms_norm_batch,
     normalize_row,
     quantize_row,
+    swiglu,
+    swiglu_batch,
 )
 from cpu_kernels.transformer.projection import Activations, Batch
 
@@ -116,7 +116,7 @@ def test_threads_share_a_batch(threads: int) -> None:
     x = vectors(9, 64)
     batch = Batch(9, 64)
     batch.x[:] = x
-    batch.quantize(Crew(threads))
+    batch.quantize(ThreadPool(threads))
     for part, expected in zip(batch.buffers, batch_of(x).buffers, strict=True):
         np.testing.assert_array_equal(part, expected)
 
@@ -126,7 +126,7 @@ def test_first_tokens_are_a_view(tokens: int) -> None:
     batch, x = Batch(16, 64), vectors(tokens, 64)
     view = batch.first(tokens)
     view.x[:] = x
-    view.quantize(CREW)
+    view.quantize(THREAD_POOL)
     for part, whole in zip(view.buffers, batch.buffers, strict=True):
         assert np.shares_memory(part, whole)
     for part, expected in zip(batch_integers(view), of_batch(x), strict=True):
@@ -138,7 +138,7 @@ def test_remainder(tokens: int) -> None:
     x = vectors(tokens, 192)
     batch = batch_of(x)
     restored = np.zeros(x.shape)
-    for part in (batch, batch.remainder(CREW)):
+    for part in (batch, batch.remainder(THREAD_POOL)):
         integers, step_sizes = batch_integers(part)
         restored += integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
     largest = np.repeat(np.abs(x).reshape(tokens, -1, 16).max(axis=2), 16, axis=1)
@@ -156,7 +156,9 @@ def test_normalize(tokens: int, columns: int) -> None:
     np.testing.assert_array_equal(alone, summed[0])
     np.testing.assert_allclose(out, expected[0], rtol=3e-6)
     batch = Batch(tokens, columns)
-    CREW.run(advance_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers)
+    THREAD_POOL.run(
+        add_and_rms_norm_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers
+    )
     np.testing.assert_array_equal(stream, summed)
     np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
@@ -177,7 +179,7 @@ def test_advance(scale: float, normalizes_output: bool, normalizes_stream: bool)
     summed = stream + scale * added
     expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
     out = np.empty(96, np.float32)
-    advance_row(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    add_and_rms_norm(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
     largest = np.abs(summed).max()
     np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
@@ -200,16 +202,16 @@ def test_gate(tokens: int, columns: int, gelu: bool) -> None:
     with np.errstate(over="ignore"):
         expected = x / (1 + np.exp(-inner)) * up
     out = np.empty(columns, np.float32)
-    gate_row(gate[0], up[0], gelu, out)
+    swiglu(gate[0], up[0], gelu, out)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
     batch = Batch(tokens, columns)
     both = np.concatenate([gate, up], axis=1)
-    CREW.run(gate_batch, both, gelu, True, *batch.buffers)
+    THREAD_POOL.run(swiglu_batch, both, gelu, True, *batch.buffers)
     np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
         np.testing.assert_array_equal(part, again)
     unkept = Batch(tokens, columns)
-    CREW.run(gate_batch, both, gelu, False, *unkept.buffers)
+    THREAD_POOL.run(swiglu_batch, both, gelu, False, *unkept.buffers)
     assert not unkept.x.any()
     for part, again in zip(unkept.buffers[1:], batch.buffers[1:], strict=True):
         np.testing.assert_array_equal(part, again)
@@ -219,5 +221,5 @@ def test_gate(tokens: int, columns: int, gelu: bool) -> None:
 @pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
 def test_gate_of_extreme_vectors(value: float, gelu: bool) -> None:
     out = np.empty(64, np.float32)
-    gate_row(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
+    swiglu(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
     np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

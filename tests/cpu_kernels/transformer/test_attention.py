@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paged_layers import PagedLayers, angles, random, random_layers
-from random_inputs import CREW
+from random_inputs import THREAD_POOL
 
 from cpu_kernels.simd.instruction_set import chosen
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.attend_layers import attend_layers
-from cpu_kernels.transformer.attend_token import attend_token, join_spans
+from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.attention_tile import PANEL
 from cpu_kernels.transformer.layer_options import LayerOptions
@@ -100,7 +100,7 @@ def test_rotate_and_store(
     kv, model_rules = layer.key_values(), rules(DIM, interleaved=interleaved)
     heads = (qkv + bias).astype(np.float64).reshape(tokens, -1, DIM)
     places = np.zeros(tokens, np.int64), np.arange(position, position + tokens)
-    Crew(threads).run(rotate_and_store, qkv, bias, NO_NORM, model_rules, 0, kv, HEADS, *places)
+    ThreadPool(threads).run(rotate_and_store, qkv, bias, NO_NORM, model_rules, 0, kv, HEADS, *places)
     rounding = 2**-10 if dtype is np.uint16 else 1e-5
     for t in range(tokens):
         turned = np.array([naive.rotate(head, turns[position + t], interleaved) for head in heads[t]])
@@ -127,7 +127,7 @@ def test_attend(
     layer = random_layer(kv_heads, 320, dim, dtype, position + tokens)
     out = np.full((tokens, HEADS * dim), np.nan, np.float32)
     kv = layer.key_values()
-    Crew(threads).run(attend, chosen(), qkv, rules(dim), 0, kv, segments(tokens, position), HEADS, out)
+    ThreadPool(threads).run(attend, chosen(), qkv, rules(dim), 0, kv, segments(tokens, position), HEADS, out)
     expected = expected_attention(layer, qkv.reshape(tokens, -1, dim)[:, :HEADS], position)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * size)
 
@@ -140,13 +140,13 @@ def test_no_token_sees_a_later_one(variant: str) -> None:
     before, after = np.zeros((2, tokens, HEADS * dim), np.float32)
     kv, model_rules = layer.key_values(), rules(dim)
     for place in (0, 1, 31, 32, 50, 63, 64, 88):
-        Crew(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, before)
+        ThreadPool(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, before)
         keys, values = layer.read(0), layer.read(1)
         keys[:, :, place + 1 : tokens] += 3
         values[:, :, place + 1 :] *= -2
         layer.write(0, keys)
         layer.write(1, values)
-        Crew(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, after)
+        ThreadPool(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, after)
         np.testing.assert_array_equal(after[: place + 1], before[: place + 1])
         assert (after[place + 1 :] != before[place + 1 :]).any(axis=1).all()
 
@@ -168,7 +168,7 @@ def attend_to_last(
         attend_token(chosen(), kv, scratch, 0, qkv, bias, norm, model_rules, 0, position, thread, threads)
     outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
     for thread in range(threads):
-        join_spans(chosen(), scratch, 0, model_rules.windows[0], position, layer.dim, outs[thread], thread)
+        merge_splits(chosen(), scratch, 0, model_rules.windows[0], position, layer.dim, outs[thread], thread)
         np.testing.assert_array_equal(outs[thread], outs[0])
     return outs[0]
 
@@ -202,7 +202,7 @@ def test_a_window_hides_what_is_before_it(variant: str, window: int, position: i
     layer = random_layer(kv_heads, 400, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
     kv = layer.key_values()
-    CREW.run(attend, chosen(), qkv, rules(dim, window=window), 0, kv, segments(tokens, position), heads, out)
+    THREAD_POOL.run(attend, chosen(), qkv, rules(dim, window=window), 0, kv, segments(tokens, position), heads, out)
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, window), rtol=0, atol=2e-5)
 
@@ -235,7 +235,7 @@ def test_scores_are_bent(softcap: float) -> None:
     layer = random_layer(kv_heads, 320, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
     kv = layer.key_values()
-    CREW.run(attend, chosen(), qkv, rules(dim, softcap=softcap), 0, kv, segments(tokens, position), heads, out)
+    THREAD_POOL.run(attend, chosen(), qkv, rules(dim, softcap=softcap), 0, kv, segments(tokens, position), heads, out)
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, 0, softcap), rtol=0, atol=1e-4)
     assert np.abs(out - expected_attention(layer, queries, position)).max() > 1e-3
@@ -263,7 +263,7 @@ def test_queries_and_keys_are_normalized_before_they_are_rotated(together: bool,
     rows = qkv[np.newaxis].copy()
     layer = random_layer(kv_heads, 64, dim, np.float32, position)
     places = np.zeros(1, np.int64), np.array([position])
-    CREW.run(rotate_and_store, rows, bias, norm, model_rules, 0, layer.key_values(), heads, *places)
+    THREAD_POOL.run(rotate_and_store, rows, bias, norm, model_rules, 0, layer.key_values(), heads, *places)
     np.testing.assert_allclose(rows[0].reshape(-1, dim)[:heads], turned[:heads], rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.keys[:, position], turned[heads : heads + kv_heads], rtol=0, atol=1e-5)
 
@@ -295,7 +295,7 @@ def test_attend_layers(threads: int) -> None:
     one = rules(DIM)
     three = one._replace(windows=np.zeros(3, np.int64), rotations=np.zeros(3, np.int64))
     bias, norms, counter = np.zeros_like(qkv), np.empty((3, 0), np.float32), np.zeros(1, np.int64)
-    Crew(threads).run(
+    ThreadPool(threads).run(
         attend_layers, chosen(), layers.key_values(), layers.scratch(HEADS, threads), qkv, bias, norms, three, 10, out,
         counter,
     )  # fmt: skip
@@ -312,7 +312,7 @@ def test_attention_to_one_place_is_its_value(variant: str, size: float) -> None:
     layer = random_layer(KV_HEADS, CONTEXT, DIM, np.float32, 1)
     layer.write(0, layer.read(0) * np.float32(size))
     out = np.zeros((1, HEADS * DIM), np.float32)
-    CREW.run(attend, chosen(), qkv, rules(DIM), 0, layer.key_values(), segments(1, 0), HEADS, out)
+    THREAD_POOL.run(attend, chosen(), qkv, rules(DIM), 0, layer.key_values(), segments(1, 0), HEADS, out)
     expected = np.repeat(layer.values[:, :1], HEADS // KV_HEADS, axis=1)
     np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), expected)
 
@@ -327,7 +327,7 @@ def test_every_place_counts(variant: str) -> None:
     layer.write(1, values)
     out = np.zeros((1, dim), np.float32)
     where = segments(1, places - 1)
-    CREW.run(attend, chosen(), random(1, 3 * dim), rules(dim), 0, layer.key_values(), where, 1, out)
+    THREAD_POOL.run(attend, chosen(), random(1, 3 * dim), rules(dim), 0, layer.key_values(), where, 1, out)
     np.testing.assert_allclose(out, (places - 1) / 2, rtol=1e-6)
     counts = Counter(np.round(out[0], 3).tolist())
     assert len(counts) == 1

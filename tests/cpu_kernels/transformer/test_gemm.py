@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from random_inputs import (
-    CREW,
+    THREAD_POOL,
     assert_close,
     batch_integers,
     batch_of,
@@ -17,7 +17,7 @@ from random_inputs import (
     vectors,
 )
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.projection import Batch, Matrix, Projection
 from tritgguf.formats.trit_types import DEPTHS
 
@@ -26,12 +26,12 @@ bit_counts = pytest.mark.parametrize("bits", [16, 8])
 TOKENS = (1, 5, 6, 7, 19)  # the kernel takes six at a time
 
 
-def multiply(matrices: list[Matrix], batch: Batch, crew: Crew = CREW) -> np.ndarray:
+def multiply(matrices: list[Matrix], batch: Batch, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
     """Multiply; rows before and after the output must stay as they are."""
     projection = Projection(matrices)
     tokens = len(batch.x)
     around = np.full((tokens + 2, projection.rows), np.nan, np.float32)
-    projection.multiply(batch, around[1:-1], crew)
+    projection.multiply(batch, around[1:-1], thread_pool)
     assert np.isnan(around[[0, -1]]).all()
     return around[1:-1]
 
@@ -45,7 +45,7 @@ def one_by_one(matrices: list[Matrix], x: np.ndarray) -> np.ndarray:
     projection = Projection(matrices)
     out = np.zeros((len(x), projection.rows), np.float32)
     for token in range(len(x)):
-        projection.multiply_vector(x[token], out[token], CREW)
+        projection.multiply_vector(x[token], out[token], THREAD_POOL)
     return out
 
 
@@ -117,8 +117,8 @@ def test_matrices_side_by_side_on_threads(threads: int) -> None:
     matrices.insert(2, half_matrix(5, 128))
     batch = batch_of(vectors(6, 128))
     together = [matrix for matrix, _ in matrices]
-    result = multiply(together, batch, Crew(threads))
-    np.testing.assert_array_equal(result, multiply(together, batch, Crew(1)))
+    result = multiply(together, batch, ThreadPool(threads))
+    np.testing.assert_array_equal(result, multiply(together, batch, ThreadPool(1)))
     expected = expected_product(matrices, batch)
     start = 0
     for matrix in together:
@@ -133,7 +133,7 @@ def test_a_used_batch_leaves_nothing_behind() -> None:
     large = batch_of(vectors(16, 64, seed=1))
     view = large.first(11)
     view.x[:] = x
-    view.quantize(CREW)
+    view.quantize(THREAD_POOL)
     np.testing.assert_array_equal(multiply([matrix], view), multiply([matrix], batch_of(x)))
 
 
@@ -144,7 +144,7 @@ def test_exact_products(variant: str, depth: int, columns: int) -> None:
     matrices = [trit_matrix(depth, 20, columns), half_matrix(3, columns), trit_matrix(depth, 7, columns, seed=1)]
     x = vectors(9, columns)
     batch, out = batch_of(x), np.full((9, 30), np.nan, np.float32)
-    Projection([matrix for matrix, _ in matrices]).multiply(batch, out, CREW, exact=True)
+    Projection([matrix for matrix, _ in matrices]).multiply(batch, out, THREAD_POOL, exact=True)
     expected = np.concatenate([x.astype(np.float64) @ weights.T for _, weights in matrices], axis=1)
     for rows in (slice(0, 20), slice(20, 23), slice(23, 30)):
         assert_close(out[:, rows], expected[:, rows])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_inputs import (
     CODEBOOK,
-    CREW,
+    THREAD_POOL,
     assert_close,
     batch_of,
     damaged_matrix,
@@ -23,7 +23,7 @@ from random_inputs import (
 )
 
 from cpu_kernels.simd import instruction_set, variants
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.projection import Matrix, Projection
 from tritgguf.formats.trit_types import DEPTHS
 
@@ -31,11 +31,11 @@ depths = pytest.mark.parametrize("depth", DEPTHS)
 COLUMNS = (64, 128, 192, 256, 320, 448, 576, 1536)  # 4, 8 and 12 groups beside whole steps of 16
 
 
-def multiply(matrices: list[Matrix], x: np.ndarray, crew: Crew = CREW) -> np.ndarray:
+def multiply(matrices: list[Matrix], x: np.ndarray, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
     """Multiply a vector [columns]; what lies before and after the output must stay as it is."""
     projection = Projection(matrices)
     around = np.full(projection.rows + 32, np.nan, np.float32)
-    projection.multiply_vector(x, around[16:-16], crew)
+    projection.multiply_vector(x, around[16:-16], thread_pool)
     assert np.isnan(around[:16]).all()
     assert np.isnan(around[-16:]).all()
     return around[16:-16]
@@ -103,7 +103,7 @@ def test_matrices_side_by_side(variant: str) -> None:
 def test_threads_do_not_change_a_bit(threads: int) -> None:
     matrices = [trit_matrix(2, 5, 192)[0], half_matrix(1, 192)[0], trit_matrix(3, 4, 192)[0]]
     x = vectors(1, 192)[0]
-    np.testing.assert_array_equal(multiply(matrices, x, Crew(threads)), multiply(matrices, x, Crew(1)))
+    np.testing.assert_array_equal(multiply(matrices, x, ThreadPool(threads)), multiply(matrices, x, ThreadPool(1)))
 
 
 @depths
@@ -153,8 +153,8 @@ def test_nothing_is_read_behind_the_last_row(variant: str) -> None:
                 x = vectors(3, columns)
                 np.testing.assert_array_equal(multiply([moved], x[0]), multiply([matrix], x[0]))
                 batch, out = batch_of(x), np.zeros((2, 3, 3), np.float32)
-                Projection([moved]).multiply(batch, out[0], CREW)
-                Projection([matrix]).multiply(batch, out[1], CREW)
+                Projection([moved]).multiply(batch, out[0], THREAD_POOL)
+                Projection([matrix]).multiply(batch, out[1], THREAD_POOL)
                 np.testing.assert_array_equal(out[0], out[1])
     finally:
         libc.mprotect(ctypes.c_void_p(memory.ctypes.data + 2 * page), ctypes.c_size_t(page), mmap.PROT_READ)
@@ -186,7 +186,7 @@ def test_shapes_must_fit_each_other() -> None:
     projection = Projection([narrow])
     for columns, rows in ((128, 4), (64, 5), (64, 3)):
         with pytest.raises(ValueError):
-            projection.multiply_vector(vectors(1, columns)[0], np.zeros(rows, np.float32), CREW)
+            projection.multiply_vector(vectors(1, columns)[0], np.zeros(rows, np.float32), THREAD_POOL)
     for tokens, columns, out_shape in ((1, 128, (1, 4)), (2, 64, (1, 4)), (1, 64, (1, 5))):
         with pytest.raises(ValueError):
-            projection.multiply(batch_of(vectors(tokens, columns)), np.zeros(out_shape, np.float32), CREW)
+            projection.multiply(batch_of(vectors(tokens, columns)), np.zeros(out_shape, np.float32), THREAD_POOL)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from random_inputs import (
-    CREW,
+    THREAD_POOL,
     assert_close,
     damaged_matrix,
     half_matrix,
@@ -19,7 +19,7 @@ from random_inputs import (
     vectors,
 )
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.gemv_batch import scratch_for
 from cpu_kernels.transformer.projection import Activations, Matrix, Projection
@@ -39,12 +39,12 @@ def activations_of(x: np.ndarray) -> Activations:
     return result
 
 
-def multiply(matrices: list[Matrix], x: np.ndarray, crew: Crew = CREW) -> np.ndarray:
+def multiply(matrices: list[Matrix], x: np.ndarray, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
     """Multiply vectors [vectors, columns]; what lies around the output must stay as it is."""
     projection = Projection(matrices)
     around = np.full((len(x) + 2, projection.rows + 32), np.nan, np.float32)
     out = around[1:-1, 16:-16]
-    projection.multiply_vectors(activations_of(x), out, crew)
+    projection.multiply_vectors(activations_of(x), out, thread_pool)
     result = out.copy()
     out[:] = np.nan
     assert np.isnan(around).all()
@@ -56,7 +56,7 @@ def one_by_one(matrices: list[Matrix], x: np.ndarray) -> np.ndarray:
     projection = Projection(matrices)
     out = np.zeros((len(x), projection.rows), np.float32)
     for index in range(len(x)):
-        projection.multiply_vector(x[index], out[index], CREW)
+        projection.multiply_vector(x[index], out[index], THREAD_POOL)
     return out
 
 
@@ -120,7 +120,7 @@ def test_matrices_side_by_side_on_threads(threads: int) -> None:
     matrices.insert(2, half_matrix(5, 320)[0])
     for count in (2, 7):
         x = vectors(count, 320)
-        assert_same_bits(multiply(matrices, x, Crew(threads)), one_by_one(matrices, x))
+        assert_same_bits(multiply(matrices, x, ThreadPool(threads)), one_by_one(matrices, x))
 
 
 @depths
@@ -149,7 +149,7 @@ def test_a_scratch_may_be_shared_and_larger(variant: str) -> None:
     scratch[:] = np.nan
     for matrix in (trit_matrix(2, 9, 192)[0], half_matrix(9, 192)[0], trit_matrix(4, 9, 192)[0]):
         out = np.zeros((6, 9), np.float32)
-        Projection([matrix]).multiply_vectors(activations_of(x), out, CREW, scratch)
+        Projection([matrix]).multiply_vectors(activations_of(x), out, THREAD_POOL, scratch)
         assert_same_bits(out, one_by_one([matrix], x))
 
 
@@ -178,9 +178,9 @@ def test_shapes_must_fit_each_other() -> None:
     activations = activations_of(vectors(3, 64))
     for shape in ((2, 4), (3, 5)):
         with pytest.raises(ValueError):
-            projection.multiply_vectors(activations, np.zeros(shape, np.float32), CREW)
+            projection.multiply_vectors(activations, np.zeros(shape, np.float32), THREAD_POOL)
     with pytest.raises(ValueError):
-        projection.multiply_vectors(activations_of(vectors(3, 128)), np.zeros((3, 4), np.float32), CREW)
+        projection.multiply_vectors(activations_of(vectors(3, 128)), np.zeros((3, 4), np.float32), THREAD_POOL)
     for scratch in (scratch_for(1, 64), scratch_for(2, 48)):
         with pytest.raises(ValueError):
-            projection.multiply_vectors(activations, np.zeros((3, 4), np.float32), CREW, scratch)
+            projection.multiply_vectors(activations, np.zeros((3, 4), np.float32), THREAD_POOL, scratch)

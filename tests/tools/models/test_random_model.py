@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_the_random_model_converts_and_runs(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tritgguf.diagnostics.bench.read_bandwidth", lambda crew, repetitions: 1e9)
+    monkeypatch.setattr("tritgguf.diagnostics.bench.read_bandwidth", lambda thread_pool, repetitions: 1e9)
     source, output = tmp_path / "f16.gguf", tmp_path / "trit3.gguf"
     write_random_model(source, architecture, TINY[architecture])
     assert [path.name for path in tmp_path.iterdir()] == ["f16.gguf"]

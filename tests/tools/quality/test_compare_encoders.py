@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from tools import svg
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
 from tools.quality import chart, compare_encoders, package_texts
@@ -64,11 +64,11 @@ def test_windows(smollm2_folder: Path) -> None:
 @pytest.mark.parametrize("type_name", compare_encoders.TYPES)
 def test_llama_cpp_types(referee_library: Path, type_name: str) -> None:
     weights = np.random.default_rng(0).standard_normal((24, 192)).astype(np.float32)
-    quantizer = GgmlQuantizer(referee_library, Crew(2))
+    quantizer = GgmlQuantizer(referee_library, ThreadPool(2))
     found = quantizer.round_trip(weights, type_name)
     error = np.square(found - weights).mean() / np.square(weights).mean()
     assert 0 < error < 4.0 ** (1 - bits_per_weight(type_name)) * 4
-    one = GgmlQuantizer(referee_library, Crew(1)).round_trip(weights, type_name)
+    one = GgmlQuantizer(referee_library, ThreadPool(1)).round_trip(weights, type_name)
     np.testing.assert_array_equal(found, one)
 
 
@@ -76,14 +76,14 @@ def test_llama_cpp_and_gguf_py_agree(referee_library: Path) -> None:
     weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_0
     expected = gguf.quants.dequantize(gguf.quants.quantize(weights, kind), kind)
-    found = GgmlQuantizer(referee_library, Crew(1)).round_trip(weights, "Q4_0")
+    found = GgmlQuantizer(referee_library, ThreadPool(1)).round_trip(weights, "Q4_0")
     np.testing.assert_array_equal(found, expected)
 
 
 def test_importance_of_llama_cpp_s_types(referee_library: Path) -> None:
     weights = np.random.default_rng(0).standard_normal((8, 192)).astype(np.float32)
     importance = np.where(np.arange(192) % 2, 50, 1).astype(np.float32)
-    quantizer = GgmlQuantizer(referee_library, Crew(2))
+    quantizer = GgmlQuantizer(referee_library, ThreadPool(2))
     plain, weighted = quantizer.round_trip(weights, "Q3_K"), quantizer.round_trip(weights, "Q3_K", importance)
     errors = [np.square(found - weights)[:, 1::2].mean() for found in (plain, weighted)]
     assert errors[1] < errors[0]
@@ -91,7 +91,7 @@ def test_importance_of_llama_cpp_s_types(referee_library: Path) -> None:
 
 def test_rows_that_do_not_fill_a_block(referee_library: Path) -> None:
     with pytest.raises(ValueError, match="do not make whole blocks"):
-        GgmlQuantizer(referee_library, Crew(1)).round_trip(np.ones((3, 192), np.float32), "Q3_K")
+        GgmlQuantizer(referee_library, ThreadPool(1)).round_trip(np.ones((3, 192), np.float32), "Q3_K")
 
 
 def test_every_row_has_a_name_that_is_understood() -> None:

@@ -46,7 +46,7 @@ def test_roundtrip(run: Callable[..., str], tiny_trit_file: Callable[..., GgufFi
 def test_roundtrip_notices(
     run: Callable[..., str], tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def recover_wrongly(weights: np.ndarray, crew: object) -> object:
+    def recover_wrongly(weights: np.ndarray, thread_pool: object) -> object:
         matrix = recover_matrix(weights)
         assert isinstance(matrix, QuantizedMatrix)
         matrix.levels[0, 0] ^= 1

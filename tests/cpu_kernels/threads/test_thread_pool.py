@@ -18,7 +18,7 @@ from llvmlite.binding import ExecutionEngine
 
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.threads.cores import physical_cores, processor_share
-from cpu_kernels.threads.crew import CompilingCrew, Crew, announcing_compilation, default_crew
+from cpu_kernels.threads.thread_pool import CompilingThreadPool, ThreadPool, announcing_compilation, default_thread_pool
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -27,15 +27,15 @@ def test_every_thread_gets_its_share(threads: int) -> None:
         time.sleep(0.001 * (of - thread))
         return argument, thread, of, threading.get_ident()
 
-    results = Crew(threads).run(kernel, "argument")
+    results = ThreadPool(threads).run(kernel, "argument")
     assert [result[:3] for result in results] == [("argument", thread, threads) for thread in range(threads)]
     assert results[0][3] == threading.get_ident()
 
 
 @pytest.mark.parametrize("threads", [None, 0, -3])
 def test_number_of_threads(threads: int | None) -> None:
-    assert Crew(threads).threads == (physical_cores() if threads is None else 1)
-    assert default_crew() is default_crew()
+    assert ThreadPool(threads).threads == (physical_cores() if threads is None else 1)
+    assert default_thread_pool() is default_thread_pool()
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -48,11 +48,11 @@ def test_errors_are_raised_when_all_have_returned(failing: int) -> None:
         time.sleep(0.01)
         returned.append(thread)
 
-    crew = Crew(3)
+    thread_pool = ThreadPool(3)
     for _ in range(2):
         returned.clear()
         with pytest.raises(ArithmeticError):
-            crew.run(kernel)
+            thread_pool.run(kernel)
         assert sorted(returned) == sorted({0, 1, 2} - {failing})
 
 
@@ -154,9 +154,9 @@ def _exchange(counter: Any, slots: Any, rounds: int, thread: int, threads: int) 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_barrier(threads: int) -> None:
     # Four threads are more than small machines have, so that some must wait for their turn.
-    crew, counter = Crew(threads), np.zeros(1, np.int64)
+    thread_pool, counter = ThreadPool(threads), np.zeros(1, np.int64)
     for _ in range(3):
-        assert crew.run(_exchange, counter, np.zeros(threads, np.int64), 200) == [0] * threads
+        assert thread_pool.run(_exchange, counter, np.zeros(threads, np.int64), 200) == [0] * threads
 
 
 def test_compiling_without_running() -> None:
@@ -168,11 +168,11 @@ def test_compiling_without_running() -> None:
 
     out = np.zeros(1, np.int64)
     with announcing_compilation(lambda: calls.append("now")):
-        assert CompilingCrew(1).run(kernel, out) == []
+        assert CompilingThreadPool(1).run(kernel, out) == []
     assert calls == ["now"]
     assert out[0] == 0
     with announcing_compilation(lambda: calls.append("again")):
-        Crew(1).run(kernel, out)
+        ThreadPool(1).run(kernel, out)
     assert calls == ["now"]
     assert out[0] == 1
 
@@ -188,7 +188,7 @@ def test_an_interrupt_waits_for_all_threads() -> None:
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        Crew(3).run(kernel)
+        ThreadPool(3).run(kernel)
     assert sorted(returned) == [0, 1, 2]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -208,7 +208,7 @@ def test_an_interrupt_in_a_callback_of_llvm_is_not_lost(capfd: pytest.CaptureFix
             reached.append("end of compiling")
 
     with pytest.raises(KeyboardInterrupt):
-        CompilingCrew(1).run(Kernel())
+        CompilingThreadPool(1).run(Kernel())
     assert reached == ["end of the callback", "end of compiling"]
     assert capfd.readouterr().err == ""
 
@@ -222,5 +222,5 @@ def test_an_interrupt_ends_compiling_at_once() -> None:
             reached.append("end of compiling")
 
     with pytest.raises(KeyboardInterrupt):
-        CompilingCrew(1).run(Kernel())
+        CompilingThreadPool(1).run(Kernel())
     assert not reached

@@ -25,7 +25,7 @@ from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.cores import physical_cores
 
 
-class Crew:
+class ThreadPool:
     """A fixed number of threads, the caller's among them, and the instruction set of what they run.
 
     Callers of several threads take turns: kernels of two of them at once would wait for each other at their barriers.
@@ -95,7 +95,7 @@ def _called_by_llvm(frame: FrameType | None) -> bool:
     return False
 
 
-class CompilingCrew(Crew):
+class CompilingThreadPool(ThreadPool):
     """Compiles what it is asked to run, or loads it from the cache, and runs nothing."""
 
     def run(self, kernel: Any, *arguments: Any) -> list[Any]:
@@ -125,6 +125,6 @@ def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
 
 
 @functools.cache
-def default_crew() -> Crew:
-    """Return the crew of all physical cores, for callers that do not bring one."""
-    return Crew()
+def default_thread_pool() -> ThreadPool:
+    """Return the thread_pool of all physical cores, for callers that do not bring one."""
+    return ThreadPool()
