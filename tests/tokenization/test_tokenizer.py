@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,24 @@ def test_smollm2_agrees_with_transformers(smollm2_folder: Path) -> None:
         ids = tokens.encode(text, add_special=False, parse_special=True)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert "".join(stream(tokens, ids)) == theirs.decode(ids, skip_special_tokens=True)
+
+
+# -- threads
+
+
+def test_threads_that_parse_control_tokens_do_not_disturb_those_that_do_not() -> None:
+    tokens = tokenizer()
+    text = "<|im_start|>The dog<|im_end|>" * 20
+    expected = {parse: tokens.encode(text, add_special=False, parse_special=parse) for parse in (False, True)}
+    assert expected[False] != expected[True]
+
+    def encode_often(parse: bool) -> bool:
+        return all(tokens.encode(text, add_special=False, parse_special=parse) == expected[parse] for _ in range(100))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(encode_often, [False, True] * 4))
+    finally:
+        sys.setswitchinterval(interval)

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,7 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any], *, name: str = "the file") -> None:
         self._name = name
+        self._setting_options = threading.Lock()  # `encode` sets one that all threads share
         self._tokenizer = self._load(metadata)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -105,8 +107,8 @@ class Tokenizer:
         """
         if not text.isascii():
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        self._tokenizer.encode_special_tokens = not parse_special
-        with refused(f"{self._name}: the tokenizer cannot read this text"):
+        with self._setting_options, refused(f"{self._name}: the tokenizer cannot read this text"):
+            self._tokenizer.encode_special_tokens = not parse_special
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         return self.with_bos(tokens) if add_special else tokens
 
