@@ -112,14 +112,18 @@ class KVPool:
     def allocate(self, pages: Sequence[int] = (), length: int = 0) -> int:
         """Return a new sequence that begins with the first `length` tokens stored in some pages, which it shares.
 
-        Raises PoolExhaustedError when there are as many sequences as there may be.
+        Raises PoolExhaustedError when there are as many sequences as there may be, and ValueError when the pages are
+        too few or one of them is free.
         """
+        shared = pages[: pages_of(length)]
+        if len(shared) < pages_of(length) or any(self.references[page] <= 0 for page in shared):
+            raise ValueError("a sequence can only begin with pages that are in use and hold all its tokens")
         if not self._free_sequences:
             raise PoolExhaustedError
         sequence = self._free_sequences.pop()
         self.lengths[sequence] = length
         self.states[sequence] = 0
-        for place, page in enumerate(pages[: pages_of(length)]):
+        for place, page in enumerate(shared):
             self._hold(sequence, place, page)
         return sequence
 
@@ -154,7 +158,7 @@ class KVPool:
     def missing_pages(self, sequence: int, tokens: int) -> int:
         """Return how many free pages `reserve` would take."""
         length, held = int(self.lengths[sequence]), int(self._held[sequence])
-        return pages_of(length + tokens) - held + int(self._shares_last_page(sequence, tokens))
+        return max(0, pages_of(length + tokens) - held) + int(self._shares_last_page(sequence, tokens))
 
     def reserve(self, sequence: int, tokens: int) -> None:
         """Make sure that a sequence can store so many more tokens in pages of its own.
@@ -228,9 +232,10 @@ class KVPool:
         self.release(shared)
 
     def _take_page(self) -> int:
-        page = self._free_pages.pop()
+        page = self._free_pages[-1]
         if page not in self._storage:
             self._storage[page] = np.zeros(self._elements, self.element.dtype)
+        self._free_pages.pop()  # not before: there may be no memory for it
         self.references[page] = 1
         return page
 
