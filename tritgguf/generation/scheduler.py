@@ -37,10 +37,11 @@ def plan(running: Sequence[RunningRequest], budget: Budget) -> list[Chunk]:
     """Return the chunks of the next forward pass, those of prompts first, each kind in the order of `running`."""
     generating = [request for request in running if not request.is_prompt]
     chunks, left = list[Chunk](), budget.tokens
-    for request in generating[:left]:
-        count = min(request.pending, left)
-        chunks.append(_chunk(request, count))
-        left -= count
+    for request in generating:
+        if left > 0:
+            count = min(request.pending, left)
+            chunks.append(_chunk(request, count))
+            left -= count
     if generating:
         left = min(left, budget.prompt_tokens_beside_answers)
     prompts = list[Chunk]()

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from tritgguf.errors import BadRequestError
+
+
+def stop_list(stop: str | Sequence[str]) -> list[str]:
+    """Return one stop string or several as a list; BadRequestError for anything else."""
+    stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    for text in stops:
+        if not isinstance(text, str):
+            raise BadRequestError(f"a stop string is a text, not {text!r:.60}")
+    return stops
 
 
 class StopStrings:
     """Lets text through until a stop string begins; holds back what may be the beginning of one.
+
+    Of several, the one that is complete first counts, and of those that end together the longest: so it does not matter
+    in which pieces the text comes.
 
     Attributes:
         found: whether a stop string has come; nothing is let through from then on.
@@ -23,10 +37,10 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + piece
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
