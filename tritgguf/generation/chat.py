@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import chat_tokens, system_message
 from tritgguf.generation.result import Generation
-from tritgguf.generation.sampling import Sampler, SamplingOptions, sampling_options
+from tritgguf.generation.sampling import Sampler, SamplingKeywords, SamplingOptions, sampling_options
+from tritgguf.generation.stop_strings import stop_list
 from tritgguf.generation.text_stream import UNLIMITED, TextStream
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of `typing` from Python 3.11 on
+
     from tritgguf.tokenization.chat_template import Message
 
 
@@ -30,19 +34,32 @@ class Chat:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: LoadedModel | str | Path,
         *,
         system: str | None = None,
         max_tokens: int = UNLIMITED,
         stop: str | Sequence[str] = (),
         sampling: SamplingOptions | None = None,
-        **options: Any,
+        **options: Unpack[SamplingKeywords],
     ) -> None:
-        """Begin a chat; `max_tokens`, `stop`, `sampling` and the sampling options are those of `generate`."""
-        self._model = model
+        """Begin a chat.
+
+        Args:
+            model: a loaded model, which several chats may use at once, or the path of its file.
+            system: a system message before everything else.
+            max_tokens: as in `generate`, for each answer.
+            stop: as in `generate`.
+            sampling: as in `generate`.
+            **options: as in `generate`.
+
+        Raises:
+            TritGgufError: impossible or unknown options.
+
+        """
+        self._model = loaded(model)
         self._sampler = Sampler(sampling_options(sampling, options))
         self._max_tokens = max_tokens
-        self._stop = [stop] if isinstance(stop, str) else list(stop)
+        self._stop = stop_list(stop)
         self._start = system_message(system)
         self._stream: TextStream | None = None
         self.messages: list[Message] = list(self._start)

@@ -58,14 +58,20 @@ class Engine:
         self._progress = threading.Condition()
 
     def submit(self, request: Request) -> RunningRequest:
-        """Queue a request; BadRequestError or ContextFullError for a prompt that is empty, too long, or unknown."""
+        """Queue a request.
+
+        Raises BadRequestError or ContextFullError for a prompt that is empty, too long, or has a token that does not
+        exist, and for outputs that begin outside of it.
+        """
         if not request.prompt:
             raise BadRequestError("the prompt is empty; give the model something to continue")
         if len(request.prompt) > self.context:
             raise ContextFullError(
                 f"the prompt has {len(request.prompt)} tokens, the context holds {self.context}; shorten it or raise -c"
             )
-        self.model.check_tokens(np.asarray(request.prompt, np.int64))
+        self.model.check_tokens(np.asarray(request.prompt))
+        if not 0 <= request.first_output < len(request.prompt):
+            raise BadRequestError(f"the first output must be one of tokens 0 to {len(request.prompt) - 1}")
         running = RunningRequest(request, list(request.prompt))
         self._submitted.append(running)
         self._announce()
@@ -74,11 +80,13 @@ class Engine:
     def cancel(self, request: RunningRequest) -> None:
         """End a request; what it holds is free before the next forward pass."""
         request.cancelled = True
-        if self._stepping.acquire(blocking=False):
-            try:
-                self._core.remove_ended()
-            finally:
-                self._stepping.release()
+        with interrupts_deferred():
+            if self._stepping.acquire(blocking=False):
+                try:
+                    self._take_submitted()
+                    self._core.remove_ended()
+                finally:
+                    self._stepping.release()
         self._announce()
 
     def tokens(self, request: RunningRequest) -> Iterator[int]:
@@ -115,6 +123,7 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless every page is free or held once by each of its owners."""
         with self._stepping:
+            self._take_submitted()
             self._core.remove_ended()
             self.pool.check(self._core.prefix_cache.held_pages())
 
@@ -127,23 +136,31 @@ class Engine:
         with self._progress:
             self._progress.notify_all()
 
-    def _step(self) -> bool:
+    def _take_submitted(self) -> None:
         while self._submitted:
             self._core.waiting.append(self._submitted.popleft())
+
+    def _step(self) -> bool:
+        self._take_submitted()
         return self._core.step()
 
     def _run_until(self, ready: Callable[[], bool]) -> None:
         """Run forward passes, or wait while another thread does, until `ready`."""
         while not ready():
-            if not self._stepping.acquire(blocking=False):
+            with interrupts_deferred():  # Ctrl-C just behind `acquire` would leave the lock taken
+                did = self._try_step(ready)
+            if did is None:
                 with self._progress:
                     self._progress.wait_for(lambda: ready() or not self._stepping.locked(), _SECONDS_OF_WAITING)
-                continue
-            try:
-                with interrupts_deferred():
-                    did = ready() or self._step()
-            finally:
-                self._stepping.release()
-                self._announce()
-            if not did and not ready():
+            elif not did and not ready():
                 raise RuntimeError("a request neither waits nor runs")
+
+    def _try_step(self, ready: Callable[[], bool]) -> bool | None:
+        """Run a forward pass, unless `ready` by now; return whether there was one to run, None if another thread is."""
+        if not self._stepping.acquire(blocking=False):
+            return None
+        try:
+            return ready() or self._step()
+        finally:
+            self._stepping.release()
+            self._announce()

@@ -40,9 +40,10 @@ class EngineCore:
         start = time.perf_counter()
         self.remove_ended()
         self._admit()
-        chunks = self._reserve(plan(self.running, self._budget))
+        planned = plan(self.running, self._budget)
+        chunks = self._reserve(planned)
         if not chunks:
-            return False
+            return bool(planned)  # all of them had to give way; they are admitted again with other pages
         try:
             outputs = self._forward(chunks)
         except Exception as error:
@@ -188,7 +189,7 @@ class EngineCore:
         request = chunk.request
         request.evaluated += chunk.tokens
         if request.request.wanted != "tokens":
-            self._append_outputs(request, rows)
+            self._keep_outputs(request, rows)
             if request.evaluated == len(request.tokens):
                 request.finish_reason = "length"
         elif len(rows):
@@ -204,13 +205,15 @@ class EngineCore:
             request.decoded_tokens += chunk.tokens
             request.decode_seconds += seconds
 
-    def _append_outputs(self, request: RunningRequest, rows: np.ndarray) -> None:
-        if request.outputs is None and len(rows):
-            count = request.prompt_length - request.request.first_output
-            request.outputs = np.empty((count, rows.shape[1]), np.float32)
-        if request.outputs is not None:
-            request.outputs[request.delivered : request.delivered + len(rows)] = rows
-            request.delivered += len(rows)
+    def _keep_outputs(self, request: RunningRequest, rows: np.ndarray) -> None:
+        """Keep the outputs of the last tokens evaluated; those of a request that had to give way come once more."""
+        if not len(rows):
+            return
+        first = request.request.first_output
+        if request.outputs is None:
+            request.outputs = np.empty((request.prompt_length - first, rows.shape[1]), np.float32)
+        last = request.evaluated - first
+        request.outputs[last - len(rows) : last] = rows
 
     def _sample(self, request: RunningRequest, logits: np.ndarray) -> None:
         """Choose the next token; deliver it, and end the request where that is due."""

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from tritgguf.errors import BadRequestError
-from tritgguf.generation.loaded_model import LoadedModel, load
+from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import prompt_tokens
 from tritgguf.generation.result import Generation
-from tritgguf.generation.sampling import Sampler, SamplingOptions, sampling_options
+from tritgguf.generation.sampling import Sampler, SamplingKeywords, SamplingOptions, sampling_options
+from tritgguf.generation.stop_strings import stop_list
 from tritgguf.generation.text_stream import UNLIMITED, TextStream
 
+Prompt: TypeAlias = "str | Sequence[Message]"
+
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of `typing` from Python 3.11 on
+
     from tritgguf.tokenization.chat_template import Message
 
-Prompt: TypeAlias = "str | Sequence[Message]"
+    class _Keywords(SamplingKeywords, total=False):
+        system: str | None
+        raw: bool
+        max_tokens: int
+        stop: str | Sequence[str]
+        sampling: SamplingOptions | None
+
+    class _KeywordsOfOne(_Keywords, total=False):
+        messages: Sequence[Message] | None
 
 
 @overload
 def generate(
-    model: LoadedModel | str | Path, prompt: Prompt, *, stream: Literal[True], **options: Any
+    model: LoadedModel | str | Path,
+    prompt: Prompt | None = None,
+    *,
+    stream: Literal[True],
+    **options: Unpack[_KeywordsOfOne],
 ) -> TextStream: ...
 
 
 @overload
-def generate(
-    model: LoadedModel | str | Path, prompt: Prompt | None = None, *, stream: Literal[False] = False, **options: Any
+def generate(  # type: ignore[overload-overlap]  # a text is a Sequence[str] too; it is taken for a text
+    model: LoadedModel | str | Path,
+    prompt: Prompt | None = None,
+    *,
+    stream: Literal[False] = False,
+    on_text: Callable[[str], None] | None = None,
+    **options: Unpack[_KeywordsOfOne],
 ) -> Generation: ...
 
 
 @overload
 def generate(
-    model: LoadedModel | str | Path, prompt: Sequence[str], *, stream: Literal[False] = False, **options: Any
+    model: LoadedModel | str | Path,
+    prompt: Sequence[Prompt],
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[_Keywords],
 ) -> list[Generation]: ...
 
 
@@ -49,19 +75,19 @@ def generate(
     stream: bool = False,
     sampling: SamplingOptions | None = None,
     on_text: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[SamplingKeywords],
 ) -> Generation | list[Generation] | TextStream:
     """Answer a prompt, continue a chat, or answer many prompts at once.
 
     Args:
-        model: a loaded model, or the path of its file.
+        model: a loaded model, or the path of its file, which is then loaded for this call.
         prompt: a user's message; or a whole chat, a list of {"role": ..., "content": ...}; or a list of either, which
             are answered side by side, each as if it were alone.
-        messages: a whole chat, as another name for `prompt`.
+        messages: a whole chat, another name for `prompt`.
         system: a system message before the prompt.
         raw: continue the prompt as it is, without the chat template, control tokens in it included.
         max_tokens: how many tokens to generate at most; -1 goes on until the model stops or the context is full.
-        stop: a text or several that end the answer; they are not part of it.
+        stop: a text or several that end the answer; they are not part of it. The first that is complete counts.
         stream: return an iterator over pieces of text, whose `result` is the generation.
         sampling: how tokens are chosen.
         on_text: receives each piece of text as it comes.
@@ -74,22 +100,33 @@ def generate(
         TritGgufError: a prompt longer than the context, no chat template in the file, impossible options.
 
     """
-    if isinstance(model, str | Path):
-        model = load(model)
-    if not isinstance(model, LoadedModel):
-        raise BadRequestError(f"generate needs a loaded model or the path of its file, not {model!r}")
+    model = loaded(model)
     prompts, is_batch = _prompts(prompt, messages)
     if is_batch and (stream or on_text is not None):
         raise BadRequestError("only a single prompt can be streamed; give one, or leave stream and on_text out")
-    stops, chosen = [stop] if isinstance(stop, str) else list(stop), sampling_options(sampling, options)
+    if stream and on_text is not None:
+        raise BadRequestError("a stream is iterated over; leave stream or on_text out")
+    stops, chosen = stop_list(stop), sampling_options(sampling, options)
     tokens = [prompt_tokens(model, text, messages=chat, system=system, raw=raw) for text, chat in prompts]
-    streams = [
-        TextStream(model, ids, Sampler(chosen), max_tokens=max_tokens, stop=stops, continues_prompt=raw)
-        for ids in tokens
-    ]
+
+    def start(ids: list[int]) -> TextStream:
+        return TextStream(model, ids, Sampler(chosen), max_tokens=max_tokens, stop=stops, continues_prompt=raw)
+
     if is_batch:
-        return [one.finish() for one in streams]
-    return streams[0] if stream else streams[0].finish(on_text)
+        return _finish_all(map(start, tokens))
+    return start(tokens[0]) if stream else start(tokens[0]).finish(on_text)
+
+
+def _finish_all(streams: Iterable[TextStream]) -> list[Generation]:
+    """Start all, then generate all; end them when one fails or Ctrl-C comes, because nobody waits for the others."""
+    started = list[TextStream]()
+    try:
+        for stream in streams:
+            started.append(stream)
+        return [stream.finish() for stream in started]
+    finally:
+        for stream in started:
+            stream.close()
 
 
 def _prompts(
@@ -99,16 +136,20 @@ def _prompts(
     if prompt is None or isinstance(prompt, str):
         return [(prompt, messages)], False
     parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else []
-    if parts and all(isinstance(part, str) for part in parts):
-        return [(part, messages) for part in parts], True
-    if parts and all(_is_message(part) for part in parts) and messages is None:
+    if messages is not None:
+        raise BadRequestError("messages hold the whole chat; give either a prompt or messages")
+    if parts and all(_is_message(part) for part in parts):
         return [(None, parts)], False
-    if parts and all(isinstance(part, list | tuple) and part and all(map(_is_message, part)) for part in parts):
-        return [(None, list(part)) for part in parts], True
+    if parts and all(isinstance(part, str) or _is_chat(part) for part in parts):
+        return [(part, None) if isinstance(part, str) else (None, list(part)) for part in parts], True
     raise BadRequestError(
         f"a prompt is a text, a list of messages, or a list of either, not {prompt!r:.60};"
         ' a message is {"role": ..., "content": ...}'
     )
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,13 +49,13 @@ class LoadedModel:
 
         Args:
             tokens: token ids, or a text, which gets the BOS token where the model uses one.
-            first: the token to begin with; the logits behind earlier ones are left out.
+            first: the token to begin with, counted from 0; the logits behind earlier ones are left out.
 
         Returns:
             float32 [tokens - first, vocabulary].
 
         Raises:
-            TritGgufError: no tokens, more than the context holds, or one that does not exist.
+            TritGgufError: no tokens, more than the context holds, or one that does not exist; `first` is none of them.
 
         """
         return self._outputs(self._tokens(tokens), "logits", first)
@@ -72,9 +74,11 @@ class LoadedModel:
             float32 [hidden].
 
         Raises:
-            TritGgufError: as `logits`.
+            TritGgufError: as `logits`, or a pooling of another name.
 
         """
+        if pooling not in ("mean", "last"):
+            raise BadRequestError(f'pooling is "mean" or "last", not {pooling!r:.60}')
         tokens = self._tokens(text)
         states = self._outputs(tokens, "hidden", len(tokens) - 1 if pooling == "last" else 0)
         embedding = states.astype(np.float64).mean(axis=0)
@@ -85,15 +89,16 @@ class LoadedModel:
     def score(self, prompt: Sequence[int] | str, continuation: Sequence[int] | str) -> Score:
         """Return how likely the model finds a continuation of a prompt.
 
-        Both are texts or token ids. Two texts are tokenized as one, so that their border does not change the tokens.
-        An empty prompt stands for the BOS token. What the prompt has in common with an earlier one is not evaluated
-        again.
+        Both are texts or token ids. Two texts are tokenized as one, so that their border does not change the tokens;
+        where a token lies across the border, the continuation begins with it. An empty prompt stands for the BOS
+        token. What the prompt has in common with an earlier one is not evaluated again.
 
         Raises:
             TritGgufError: an empty continuation, or as `logits`.
 
         """
         before, after = self._prompt_and_continuation(prompt, continuation)
+        self.engine.model.check_tokens(np.asarray(after))  # the last one is not evaluated
         logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -103,21 +108,25 @@ class LoadedModel:
     def _tokens(self, text: Sequence[int] | str) -> list[int]:
         if isinstance(text, str):
             return self.tokenizer.encode(text, add_special=True, parse_special=False)
-        return list(text)
+        try:
+            return [operator.index(token) for token in text]
+        except TypeError as error:
+            raise BadRequestError(f"a text or a list of token ids is needed, not {text!r:.60}") from error
 
     def _prompt_and_continuation(
         self, prompt: Sequence[int] | str, continuation: Sequence[int] | str
     ) -> tuple[list[int], list[int]]:
         if isinstance(prompt, str) and isinstance(continuation, str):
-            before, whole = self._tokens(prompt), self._tokens(prompt + continuation)
-            after = whole[len(before) :]
+            whole = self._tokens(prompt + continuation)
+            pairs = zip(self._tokens(prompt), whole, strict=False)
+            border = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            before, after = whole[:border], whole[border:]
         else:
             before = self._tokens(prompt)
-            after = (
-                self.tokenizer.encode(continuation, add_special=False, parse_special=False)
-                if isinstance(continuation, str)
-                else list(continuation)
-            )
+            if isinstance(continuation, str):
+                after = self.tokenizer.encode(continuation, add_special=False, parse_special=False)
+            else:
+                after = self._tokens(continuation)
         if not before and self.tokenizer.bos_id is not None:
             before = [self.tokenizer.bos_id]
         if not before:
@@ -160,6 +169,8 @@ def load(
         TritGgufError: the file is damaged or of an unknown kind, or the context needs more memory than there is.
 
     """
+    if (context is not None and context < 1) or parallel < 1:
+        raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.generation.engine import Engine
@@ -185,3 +196,12 @@ def load(
         load_seconds=time.perf_counter() - start,
         engine=engine,
     )
+
+
+def loaded(model: LoadedModel | str | Path) -> LoadedModel:
+    """Return a loaded model as it is, or load a file; TritGgufError for anything else, or as `load`."""
+    if isinstance(model, str | Path):
+        return load(model)
+    if not isinstance(model, LoadedModel):
+        raise BadRequestError(f"a loaded model or the path of its file is needed, not {model!r:.60}")
+    return model

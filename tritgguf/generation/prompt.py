@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
@@ -40,7 +40,10 @@ def system_message(system: str | None) -> list[Message]:
 
 
 def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
-    """Return the prompt of a chat's next answer; TritGgufError when the file has no chat template."""
+    """Return the prompt of a chat's next answer; TritGgufError for what is no chat, or without a chat template."""
+    for message in messages if isinstance(messages, Sequence) else [messages]:
+        if not _is_message(message):
+            raise BadRequestError(f'a message is {{"role": ..., "content": ...}}, two texts, not {message!r:.60}')
     if model.chat_template is None:
         raise BadRequestError(f"{model.path} has no chat template, it may be a base model; continue a text with --raw")
     from tritgguf.tokenization.chat_template import encode_chat
@@ -49,3 +52,7 @@ def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
         return encode_chat(model.tokenizer, model.chat_template, messages)
     except TritGgufError as error:
         raise type(error)(f"{model.path}: {error}") from error
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))

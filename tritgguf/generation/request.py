@@ -61,7 +61,6 @@ class RunningRequest:
         cancelled: whether nobody wants it any more; any thread may say so.
         generated: tokens that nobody has fetched yet.
         outputs: logits or hidden states, float32 [tokens, width]; None before the first.
-        delivered: how many rows of `outputs` are there.
 
     """
 
@@ -79,7 +78,6 @@ class RunningRequest:
     cancelled: bool = False
     generated: deque[int] = field(default_factory=deque)
     outputs: np.ndarray | None = None
-    delivered: int = 0
 
     @property
     def prompt_length(self) -> int:

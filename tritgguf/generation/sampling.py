@@ -12,7 +12,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class SamplingOptions:
     seed: int = -1
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value, is_whole = getattr(self, option.name), option.type == "int"
+            name, kind = option.name.replace("_", "-"), Integral if is_whole else Real
+            _require(isinstance(value, kind), name, "a whole number" if is_whole else "a number", value)
         temperature, penalty = self.temperature, self.repeat_penalty
         _require(math.isfinite(temperature) and temperature >= 0, "temperature", "0 or more", temperature)
         _require(0 <= self.top_p <= 1, "top-p", "between 0 and 1", self.top_p)
@@ -48,6 +53,18 @@ class SamplingOptions:
         _require(math.isfinite(penalty) and penalty > 0, "repeat-penalty", "more than 0", penalty)
         _require(0 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more", self.repeat_last_n)
         _require(self.seed >= -1, "seed", "0 or more, or -1 for a new one each time", self.seed)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `SamplingOptions`, as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    seed: int
 
 
 def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
@@ -59,9 +76,9 @@ def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any
     return replace(sampling or SamplingOptions(), **options)
 
 
-def _require(condition: bool, option: str, expected: str, value: float) -> None:
+def _require(condition: bool, option: str, expected: str, value: Any) -> None:
     if not condition:
-        raise BadRequestError(f"{option} must be {expected}, not {value}")
+        raise BadRequestError(f"{option} must be {expected}, not {value!r:.60}")
 
 
 class Sampler:

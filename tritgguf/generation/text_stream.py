@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import Any
 
-from tritgguf.errors import DamagedFileError
+from tritgguf.errors import BadRequestError, DamagedFileError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.result import FinishReason, Generation, Timings
@@ -45,9 +47,11 @@ class TextStream(Iterator[str]):
             on_end: called once with the result when the stream ends, however it ends.
 
         Raises:
-            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist.
+            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist;
+                `max_tokens` is no whole number.
 
         """
+        _check_count(max_tokens)
         _check_vocabulary(model, prompt_tokens)
         self._model, self._sampler, self._on_end = model, sampler, on_end
         self._decoder = StreamDecoder(model.tokenizer, prompt_tokens if continues_prompt else ())
@@ -75,24 +79,20 @@ class TextStream(Iterator[str]):
         try:
             for token in self._source:
                 self._tokens.append(token)
-                piece = self._stops.feed(self._decoder.step(token))
+                piece = self._keep(self._stops.feed(self._decoder.step(token)))
                 if self._stops.found:
                     self._end("stop")
-                if piece:
-                    return self._keep(piece)
-                if self._ended:
-                    raise StopIteration
-            rest = self._stops.feed(self._decoder.flush())
-            rest += self._stops.flush()
-            self._end("stop" if self._stops.found else self._request.finish_reason or "interrupted")
-        except StopIteration:
-            raise
+                if piece or self._ended:
+                    break
+            else:
+                piece = self._keep(self._stops.feed(self._decoder.flush()) + self._stops.flush())
+                self._end("stop" if self._stops.found else self._request.finish_reason or "interrupted")
         except BaseException:  # Ctrl-C, or an error of the engine
             self.close()
             raise
-        if rest:
-            return self._keep(rest)
-        raise StopIteration
+        if not piece:
+            raise StopIteration
+        return piece
 
     def close(self) -> None:
         """End the generation if it has not ended; `result` has what came until now."""
@@ -105,10 +105,13 @@ class TextStream(Iterator[str]):
             self._model.engine.cancel(self._request)
 
     def finish(self, on_text: Callable[[str], None] | None = None) -> Generation:
-        """Generate to the end; `on_text` receives each piece of text as it comes."""
-        for piece in self:
-            if on_text:
-                on_text(piece)
+        """Generate to the end; `on_text` receives each piece of text as it comes, and may raise an error to end it."""
+        try:
+            for piece in self:
+                if on_text:
+                    on_text(piece)
+        finally:
+            self.close()
         return self.result()
 
     def result(self) -> Generation:
@@ -139,6 +142,11 @@ class TextStream(Iterator[str]):
             self._model.engine.cancel(self._request)
         if self._on_end is not None:
             self._on_end(self.result())
+
+
+def _check_count(max_tokens: Any) -> None:
+    if not isinstance(max_tokens, Integral):
+        raise BadRequestError(f"max_tokens must be a whole number, not {max_tokens!r:.60}")
 
 
 def _check_vocabulary(model: LoadedModel, tokens: list[int]) -> None:
