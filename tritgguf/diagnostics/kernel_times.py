@@ -74,7 +74,7 @@ def prefill_times(
     bits: int,
     cache_type: str = DEFAULT_CACHE_TYPE,
 ) -> PromptTimes:
-    """Measure a prompt behind `depth` tokens by kernel, on as many threads as `thread_pool` has: means of repetitions."""
+    """Measure a prompt behind `depth` tokens by kernel, on as many threads as `thread_pool` has: mean seconds."""
     timing = TimingThreadPool(thread_pool.threads, isa=thread_pool.isa_name)
     prompt_pass = PromptPass(config, weights, bits=bits, exact=False)
     pool, tables = _filled_pool(config, depth + len(tokens), cache_type)
