@@ -179,7 +179,7 @@ def load(
     context = context or model.config.context_length
     pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
     engine = Engine(model, context=context, parallel=parallel, pages=pages, cache_type=cache_type)
-    model.compile(on_compilation or (lambda: None))
+    model.compile(on_compilation or (lambda: None), batches=parallel > 1)
     return LoadedModel(
         path=Path(path),
         tokenizer=tokenizer,
