@@ -1,6 +1,6 @@
 """How much faster is a small batch of vectors than the same vectors one by one, from memory?
 
-    python tools/batch_speed.py [--depth 2] [--threads 2] [--turns 7]
+    python -m tools.speed.batch_kernels [--depth 2] [--threads 2] [--turns 7]
 
 For the shapes of a 1.5B model (or `--shape ROWSxCOLUMNS`): milliseconds of `gemv` with one vector, and what batches of
 1 to 16 vectors take as a multiple of it, with activations of 16 bits (`gemv_batch`) and of 8 (`trit_gemm`); of the
@@ -20,7 +20,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd import instruction_set, variants
-from cpu_kernels.threads.crew import Crew
+from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
 
@@ -38,13 +38,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--shape", action="append", help="rows x columns of a packed matrix; may be given again")
     options = parser.parse_args()
-    crew = Crew(options.threads)
+    thread_pool = ThreadPool(options.threads)
     print(f"{variants.name_of(instruction_set.choose())}, {options.threads} threads, median of {options.turns} turns")
     for shape in options.shape or SHAPES:
         rows, columns = map(int, shape.split("x"))
-        measure(packed_matrix(rows, columns, options.depth), f"{shape}, depth {options.depth}", crew, options.turns)
+        measure(
+            packed_matrix(rows, columns, options.depth), f"{shape}, depth {options.depth}", thread_pool, options.turns
+        )
     if not options.shape:
-        measure(head(*HEAD), f"{HEAD[0]}x{HEAD[1]}, halves", crew, options.turns)
+        measure(head(*HEAD), f"{HEAD[0]}x{HEAD[1]}, halves", thread_pool, options.turns)
 
 
 def packed_matrix(rows: int, columns: int, depth: int) -> Matrix:
@@ -62,7 +64,7 @@ def head(rows: int, columns: int) -> Matrix:
     return Matrix(np.resize(halves, rows * columns).view(np.uint8), rows, columns, 0)
 
 
-def measure(matrix: Matrix, name: str, crew: Crew, turns: int) -> None:
+def measure(matrix: Matrix, name: str, thread_pool: ThreadPool, turns: int) -> None:
     """Print the times of one matrix."""
     projection, x = Projection([matrix]), np.random.default_rng(1).standard_normal((max(COUNTS), matrix.columns))
     out = np.zeros((max(COUNTS), matrix.rows), np.float32)
@@ -74,10 +76,12 @@ def measure(matrix: Matrix, name: str, crew: Crew, turns: int) -> None:
             quantize_row(*activations.vector(index))
         batch = Batch(count, matrix.columns, bits=8)
         batch.x[:] = x[:count]
-        batch.quantize(crew)
-        calls["16 bits" if matrix.depth else "float32", count] = _vectors(projection, activations, out[:count], crew)
+        batch.quantize(thread_pool)
+        calls["16 bits" if matrix.depth else "float32", count] = _vectors(
+            projection, activations, out[:count], thread_pool
+        )
         if matrix.depth:
-            calls["8 bits", count] = _batch(projection, batch, out[:count], crew)
+            calls["8 bits", count] = _batch(projection, batch, out[:count], thread_pool)
     times = medians(calls, turns)
     kinds = dict.fromkeys(kind for kind, _ in calls)
     alone = times[next(iter(kinds)), 1]  # which goes to `gemv`
@@ -88,12 +92,14 @@ def measure(matrix: Matrix, name: str, crew: Crew, turns: int) -> None:
         print(f"{count:7} " + "".join(columns))
 
 
-def _vectors(projection: Projection, activations: Activations, out: np.ndarray, crew: Crew) -> Callable[[], None]:
-    return lambda: projection.multiply_vectors(activations, out, crew)
+def _vectors(
+    projection: Projection, activations: Activations, out: np.ndarray, thread_pool: ThreadPool
+) -> Callable[[], None]:
+    return lambda: projection.multiply_vectors(activations, out, thread_pool)
 
 
-def _batch(projection: Projection, batch: Batch, out: np.ndarray, crew: Crew) -> Callable[[], None]:
-    return lambda: projection.multiply(batch, out, crew)
+def _batch(projection: Projection, batch: Batch, out: np.ndarray, thread_pool: ThreadPool) -> Callable[[], None]:
+    return lambda: projection.multiply(batch, out, thread_pool)
 
 
 def medians(calls: dict[tuple[str, int], Callable[[], None]], turns: int) -> dict[tuple[str, int], float]:
