@@ -100,15 +100,15 @@ def test_rope_factors_of_a_file(tiny_trit_file: Callable[..., GgufFile]) -> None
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("attention.head_count", 0, r"llama\.attention\.head_count is 0, which is no count"),
+        ("attention.head_count", 0, r"llama\.attention\.head_count is 0, which is not an integer"),
         ("embedding_length", "128", r"llama\.embedding_length is '128'"),
         ("context_length", None, r"the key llama\.context_length is missing"),
         ("attention.layer_norm_rms_epsilon", None, r"the key llama\.attention\.layer_norm_rms_epsilon is missing"),
-        ("attention.layer_norm_rms_epsilon", -1.0, r"rms_epsilon is -1\.0, which is no positive number"),
-        ("rope.freq_base", "x", r"llama\.rope\.freq_base is 'x', which is no positive number"),
+        ("attention.layer_norm_rms_epsilon", -1.0, r"rms_epsilon is -1\.0, which is not a positive number"),
+        ("rope.freq_base", "x", r"llama\.rope\.freq_base is 'x', which is not a positive number"),
         ("rope.scaling.type", "longrope", r"rope scaling longrope is not supported"),
         ("rope.scaling.type", "linear", r"the key llama\.rope\.scaling\.factor is missing"),
-        ("attention.sliding_window", [64], r"sliding_window is \[64\], which is no count"),
+        ("attention.sliding_window", [64], r"sliding_window is \[64\], which is not an integer"),
     ],
 )
 def test_bad_keys_are_named(key: str, value: object, message: str) -> None:
