@@ -95,7 +95,7 @@ class HeaderParser:
         if version not in (2, 3):
             self._fail(f"GGUF version {version} is not supported (2 and 3 are)")
         if tensor_count > _MAX_COUNT or key_count > _MAX_COUNT:
-            self._fail("the header claims more entries than any model has, the file is damaged")
+            self._fail("the header claims more entries than any model has; the file is damaged")
         for _ in range(key_count):
             key = self._take_string()
             if key in self.entries:
@@ -202,7 +202,7 @@ class HeaderParser:
             self._fail(f"tensor {name} has a shape {shape} that its type does not allow")
         n_bytes = n_weights // block_size * block_bytes
         if offset + n_bytes > self.size:
-            self._fail(f"tensor {name} reaches beyond the end of the file, the file is truncated")
+            self._fail(f"tensor {name} reaches beyond the end of the file; the file is truncated")
         return TensorInfo(name, shape, type_id, offset, n_bytes)
 
     def _check_overlap(self) -> None:

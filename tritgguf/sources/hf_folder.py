@@ -128,7 +128,7 @@ class HfFolderSource:
         tokenizer, warnings = tokenizer_metadata(
             self.folder,
             self.dimensions.vocabulary,
-            add_space_prefix_key=self.architecture.states_space_prefix,
+            add_space_prefix_key=self.architecture.writes_space_prefix,
         )
         self.warnings += warnings
         return {**general, **model, **tokenizer}
