@@ -126,7 +126,7 @@ def test_not_a_language_model(empty: Path, tmp_path: Path) -> None:
         ({"to": "f32"}, "format f32 does not exist; choose from hf, f16, bf16, q8_0, q4_0"),
         ({"max_shard_size": "many"}, "shard size many is not a size"),
         ({"max_shard_size": 0}, "shard size 0 is not a size"),
-        ({"max_shard_size": "-5GB"}, "no size"),
+        ({"max_shard_size": "-5GB"}, "not a size"),
         ({"base_model": "Qwen2.5"}, "is not a hub id"),
     ],
 )
