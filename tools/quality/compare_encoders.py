@@ -37,7 +37,7 @@ from tritgguf.calibration.importance import summed_squares
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.conversion.depths import DepthChoice
-from tritgguf.conversion.own_text import SavedText, windows_of_own_text
+from tritgguf.conversion.own_text import SavedText, self_generated_windows
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_windows
 from tritgguf.formats.description import describe
@@ -150,7 +150,7 @@ class Measurement:
     def _own_text(self) -> list[list[int]]:
         tokens = sum(map(len, self.calibration))
         saved = SavedText(self._files / f"{self._path.name}-self", resume=True) if self._files else None
-        return windows_of_own_text(self._source, tokens, threads=self._thread_pool.threads, saved=saved)
+        return self_generated_windows(self._source, tokens, threads=self._thread_pool.threads, saved=saved)
 
     def _trit_row(self, name: str, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:

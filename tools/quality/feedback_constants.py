@@ -25,15 +25,15 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.quality import package_texts
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
-from tritgguf.calibration.error_feedback import Feedback
-from tritgguf.conversion.plan import block_of
+from tritgguf.calibration.error_feedback import ErrorFeedback
+from tritgguf.conversion.plan import block_index
 from tritgguf.evaluation.divergence import compare_windows
 from tritgguf.evaluation.text_windows import shipped_text
 from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
-SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
+SETTINGS = ("", "damping=0.05", "damping=0.2", "few_inputs_damping=0", "correction=0", "act_order=0", "windows=96")
 
 
 def main() -> None:
@@ -72,14 +72,14 @@ def main() -> None:
 def quantized_names(source: Source, blocks: int) -> list[str]:
     """Return the matrices of the first blocks, in their order."""
     names = (tensor.name for tensor in source.tensors if quantized_tensor(tensor.name))
-    return sorted((name for name in names if block_of(name) < blocks), key=block_of)
+    return sorted((name for name in names if block_index(name) < blocks), key=block_index)
 
 
 def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
-    """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
-    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(Feedback, **settings))
+    """Load the model with matrices quantized with these settings of `ErrorFeedback`, and the others as they are."""
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(ErrorFeedback, **settings))
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:
