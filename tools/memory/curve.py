@@ -135,7 +135,7 @@ def _remove(path: Path) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
-    lines = ["| model | command | peak of its own | pages of files | seconds |", "|---|---|---|---|---|"]
+    lines = ["| model | command | peak of its own memory | pages of files | seconds |", "|---|---|---|---|---|"]
     for shape, run in itertools.chain.from_iterable(
         ((shape, run) for run in runs) for shape, runs in result["shapes"].items()
     ):
