@@ -128,7 +128,7 @@ def test_a_closed_block_takes_no_memory(tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in blocks._module.parameters())
 
 
-def test_fast_products_ends_with_its_context() -> None:
+def test_bfloat16_matmul_ends_with_its_context() -> None:
     before = torch.get_float32_matmul_precision()
     with pytest.raises(KeyError), bfloat16_matmul():
         assert torch.get_float32_matmul_precision() == "medium"

@@ -1,11 +1,11 @@
-"""Which constants of error feedback give the least KL? One row for each setting, the same texts in all.
+"""Measure the KL of constants of error feedback: one row for each setting, all on the same texts.
 
-The calibration text is of package descriptions and docstrings. KL is that of other such text, then of the text that
-ships for `tritgguf verify`, which is of no subject in particular.
+The calibration text is package descriptions and docstrings. The columns are the KL on other such text, then on the text
+that ships with `tritgguf verify`, which has mixed subjects.
 
     python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
 
-Without arguments that name a setting, the constants as they are and each of them changed.
+Without settings, it measures the default constants and each of them changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults would take half of the time
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before importing torch: else page faults take half of the time
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="HF folder or hub id")
     parser.add_argument(
-        "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
+        "settings", nargs="*", help="NAME=VALUE; several, separated by commas, for one row", default=SETTINGS
     )
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize so many blocks only (default all)")
+    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize only the first N blocks (default all)")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
     options = parser.parse_intermixed_args()  # settings may follow options
 
