@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but python3 (3.10 or newer): they set up .venv and fetch the model.
+# `make demo` and `make test` need only python3 (3.10 or newer): they set up .venv and fetch the model.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,15 +26,15 @@ check: .venv/stamp
 fetch: .venv/stamp
 	$(BIN)/python -m tools.models.fetch_model smollm2
 
-# Builds the part of llama.cpp that tests/referee/test_against_llama_cpp.py asks; without it, those tests are skipped.
+# Builds the llama.cpp library that tests/referee/test_against_llama_cpp.py needs; without it, those tests are skipped.
 referee: .venv/stamp
 	$(BIN)/python -m tools.llama_cpp.referee
 
-# Damaged input for a minute, always the same (docs/safety.md).
+# Fuzzes for a minute with a fixed seed (docs/safety.md).
 fuzz: .venv/stamp
 	$(BIN)/python -m tools.fuzz.fuzzer --seconds 60 --seed 1
 
-# Removes what can be made again; the models in models/ stay.
+# Removes everything that can be made again, except the models in models/.
 clean:
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find tritgguf cpu_kernels tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
-"""Numba kernels of the trit codec and of the transformer's forward pass: arrays in, arrays out.
+"""Numba kernels of the trit format and of the transformer's forward pass.
 
-Nothing here knows a file or a model. `docs/format.md` specifies the packed rows that the kernels work on.
+The kernels take and return arrays; they do not depend on files or models. `docs/format.md` specifies the packed rows.
 """
 
 from cpu_kernels import kernel_cache

@@ -1,8 +1,9 @@
-"""Numba's cache of compiled kernels, made safe for a program: no failure of a disk and no old code reaches the user.
+"""Numba's cache of compiled kernels, without disk errors and without stale machine code.
 
-Numba raises an error where it finds no folder to keep machine code in or cannot write there, although only the next
-start would have gained from it. And it compiles a kernel again when the file that it stands in changes, but not when
-one that it is made from does: after an update, old machine code would go on giving old results.
+Numba raises an error if it finds no writable cache folder, although only the next start would use the cache. Here a
+disk error is logged once. Numba recompiles a kernel when its own file changes, but not when a file that it imports
+from does: after an update, stale machine code would run. Here any change of the package's sources invalidates the
+cache.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ _numba_enable_caching = Dispatcher.enable_caching
 
 
 @functools.cache
-def sources_stamp() -> str:
-    """Return a hash of all sources of this package: kernels that were compiled from others are not used."""
-    stamp = hashlib.sha256()
+def sources_hash() -> str:
+    """Return a hash of all sources of this package; cached kernels with another hash are not used."""
+    digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
-        stamp.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return stamp.hexdigest()
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     _logger.warning(
-        "note: compiled kernels cannot be kept, so that every start compiles them again: %s;"
-        " NUMBA_CACHE_DIR names another folder",
+        "note: compiled kernels cannot be cached, so every start compiles them again: %s;"
+        " set NUMBA_CACHE_DIR to another folder",
         reason,
     )
 
@@ -46,10 +47,10 @@ class KernelCache(FunctionCache):
 
     def __init__(self, py_func: Any) -> None:
         super().__init__(py_func)
-        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, sources_stamp())
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, sources_hash())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Load machine code; None stands for none, and for a file that is damaged or cannot be read."""
+        """Load machine code; return None if there is none, or if the file is damaged or unreadable."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # whatever unpickling raises
@@ -58,31 +59,31 @@ class KernelCache(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Save machine code, if there is a place for it."""
+        """Save machine code; an error of the file system only logs a note."""
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _say_once(f"{self.cache_path}: {error.strerror or error}")
+            _warn_once(f"{self.cache_path}: {error.strerror or error}")
 
 
 def folder_of(kernel: Any) -> Path | None:
-    """Return where a kernel's machine code is kept; None where there is no place for it."""
+    """Return the cache folder of a kernel; None if it has none."""
     path = kernel._cache.cache_path
     return None if path is None else Path(path)
 
 
 def _enable_caching(dispatcher: Any) -> None:
-    """Give a kernel of this package its cache, if there is a folder for it; functions of others get Numba's."""
+    """Replace the cache of this package's kernels; functions of other packages keep Numba's cache."""
     if not Path(inspect.getfile(dispatcher.py_func)).resolve().is_relative_to(_PACKAGE):
         _numba_enable_caching(dispatcher)
         return
     try:
         dispatcher._cache = KernelCache(dispatcher.py_func)
     except (RuntimeError, OSError):
-        _say_once("no folder can be written")
+        _warn_once("no cache folder is writable")
 
 
 def install() -> None:
-    """Let kernels that are defined from now on use this cache."""
-    numbas: Any = Dispatcher
-    numbas.enable_caching = _enable_caching
+    """Use this cache for all kernels defined from now on."""
+    dispatcher_class: Any = Dispatcher
+    dispatcher_class.enable_caching = _enable_caching

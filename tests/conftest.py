@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the real models, and conversions of SmolLM2 that are made once."""
+"""Fixtures for all tests: the real models, and conversions of models that are made once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ settings.load_profile("tritgguf")
 
 
 def _fetched(name: str) -> Path:
-    """Return a path in models/; skip the test when it is not there, or fail it where CI must have fetched it."""
+    """Return a path in models/; if it is missing, skip the test, or fail it in CI."""
     path = MODELS / name
     if not path.exists():
         message = f"models/{name} is not here; fetch it with `make fetch`"
@@ -41,14 +41,14 @@ VARIANTS = [name for name, isa in variants.NAMES.items() if isa in instruction_s
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test once for each instruction-set variant that this processor has; it is the one in force."""
+    """Run the test once with each instruction-set variant that this processor has."""
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, request.param)
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def referee_library() -> Path:
-    """The library that asks llama.cpp; skips the test when it is not built, or fails it where CI must have built it."""
+    """The library that calls llama.cpp; if it is not built, skip the test, or fail it in CI if it can be built."""
     from tools.llama_cpp.binaries import cache_folder
     from tools.llama_cpp.referee import find_referee, missing_programs
 
@@ -75,7 +75,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Return a function from a depth to SmolLM2 packed at it; each file is made once and is not to be changed."""
+    """Return a function from a depth to SmolLM2 packed at it; each file is made once, so do not change it."""
     folder = tmp_path_factory.mktemp("smollm2")
 
     def convert_once(depth: int) -> Path:

@@ -1,4 +1,4 @@
-"""Errors tell whose fault they are: the caller's, the file's or the installation's."""
+"""The class of an error tells its cause: the caller, the file or the installation."""
 
 from __future__ import annotations
 

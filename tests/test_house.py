@@ -1,4 +1,4 @@
-"""The rules of the house: no file over 400 lines, no function over 60, signature and docstring included."""
+"""Limits of length: no file over 400 lines, no function over 60, signature and docstring included."""
 
 from __future__ import annotations
 

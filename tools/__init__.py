@@ -1,1 +1,1 @@
-"""Measurements and helpers of the project itself, run from its root: `python -m tools.FOLDER.NAME`."""
+"""Tools for measuring and maintaining the project. Run them from its root: `python -m tools.FOLDER.NAME`."""

@@ -1,4 +1,4 @@
-"""Drawing charts as SVG: one style for all of them, readable on light and on dark ground."""
+"""Charts as SVG, in one style that is readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _STYLE = """
 
 
 class Drawing:
-    """An SVG image under a title and a subtitle, which take the first 40 units of its height.
+    """An SVG image with a title and a subtitle, which take the top 40 units.
 
-    Positions are in the units of `width` and `height`, from the top left corner; integers are written as they are,
-    other numbers with one decimal. `style` adds rules for the classes of one chart, a line each. Classes that every
-    chart has: `small` for text, `grid` and `bound` for lines.
+    Positions are in the units of `width` and `height`, from the top left corner. Integers are written as they are,
+    floats with one decimal. `style` adds CSS rules for the classes of one chart, one per line. Every chart has the
+    classes `small` for text, and `grid` and `bound` for lines.
     """
 
     def __init__(self, width: int, height: int, title: str, subtitle: str, style: str = "") -> None:
@@ -40,7 +40,7 @@ class Drawing:
         self.text(8, 38, subtitle, kind="small")
 
     def text(self, x: float, y: float, text: str, *, kind: str = "", anchor: str = "") -> None:
-        """Write a text whose baseline begins at a point; `anchor`: the point is its `middle` or its `end`."""
+        """Write a text whose baseline begins at a point; with `anchor`, the point is its `middle` or `end`."""
         self._add("text", {"class": kind, "x": x, "y": y, "text-anchor": anchor}, text)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, *, kind: str) -> None:
@@ -64,7 +64,7 @@ class Drawing:
         self._add("polygon", {"class": kind, "points": _points(points)})
 
     def _add(self, element: str, attributes: dict[str, str | float], text: str = "") -> None:
-        """Add an element; attributes that are empty are left out."""
+        """Add an element; empty attributes are left out."""
         given = "".join(f' {name}="{_number(value)}"' for name, value in attributes.items() if value != "")
         self._parts.append(f"<{element}{given}>{escape(text)}</{element}>" if text else f"<{element}{given}/>")
 
@@ -81,6 +81,6 @@ def _number(value: str | float) -> str:
 
 
 def write(file: Path, drawing: str) -> None:
-    """Write the text of an SVG file; TritGgufError when the disk refuses it."""
+    """Write an SVG file; raises TritGgufError if writing fails."""
     with disk_errors(file):
         write_text(file, drawing)

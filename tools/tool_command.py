@@ -1,4 +1,4 @@
-"""Running a tool as a command: errors that a user can mend are one line and exit code 1."""
+"""Run a tool as a command: errors that a user can fix are one line and exit code 1."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
     print(tritgguf.generate(model, "Name three primary colors.").text)
     print(tritgguf.verify("models/SmolLM2-135M-Instruct", "smollm2-d3.gguf").as_dict())
 
-Nothing is imported before it is used: `import tritgguf` takes no time, and only `verify` needs torch. gguf-py's own
-reader and tools know the trit types in a program that imports this package (docs/bridges.md).
+Public names are imported lazily: `import tritgguf` is fast, and only `verify` needs torch. Importing this package also
+registers the trit types with gguf-py, so that its reader and tools know them (docs/bridges.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
     "verify_files",
 ]
 
-_HOMES = {
+_MODULES = {
     "BadRequestError": "errors",
     "Chat": "generation.chat",
     "ContextFullError": "errors",
@@ -83,16 +83,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for."""
-    if name not in _HOMES:
+    """Import a public name from its module on first access."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """Return the public names, those that are not imported yet among them."""
+    """Return the public names, including those not imported yet."""
     return sorted({*globals(), *__all__})
 
 

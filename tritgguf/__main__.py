@@ -1,10 +1,10 @@
-"""Where the program begins: `tritgguf` and `python -m tritgguf`."""
+"""Entry point of `tritgguf` and `python -m tritgguf`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command line (`tritgguf.cli.main`) and return its exit code; Ctrl-C is quiet during its imports too."""
+    """Run the command line (`tritgguf.cli.app.main`) and return its exit code; Ctrl-C ends it without a traceback."""
     try:
         from tritgguf.cli import app
 
@@ -12,8 +12,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        # CPython remembers a Ctrl-C that came inside the exec of a string, which importing a dataclass is, and under
-        # `-m` it would kill itself with SIGINT whatever we return; at its next exec of a string it forgets.
+        # If Ctrl-C interrupts the exec of a string (defining a dataclass runs one), CPython sets a flag, and `-m` then
+        # kills itself with SIGINT whatever the exit code. The next exec of a string clears the flag.
         exec("")
 
 

@@ -1,4 +1,4 @@
-"""Text for people: sizes, single lines, no control characters."""
+"""Formatting of text for the terminal: sizes, single lines, no control characters."""
 
 from __future__ import annotations
 

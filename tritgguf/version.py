@@ -1,3 +1,3 @@
-"""The version of the package; written into the files that it makes."""
+"""The package version; `convert` writes it into the files that it makes."""
 
 __version__ = "0.1.0"

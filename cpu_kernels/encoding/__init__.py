@@ -1,1 +1,1 @@
-"""Kernels of the encoders."""
+"""Kernels of the encoders: search of scales, error feedback, exact recovery."""

@@ -1,10 +1,10 @@
-"""Quantizing a matrix's columns one after the other, each taking up the errors of those before it.
+"""GPTQ: quantize a matrix column by column and compensate each column's error in the later columns.
 
-The method is GPTQ (Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers"): with H the second moments of the inputs and U the upper Cholesky factor of its inverse, H^-1 = U^T U,
-the error of column j, divided by U[j, j], is subtracted from every later column l with the factor U[j, l]. What the
-errors cost in the output is then the sum of their squares. Here a group's scale is part of the search: for each entry
-of the codebook the group's 16 columns are quantized with the feedback among them, and the entry that costs least wins.
+Source: Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". Let
+H be the Hessian (second moments of the inputs) and U the upper Cholesky factor of its inverse, H^-1 = U^T U. The error
+of column j, divided by U[j, j], is subtracted from every later column l with the factor U[j, l]. The output error is
+then the sum of the squares of these scaled errors. Here the search includes the scale: each codebook entry quantizes
+the group's 16 columns with feedback among them, and the entry of least cost is chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
-_LANES = 16  # rows that are quantized side by side
+_LANES = 16  # rows quantized at once
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
@@ -22,13 +22,13 @@ def _try_step(columns, factor, first, step, offset, levels, errors, costs):
     """Quantize one group of 16 rows with one step.
 
     Args:
-        columns: float32 [16 columns, 16 rows], the group's weights; changed.
+        columns: float32 [16 columns, 16 rows], the group's weights; modified.
         factor: float32 [columns, columns], U.
         first: the group's first column in `factor`.
-        step: float32, the distance of two levels.
+        step: float32, the distance between levels.
         offset: float32, h of the depth.
-        levels, errors: float32 [16 columns, 16 rows], out: levels from -h to h, and errors over U's diagonal.
-        costs: float32 [16 rows], out: sums of the squared errors.
+        levels, errors: float32 [16 columns, 16 rows], out: levels from -h to h, and errors divided by U's diagonal.
+        costs: float32 [16 rows], out: sums of the squares of `errors`.
 
     """
     per_step = np.float32(1.0) / step
@@ -41,28 +41,28 @@ def _try_step(columns, factor, first, step, offset, levels, errors, costs):
             levels[j, row], errors[j, row] = level, error
             costs[row] += error * error
         for later in range(j + 1, GROUP_SIZE):
-            share = factor[first + j, first + later]
+            coefficient = factor[first + j, first + later]
             for row in range(_LANES):
-                columns[later, row] -= errors[j, row] * share
+                columns[later, row] -= errors[j, row] * coefficient
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
 def quantize_columns(weights, factor, steps, offset, levels, indices, errors, thread, threads):
-    """Quantize some neighbouring columns of a matrix, all groups of them in their order.
+    """Quantize neighbouring columns of a matrix, group by group.
 
     Args:
-        weights: float32 [rows, columns], with the errors of earlier columns taken up; columns a multiple of 16.
+        weights: float32 [rows, columns], compensated for the errors of earlier columns; columns is a multiple of 16.
         factor: float32 [columns, columns], these columns' part of U, upper triangular with a positive diagonal.
-        steps: float32 [27], codebook / h, as the decoder computes it; entries that are not positive are left out.
+        steps: float32 [27], codebook / h, as the decoder computes it; entries that are not positive are not used.
         offset: float32, h of the depth.
         levels: uint8 [rows, columns], out: level + h.
-        indices: uint8 [rows, columns / 16], out.
-        errors: float32 [rows, columns], out: each column's error over U's diagonal, for the columns to come.
+        indices: uint8 [rows, columns / 16], out: scale indices.
+        errors: float32 [rows, columns], out: each column's error divided by U's diagonal, for the later columns.
         thread, threads: which of how many shares of the rows to compute.
 
     """
     rows, columns = weights.shape
-    taken_up = np.empty((columns, _LANES), np.float32)
+    compensated = np.empty((columns, _LANES), np.float32)
     trial, best_costs = np.empty((GROUP_SIZE, _LANES), np.float32), np.empty(_LANES, np.float32)
     trial_levels, best_levels = np.empty_like(trial), np.empty_like(trial)
     trial_errors, best_errors = np.empty_like(trial), np.empty_like(trial)
@@ -70,11 +70,11 @@ def quantize_columns(weights, factor, steps, offset, levels, indices, errors, th
     tiles = (rows + _LANES - 1) // _LANES
     for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         first_row = tile * _LANES
-        some = min(_LANES, rows - first_row)
-        taken_up[:] = 0
-        for row in range(some):
+        count = min(_LANES, rows - first_row)
+        compensated[:] = 0
+        for row in range(count):
             for column in range(columns):
-                taken_up[column, row] = weights[first_row + row, column]
+                compensated[column, row] = weights[first_row + row, column]
         for group in range(columns // GROUP_SIZE):
             first = group * GROUP_SIZE
             best_costs[:], best[:] = np.inf, 0
@@ -82,19 +82,19 @@ def quantize_columns(weights, factor, steps, offset, levels, indices, errors, th
             for entry in range(len(steps)):
                 if steps[entry] <= 0:
                     continue
-                trial[:] = taken_up[first : first + GROUP_SIZE]
+                trial[:] = compensated[first : first + GROUP_SIZE]
                 _try_step(trial, factor, first, steps[entry], offset, trial_levels, trial_errors, costs)
                 for row in range(_LANES):
                     if costs[row] < best_costs[row]:
                         best_costs[row], best[row] = costs[row], entry
                         best_levels[:, row], best_errors[:, row] = trial_levels[:, row], trial_errors[:, row]
-            for row in range(some):
+            for row in range(count):
                 indices[first_row + row, group] = best[row]
                 for j in range(GROUP_SIZE):
                     levels[first_row + row, first + j] = np.uint8(best_levels[j, row] + offset)
                     errors[first_row + row, first + j] = best_errors[j, row]
             for j in range(GROUP_SIZE):
                 for later in range(first + GROUP_SIZE, columns):
-                    share = factor[first + j, later]
+                    coefficient = factor[first + j, later]
                     for row in range(_LANES):
-                        taken_up[later, row] -= best_errors[j, row] * share
+                        compensated[later, row] -= best_errors[j, row] * coefficient

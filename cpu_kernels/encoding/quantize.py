@@ -1,7 +1,7 @@
-"""Search kernels of the encoders: weights -> best scale per group -> codebook index and levels.
+"""Kernels of the encoder v2: weights -> best scale per group -> codebook index and levels.
 
-Sixteen groups at a time stand in the lanes of vectors, so that sixteen scales are tried at once and no sum crosses
-lanes. Weights are read as they are stored (`KINDS`); a matrix is never copied to float32 as a whole.
+Each lane of a vector is a group, so sixteen groups are searched at once and no sum crosses lanes. Weights are read in
+their stored type (see `as_stored`), so that no float32 copy of a matrix is needed.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from cpu_kernels.simd.transpose import transpose
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, HALF, I8, I16, I32, Vectors, vector
 
-# The candidates for a group's scale are its sorted magnitudes at these places (the published codec's choice).
+# The candidates for a group's scale: its sorted magnitudes at these indices (as in the published format).
 CANDIDATES = (10, 12, 14, 15)
 
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # how a weight is stored: `kind` of the kernels
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # stored types of weights
 
 _GROUPS = 16  # in one vector
 _BLOCK = _GROUPS * GROUP_SIZE  # weights
-_SMALLEST_SCALE = 1e-30  # below, the reciprocal of a step would overflow
+_SMALLEST_SCALE = 1e-30  # the reciprocal of a smaller step could overflow
 _INFINITY = 0x7F800000
 
 
 def as_stored(weights: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return weights as the kernels read them, and their kind.
+    """Return weights as the kernels read them (float32, or uint16 bits), and their stored type.
 
-    `weights` are float32, float16, or uint16, which stands for the bits of bfloat16; any shape.
+    `weights` are float32, float16, or uint16 (the bits of bfloat16), of any shape.
     """
-    kinds = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16, np.dtype(np.uint16): BFLOAT16}
-    kind = kinds[weights.dtype]
-    stored = np.ascontiguousarray(weights).view(np.float32 if kind == FLOAT32 else np.uint16)
-    stored.flags.writeable = False  # as those of a mapped file are: Numba would compile for either
-    return stored, kind
+    types_by_dtype = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16, np.dtype(np.uint16): BFLOAT16}
+    stored_type = types_by_dtype[weights.dtype]
+    stored = np.ascontiguousarray(weights).view(np.float32 if stored_type == FLOAT32 else np.uint16)
+    stored.flags.writeable = False  # like arrays of a mapped file, so that Numba compiles one version only
+    return stored, stored_type
 
 
 def _comparators(first: int, count: int, step: int = 1) -> list[tuple[int, int]]:
-    """Return Batcher's odd-even merge sort of `count` values, a power of two, as pairs to put in order."""
+    """Return the comparators of Batcher's odd-even merge sort for `count` values, a power of two."""
     if count == 1:
         return []
 
@@ -63,10 +63,11 @@ def _clamped(vectors: Vectors, value: ir.Value, largest: ir.Value) -> ir.Value:
 
 @intrinsic
 def _search_block(typing_context, source, offset, scales):
-    """Emit the search of 16 groups: addresses of float32 [16, 16] and of float32 [16], out.
+    """Emit the scale search of 16 groups.
 
-    The errors of a group are summed in the order of its weights, each step a fused multiply-add. Returns the largest
-    magnitude as the bits of a float32, in whose order NaN and infinity come last.
+    `source` is the address of float32 [16, 16], `scales` that of float32 [16], out. A group's squared errors are
+    summed in the order of its weights by fused multiply-adds. Returns the largest magnitude as the bits of a float32;
+    in this order infinity and NaN are the largest.
     """
 
     def generate(context, builder, signature, arguments):
@@ -80,7 +81,7 @@ def _search_block(typing_context, source, offset, scales):
             rows.append(builder.bitcast(builder.and_(bits, sign), floats))
         magnitudes = transpose(vectors, rows)
 
-        # Magnitudes are ordered as their bits are, and integers have minimum and maximum as single instructions.
+        # The bits of magnitudes sort like the magnitudes, and integer minimum and maximum are single instructions.
         ordered = [builder.bitcast(magnitude, integers) for magnitude in magnitudes]
         for low, high in _comparators(0, GROUP_SIZE):
             a, b = ordered[low], ordered[high]
@@ -90,8 +91,8 @@ def _search_block(typing_context, source, offset, scales):
         offsets = vectors.fill(offset, _GROUPS)
         best = vectors.constant(FLOAT, 0.0, _GROUPS)
         least = vectors.constant(FLOAT, float("inf"), _GROUPS)
-        for place in CANDIDATES:
-            scale = builder.bitcast(ordered[place], floats)
+        for candidate in CANDIDATES:
+            scale = builder.bitcast(ordered[candidate], floats)
             to_level, step = builder.fdiv(offsets, scale), builder.fneg(builder.fdiv(scale, offsets))
             error = vectors.constant(FLOAT, 0.0, _GROUPS)
             for magnitude in magnitudes:
@@ -109,10 +110,10 @@ def _search_block(typing_context, source, offset, scales):
 
 @intrinsic
 def _round_block(typing_context, source, scales, thresholds, steps, offset, levels, indices, sums):
-    """Emit the rounding of 16 groups; addresses, of arrays as `round_to_codebook` takes them.
+    """Emit the rounding of 16 groups; arguments but `offset` are addresses of arrays as in `round_to_codebook`.
 
-    source float32 [16, 16]; levels uint8 [16, 16], out; indices uint8 [16], out; sums float32 [2, 16], out: squared
-    errors and squared weights.
+    source: float32 [16, 16]; scales: float32 [16]; levels: uint8 [16, 16], out; indices: uint8 [16], out; sums:
+    float32 [2, 16], out: squared errors and squared weights.
     """
 
     def generate(context, builder, signature, arguments):
@@ -151,7 +152,7 @@ def _round_block(typing_context, source, scales, thresholds, steps, offset, leve
 
 
 def _widening(widen):
-    """Return an intrinsic that turns 256 stored weights at one address into float32 at another."""
+    """Return an intrinsic that converts 256 stored weights at one address to float32 at another."""
 
     @intrinsic
     def emit(typing_context, source, target):
@@ -171,7 +172,7 @@ def _widened_half(vectors, address, offset):
 
 
 def _widened_bfloat(vectors, address, offset):
-    # The upper half of a float32.
+    # bfloat16 is the upper half of a float32.
     bits = vectors.widen(vectors.load(address, I16, 16, offset))
     return vectors.builder.bitcast(vectors.shift_left(bits, 16), vector(FLOAT, 16))
 
@@ -180,10 +181,10 @@ _widen_halves, _widen_bfloats = _widening(_widened_half), _widening(_widened_bfl
 
 
 @numba.njit(cache=True)
-def _read_block(weights, kind, block, stored, widened):
+def _read_block(weights, stored_type, block, stored, widened):
     """Return the address of a block's weights as float32 [16, 16]; groups beyond the last are zeros.
 
-    weights: flat; stored and widened: room for one block, as it is stored and in float32.
+    weights: 1-D; stored, widened: scratch for one block, in the stored type and in float32.
     """
     first, size = block * _BLOCK, weights.itemsize
     address = weights.ctypes.data + first * size
@@ -191,9 +192,9 @@ def _read_block(weights, kind, block, stored, widened):
         stored[:] = 0
         stored[: len(weights) - first] = weights[first:]
         address = stored.ctypes.data
-    if kind == FLOAT32:
+    if stored_type == FLOAT32:
         return address
-    if kind == FLOAT16:
+    if stored_type == FLOAT16:
         _widen_halves(address, widened.ctypes.data)
     else:
         _widen_bfloats(address, widened.ctypes.data)
@@ -201,15 +202,14 @@ def _read_block(weights, kind, block, stored, widened):
 
 
 @numba.njit(cache=True, nogil=True)
-def best_candidates(weights, kind, offset, scales, thread, threads):
-    """Choose each group's scale: the candidate with the least squared error, the first of equals.
+def best_candidates(weights, stored_type, offset, scales, thread, threads):
+    """Choose each group's scale: the candidate with the least squared error, the first in case of a tie.
 
     Args:
-        weights: [rows, columns], as `as_stored` returns them, and their kind.
-        kind: theirs.
+        weights, stored_type: [rows, columns] and their stored type, from `as_stored`.
         offset: float32, h of the depth.
         scales: float32 [rows, columns / 16], out; 0 for a group of zeros.
-        thread, threads: which of how many shares of the groups to compute, here and below.
+        thread, threads: which of how many shares of the groups to compute.
 
     Returns:
         The largest magnitude among this thread's weights, float32; NaN if a weight is NaN or infinite.
@@ -222,7 +222,7 @@ def best_candidates(weights, kind, offset, scales, thread, threads):
     largest = np.zeros(1, np.int32)
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         first = block * _GROUPS
-        address = _read_block(flat, kind, block, stored, widened)
+        address = _read_block(flat, stored_type, block, stored, widened)
         largest[0] = max(largest[0], _search_block(address, offset, found.ctypes.data))
         last = min(first + _GROUPS, len(flat_scales))
         flat_scales[first:last] = found[: last - first]
@@ -230,18 +230,18 @@ def best_candidates(weights, kind, offset, scales, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def round_to_codebook(weights, kind, scales, thresholds, steps, offset, levels, indices, thread, threads):
-    """Snap each group's scale to the codebook and round the group again with it.
+def round_to_codebook(weights, stored_type, scales, thresholds, steps, offset, levels, indices, thread, threads):
+    """Round each group's scale to a codebook entry, and its weights to levels of that entry.
 
     Args:
-        weights, kind: as above.
-        scales: float32 [rows, columns / 16], the wanted scales.
-        thresholds: float32 [26], ascending: a scale above threshold i takes an entry beyond i.
-        steps: float32 [27], codebook entry / h, as the decoder computes it.
+        weights, stored_type: as in `best_candidates`.
+        scales: float32 [rows, columns / 16], from `best_candidates`.
+        thresholds: float32 [26], ascending: a scale above threshold i gets an entry after i.
+        steps: float32 [27], codebook / h, as the decoder computes it.
         offset: float32, h of the depth.
         levels: uint8 [rows, columns], out: level + h.
-        indices: uint8 [rows, columns / 16], out.
-        thread, threads: as above.
+        indices: uint8 [rows, columns / 16], out: scale indices.
+        thread, threads: as in `best_candidates`.
 
     Returns:
         (squared error, squared weights), float64 sums over the groups of this thread.
@@ -259,7 +259,7 @@ def round_to_codebook(weights, kind, scales, thresholds, steps, offset, levels, 
         last = min(first + _GROUPS, len(flat_scales))
         wanted[: last - first] = flat_scales[first:last]
         _round_block(
-            _read_block(flat, kind, block, stored, widened), wanted.ctypes.data, thresholds.ctypes.data,
+            _read_block(flat, stored_type, block, stored, widened), wanted.ctypes.data, thresholds.ctypes.data,
             steps.ctypes.data, offset, block_levels.ctypes.data, block_indices.ctypes.data, sums.ctypes.data,
         )  # fmt: skip
         flat_levels[first * GROUP_SIZE : last * GROUP_SIZE] = block_levels[: (last - first) * GROUP_SIZE]

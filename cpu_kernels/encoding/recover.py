@@ -1,7 +1,7 @@
-"""Kernels of exact recovery: halves -> the scales that a group allows -> scale indices and levels.
+"""Kernels of exact recovery: half-precision weights -> scales that reproduce a group -> scale indices and levels.
 
-A half is the bit pattern of a float16 or bfloat16 number, uint16. A scale, too, is a bit pattern: that of a float32
-number that is not negative, as an integer; such integers sort as the numbers do.
+A half is the bit pattern of a float16 or bfloat16 number, as uint16. A scale is the bit pattern of a non-negative
+float32 number, as an integer; these integers sort like the numbers.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE
 
 
 @numba.njit(cache=True, nogil=True)
-def allowed_scales(places, lows, highs, ends, ranges):
-    """Find the scales that give every weight of a group, at whatever levels, as ranges; group after group.
+def allowed_scales(magnitude_indices, lows, highs, ends, ranges):
+    """Find, for each group, the ranges of scales that reproduce every weight at some level.
 
     Args:
-        places: int32 [groups, 16]: which magnitude a weight has; -1 for a zero, which every scale gives.
-        lows, highs: int64 [magnitudes, h]: the scales that give magnitude m at level k + 1 are those from lows[m, k]
-            to highs[m, k], none if the first is the larger one. Both fall with k.
-        ends: int64 [groups], out: where the ranges of a group end in `ranges`; they begin where those before end.
-        ranges: int64 [groups * 16 * h, 2], out: first and last scale, ascending and disjoint; a group of zeros has
-            none, and no more has a group that no scale gives.
+        magnitude_indices: int32 [groups, 16], each weight's index into the magnitudes; -1 for a zero, which every scale
+            reproduces.
+        lows, highs: int64 [magnitudes, h]: scales from lows[m, k] to highs[m, k] reproduce magnitude m at level k + 1;
+            the range is empty if lows[m, k] > highs[m, k]. Both decrease with k.
+        ends: int64 [groups], out: the end of each group's ranges in `ranges`; they start at the previous group's end.
+        ranges: int64 [groups * 16 * h, 2], out: first and last scale, ascending and disjoint; a group has none if all
+            its weights are zero or if no scale reproduces it.
 
     """
     size = GROUP_SIZE * lows.shape[1]
     found, narrowed = np.empty((size, 2), np.int64), np.empty((size, 2), np.int64)
     own = np.empty((lows.shape[1], 2), np.int64)
     end = 0
-    for g in range(len(places)):
+    for g in range(len(magnitude_indices)):
         found[0, 0], found[0, 1] = 0, np.iinfo(np.int64).max
         count, magnitudes = 1, 0
         for p in range(GROUP_SIZE):
-            place = places[g, p]
-            if place >= 0 and (p == 0 or place != places[g, p - 1]):
+            index = magnitude_indices[g, p]
+            if index >= 0 and (p == 0 or index != magnitude_indices[g, p - 1]):
                 magnitudes += 1
-                own_count = _ranges_of_magnitude(lows[place], highs[place], own)
+                own_count = _ranges_of_magnitude(lows[index], highs[index], own)
                 count = _intersect(found, count, own, own_count, narrowed)
                 found, narrowed = narrowed, found
         if magnitudes:
@@ -48,7 +49,7 @@ def allowed_scales(places, lows, highs, ends, ranges):
 
 @numba.njit(cache=True)
 def _ranges_of_magnitude(lows, highs, ranges):
-    """Write the ranges of one magnitude in ascending order, overlapping ones joined; return their number."""
+    """Write the ranges of one magnitude in ascending order, merging those that overlap; return their number."""
     count = 0
     for k in range(len(lows) - 1, -1, -1):
         if lows[k] > highs[k]:
@@ -63,7 +64,7 @@ def _ranges_of_magnitude(lows, highs, ranges):
 
 @numba.njit(cache=True)
 def _intersect(first, first_count, second, second_count, both):
-    """Write what two ascending lists of disjoint ranges have in common; return the number of ranges."""
+    """Write the intersection of two ascending lists of disjoint ranges; return its number of ranges."""
     i, j, count = 0, 0, 0
     while i < first_count and j < second_count:
         low, high = max(first[i, 0], second[j, 0]), min(first[i, 1], second[j, 1])
@@ -79,7 +80,7 @@ def _intersect(first, first_count, second, second_count, both):
 
 @numba.njit(cache=True, inline="always")
 def _shared_entries(group, entries):
-    """Return the codebook entries, a bit each, that give every weight of a group."""
+    """Return the codebook entries that reproduce every weight of a group, as a bit mask."""
     shared = entries[group[0]]
     for p in range(1, GROUP_SIZE):
         shared &= entries[group[p]]
@@ -88,16 +89,16 @@ def _shared_entries(group, entries):
 
 @numba.njit(cache=True, nogil=True)
 def find_misfits(halves, entries, misfits, thread, threads):
-    """List groups that no codebook entry gives, until the list is full.
+    """List the groups that no codebook entry reproduces, until the list is full.
 
     Args:
         halves: uint16 [rows, groups, 16].
-        entries: uint32 [65536]: for each half the codebook entries, a bit each, that give it at some level.
+        entries: uint32 [65536]: for each half, the bit mask of the codebook entries that reproduce it at some level.
         misfits: int64 [threads, n], out: group numbers, row * groups + group.
-        thread, threads: which of how many shares of the rows to look through, here and below.
+        thread, threads: which of how many shares of the rows to search.
 
     Returns:
-        how many groups this thread has listed.
+        The number of groups that this thread listed.
 
     """
     rows, groups, _ = halves.shape
@@ -114,18 +115,19 @@ def find_misfits(halves, entries, misfits, thread, threads):
 
 @numba.njit(cache=True, nogil=True)
 def encode_halves(halves, entries, table, levels, indices, thread, threads):
-    """Choose each group's lowest codebook entry that gives it, and the levels that belong to it.
+    """Encode each group with the lowest codebook entry that reproduces it.
 
     Args:
         halves: uint16 [rows, groups, 16].
         entries: as in `find_misfits`.
-        table: uint8 [27, 65536]: the level + h at which an entry gives a half.
-        levels: uint8 [rows, groups, 16], out.
-        indices: uint8 [rows, groups], out.
+        table: uint8 [27, 65536]: the level + h at which an entry reproduces a half.
+        levels: uint8 [rows, groups, 16], out: level + h.
+        indices: uint8 [rows, groups], out: scale indices.
+        thread, threads: which of how many shares of the rows to encode.
 
     Returns:
-        how often each entry gives each level + h, int64 [27, 81], and how many groups no entry gives; the levels and
-        indices of those are not to be used.
+        The counts of each entry's levels, int64 [27, 81], and the number of groups that no entry reproduces. The
+        levels and indices of such groups are invalid.
 
     """
     rows, groups, _ = halves.shape

@@ -1,7 +1,7 @@
-"""Trying every scale: per group, the codebook entry whose weighted squared error is least.
+"""Exhaustive scale search: for each group, the codebook entry with the least weighted squared error.
 
-Sixteen groups at a time lie in the lanes, as in `quantize`, whose four candidates this goes beyond. The
-errors of a group are added in the order of its weights, whatever the vectors' width is.
+`quantize` tries four candidates only. As there, each lane is a group, and a group's errors are summed in the order of
+its weights, whatever the vector width is.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
-_LANES = 16  # groups that are searched side by side
+_LANES = 16  # groups searched at once
 
 
 @numba.njit(cache=True)
-def _turn(weights, importance, row, first_group, some, emphasis, turned, factors):
-    """Lay up to 16 groups of a row side by side, and beside each weight what its squared error counts.
+def _transpose_groups(weights, importance, row, first_group, count, emphasis, transposed, factors):
+    """Transpose up to 16 groups of a row, and compute the factor of each weight's squared error.
 
-    turned, factors: float32 [16 weights, 16 groups], out.
+    transposed, factors: float32 [16 weights, 16 groups], out.
     """
-    for lane in range(some):
+    for lane in range(count):
         first = (first_group + lane) * GROUP_SIZE
         half_of_mean = np.float32(0)
         for j in range(GROUP_SIZE):
@@ -28,20 +28,20 @@ def _turn(weights, importance, row, first_group, some, emphasis, turned, factors
         half_of_mean *= np.float32(0.5 / GROUP_SIZE)
         for j in range(GROUP_SIZE):
             weight = weights[row, first + j]
-            turned[j, lane] = weight
-            own = np.sqrt(half_of_mean + weight * weight) if emphasis else np.float32(1)
-            factors[j, lane] = own * importance[first + j]
+            transposed[j, lane] = weight
+            emphasis_factor = np.sqrt(half_of_mean + weight * weight) if emphasis else np.float32(1)
+            factors[j, lane] = emphasis_factor * importance[first + j]
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
-def _errors(turned, factors, steps, offset, errors):
-    """Sum the weighted squared errors of 16 groups, each with its own step: float32 [16 groups]."""
+def _errors(transposed, factors, steps, offset, errors):
+    """Compute the weighted squared errors of 16 groups with one step each; steps, errors: float32 [16 groups]."""
     errors[:] = 0
     for j in range(GROUP_SIZE):
         for lane in range(_LANES):
             step = steps[lane]
-            level = np.rint(turned[j, lane] * (np.float32(1.0) / step if step > 0 else np.float32(0)))
-            difference = turned[j, lane] - min(max(level, -offset), offset) * step
+            level = np.rint(transposed[j, lane] * (np.float32(1.0) / step if step > 0 else np.float32(0)))
+            difference = transposed[j, lane] - min(max(level, -offset), offset) * step
             errors[lane] += difference * difference * factors[j, lane]
 
 
@@ -50,33 +50,33 @@ def best_scales(weights, importance, emphasis, fractions, offset, scales, thread
     """Choose each group's scale among fractions of its largest magnitude.
 
     Args:
-        weights: float32 [rows, columns], columns a multiple of 16.
-        importance: float32 [columns]: what the squared error of a column's weights counts.
-        emphasis: whether the squared error of a weight also counts with its size: with the root of its square and half
-            the mean square of its group.
-        fractions: float32 [n], of the largest magnitude, to try.
+        weights: float32 [rows, columns], columns is a multiple of 16.
+        importance: float32 [columns], the factor of the squared errors in each column.
+        emphasis: whether the squared error of a weight w is also multiplied with sqrt(w**2 + m / 2), where m is the
+            mean square of its group.
+        fractions: float32 [n], the fractions of the largest magnitude to try.
         offset: float32, h of the depth.
         scales: float32 [rows, columns / 16], out; 0 for a group of zeros.
-        thread, threads: which of how many shares of the rows to compute, here and below.
+        thread, threads: which of how many shares of the rows to compute.
 
     """
     rows, groups = scales.shape
-    turned, factors = np.zeros((GROUP_SIZE, _LANES), np.float32), np.zeros((GROUP_SIZE, _LANES), np.float32)
+    transposed, factors = np.zeros((GROUP_SIZE, _LANES), np.float32), np.zeros((GROUP_SIZE, _LANES), np.float32)
     largest, steps = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     errors, least = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
         for first in range(0, groups, _LANES):
-            some = min(_LANES, groups - first)
-            _turn(weights, importance, row, first, some, emphasis, turned, factors)
+            count = min(_LANES, groups - first)
+            _transpose_groups(weights, importance, row, first, count, emphasis, transposed, factors)
             largest[:], least[:] = 0, np.inf
             for j in range(GROUP_SIZE):
                 for lane in range(_LANES):
-                    largest[lane] = max(largest[lane], abs(turned[j, lane]))
+                    largest[lane] = max(largest[lane], abs(transposed[j, lane]))
             for fraction in fractions:
                 for lane in range(_LANES):
                     steps[lane] = largest[lane] * fraction / offset
-                _errors(turned, factors, steps, offset, errors)
-                for lane in range(some):
+                _errors(transposed, factors, steps, offset, errors)
+                for lane in range(count):
                     if errors[lane] < least[lane]:
                         least[lane] = errors[lane]
                         scales[row, first + lane] = largest[lane] * fraction
@@ -84,40 +84,40 @@ def best_scales(weights, importance, emphasis, fractions, offset, scales, thread
 
 @numba.njit(cache=True, nogil=True)
 def round_to_best(weights, importance, emphasis, steps, offset, levels, indices, thread, threads):
-    """Quantize each group with the codebook entry of least weighted squared error, the first of equals.
+    """Quantize each group with the codebook entry of least weighted squared error, the first in case of a tie.
 
     Args:
-        weights, importance, emphasis, offset: as above.
+        weights, importance, emphasis, offset: as in `best_scales`.
         steps: float32 [27], codebook / h, as the decoder computes it.
         levels: uint8 [rows, columns], out: level + h.
-        indices: uint8 [rows, columns / 16], out.
-        thread, threads: as above.
+        indices: uint8 [rows, columns / 16], out: scale indices.
+        thread, threads: as in `best_scales`.
 
     Returns:
-        (squared error, squared weights), float64 sums over the rows of this thread, unweighted.
+        (squared error, squared weights): unweighted float64 sums over this thread's rows.
 
     """
     rows, groups = indices.shape
-    turned, factors = np.zeros((GROUP_SIZE, _LANES), np.float32), np.zeros((GROUP_SIZE, _LANES), np.float32)
-    same_step = np.empty(_LANES, np.float32)
+    transposed, factors = np.zeros((GROUP_SIZE, _LANES), np.float32), np.zeros((GROUP_SIZE, _LANES), np.float32)
+    step_in_all_lanes = np.empty(_LANES, np.float32)
     errors, least, best = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.uint8)
     squared_error, power = 0.0, 0.0
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
         for first in range(0, groups, _LANES):
-            some = min(_LANES, groups - first)
-            _turn(weights, importance, row, first, some, emphasis, turned, factors)
+            count = min(_LANES, groups - first)
+            _transpose_groups(weights, importance, row, first, count, emphasis, transposed, factors)
             least[:], best[:] = np.inf, 0
             for entry in range(len(steps)):
-                same_step[:] = steps[entry]
-                _errors(turned, factors, same_step, offset, errors)
+                step_in_all_lanes[:] = steps[entry]
+                _errors(transposed, factors, step_in_all_lanes, offset, errors)
                 for lane in range(_LANES):
                     if errors[lane] < least[lane]:
                         least[lane], best[lane] = errors[lane], entry
-            for lane in range(some):
+            for lane in range(count):
                 indices[row, first + lane] = best[lane]
                 step = steps[best[lane]]
                 for j in range(GROUP_SIZE):
-                    weight = turned[j, lane]
+                    weight = transposed[j, lane]
                     level = np.rint(weight * (np.float32(1.0) / step if step > 0 else np.float32(0)))
                     level = min(max(level, -offset), offset)
                     levels[row, (first + lane) * GROUP_SIZE + j] = np.uint8(level + offset)

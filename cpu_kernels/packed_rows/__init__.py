@@ -1,1 +1,1 @@
-"""Packed rows: their layout, packing and unpacking."""
+"""Packed rows: layout, packing, unpacking and validation."""

@@ -1,7 +1,7 @@
-"""Is every word of packed rows one that an encoder writes, and every other weight a number?
+"""Validation of weights: packed rows have only words that an encoder writes, and float weights are finite.
 
-A word w is a code c stored as ceil(c * 65536 / 59049), so w * 59049 = c * 65536 + r with r below 59049: the lower half
-of the product tells. Words with a trailing digit that no weight uses have a code that is a multiple of its radix.
+A code c is stored as the word w = ceil(c * 65536 / 59049). So w is valid if w * 59049 = c * 65536 + r with r below
+59049: r is the lower half of the product. If a word's last digit is unused, its code is a multiple of that radix.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from cpu_kernels.simd.vectors import I16, I32, I64, Vectors, vector
 
 _CODES = np.uint16(3**10)
 _BYTES_AT_ONCE = 1024
-# By depth: the radix of the digit that is zero, or 1 for none, and in which words: the odd ones, or each block's last.
+# By depth: the radix of the unused digit, which is zero (1: there is none), and the words that have it: those with odd
+# numbers, or the last word of each block.
 _ZERO_RADIX = [1, 3, 1, 729, 9]
 _IN_ODD_WORDS = np.array([False, True, False, False, False])
 _WORDS_PER_BLOCK = np.array([1, *(WORDS_PER_BLOCK[depth] for depth in (1, 2, 3, 4))])
-# Multiplied with the inverse of an odd radix, modulo 65536, its multiples give the numbers up to 65535 / radix and no
-# others do. So every test is an upper bound, and of a row only the largest products are needed.
+# A number is a multiple of an odd radix if and only if its product with the radix's inverse modulo 65536 is at most
+# 65535 / radix. So every test is an upper bound, and only the largest products of a row are needed.
 _INVERSE = np.array([pow(radix, -1, 1 << 16) for radix in _ZERO_RADIX], np.uint16)
 _LARGEST_MULTIPLE = np.array([65535 // radix for radix in _ZERO_RADIX], np.uint16)
 
 
 @numba.njit(cache=True, nogil=True)
 def first_damaged_row(rows, depth):
-    """Return the number of the first row with a word that no encoder writes, or -1.
+    """Return the index of the first row with an invalid word, or -1.
 
-    rows: uint16 [rows, words], depth: 1 to 4.
+    rows: uint16 [rows, words]; depth: 1 to 4.
     """
     words = rows.shape[1]
     inverse, in_odd_words = _INVERSE[depth], _IN_ODD_WORDS[depth]
@@ -53,19 +54,19 @@ def first_damaged_row(rows, depth):
 
 
 def _largest_of(element):
-    """Return an intrinsic: the largest of 1,024 bytes of unsigned integers at an address, other bits masked away."""
+    """Return an intrinsic that returns the largest of 1,024 bytes of masked unsigned integers at an address."""
 
     @intrinsic
     def emit(typing_context, address, mask):
         def generate(context, builder, signature, arguments):
             vectors = Vectors(builder, PORTABLE)
             lanes = 64 // (element.width // 8)
-            kind = vector(element, lanes)
+            vector_type = vector(element, lanes)
             kept = vectors.fill(builder.trunc(arguments[1], element), lanes)
             largest = vectors.constant(element, 0, lanes)
             for offset in range(0, _BYTES_AT_ONCE, 64):
                 masked = builder.and_(vectors.load(arguments[0], element, lanes, offset), kept)
-                largest = vectors.call(f"llvm.umax.v{lanes}i{element.width}", kind, largest, masked)
+                largest = vectors.call(f"llvm.umax.v{lanes}i{element.width}", vector_type, largest, masked)
             found = vectors.call(f"llvm.vector.reduce.umax.v{lanes}i{element.width}", element, largest)
             return builder.zext(found, I64)
 
@@ -79,9 +80,9 @@ _largest_of_16_bits, _largest_of_32_bits = _largest_of(I16), _largest_of(I32)
 
 @numba.njit(cache=True, nogil=True)
 def first_not_finite(bits, exponent):
-    """Return the place of the first NaN or infinity, or -1.
+    """Return the index of the first NaN or infinity, or -1.
 
-    bits: uint16 or uint32 [n], the bits of float16 or float32; exponent: those of its exponent, all set.
+    bits: uint16 or uint32 [n], the bits of float16 or float32; exponent: the mask of the exponent's bits.
     """
     at_once = _BYTES_AT_ONCE // bits.itemsize
     whole = len(bits) // at_once * at_once
@@ -95,7 +96,7 @@ def first_not_finite(bits, exponent):
         if largest == exponent:
             first = start
             break
-    for place in range(first, len(bits)):
-        if (np.int64(bits[place]) & exponent) == exponent:
-            return place
+    for index in range(first, len(bits)):
+        if (np.int64(bits[index]) & exponent) == exponent:
+            return index
     return -1

@@ -1,4 +1,4 @@
-"""Levels and scale indices -> packed rows."""
+"""Packing: levels and scale indices -> packed rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack(
         thread_pool: the threads to use; None for all cores.
 
     Returns:
-        uint8 [rows, bytes of a row], as `docs/format.md` lays it out.
+        uint8 [rows, bytes of a row], as in `docs/format.md`.
 
     """
     rows, columns = levels.shape
@@ -34,7 +34,7 @@ def pack(
 
 @numba.njit(cache=True, inline="always")
 def _word(code):
-    """Turn ten trits, as an integer below 3**10, into the fraction that a word stores."""
+    """Return the word for ten trits, given as an integer below 3**10: a fixed-point fraction."""
     return np.uint16((code * 65536 + TRIT_CODES - 1) // TRIT_CODES)
 
 
@@ -74,7 +74,7 @@ def _pack_2(levels, scale_indices, words, thread, threads):
 
 
 @numba.njit(cache=True, inline="always")
-def _three(u, p):
+def _three_digits(u, p):
     """Join three digits of radix 27."""
     return (np.int64(u[p]) * 27 + u[p + 1]) * 27 + u[p + 2]
 
@@ -87,10 +87,10 @@ def _pack_3(levels, scale_indices, words, thread, threads):
         for g in range(groups):
             u = levels[r, g]
             last, index = np.int64(u[15]), np.int64(scale_indices[r, g])
-            words[r, 2 * g] = _word(_three(u, 0) * 3 + last // 9)
-            words[r, 2 * g + 1] = _word(_three(u, 8) * 3 + last // 3 % 3)
-            words[r, a1 + 2 * g] = _word(_three(u, 3) * 3 + last % 3)
-            words[r, a1 + 2 * g + 1] = _word(_three(u, 11) * 3 + index // 9)
+            words[r, 2 * g] = _word(_three_digits(u, 0) * 3 + last // 9)
+            words[r, 2 * g + 1] = _word(_three_digits(u, 8) * 3 + last // 3 % 3)
+            words[r, a1 + 2 * g] = _word(_three_digits(u, 3) * 3 + last % 3)
+            words[r, a1 + 2 * g + 1] = _word(_three_digits(u, 11) * 3 + index // 9)
             words[r, b + g] = _word(((np.int64(u[6]) * 27 + u[14]) * 27 + u[7]) * 3 + index // 3 % 3)
         for quad in range(groups // 4):
             code = 0

@@ -1,1 +1,1 @@
-"""Vector instructions as LLVM IR, and the choice among their variants."""
+"""Vector operations as LLVM IR, and the choice of the instruction set."""

@@ -1,17 +1,15 @@
-"""Which vector instructions the kernels are compiled for.
+"""Choice of the instruction-set variant that the kernels are compiled for.
 
-Every kernel exists as generic LLVM vector IR (`portable`), which LLVM lowers to what the processor has, NEON
-included. On x86 the multiply-high and multiply-add patterns are named instead of hoped for, because LLVM rewrites
-some chains around them into 32-bit multiplies that are three times slower. All variants compute the same integers.
+Every kernel exists as generic LLVM vector IR (`portable`), which LLVM lowers to any processor's instructions,
+including NEON. The x86 variants call the multiply-high and multiply-add instructions by name, because LLVM rewrites
+some of the generic patterns into 32-bit multiplies that are three times slower. All variants compute the same integers.
 
-A compiled function receives its variant as a tuple whose length is the number below: Numba compiles and caches by
-the types of the arguments, and the length of a tuple is part of its type, so every variant has its own machine code
-in the cache.
+A compiled function takes its variant as a tuple whose length is the number in `variants`. Numba compiles and caches by
+argument types, and the length of a tuple is part of its type, so each variant has its own machine code in the cache.
 
-What is trusted: the features that LLVM reports, in so far as no listed instruction is illegal. On x86 they come from
-cpuid, and xgetbv tells that the operating system saves the registers. Numba compiles everything for these features,
-so where they were wrong, no Numba program would run, and no choice made here could help. That the instructions also
-compute what they should is not taken on trust: see `self_test`.
+The features that LLVM reports are trusted to raise no illegal instruction. On x86 they come from cpuid and xgetbv
+(which tells whether the operating system saves the registers). Numba compiles everything for these features, so if
+they were wrong, no Numba program would run at all. The results of the instructions are checked: see `self_test`.
 """
 
 from __future__ import annotations
@@ -21,12 +19,13 @@ import logging
 import os
 from collections.abc import Mapping
 
+from cpu_kernels.simd import self_test
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE, as_type, name_of
 
 ENVIRONMENT_VARIABLE = "TRITGGUF_ISA"
 _AVX2_FEATURES = ("avx2", "fma", "f16c")
 _AVX512_FEATURES = (*_AVX2_FEATURES, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-_NEEDED = {
+_REQUIRED_FEATURES = {
     PORTABLE: (),
     AVX2: _AVX2_FEATURES,
     AVX2_VNNI: (*_AVX2_FEATURES, "avxvnni"),
@@ -37,20 +36,19 @@ _NEEDED = {
 
 @functools.cache
 def supported() -> list[int]:
-    """Return the variants that this processor's features promise, slowest first.
+    """Return the variants whose features this processor reports, slowest first.
 
-    The features come from LLVM, which asks the processor and whether the operating system saves its registers. They
-    are asked for once: LLVM takes 0.2 ms to answer, and each of a model's hundred projections wants to know.
+    The result is cached: LLVM takes 0.2 ms to detect the features, and each of a model's hundred projections asks.
     """
     host = _host_features()
-    return [isa for isa, needed in _NEEDED.items() if all(host.get(name, False) for name in needed)]
+    return [isa for isa, needed in _REQUIRED_FEATURES.items() if all(host.get(name, False) for name in needed)]
 
 
 def choose(name: str | None = None) -> int:
-    """Return the variant of this name; None takes the one that TRITGGUF_ISA names, or else the best that works here.
+    """Return the variant named `name`; None takes the one that TRITGGUF_ISA names, or else the best that works here.
 
-    A variant works if its operations give the right integers when they are run; where one that the features promise
-    does not, a line on stderr says so, and the next one is taken.
+    A variant works if it passes its self-test. If a supported variant fails, a warning is logged and the next one is
+    tried.
 
     Raises:
         ValueError: `name` or TRITGGUF_ISA names no variant, or one that does not work here.
@@ -70,19 +68,19 @@ def choose(name: str | None = None) -> int:
 
 
 def chosen(name: str | None = None) -> tuple[int, ...]:
-    """Return what `choose` returns in the form in which compiled functions take it."""
+    """Return the variant that `choose` returns, as the tuple that compiled functions take."""
     return as_type(choose(name))
 
 
 def features() -> list[str]:
-    """Return those of the features that any variant needs which this processor has."""
-    wanted = dict.fromkeys(name for needed in _NEEDED.values() for name in needed)
-    return [name for name in wanted if _host_features().get(name, False)]
+    """Return the processor's features that some variant requires."""
+    required = dict.fromkeys(name for needed in _REQUIRED_FEATURES.values() for name in needed)
+    return [name for name in required if _host_features().get(name, False)]
 
 
-def obstacle(isa: int) -> str | None:
-    """Return why a variant cannot be used here, as a sentence without its subject; None where it can."""
-    missing = [name for name in _NEEDED[isa] if name not in features()]
+def why_unavailable(isa: int) -> str | None:
+    """Return why a variant cannot be used here, as a predicate ("needs avx2, ..."); None if it can be used."""
+    missing = [name for name in _REQUIRED_FEATURES[isa] if name not in features()]
     return f"needs {', '.join(missing)}, which this processor lacks" if missing else _failure(isa)
 
 
@@ -93,15 +91,13 @@ def _host_features() -> Mapping[str, bool]:
 
 
 def _failure(isa: int) -> str | None:
-    """Return what is wrong with a variant that the processor's features promise, or None."""
-    from cpu_kernels.simd import self_test  # which is made of operations that need to know the variants
-
+    """Return why a supported variant fails its self-test; None if it passes."""
     return self_test.failure(isa)
 
 
 @functools.cache
 def _works(isa: int) -> bool:
-    """Tell whether a variant works, and say why not, once."""
+    """Return whether a variant passes its self-test; log the reason once if it does not."""
     reason = _failure(isa)
     if reason:
         logging.getLogger("cpu_kernels").warning("note: instruction set %s %s; trying another", name_of(isa), reason)

@@ -1,7 +1,7 @@
-"""Does an instruction-set variant compute on this machine what it should? A flag alone does not prove that.
+"""Self-test of an instruction-set variant: a feature flag alone does not prove that its instructions work.
 
-Compiles, or loads from the cache, the few operations that differ between the variants, runs them once on vectors of
-every width, and compares with NumPy.
+The test compiles the few operations that differ between the variants (or loads them from the cache), runs them once on
+vectors of every width, and compares the results with NumPy's.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _WIDTHS = (32, 16, 8)
 
 @intrinsic
 def _operations(typing_context, isa, left, right, small, table, highs, sums, quads, looked_up):
-    """Run every operation on 64 bytes, in vectors of all, half and a quarter; all but `isa` are addresses (int64).
+    """Run every operation on 64 bytes, in vectors of 64, 32 and 16 bytes; all arguments but `isa` are addresses.
 
-    `left` and `right` are 32 lanes of 16 bits; `small` are 64 of 8 bits, to be multiplied with those of `right`.
-    `highs` gets 3 x 32 16-bit, `sums` and `quads` 3 x 16 32-bit lanes, and `looked_up` 16 floats.
+    Inputs: `left` and `right` are uint16 [32], `small` is uint8 [64] and is multiplied with the bytes of `right`.
+    Outputs: `highs` is uint16 [3, 32], `sums` and `quads` are int32 [3, 16], and `looked_up` is float32 [16].
     """
 
     def generate(context, builder, signature, arguments):
@@ -38,11 +38,11 @@ def _operations(typing_context, isa, left, right, small, table, highs, sums, qua
             for first in range(0, _LANES, lanes):
                 a = vectors.load(left, I16, lanes, 2 * first)
                 b = vectors.load(right, I16, lanes, 2 * first)
-                place = 2 * (number * _LANES + first)
-                vectors.store(vectors.multiply_high(a, _RADICES), highs, place)
-                vectors.store(vectors.dot_pairs(zeros, a, b), sums, place)
+                offset = 2 * (number * _LANES + first)
+                vectors.store(vectors.multiply_high(a, _RADICES), highs, offset)
+                vectors.store(vectors.dot_pairs(zeros, a, b), sums, offset)
                 bytes_of = [vectors.load(address, I8, 2 * lanes, 2 * first) for address in (small, right)]
-                vectors.store(vectors.dot_quads(zeros, *bytes_of), quads, place)
+                vectors.store(vectors.dot_quads(zeros, *bytes_of), quads, offset)
         indices = vectors.widen(vectors.load(left, I16, 16))
         indices = builder.and_(indices, vectors.constant(I32, 31, 16))
         both = [vectors.load(table, FLOAT, 16, offset) for offset in (0, 64)]
@@ -54,7 +54,7 @@ def _operations(typing_context, isa, left, right, small, table, highs, sums, qua
 
 @numba.njit(cache=True)
 def _run(isa, left, right, small, table, highs, sums, quads, looked_up):
-    """Run the operations on arrays: uint16 [32] twice, uint8 [64], float32 [32], and the outputs of `_operations`."""
+    """Run `_operations` on arrays; `table` is float32 [32]."""
     _operations(
         isa,
         left.ctypes.data,
@@ -70,7 +70,7 @@ def _run(isa, left, right, small, table, highs, sums, quads, looked_up):
 
 @functools.cache
 def failure(isa: int) -> str | None:
-    """Return what is wrong with a variant that the processor's features promise, or None."""
+    """Return why a variant fails on this processor, whose features must include the variant's; None if it passes."""
     generator = np.random.default_rng(0)
     left, right = generator.integers(0, 1 << 16, (2, _LANES), np.uint16)
     left[:4] = right[:4] = 0x8000, 0x7FFF, 0xFFFF, 0
@@ -84,8 +84,8 @@ def failure(isa: int) -> str | None:
     except Exception as error:  # whatever Numba and LLVM raise
         return f"cannot be compiled ({' '.join(str(error).split())[:60]} ...)"
     products = left.view(np.int16).astype(np.int64) * right.view(np.int16)
-    right_highs = left.astype(np.uint32) * np.resize(np.array(_RADICES, np.uint32), _LANES) >> 16
-    right_sums = products.reshape(-1, 2).sum(1).astype(np.int32)  # wraps around
-    right_quads = (small.astype(np.int32) * right.view(np.int8)).reshape(-1, 4).sum(1)
-    pairs = ((highs, right_highs), (sums, right_sums), (quads, right_quads), (looked_up, left[:16] % _LANES))
+    expected_highs = left.astype(np.uint32) * np.resize(np.array(_RADICES, np.uint32), _LANES) >> 16
+    expected_sums = products.reshape(-1, 2).sum(1).astype(np.int32)  # wraps around
+    expected_quads = (small.astype(np.int32) * right.view(np.int8)).reshape(-1, 4).sum(1)
+    pairs = ((highs, expected_highs), (sums, expected_sums), (quads, expected_quads), (looked_up, left[:16] % _LANES))
     return None if all((found == expected).all() for found, expected in pairs) else "computes wrong integers here"

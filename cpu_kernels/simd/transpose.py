@@ -1,4 +1,4 @@
-"""A matrix of 16 vectors turned within registers."""
+"""Transposing a 16 x 16 matrix in registers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from cpu_kernels.simd.vectors import I32, Vectors, vector
 
 
 def transpose(vectors: Vectors, rows: list[ir.Value]) -> list[ir.Value]:
-    """Return the columns of a 16 x 16 matrix of 32-bit lanes, in patterns that are single instructions on x86."""
+    """Return the columns of a 16 x 16 matrix of 32-bit lanes; each shuffle is a single instruction on x86."""
 
     def shuffled(a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
         return vectors.builder.shuffle_vector(a, b, ir.Constant(vector(I32, 16), lanes))
 
     def interleaved(a: ir.Value, b: ir.Value, width: int) -> list[ir.Value]:
-        """Interleave elements of `width` lanes within each four: the lower half of them, the upper half."""
+        """Interleave elements of `width` lanes within each quad of lanes; return the lower and the upper halves."""
         results = []
         for half in (0, 2):
             lanes = []
@@ -25,7 +25,7 @@ def transpose(vectors: Vectors, rows: list[ir.Value]) -> list[ir.Value]:
             results.append(shuffled(a, b, lanes))
         return results
 
-    quads = []  # quads[4 * b + c]: four columns c, c + 4, c + 8, c + 12 of rows 4 * b to 4 * b + 3
+    quads = []  # quads[4 * b + c]: columns c, c + 4, c + 8 and c + 12 of rows 4 * b to 4 * b + 3
     for first in range(0, 16, 4):
         low, high = interleaved(rows[first], rows[first + 1], 1), interleaved(rows[first + 2], rows[first + 3], 1)
         for a, b in zip(low, high, strict=True):

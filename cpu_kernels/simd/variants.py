@@ -13,7 +13,7 @@ NAMES = {
 
 
 def as_type(isa: int) -> tuple[int, ...]:
-    """Return the variant in the form in which compiled functions take it."""
+    """Return the tuple that compiled functions take for this variant; see `instruction_set`."""
     return (0,) * isa
 
 

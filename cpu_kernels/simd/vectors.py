@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from cpu_kernels.simd.variants import AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -160,6 +160,13 @@ class Vectors:
             32: "llvm.x86.avx512.pmaddw.d.512",
         }[lanes]
         return self.builder.add(accumulator, self.call(name, accumulator.type, left, right))
+
+    def keep(self, value: ir.Value) -> ir.Value:
+        """Return a value that LLVM takes for a new one: it does not regroup the additions before and after."""
+        if self.isa in (AVX2, AVX2_VNNI):
+            function = ir.FunctionType(value.type, [value.type])
+            return self.builder.asm(function, "", "=v,0", [value], side_effect=False)
+        return value
 
     def dot_quads(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
         """Add the four products of unsigned 8-bit lanes of `left` and signed ones of `right` to each 32-bit lane.

@@ -1,1 +1,1 @@
-"""Threads that run kernels side by side."""
+"""The thread pool, its barrier, and the number of cores."""

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the ceiling of every kernel that decodes a token."""
+"""Memory read bandwidth: the upper bound of decode speed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 
-BUFFER_BYTES = 1 << 30  # server processors have caches of several hundred megabytes
+BUFFER_BYTES = 1 << 30  # more than the several hundred megabytes of a server processor's cache
 
 
 @numba.njit(cache=True, nogil=True)
 def read(buffer, thread, threads):
-    """Sum a thread's share of an int64 buffer; wraps around."""
+    """Return the sum of a thread's share of an int64 buffer; it wraps around."""
     total = 0
     for k in range(len(buffer) * thread // threads, len(buffer) * (thread + 1) // threads):
         total += buffer[k]
@@ -22,7 +22,7 @@ def read(buffer, thread, threads):
 
 
 def read_bandwidth(thread_pool: ThreadPool, repetitions: int, buffer_bytes: int = BUFFER_BYTES) -> float:
-    """Return the bytes per second at which the threads read a buffer that no cache holds: the median of repetitions."""
+    """Return the bandwidth at which the threads read a buffer larger than any cache: bytes/s, median of repetitions."""
     buffer = np.ones(buffer_bytes // 8, np.int64)
     thread_pool.run(read, buffer[:0])  # compiles
     times = []

@@ -1,7 +1,7 @@
-"""A barrier for threads that run the same compiled function side by side.
+"""A barrier for threads that run the same compiled function.
 
-Launching a parallel region costs 3 to 20 us, and a layer needs several; threads that stay in one function from the
-first layer to the last and meet at barriers pay a fraction of a microsecond each time.
+Launching a parallel region costs 3 to 20 us, and a layer needs several. A barrier costs a fraction of a microsecond,
+so the threads stay in one function from the first layer to the last and wait at barriers instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _YIELD = types.ExternalFunction("SwitchToThread" if platform.system() == "Window
 
 @intrinsic
 def _add_one(typing_context, counter):
-    """Add 1 to an int64 [n] array's first element, atomically; return the value before."""
+    """Add 1 to an int64 [n] array's first element, atomically; return the previous value."""
 
     def generate(context, builder, signature, arguments):
         pointer = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -42,7 +42,7 @@ def _read(typing_context, counter):
 
 @intrinsic
 def _pause(typing_context):
-    """Tell the processor that this is a waiting loop."""
+    """Emit the pause instruction of spin loops, if the processor has one."""
 
     def generate(context, builder, signature, arguments):
         if _PAUSE is not None:
@@ -56,10 +56,10 @@ def _pause(typing_context):
 
 @numba.njit(cache=True)
 def wait_for_all(counter, threads):
-    """Return when `threads` threads have called this with the same int64 counter.
+    """Return when `threads` threads have called this with the same counter, int64 [1].
 
-    The counter only ever grows, so it can be used again at once. A thread that waits long lets others run, for the
-    machine may have fewer cores to give than threads were started.
+    The counter only grows, so it can be reused at once. A thread that waits long yields its core, because there may be
+    fewer free cores than threads.
     """
     if threads == 1:
         return
@@ -74,7 +74,7 @@ def wait_for_all(counter, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def meet(counter, times, thread, threads):
-    """Wait for all threads so many times and do nothing else: what meeting costs by itself."""
-    for _ in range(times):
+def repeat_barrier(counter, repetitions, thread, threads):
+    """Wait at the barrier `repetitions` times and do nothing else, to measure its cost."""
+    for _ in range(repetitions):
         wait_for_all(counter, threads)

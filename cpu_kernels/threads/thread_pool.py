@@ -1,10 +1,9 @@
-"""The threads that kernels run on.
+"""The thread pool that kernels run on.
 
-A parallel kernel is compiled without the interpreter's lock and takes its share of the work as its last two
-arguments, `thread` and `threads`; `run` calls it once on every thread. Python's own threads do this as fast as
-Numba's parallel loops where it matters (one launch is a few tens of microseconds, and `decode` needs one per token),
-and they sleep while they wait: OpenMP's spin, which stalls everything a hundredfold as soon as another program
-wants a core.
+A parallel kernel releases the GIL and takes `thread` and `threads` as its last two arguments, which select its share
+of the work; `run` calls it once on every thread. The threads are Python's: a launch takes a few tens of microseconds,
+which is fast enough because `decode` needs one per token. They sleep while they wait. OpenMP's threads spin, which
+slows everything down a hundredfold as soon as another program needs a core.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ from cpu_kernels.threads.cores import physical_cores
 
 
 class ThreadPool:
-    """A fixed number of threads, the caller's among them, and the instruction set of what they run.
+    """A fixed number of threads, including the caller's, and the instruction set of the kernels that they run.
 
-    Callers of several threads take turns: kernels of two of them at once would wait for each other at their barriers.
+    A lock lets one caller run at a time: two kernels at once would wait for each other's threads at their barriers.
     """
 
     def __init__(self, threads: int | None = None, *, isa: str | None = None) -> None:
-        """Start with `threads` threads; None stands for the physical cores. `isa` as in `instruction_set.choose`."""
+        """Use `threads` threads; None takes one per physical core. `isa` is the name for `instruction_set.choose`."""
         self.threads = physical_cores() if threads is None else max(1, threads)
-        self.isa_name, self._one_at_a_time = isa, threading.Lock()
+        self.isa_name, self._lock = isa, threading.Lock()
         self._others = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
     @functools.cached_property
     def isa(self) -> tuple[int, ...]:
-        """The instruction set, as kernels take it; ValueError as `instruction_set.choose` raises it."""
+        """The instruction set, as kernels take it; raises ValueError as `instruction_set.choose` does."""
         return instruction_set.chosen(self.isa_name)
 
     def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order.
 
-        Ctrl-C takes effect when all have returned: threads that wait for one another at a barrier would wait for
-        ever if one of them were not started.
+        Ctrl-C takes effect after all threads have returned: if one were not started, the others would wait at the
+        barrier forever.
         """
-        with interrupts_deferred(), self._one_at_a_time:
+        with interrupts_deferred(), self._lock:
             others = [
                 self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
             ]
@@ -61,7 +60,7 @@ class ThreadPool:
 
 @contextmanager
 def interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame: True) -> Iterator[None]:
-    """Hold back Ctrl-C, in frames where `when` says so, until the block has ended; only the main thread sees it."""
+    """Defer Ctrl-C until the end of the block, in frames for which `when` is true; only affects the main thread."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -84,9 +83,9 @@ def interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame:
 
 
 def _called_by_llvm(frame: FrameType | None) -> bool:
-    """Say whether LLVM called this frame or one above it, to ask for an object or to hand one over.
+    """Return whether this frame or one of its callers is a callback of LLVM's object cache.
 
-    What is raised there is printed by ctypes and forgotten: a Ctrl-C would be lost.
+    ctypes prints and drops an exception raised there, so a Ctrl-C would be lost.
     """
     while frame is not None:
         if frame.f_code.co_name.startswith("_raw_object_cache"):  # llvmlite.binding.ExecutionEngine
@@ -96,10 +95,10 @@ def _called_by_llvm(frame: FrameType | None) -> bool:
 
 
 class CompilingThreadPool(ThreadPool):
-    """Compiles what it is asked to run, or loads it from the cache, and runs nothing."""
+    """Compiles kernels, or loads them from the cache, instead of running them."""
 
     def run(self, kernel: Any, *arguments: Any) -> list[Any]:
-        """Make `kernel` ready for arguments of these types."""
+        """Compile `kernel` for arguments of these types."""
         with interrupts_deferred(when=_called_by_llvm):
             kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
         return []
@@ -107,7 +106,7 @@ class CompilingThreadPool(ThreadPool):
 
 @contextmanager
 def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
-    """Call `announce` once if a kernel is really compiled in the block, not merely loaded from the cache."""
+    """Call `announce` once if a kernel is compiled in the block; loading from the cache does not count."""
     announced = False
 
     class Announcer(Listener):
@@ -126,5 +125,5 @@ def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
 
 @functools.cache
 def default_thread_pool() -> ThreadPool:
-    """Return the thread_pool of all physical cores, for callers that do not bring one."""
+    """Return the default thread pool, with one thread per physical core."""
     return ThreadPool()

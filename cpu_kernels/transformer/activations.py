@@ -1,7 +1,7 @@
-"""Everything that happens to a vector between two matrices: norms, gates, residuals and quantization to int16.
+"""Operations on activations between two matrices: residual addition, norms, gated activations, quantization.
 
-The trit kernels multiply int16 activations with one scale for each group of 16: real models have activations a
-thousand times the mean, and one scale for a whole vector moves their logits by a thousandth.
+The trit kernels multiply int16 activations (int8 in prefill) with one scale per group of 16. Real models have
+activations a thousand times the mean: a single scale per vector changes the logits by 0.1 %.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from cpu_kernels.packed_rows.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS, QUAD
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
 
-# x, pairs, offsets, scales: what the matrix kernels take, as `quantize_row` or `quantize_batch` lays it out
+# x, integers, offsets, scales: input of the matrix kernels; `quantize_row` and `quantize_batch` specify the layouts
 VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-_SMALLEST = 1e-30  # below, a reciprocal would overflow
+_SMALLEST = 1e-30  # the reciprocal of a smaller number could overflow
 _LOG2_E = 1.4426950408889634
 _SQRT_2_BY_PI = 0.7978845608028654
-_MOST_EXPONENT = 126.0  # a gate that is so far below zero lets nothing through
+_MAX_EXPONENT = 126.0  # the gate's output is zero for a larger exponent of exp(-x)
 _GROUPS_AT_ONCE = 64
 _OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
 
@@ -32,13 +32,13 @@ _OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
 def _quantize(typing_context, x, integers, offsets, scales):
     """Emit the quantization of a vector.
 
-    x float32 [groups, 16]; integers int16 [groups, 8, 2] or int8 [groups, 4, 4], out, with the last axis contiguous;
-    offsets int32 [4, groups] and scales float32 [groups], out.
+    x: float32 [groups, 16]; integers: int16 [groups, 8, 2] or int8 [groups, 4, 4], out, the last axis contiguous;
+    offsets: int32 [4, groups], out; scales: float32 [groups], out.
     """
     bits = integers.dtype.bitwidth
-    lanes = [p % PAIRS + place * PAIRS for p in range(PAIRS) for place in range(2)]
+    lanes = [pair + k * PAIRS for pair in range(PAIRS) for k in range(2)]
     if bits == 8:
-        lanes = [2 * quad + place % 2 + place // 2 * PAIRS for quad in range(QUADS) for place in range(4)]
+        lanes = [2 * quad + k % 2 + k // 2 * PAIRS for quad in range(QUADS) for k in range(4)]
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, PORTABLE)
@@ -59,7 +59,7 @@ def _quantize(typing_context, x, integers, offsets, scales):
         groups = cgutils.unpack_tuple(builder, arrays["scales"].shape)[0]
         with cgutils.for_range(builder, groups) as loop:
             group = vectors.load(part("x", 0, loop.index), FLOAT, GROUP_SIZE)
-            # Magnitudes are ordered as their bits are, and NaN stands above all, so that it is not lost.
+            # The bits of magnitudes sort like the magnitudes, and NaN is the largest, so it is kept.
             magnitudes = builder.bitcast(every("fabs", group), vector(I32, GROUP_SIZE))
             largest = vectors.call(f"llvm.vector.reduce.umax.v{GROUP_SIZE}i32", I32, magnitudes)
             largest = builder.bitcast(largest, FLOAT)
@@ -71,8 +71,8 @@ def _quantize(typing_context, x, integers, offsets, scales):
             steps = every("rint", builder.fmul(group, vectors.fill(inverse, GROUP_SIZE)))
             whole = builder.fptosi(steps, vector(I32, GROUP_SIZE))
             total = vectors.call(f"llvm.vector.reduce.add.v{GROUP_SIZE}i32", I32, whole)
-            for kind, offset in enumerate(_OFFSETS):
-                address = part("offsets", 1, loop.index, part("offsets", 0, I64(kind)))
+            for row, offset in enumerate(_OFFSETS):
+                address = part("offsets", 1, loop.index, part("offsets", 0, I64(row)))
                 builder.store(builder.mul(total, I32(offset)), builder.inttoptr(address, I32.as_pointer()))
             narrow = builder.trunc(whole, vector(ir.IntType(bits), GROUP_SIZE))
             units = builder.bitcast(vectors.shuffle(narrow, lanes), vector(I32, GROUP_SIZE * bits // 32))
@@ -87,7 +87,7 @@ def _quantize(typing_context, x, integers, offsets, scales):
 
 @numba.njit(cache=True)
 def _groups(x):
-    """Return the whole groups of a vector, [groups, 16]; a float16 matrix may have columns beyond them."""
+    """Return the whole groups of a vector, [groups, 16]; the input of a float16 matrix may have further columns."""
     return x[: len(x) // GROUP_SIZE * GROUP_SIZE].reshape(-1, GROUP_SIZE)
 
 
@@ -97,8 +97,8 @@ def quantize_row(x, pairs, offsets, scales):
 
     Args:
         x: float32 [columns].
-        pairs: int16 [8, groups, 2], out: plane j holds weights j and j + 8 of every group.
-        offsets: int32 [4, groups], out: -h * sum of the group, for each depth.
+        pairs: int16 [8, groups, 2], out: plane j has elements j and j + 8 of every group.
+        offsets: int32 [4, groups], out: -h * sum of the group's integers, for each depth.
         scales: float32 [groups], out: the value of one integer step.
 
     """
@@ -114,7 +114,7 @@ def quantize_vectors(x, pairs, offsets, scales, thread, threads):
 
 @numba.njit(cache=True)
 def _share(blocks, thread, threads):
-    """Return a thread's share of a batch: whole blocks, because threads should not write into one cache line."""
+    """Return a thread's blocks of a batch; whole blocks, so that no two threads write to the same cache line."""
     return range(blocks * thread // threads, blocks * (thread + 1) // threads)
 
 
@@ -126,14 +126,14 @@ def _tokens(block, x):
 
 @numba.njit(cache=True)
 def _quantize_part(t, some, groups, integers, offsets, scales):
-    """Quantize some groups, a slice, of token t into its lane of its block; groups float32 [some, 16]."""
+    """Quantize some groups of token t into its lane of its block; `some` is a slice, groups: float32 [some, 16]."""
     block, lane = t // BLOCK_TOKENS, t % BLOCK_TOKENS
     _quantize(groups, integers[block, some, :, lane], offsets[block, :, some, lane], scales[block, some, lane])
 
 
 @numba.njit(cache=True)
 def _quantize_tokens(block, x, integers, offsets, scales):
-    """Quantize the tokens of a block, some groups at a time: what they write lies mixed, and should stay in cache."""
+    """Quantize the tokens of a block, some groups at a time: the output is interleaved and should stay in cache."""
     groups = scales.shape[1]
     for first in range(0, groups, _GROUPS_AT_ONCE):
         some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
@@ -143,7 +143,7 @@ def _quantize_tokens(block, x, integers, offsets, scales):
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
 def normalize_row(x, residual, weight, epsilon, out):
-    """Add `residual` to `x` in place, then out = weight * x / root mean square of x; all float32 [columns]."""
+    """Add `residual` to `x` in place, then compute out = weight * x / rms(x); all float32 [columns]."""
     total = np.float32(0.0)
     for k in range(len(x)):
         x[k] += residual[k]
@@ -155,16 +155,16 @@ def normalize_row(x, residual, weight, epsilon, out):
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc"})
 def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
-    """Add a layer's output to the stream, then normalize the stream for the next matrices; all float32.
+    """Add a layer's output to the residual stream, then apply the RMS norm; all float32.
 
     Args:
-        x: [columns], the stream; changed.
-        residual: [columns], the output.
-        output_norm: [columns], weights of a norm of the output; [0] for no norm.
-        scale: of the output.
-        weight: [columns], weights of the stream's norm; [0] for no norm, which copies it.
+        x: [columns], the residual stream; modified.
+        residual: [columns], the layer's output.
+        output_norm: [columns], weights of a norm of the output; [0] for none.
+        scale: factor of the output.
+        weight: [columns], weights of the stream's norm; [0] for none, then the stream is copied.
         epsilon: of the norms.
-        out: [columns].
+        out: [columns], the normalized stream.
 
     """
     if len(output_norm) == 0 and scale == 1 and len(weight) > 0:
@@ -175,8 +175,8 @@ def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
         total += residual[k] * residual[k]
     factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + epsilon)
     for k in range(len(x)):
-        own = factor * output_norm[k] if len(output_norm) > 0 else np.float32(1.0)
-        x[k] += residual[k] * own * scale
+        output_factor = factor * output_norm[k] if len(output_norm) > 0 else np.float32(1.0)
+        x[k] += residual[k] * output_factor * scale
     total = np.float32(0.0)
     for k in range(len(x)):
         total += x[k] * x[k]
@@ -186,7 +186,7 @@ def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
 
 
 def _emit_gate(builder, arguments, inner):
-    """Emit x / (1 + exp(-inner(x))) * y for `count` float32 x of the gate and y; addresses as integers."""
+    """Emit out = x / (1 + exp(-inner(x))) * y for `count` float32 x of `gate` and y of `up`, given as addresses."""
     vectors = Vectors(builder, PORTABLE)
     gate, up, out, count = arguments
     whole = builder.and_(count, I64(-GROUP_SIZE))
@@ -196,7 +196,7 @@ def _emit_gate(builder, arguments, inner):
             x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
             exponent = builder.fmul(inner(builder, vectors, x, lanes), vectors.constant(FLOAT, -_LOG2_E, lanes))
             zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
-            closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MOST_EXPONENT, lanes))
+            closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MAX_EXPONENT, lanes))
             power = vectors.power_of_two(builder.select(closed, zero, exponent))
             share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
             vectors.store(builder.fmul(share, y), builder.add(out, offset))
@@ -232,7 +232,7 @@ def _gelu_times(typing_context, gate, up, out, count):
 
 @numba.njit(cache=True)
 def swiglu(gate, up, gelu, out):
-    """Open the gate: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
+    """Compute SwiGLU or GEGLU: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
     if gelu:
         _gelu_times(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
     else:
@@ -245,11 +245,11 @@ def quantize_batch(x, integers, offsets, scales, thread, threads):
 
     Args:
         x: float32 [tokens, columns].
-        integers: int16 [blocks, groups, 8, 6 tokens, 2], out: weights j and j + 8 of a group beside each other; or int8
-            [blocks, groups, 4, 6 tokens, 4]: weights 2 j, 2 j + 1, 2 j + 8 and 2 j + 9. Tokens come in blocks of six.
-        offsets: int32 [blocks, 4, groups, 6 tokens], out.
-        scales: float32 [blocks, groups, 6 tokens], out.
-        thread, threads: which of how many shares of the tokens to compute, here and below.
+        integers: int16 [blocks, groups, 8, 6 tokens, 2], out: elements j and j + 8 of a group are neighbours; or int8
+            [blocks, groups, 4, 6 tokens, 4]: elements 2 j, 2 j + 1, 2 j + 8 and 2 j + 9. A block is six tokens.
+        offsets: int32 [blocks, 4, groups, 6 tokens], out: as in `quantize_row`.
+        scales: float32 [blocks, groups, 6 tokens], out: as in `quantize_row`.
+        thread, threads: which of how many shares of the tokens to compute.
 
     """
     for block in _share(len(scales), thread, threads):
@@ -257,20 +257,20 @@ def quantize_batch(x, integers, offsets, scales, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def remainder_of_batch(x, integers, scales, out, thread, threads):
-    """Compute what quantization left out of a thread's share of a batch: out = x - quantized x.
+def quantization_error_of_batch(x, integers, scales, out, thread, threads):
+    """Compute the quantization error of a thread's share of a batch: out = x - quantized x.
 
     Args:
-        x, integers, scales: as `quantize_batch` left them.
+        x, integers, scales: as in `quantize_batch`, already quantized.
         out: float32 [tokens, columns].
-        thread, threads: which share.
+        thread, threads: as in `quantize_batch`.
 
     """
     for block in _share(len(scales), thread, threads):
         for t in _tokens(block, x):
             lane = t % BLOCK_TOKENS
             for g in range(scales.shape[1]):
-                # In float64 the product is exact, so only the remainder itself is rounded.
+                # In float64 the product is exact, so only the difference is rounded.
                 scale = np.float64(scales[block, g, lane])
                 for p in range(GROUP_SIZE):
                     k = g * GROUP_SIZE + p
@@ -284,11 +284,11 @@ def add_and_rms_norm_batch(
     """Add a layer's output, normalize and quantize a thread's share of a batch; see `add_and_rms_norm`.
 
     Args:
-        stream: float32 [tokens, columns], the residual stream; `residual` is added to it in place.
-        residual: float32 [tokens, columns], the last matrix's result.
+        stream: float32 [tokens, columns], the residual stream; modified.
+        residual: float32 [tokens, columns], the layer's output.
         output_norm, scale, weight, epsilon: as in `add_and_rms_norm`.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
-        thread, threads: which share.
+        thread, threads: as in `quantize_batch`.
 
     """
     for block in _share(len(scales), thread, threads):
@@ -299,15 +299,15 @@ def add_and_rms_norm_batch(
 
 @numba.njit(cache=True, nogil=True)
 def swiglu_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
-    """Gate and quantize a thread's share of a batch.
+    """Compute SwiGLU or GEGLU and quantize the result: a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
         gelu: as in `swiglu`.
-        keep: whether `x` is to be written: it is as much memory as all the rest, and packed matrices do not read it.
-            Without, columns are whole groups.
+        keep: whether to write `x`, which takes as much memory as all the rest and is not read by packed matrices. If
+            false, columns must be a multiple of 16.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
-        thread, threads: which share.
+        thread, threads: as in `quantize_batch`.
 
     """
     columns, groups = x.shape[1], scales.shape[1]

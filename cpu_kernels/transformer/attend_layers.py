@@ -1,4 +1,4 @@
-"""The attention of one token in every layer, by itself; only `bench` runs it, to tell what part of a token it takes."""
+"""The attention of one token in all layers, without the matrices; `bench` measures its share of decode with it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def attend_layers(isa, kv, scratch, qkv, bias, norms, options, position, out, co
         isa: the instruction set.
         kv, scratch: see `KeyValues` and `Scratch`.
         qkv: float32 [(heads + 2 * kv_heads) * head_dim], the same in every layer.
-        bias: float32, as long; zeros, because it is added to the value in place.
+        bias: float32 [(heads + 2 * kv_heads) * head_dim]; zeros, because it is added to the values in place.
         norms: float32 [layers, (heads + kv_heads) * head_dim], or [layers, 0] for none.
         options: see `LayerOptions`.
         position: the token's position.
         out: float32 [threads, heads * head_dim]: every thread's copy of the last layer's result.
-        counter: int64 [1], the barrier's.
+        counter: int64 [1], the barrier's counter.
         thread, threads: which of how many shares to compute.
 
     """

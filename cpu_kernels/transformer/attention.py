@@ -1,12 +1,12 @@
 """Grouped-query attention over pages of keys and values.
 
-Heads that share keys and values are attended with together, and so are tokens of a prompt: each vector of a page is
-multiplied with several queries once it is in a register. Positions are read in tiles that never cross the border of a
-page; the largest score and the sum of the weights so far are carried from tile to tile (online softmax, Milakov and
-Gimelshein, arXiv:1805.02867), so scores of one tile are all that is ever stored.
+The query heads of a KV head, and several tokens of a prompt, are computed together: each vector of a page is loaded
+once and multiplied with several queries. Positions are processed in tiles that do not cross page borders. Online
+softmax (Milakov and Gimelshein, arXiv:1805.02867) carries the largest score and the sum of weights from tile to tile,
+so only the scores of one tile are stored.
 
-A token's result does not depend on the tokens that are computed with it, to the last bit: borders of tiles are borders
-of pages, and positions that a token does not see add exact zeros.
+A token's result is bit-identical whatever other tokens are computed with it: tiles end at page borders, and masked
+positions add exact zeros.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from cpu_kernels.transformer.attention_tile import (
     PANEL,
     add_product,
     largest_of,
-    most_rows,
+    max_rows,
     powers_of_two,
-    sum_columns,
+    product_columns,
 )
 from cpu_kernels.transformer.kv_pages import PAGE, keys_address, values_address
 
-MOST_ROWS = 8  # see `most_rows`
+MAX_ROWS = 8  # the largest result of `max_rows`
 LOG2_E = 1.4426950408889634
-_QUERIES_AT_ONCE = 96  # of a prompt, in one pass over the pages: a multiple of `most_rows`
-_ALL_POSITIONS = -(1 << 62)  # the lowest position that a token without a window sees
+_QUERIES_AT_ONCE = 96  # queries of a prompt in one pass over the pages: a multiple of `max_rows`
+_ALL_POSITIONS = -(1 << 62)  # the lowest visible position without a window
 FIRST_ROW, ROWS, SEQUENCE, POSITION = range(4)  # columns of the segments of a prompt
 
 
 @numba.njit(cache=True)
 def _softmax_weights(isa, scores, r, low, valid, padded, softcap, row, sums, largest, totals):
-    """Turn a row's scores of a tile into weights, those from `low` to before `valid`, and carry the maximum on."""
+    """Convert a row's scores to softmax weights, zero outside `low` to before `valid`, and update the maximum."""
     if softcap > 0:
         for k in range(low, valid):
             scores[r, k] = softcap * np.tanh(scores[r, k] / softcap)
@@ -57,13 +57,13 @@ def _attend_tile(
     isa, queries, row, rows, per_token, kv, keys, values, tile, end, lowest, position, softcap, scores, sums, largest,
     totals,
 ):  # fmt: skip
-    """Attend with `rows` queries from `row` on over the positions from `tile` to before `end`; see `attend_rows`."""
-    dim, size, columns = queries.shape[1], kv.element.itemsize, sum_columns(len(isa))
+    """Compute attention of `rows` queries from `row` over positions `tile` to before `end`; see `attend_rows`."""
+    dim, size, columns = queries.shape[1], kv.element.itemsize, product_columns(len(isa))
     end = min(end, position + (row + rows - 1) // per_token + 1)
-    places = end - tile
-    if places <= 0 or lowest + row // per_token >= end:
+    count = end - tile
+    if count <= 0 or lowest + row // per_token >= end:
         return
-    padded = -(-places // PANEL) * PANEL
+    padded = -(-count // PANEL) * PANEL
     tile_keys = keys + tile % PAGE * dim * size
     tile_values = values + tile % PAGE * PANEL * size
     scores_at, queries_at, sums_at = scores.ctypes.data, queries[row].ctypes.data, sums[row].ctypes.data
@@ -75,7 +75,7 @@ def _attend_tile(
         add_product(isa, kv.element, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * PAGE)
     for r in range(rows):
         low = max(0, lowest + (row + r) // per_token - tile)
-        valid = min(places, position + (row + r) // per_token + 1 - tile)
+        valid = min(count, position + (row + r) // per_token + 1 - tile)
         if valid > low:
             _softmax_weights(isa, scores, r, low, valid, padded, softcap, row + r, sums, largest, totals)
         else:
@@ -83,30 +83,30 @@ def _attend_tile(
                 scores[r, k] = np.float32(0.0)
     for c in range(0, dim, columns):
         panel = tile_values + (c // PANEL * PAGE * PANEL + c % PANEL) * size
-        add_product(isa, kv.element, rows, scores_at, 4 * PAGE, panel, places, sums_at + 4 * c, 4 * dim)
+        add_product(isa, kv.element, rows, scores_at, 4 * PAGE, panel, count, sums_at + 4 * c, 4 * dim)
 
 
 @numba.njit(cache=True)
 def attend_rows(
     isa, queries, per_token, kv, sequence, layer, head, first, lowest, position, softcap, scores, sums, largest, totals
 ):
-    """Attend with queries that share a head of the keys and values.
+    """Compute attention of queries that share a KV head.
 
     Args:
         isa: the instruction set.
-        queries: float32 [rows, padded_dim], times log2(e) and the scale of scores.
+        queries: float32 [rows, padded_dim], multiplied with log2(e) and the attention scale.
         per_token: query r sees the positions from `lowest` + r // per_token to `position` + r // per_token.
         kv: see `KeyValues`.
         sequence, layer, head: which keys and values.
-        first: a multiple of 32, where to begin: at or before the lowest position that is seen, if not negative.
-        lowest, position: the lowest and the last position that the first token sees here.
-        softcap: float32, times log2(e); see `LayerOptions`.
-        scores: float32 [MOST_ROWS, PAGE], scratch.
-        sums: float32 [rows, padded_dim], out: of values, weighted by 2**(score - largest).
-        largest, totals: float32 [rows], out: largest score, and the sum of the weights.
+        first: the position to start at: a multiple of 32, at or before max(0, lowest).
+        lowest, position: the lowest and the last position that the first token sees.
+        softcap: float32, multiplied with log2(e); see `LayerOptions`.
+        scores: float32 [MAX_ROWS, PAGE], scratch.
+        sums: float32 [rows, padded_dim], out: sums of values with weights 2**(score - largest).
+        largest, totals: float32 [rows], out: largest score, and sum of weights.
 
     """
-    rows, step = len(queries), most_rows(len(isa))
+    rows, step = len(queries), max_rows(len(isa))
     sums[:] = np.float32(0.0)
     totals[:] = np.float32(0.0)
     largest[:] = -np.inf
@@ -125,13 +125,13 @@ def attend_rows(
 
 @numba.njit(cache=True)
 def lowest_position(position, window):
-    """Return the lowest position that the token at `position` sees, which may be negative."""
+    """Return the lowest position that the token at `position` sees; it may be negative."""
     return position - window + 1 if window > 0 else _ALL_POSITIONS
 
 
 @numba.njit(cache=True)
 def first_position(position, window):
-    """Return the position to begin with: a multiple of 32, at or before the lowest position."""
+    """Return the position to start at: a multiple of 32, at or before the lowest visible position."""
     return max(0, lowest_position(position, window)) // PANEL * PANEL
 
 
@@ -141,44 +141,44 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
 
     Args:
         isa: the instruction set.
-        qkv: float32 [tokens, ...], rotated queries first in every row.
+        qkv: float32 [tokens, ...]; each row starts with the rotated queries.
         options: see `LayerOptions`.
-        layer: which layer.
-        kv: see `KeyValues`; the keys and values of the tokens are stored already.
-        segments: int64 [segments, 4]: first row, number of rows, sequence, and position of the first row, of tokens
-            that follow one another in one sequence.
+        layer: index of the layer.
+        kv: see `KeyValues`; the keys and values of the tokens must be stored already.
+        segments: int64 [segments, 4]: first row, number of rows, sequence, and position of the first row, for
+            consecutive tokens of one sequence.
         heads: number of query heads, a multiple of kv_heads.
         out: float32 [tokens, heads * head_dim].
-        thread, threads: the share.
+        thread, threads: which of how many shares to compute.
 
     """
     kv_heads, group, window = kv.kv_heads, heads // kv.kv_heads, options.windows[layer]
     dim, padded, at_once = out.shape[1] // heads, kv.padded_dim, max(1, _QUERIES_AT_ONCE // group)
     queries, sums = np.zeros((at_once * group, padded), np.float32), np.empty((at_once * group, padded), np.float32)
     largest, totals = np.empty(at_once * group, np.float32), np.empty(at_once * group, np.float32)
-    scores = np.empty((MOST_ROWS, PAGE), np.float32)
+    scores = np.empty((MAX_ROWS, PAGE), np.float32)
     scale, softcap = options.attention_scale * np.float32(LOG2_E), options.softcap * np.float32(LOG2_E)
-    done = 0  # parts of segments that are counted already
+    done = 0  # parts of earlier segments
     for s in range(len(segments)):
         parts = -(-segments[s, ROWS] // at_once)
-        start = (thread - done * kv_heads) % threads  # of all parts' heads, each thread takes every so manieth
+        start = (thread - done * kv_heads) % threads  # the threads take turns on the heads of all parts
         for item in range(start, parts * kv_heads, threads):
-            part, shared = item // kv_heads, item % kv_heads
-            before = (parts - 1 - part) * at_once  # the longest first, so that threads end together
+            part, kv_head = item // kv_heads, item % kv_heads
+            before = (parts - 1 - part) * at_once  # the longest first, so that the threads finish together
             first = segments[s, FIRST_ROW] + before
             rows = min(at_once, segments[s, ROWS] - before) * group
             for r in range(rows):
-                column = (shared * group + r % group) * dim
+                column = (kv_head * group + r % group) * dim
                 for k in range(dim):
                     queries[r, k] = qkv[first + r // group, column + k] * scale
             position = segments[s, POSITION] + before
             attend_rows(
-                isa, queries[:rows], group, kv, segments[s, SEQUENCE], layer, shared, first_position(position, window),
+                isa, queries[:rows], group, kv, segments[s, SEQUENCE], layer, kv_head, first_position(position, window),
                 lowest_position(position, window), position, softcap, scores, sums[:rows], largest[:rows],
                 totals[:rows],
             )  # fmt: skip
             for r in range(rows):
-                column = (shared * group + r % group) * dim
+                column = (kv_head * group + r % group) * dim
                 inverse = np.float32(1.0) / totals[r]
                 for k in range(dim):
                     out[first + r // group, column + k] = sums[r, k] * inverse

@@ -1,7 +1,7 @@
-"""The vector operations that attention is made of, as LLVM IR: products with cached keys or values, and softmax.
+"""Vector operations of attention as LLVM IR: products with cached keys or values, and softmax.
 
-The cache holds float16, as uint16 because Numba cannot compute with it, or float32. A vector of it is widened where
-it is read, and everything is computed in float32.
+The KV cache is float32, or float16 stored as uint16, because Numba does not support float16 arithmetic. Vectors are
+widened when they are loaded, and everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from numba.extending import intrinsic, register_jitable
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512_NO_VNNI
 from cpu_kernels.simd.vectors import FLOAT, HALF, I16, I32, I64, Vectors, vector
 
-PANEL = 32  # columns that lie together in the cache: places of keys, dimensions of values
+PANEL = 32  # contiguous columns in the cache: positions of keys, dimensions of values
 LARGEST_HALF = 65504.0
 _CACHE_LINE = 64
 _PREFETCH_BYTES = 4096  # how far ahead
 
 
 @register_jitable
-def most_rows(isa: int) -> int:
-    """Return how many rows a product computes at once, so that its sums fit into the registers."""
+def max_rows(isa: int) -> int:
+    """Return how many rows a product computes at once: as many as have their sums in registers."""
     return 8 if isa >= AVX512_NO_VNNI else 6
 
 
 @register_jitable
-def sum_columns(isa: int) -> int:
+def product_columns(isa: int) -> int:
     """Return how many columns a product computes at once."""
     return PANEL if isa >= AVX512_NO_VNNI else PANEL // 2
 
 
 def lanes_of(isa: int) -> int:
-    """Return the floats of a vector; the portable variant leaves it to LLVM to divide 16."""
+    """Return the number of floats in a vector; the portable variant uses 16, which LLVM splits."""
     return 8 if isa in (AVX2, AVX2_VNNI) else 16
 
 
@@ -43,29 +43,29 @@ def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inn
 
     Args:
         vectors: where to emit.
-        element: HALF or FLOAT, what `right` consists of.
-        rows: how many, a constant.
-        left, out: address of the first element and bytes from row to row, i64 each, of float32.
+        element: the element type of `right`, HALF or FLOAT.
+        rows: number of rows, a constant.
+        left, out: float32 matrices, as the address of the first element and the row stride in bytes, i64 each.
         right: address of the first element, i64; a row has PANEL elements.
-        inner: how many products are added, i64.
+        inner: the inner dimension, i64.
 
     """
     builder, isa = vectors.builder, vectors.isa
-    lanes, columns = lanes_of(isa), sum_columns(isa)
+    lanes, columns = lanes_of(isa), product_columns(isa)
     parts = range(0, columns, lanes)
     element_bytes = 2 if element is HALF else 4
 
-    def place(matrix, index):
+    def row_address(matrix, index):
         return builder.add(matrix[0], builder.mul(index, matrix[1]))
 
-    rows_of_left = [place(left, I64(row)) for row in range(rows)]
-    rows_of_out = [place(out, I64(row)) for row in range(rows)]
+    rows_of_left = [row_address(left, I64(row)) for row in range(rows)]
+    rows_of_out = [row_address(out, I64(row)) for row in range(rows)]
     sums = [[cgutils.alloca_once(builder, vector(FLOAT, lanes)) for _ in parts] for _ in range(rows)]
     for address, row_sums in zip(rows_of_out, sums, strict=True):
         for first, total in zip(parts, row_sums, strict=True):
             builder.store(vectors.load(address, FLOAT, lanes, 4 * first), total)
     with cgutils.for_range(builder, inner) as loop:
-        row_of_right = place((right, I64(PANEL * element_bytes)), loop.index)
+        row_of_right = row_address((right, I64(PANEL * element_bytes)), loop.index)
         for offset in range(0, columns * element_bytes, _CACHE_LINE):
             vectors.prefetch(row_of_right, _PREFETCH_BYTES + offset, into_first_level=False)
         factors = []
@@ -82,20 +82,20 @@ def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inn
 
 
 def stored_element(array: types.Array) -> ir.Type:
-    """Return what keys and values are stored as where an array of this Numba type stands for them."""
+    """Return the element type of keys and values for a cache array of this Numba type."""
     return HALF if array.dtype == types.uint16 else FLOAT
 
 
 @intrinsic
 def add_product(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride):
-    """Emit `emit_product` for 1 to `most_rows` rows; `cached` is an array of the type that `right` points into."""
+    """Emit `emit_product` for 1 to `max_rows` rows; `cached` is an array with the element type of `right`."""
 
     def generate(context, builder, signature, arguments):
         rows, left, left_stride, right, inner, out, out_stride = arguments[2:]
         vectors = Vectors(builder, isa.count)
         done = builder.append_basic_block("done")
         choice = builder.switch(rows, done)
-        for count in range(1, most_rows(isa.count) + 1):
+        for count in range(1, max_rows(isa.count) + 1):
             block = builder.append_basic_block(f"rows{count}")
             choice.add_case(I64(count), block)
             builder.position_at_end(block)
@@ -109,7 +109,7 @@ def add_product(typing_context, isa, cached, rows, left, left_stride, right, inn
 
 @intrinsic
 def largest_of(typing_context, isa, values, count):
-    """Emit the largest of `count` float32 at an address, a multiple of 32; none of them is not a number."""
+    """Emit the largest of `count` float32 at address `values`; `count` is a multiple of 32, and none is NaN."""
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
@@ -131,7 +131,7 @@ def largest_of(typing_context, isa, values, count):
 
 @intrinsic
 def powers_of_two(typing_context, isa, values, count, subtracted):
-    """Emit values = 2**(values - subtracted) for `count` float32 at an address, a multiple of 32; return their sum."""
+    """Emit x = 2**(x - subtracted) for `count` float32 at address `values`, a multiple of 32; return their sum."""
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
@@ -150,10 +150,10 @@ def powers_of_two(typing_context, isa, values, count, subtracted):
 
 
 def emit_narrow(builder: ir.IRBuilder, stored: ir.Type, value: ir.Value) -> ir.Value:
-    """Emit the conversion of a float32 to what is stored: itself, or a half as 16 bits.
+    """Emit the conversion of a float32 to the stored type: float32, or the 16 bits of float16.
 
-    Half precision rounds to nearest, even for ties; what is too large for it becomes its largest number, because an
-    infinite key would make every later score of its head infinite or NaN. NaN stays NaN.
+    float16 rounds to nearest, ties to even. Numbers beyond its range are clamped to the largest finite number, because
+    an infinite key would make every later score of its head infinite or NaN. NaN stays NaN.
     """
     if stored is FLOAT:
         return value

@@ -21,8 +21,8 @@ from cpu_kernels.simd.variants import AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I16, I32, I64, Vectors, vector
 
 LANES = 16  # groups of a step; the groups behind the last whole step come as 8 and as 4
-PANEL_STEPS = 4  # steps that are unpacked at once
-ROWS = 8  # rows that are unpacked at once
+PANEL_STEPS = 6  # steps that are unpacked at once
+ROWS = 4  # rows that are unpacked at once
 STEP_BYTES = 4 * PAIRS * LANES  # of the unpacked levels of a step
 ROW_BYTES = STEP_BYTES * (PANEL_STEPS + 1)  # one step more: 8 and 4 groups
 ROW_SCALES_BYTES = 4 * LANES * (PANEL_STEPS + 1)
@@ -153,6 +153,11 @@ class _Tile:
             elements = lanes * 4 // (element.width // 8 if element is not FLOAT else 4)
             return vectors.load(activations, element, elements, width * (number * self._count + c) + lane)
 
+        def load_total(place: ir.Value) -> ir.Value:
+            value = builder.load(place)
+            value.align = 4
+            return value
+
         sums = [load(PAIRS, c, I32) for _ in rows for c in count]
         for pair in range(PAIRS):
             weights = [vectors.load(levels, I16, 2 * lanes, ROW_BYTES * r + width * pair + lane) for r in rows]
@@ -160,12 +165,12 @@ class _Tile:
                 x = load(pair, c, I16)
                 for r in rows:
                     at = r * self._count + c
-                    sums[at] = vectors.dot_pairs(sums[at], weights[r], x)
+                    sums[at] = vectors.keep(vectors.dot_pairs(sums[at], weights[r], x))
         steps = [vectors.load(scales, FLOAT, lanes, ROW_SCALES_BYTES * r + lane) for r in rows]
         units = [load(PAIRS + 1, c, FLOAT) for c in count]
         for (step, unit), integer, total in zip(itertools.product(steps, units), sums, totals, strict=True):
-            sum_ = vectors.fma(vectors.to_float(integer), builder.fmul(step, unit), builder.load(total))
-            builder.store(sum_, total)
+            sum_ = vectors.fma(vectors.to_float(integer), builder.fmul(step, unit), load_total(total))
+            builder.store(sum_, total).align = 4
 
 
 @intrinsic
@@ -233,20 +238,13 @@ def _whole_steps(
     builder, parts = vectors.builder, parts_of_a_step(vectors.isa)
     lanes = LANES // parts
     places = [place for part in range(parts) for place in _places(builder, totals, rows, count, LANES, lanes, part)]
-    sums = [cgutils.alloca_once(builder, vector(FLOAT, lanes)) for _ in places]
-    for sum_ in sums:
-        builder.store(vectors.constant(FLOAT, 0.0, lanes), sum_)
-    with builder.if_then(add):
-        for sum_, place in zip(sums, places, strict=True):
-            before = builder.load(place)
-            before.align = 4
-            builder.store(before, sum_)
+    with builder.if_then(builder.not_(add)):
+        for place in places:
+            builder.store(vectors.constant(FLOAT, 0.0, lanes), place).align = 4
     with cgutils.for_range(builder, steps) as loop:
         group = builder.shl(loop.index, I64(4))
         for part in range(parts):
-            tile.add(group, lanes, part, parts, sums[part * rows * count :][: rows * count])
-    for sum_, place in zip(sums, places, strict=True):
-        builder.store(builder.load(sum_), place).align = 4
+            tile.add(group, lanes, part, parts, places[part * rows * count :][: rows * count])
 
 
 def _fold(vectors: Vectors, values: Sequence[ir.Value]) -> ir.Value:

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
 from cpu_kernels.transformer.batch_dot import LANES, ROWS, parts_of_a_step, tile_rows
 
@@ -33,7 +34,7 @@ def arrange_floats(typing_context, x, x_stride, columns, count, out):
     """
 
     def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, 0)
+        vectors = Vectors(builder, PORTABLE)
         x, x_stride, columns, count, out = arguments
         blocks = builder.lshr(columns, I64(6))
         with cgutils.for_range(builder, blocks) as block, cgutils.for_range(builder, count) as each:

@@ -1,7 +1,7 @@
-"""One token through every layer, in one compiled function that all threads run side by side.
+"""Decode of one token: all layers in one compiled function, which all threads run.
 
-Each thread computes its share of every matrix's rows; what is cheap (norms, quantization of the input) every thread
-does for itself, so that a layer needs five barriers and no launch. Nothing is allocated.
+Each thread computes its share of every matrix's rows. Cheap operations (norms, quantization of the input) are repeated
+by every thread, so that a layer needs five barriers and no launch. Nothing is allocated.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm,
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
 
-QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # a layer's matrices, in this order
+QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # indices of a layer's matrices
 
 
 class Weights(NamedTuple):
-    """All layers' weights; matrices by address. A vector that the model has not has no elements."""
+    """The weights of all layers; matrices are given by address. A vector that the model lacks has length 0."""
 
     addresses: np.ndarray  # int64 [layers, 7]
     rows: np.ndarray  # int64 [7]
     depths: np.ndarray  # int64 [layers, 7]
     steps: np.ndarray  # float32 [layers, 7, 32]
-    attention_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    attention_norms: np.ndarray  # float32 [layers, hidden], of the attention's input
     query_key_norms: np.ndarray  # float32 [layers, rows of Q and K]
     attention_output_norms: np.ndarray  # float32 [layers, hidden]
-    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the stream
+    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the feed-forward's input
     feed_forward_output_norms: np.ndarray  # float32 [layers, hidden]
-    qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros where there are none
+    qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros if there are none
     output_biases: np.ndarray  # float32 [layers, hidden]
     gate_biases: np.ndarray  # float32 [layers, feed_forward]
     up_biases: np.ndarray  # float32 [layers, feed_forward]
     down_biases: np.ndarray  # float32 [layers, hidden]
 
 
-class Head(NamedTuple):
-    """The final norm and the output matrix."""
+class OutputHead(NamedTuple):
+    """The final norm and the output matrix (LM head)."""
 
     norm: np.ndarray  # float32 [hidden]
     addresses: np.ndarray  # int64 [1]
@@ -50,7 +50,7 @@ class Head(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Working memory: `own` arrays have one row for each thread, the others are shared."""
+    """Buffers of the activations: `own` arrays have one row per thread, the threads share the others."""
 
     own_stream: np.ndarray  # float32 [threads, hidden]
     own_hidden: VectorBuffers  # [threads, hidden]
@@ -64,14 +64,14 @@ class Buffers(NamedTuple):
 
 @numba.njit(cache=True)
 def row_of(vectors, index):
-    """Return the arrays of one of several vectors, see `VectorBuffers`."""
+    """Return the arrays of one vector of several, see `VectorBuffers`."""
     x, pairs, offsets, scales = vectors
     return x[index], pairs[index], offsets[index], scales[index]
 
 
 @numba.njit(cache=True)
 def add_bias(bias, out, first, last):
-    """Add a bias, if there is one, to some elements."""
+    """Add a bias, if there is one, to elements `first` to before `last`."""
     if len(bias) > 0:
         for k in range(first, last):
             out[k] += bias[k]
@@ -81,7 +81,7 @@ def add_bias(bias, out, first, last):
 def _attention(
     isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter, thread, threads
 ):
-    """Compute this thread's share of a layer's attention, its matrices included; all threads are done at the end."""
+    """Compute this thread's share of a layer's attention, including its matrices; it ends with a barrier."""
     addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
     gemv(isa, addresses[QKV], weights.rows[QKV], depths[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
     wait_for_all(counter, threads)
@@ -101,7 +101,7 @@ def _attention(
 
 @numba.njit(cache=True)
 def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads):
-    """Compute this thread's share of gate and up, join them and quantize the result."""
+    """Compute this thread's share of gate and up, apply the activation and quantize the result."""
     columns = len(buffers.gate)
     groups = columns // GROUP_SIZE
     first_group, last_group = groups * thread // threads, groups * (thread + 1) // threads
@@ -129,20 +129,20 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
 
     Args:
         isa: the instruction set.
-        weights, head, buffers: see their classes. `own_stream` holds the token's embedding in every row and
+        weights, head, buffers: see their classes. Every row of `own_stream` must be the token's embedding, and
             `residual` zeros.
         kv, scratch: see `KeyValues` and `Scratch`.
         options: see `LayerOptions`.
-        sequence, position: where the token stands; its page exists.
+        sequence, position: the token's sequence and position; its page must be allocated.
         logits: float32 [vocabulary], out.
-        counter: int64 [1], the barrier's.
-        thread, threads: which of how many threads this is.
+        counter: int64 [1], the barrier's counter.
+        thread, threads: index of this thread, and number of threads.
 
     """
     stream = buffers.own_stream[thread]
     hidden = row_of(buffers.own_hidden, thread)
     attended = row_of(buffers.own_attended, thread)
-    output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
+    output_norm = weights.feed_forward_output_norms[0]  # no effect: before the first layer, the residual is zero
     for layer in range(len(weights.addresses)):
         addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
         add_and_rms_norm(

@@ -1,9 +1,9 @@
-"""Several generated tokens through every layer, in one compiled function that all threads run side by side.
+"""Batched decode: several tokens through all layers in one compiled function, which all threads run.
 
-The tokens may be of different sequences, or follow one another in one. Every token's result is the one that `decode`
-gives for it alone, to the last bit: the same functions compute it, and the matrix kernel keeps the order of `gemv`.
-Threads share the work on each token (norms, quantization, rotation) by tokens, matrices by rows, and attention by heads
-and spans of positions. Nothing is allocated.
+The tokens may belong to different sequences or be consecutive tokens of one. Each result is bit-identical to that of
+`decode` for the token alone: the same functions compute it, and the matrix kernel adds in the order of `gemv`. Threads
+divide norms, quantization and rotation by tokens, matrices by rows, and attention by heads and splits. Nothing is
+allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
 
 
 class BatchBuffers(NamedTuple):
-    """Working memory; all arrays but `own_rows` have one row for each token, or are cut to it."""
+    """Buffers of the activations; all arrays but `own_rows` have one row per token of the batch."""
 
     stream: np.ndarray  # float32 [tokens, hidden]
     residual: np.ndarray  # float32 [tokens, hidden]
@@ -32,12 +32,12 @@ class BatchBuffers(NamedTuple):
     gate: np.ndarray  # float32 [tokens, feed_forward]
     up: np.ndarray  # float32 [tokens, feed_forward]
     gated: VectorBuffers  # [tokens, feed_forward]
-    own_rows: np.ndarray  # [threads, ...]: see `multiply_rows_batch`
+    own_rows: np.ndarray  # float32 [threads, ...], scratch of `multiply_rows_batch`
 
 
 @numba.njit(cache=True)
-def _advance(buffers, output_norm, norm, options, thread, threads):
-    """Add a layer's output to the stream, normalize and quantize it: a thread's share of the tokens."""
+def _add_normalize_quantize(buffers, output_norm, norm, options, thread, threads):
+    """Add a layer's output to the residual stream, normalize and quantize it: a thread's share of the tokens."""
     tokens = len(buffers.stream)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, pairs, offsets, scales = row_of(buffers.hidden, t)
@@ -49,13 +49,13 @@ def _advance(buffers, output_norm, norm, options, thread, threads):
 
 @numba.njit(cache=True)
 def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads):
-    """Store keys and values, then attend, then join and quantize: a thread's share, with barriers in between."""
+    """Store keys and values, compute attention, merge the splits and quantize: a thread's share, with barriers."""
     bias, norm, window = weights.qkv_biases[layer], weights.query_key_norms[layer], options.windows[layer]
     tokens, kv_heads = len(sequences), kv.kv_heads
     for item in range(tokens * kv_heads * thread // threads, tokens * kv_heads * (thread + 1) // threads):
-        t, shared = item // kv_heads, item % kv_heads
+        t, kv_head = item // kv_heads, item % kv_heads
         store_key_value(
-            kv, scratch, layer, buffers.qkv[t], bias, norm, options, sequences[t], positions[t], shared, thread
+            kv, scratch, layer, buffers.qkv[t], bias, norm, options, sequences[t], positions[t], kv_head, thread
         )
     wait_for_all(counter, threads)
     total = 0
@@ -82,7 +82,7 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
 
 @numba.njit(cache=True)
 def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, first, last, thread):
-    """Multiply some rows of one matrix with every token, and add the bias."""
+    """Multiply rows `first` to before `last` of one matrix with every token, and add the bias."""
     multiply_rows_batch(
         isa, weights.addresses[layer, matrix], weights.depths[layer, matrix], weights.steps[layer, matrix],
         activations, out, first, last, buffers.own_rows[thread],
@@ -93,7 +93,7 @@ def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, firs
 
 @numba.njit(cache=True)
 def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
-    """Compute a thread's share of gate and up, join them and quantize the result, for every token."""
+    """Compute a thread's share of gate and up, apply the activation and quantize the result, for every token."""
     columns = buffers.gate.shape[1]
     groups = columns // GROUP_SIZE
     first_group, last_group = groups * thread // threads, groups * (thread + 1) // threads
@@ -123,20 +123,20 @@ def decode_batch(
     Args:
         isa: the instruction set.
         weights: see `Weights`.
-        final_norm: float32 [hidden]; behind it, `buffers.hidden` is what the head multiplies.
-        kv, scratch: see `KeyValues` and `Scratch`; the scratch has room for all tokens.
-        buffers: see `BatchBuffers`; `stream` holds the tokens' embeddings and `residual` zeros.
+        final_norm: float32 [hidden]; its output in `buffers.hidden` is the input of the output head.
+        kv, scratch: see `KeyValues` and `Scratch`; the scratch must have room for all tokens.
+        buffers: see `BatchBuffers`; `stream` must be the tokens' embeddings, and `residual` zeros.
         options: see `LayerOptions`.
-        sequences, positions: int64 [tokens], where each token stands; their pages exist.
-        counter: int64 [1], the barrier's.
-        thread, threads: which of how many threads this is.
+        sequences, positions: int64 [tokens], each token's sequence and position; its page must be allocated.
+        counter: int64 [1], the barrier's counter.
+        thread, threads: index of this thread, and number of threads.
 
     """
     hidden_rows = buffers.residual.shape[1]
     first, last = hidden_rows * thread // threads, hidden_rows * (thread + 1) // threads
-    output_norm = weights.feed_forward_output_norms[0]  # of nothing: there is no layer before the first
+    output_norm = weights.feed_forward_output_norms[0]  # no effect: before the first layer, the residual is zero
     for layer in range(len(weights.addresses)):
-        _advance(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
+        _add_normalize_quantize(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
         wait_for_all(counter, threads)
         gemv_batch(
             isa, weights.addresses[layer][QKV], weights.rows[QKV], weights.depths[layer][QKV],
@@ -149,7 +149,7 @@ def decode_batch(
             isa, weights, layer, OUTPUT, buffers.attended, output_bias, buffers.residual, buffers, first, last, thread
         )
         wait_for_all(counter, threads)
-        _advance(
+        _add_normalize_quantize(
             buffers, weights.attention_output_norms[layer], weights.feed_forward_norms[layer], options, thread, threads
         )
         wait_for_all(counter, threads)
@@ -158,4 +158,4 @@ def decode_batch(
         _multiply(isa, weights, layer, DOWN, buffers.gated, down_bias, buffers.residual, buffers, first, last, thread)
         wait_for_all(counter, threads)
         output_norm = weights.feed_forward_output_norms[layer]
-    _advance(buffers, output_norm, final_norm, options, thread, threads)
+    _add_normalize_quantize(buffers, output_norm, final_norm, options, thread, threads)

@@ -179,6 +179,16 @@ def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out,
                 target[t, r] = out[t, r]
 
 
+@numba.njit(cache=True)
+def _unpack_panel(isa, rows, kind, some, steps, turned, tile, indices, tile_steps):
+    """Unpack some groups, a slice, of a panel's rows, sixteen by sixteen."""
+    for start in range(0, len(rows), TILE_ROWS):
+        part = rows[start : min(start + TILE_ROWS, len(rows))]
+        number, half = start // _TILE, start // TILE_ROWS % _HALVES
+        block = some.start * GROUP_SIZE // BLOCK_SIZE
+        unpack_tile(isa, part, kind, block, steps, turned, tile[number, half], indices, tile_steps[number, half])
+
+
 @numba.njit(cache=True, nogil=True)
 def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first_column, thread, threads):
     """Compute a thread's share of a packed matrix times a batch.
@@ -195,29 +205,28 @@ def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first
         thread, threads: which of how many shares of the rows to compute.
 
     """
-    groups = scales.shape[1]
+    groups, blocks = scales.shape[1], len(scales)
     packed = words.reshape(rows, -1)
     tiles = (rows + _TILE - 1) // _TILE
     first, last = tiles * thread // threads * _TILE, min(tiles * (thread + 1) // threads * _TILE, rows)
+    panel_rows = _TILE * _PANEL_TILES
+    width = min(_PANEL_GROUPS, groups)
     out = np.zeros((BLOCK_TOKENS, _TILE), np.float32)
-    for first_group in range(0, groups, _PANEL_GROUPS):
-        some = slice(first_group, min(first_group + _PANEL_GROUPS, groups))
-        width = some.stop - some.start
-        turned = np.zeros(packed.shape[1] * width // groups * TILE_ROWS, np.uint16)
-        indices = np.empty((width, TILE_ROWS), np.uint8)
-        tile_steps = np.zeros((_PANEL_TILES, _HALVES, width, TILE_ROWS), np.float32)
-        shape = (_PANEL_TILES, _HALVES, width, integers.shape[2], TILE_ROWS, integers.shape[4])
-        tile = np.zeros(shape, integers.dtype)
-        for panel in range(first, last, _PANEL_TILES * _TILE):
-            end = min(panel + _PANEL_TILES * _TILE, last)
-            for start in range(panel, end, TILE_ROWS):
-                part = packed[start : min(start + TILE_ROWS, end)]
-                number, half = (start - panel) // _TILE, (start - panel) // TILE_ROWS % _HALVES
-                block = first_group * GROUP_SIZE // BLOCK_SIZE
-                unpack_tile(
-                    isa, part, kind, block, steps, turned, tile[number, half], indices, tile_steps[number, half]
-                )
-            for block in range(len(scales)):
+    turned = np.zeros(packed.shape[1] * width // groups * TILE_ROWS, np.uint16)
+    indices = np.empty((width, TILE_ROWS), np.uint8)
+    all_steps = np.zeros(panel_rows * width, np.float32)
+    all_levels = np.zeros(panel_rows * width * integers.shape[2] * integers.shape[4], integers.dtype)
+    for panel in range(first, last, panel_rows):
+        end = min(panel + panel_rows, last)
+        for first_group in range(0, groups, _PANEL_GROUPS):
+            some = slice(first_group, min(first_group + _PANEL_GROUPS, groups))
+            width = some.stop - some.start
+            shape = (panel_rows // _TILE, _HALVES, width, integers.shape[2], TILE_ROWS, integers.shape[4])
+            tile = all_levels[: panel_rows * width * shape[3] * shape[5]].reshape(shape)
+            tile_steps = all_steps[: panel_rows * width].reshape((*shape[:3], TILE_ROWS))
+            own_turned = turned[: packed.shape[1] * width // groups * TILE_ROWS]
+            _unpack_panel(isa, packed[panel:end], kind, some, steps, own_turned, tile, indices[:width], tile_steps)
+            for block in range(blocks):
                 x, sums, units = integers[block, some], offsets[block, kind - 1, some], scales[block, some]
                 for start in range(panel, end, _TILE):
                     number = (start - panel) // _TILE

@@ -1,4 +1,4 @@
-"""Matrix times vector, straight from packed rows or from rows of halves: the decode kernels."""
+"""Matrix times vector for decode, directly from packed rows or from float16 rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
 
 HALVES = 0  # the depth of a float16 matrix; 1 to 4 are the depths of trit matrices
 _LANES = (16, 8, 4)
-# How far ahead of the multiplication the packed bytes are asked for. Without asking, decode from memory ran at half
-# the speed: the extraction fills the reorder buffer, so few loads are on their way at a time.
+# Prefetch distance. Without prefetching, decode from memory ran at half the speed: the extraction fills the reorder
+# buffer, so few loads are in flight.
 _PREFETCH_BYTES = 8192
 
 
 @intrinsic
 def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scales, steps, groups):
-    """Emit the dot product of one packed row; addresses as integers, float32 result."""
+    """Emit the dot product of one packed row and a quantized vector, float32; arrays are given as addresses."""
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
@@ -62,7 +62,7 @@ def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scale
 
 @intrinsic
 def _half_row_dot(typing_context, isa, row, x, columns):
-    """Emit the dot product of a row of float16 with float32; addresses as integers, float32 result."""
+    """Emit the dot product of a float16 row and a float32 vector, float32; both are given as addresses."""
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
@@ -109,7 +109,7 @@ def _half_row_dot(typing_context, isa, row, x, columns):
 
 @numba.njit(cache=True)
 def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, first, last):
-    """Compute rows `first` to `last` of one packed matrix."""
+    """Compute rows `first` to before `last` of one packed matrix."""
     row = address + first * row_bytes
     x, offsets, units, table = pairs.ctypes.data, sums.ctypes.data, scales.ctypes.data, steps.ctypes.data
     for r in range(first, last):
@@ -119,7 +119,7 @@ def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, fi
 
 @numba.njit(cache=True)
 def half_rows(isa, address, x, y, first, last):
-    """Compute rows `first` to `last` of one float16 matrix."""
+    """Compute rows `first` to before `last` of one float16 matrix."""
     row = address + first * len(x) * 2
     for r in range(first, last):
         y[r] = _half_row_dot(isa, row, x.ctypes.data, len(x))
@@ -128,15 +128,14 @@ def half_rows(isa, address, x, y, first, last):
 
 @numba.njit(cache=True)
 def multiply_rows(isa, address, depth, steps, activations, y, first, last):
-    """Compute rows `first` to `last` of one matrix times one vector.
+    """Compute rows `first` to before `last` of one matrix times one vector.
 
     Args:
-        isa: the instruction set, see `instruction_set.as_type`.
-        address: where the matrix's first row lies.
+        isa: the instruction set, see `instruction_set`.
+        address: address of the matrix's first row.
         depth: HALVES or a depth.
         steps: float32 [32], codebook / h, padded.
-        activations: x float32 [columns], pairs int16 [8, groups, 2], offsets int32 [4, groups], scales float32
-            [groups], as `quantize_row` makes them.
+        activations: x, pairs, offsets and scales, see `quantize_row`.
         y: float32 [rows of the matrix], out.
         first, last: the rows to compute.
 
@@ -164,7 +163,7 @@ def gemv(isa, addresses, rows, depths, steps, activations, y, thread, threads):
         addresses, rows, depths: int64 [matrices].
         steps: float32 [matrices, 32].
         activations: as in `multiply_rows`.
-        y: float32 [rows of all matrices], out; the matrices' results lie side by side.
+        y: float32 [rows of all matrices], out: the concatenated results.
         thread, threads: which of how many shares of the rows to compute.
 
     """

@@ -26,7 +26,7 @@ from cpu_kernels.transformer.batch_dot_halves import BLOCK, SUMS, arrange_floats
 from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
 
 _MOST_VECTORS = 16  # for which a row is unpacked once
-_AT_ONCE = 4  # vectors whose integer sums stay in registers together
+_AT_ONCE = 4
 _ALIGNMENT = 64
 # Where things lie in the scratch, in bytes
 _LEVELS = 0

@@ -1,4 +1,4 @@
-"""What sets one family of transformers apart from another, as the kernels take it."""
+"""The options in which transformer families differ, as the kernels take them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 
 
 class LayerOptions(NamedTuple):
-    """Options that are the same for every token."""
+    """Options of a model's layers; they are the same for every token."""
 
     epsilon: np.float32
-    """Of the norms."""
+    """Epsilon of the RMS norms."""
     residual_scale: np.float32
-    """Factor on the outputs of attention and feed-forward before they are added to the residual stream."""
+    """Factor of the outputs of attention and feed-forward before they are added to the residual stream."""
     gelu: bool
-    """Whether the gate is GELU in its tanh form, or SiLU."""
+    """Whether the feed-forward's activation is GELU (tanh approximation) instead of SiLU."""
     interleaved: bool
-    """Whether a head rotates pairs (2i, 2i + 1), as GGUF's `llama` does, or (i, i + half)."""
+    """Whether RoPE rotates pairs (2i, 2i + 1) of a head, as for GGUF's `llama`, instead of (i, i + half)."""
     attention_scale: np.float32
-    """Factor on the products of queries and keys."""
+    """Factor of the products of queries and keys."""
     softcap: np.float32
-    """Bound c on attention scores: c tanh(score / c); 0 for none."""
+    """Softcap c of attention scores: c tanh(score / c); 0 for none."""
     normalizes_together: bool
-    """Whether the heads of the queries (and those of the keys) are normalized as one vector, or each by itself."""
+    """Whether one RMS norm spans all query heads, and one all key heads, instead of one norm per head."""
     windows: np.ndarray
-    """int64 [layers]: how many positions, its own included, a token sees; 0 for all."""
+    """int64 [layers]: the sliding window, in positions, including the token's own; 0 for none."""
     rotations: np.ndarray
-    """int64 [layers]: which rotation table a layer takes."""
+    """int64 [layers]: the index of each layer's rotation table."""

@@ -1,4 +1,4 @@
-"""The public face of the matrix kernels: matrices that share an input, and the batch of vectors they multiply."""
+"""Interface of the matrix kernels: matrices that share an input, and quantized activations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cpu_kernels.packed_rows.layout import (
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import (
     VectorBuffers,
+    quantization_error_of_batch,
     quantize_batch,
     quantize_row,
     quantize_vectors,
-    remainder_of_batch,
 )
 from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
 from cpu_kernels.transformer.gemv import HALVES, gemv
@@ -31,13 +31,11 @@ from cpu_kernels.transformer.gemv_batch import gemv_batch, scratch_for
 
 
 class Activations:
-    """Vectors as the decode kernels take them, each by itself; all memory is allocated once.
+    """Activations for the decode kernels, one vector after the other.
 
     Attributes:
         x: float32 [vectors, columns].
-        pairs: int16 [vectors, 8, groups, 2], quantized, weights j and j + 8 of every group beside each other.
-        offsets: int32 [vectors, 4, groups], minus h times the group's sum, for each depth.
-        scales: float32 [vectors, groups], the value of one integer step.
+        pairs, offsets, scales: [vectors, ...], see `quantize_row`.
 
     """
 
@@ -61,25 +59,25 @@ class Activations:
         return view
 
     def quantize(self, thread_pool: ThreadPool) -> None:
-        """Fill the integer form from `x`."""
+        """Quantize `x`."""
         thread_pool.run(quantize_vectors, *self.buffers)
 
     def vector(self, index: int) -> VectorBuffers:
-        """Return one vector's part of the arrays."""
+        """Return views of one vector's arrays."""
         return self.x[index], self.pairs[index], self.offsets[index], self.scales[index]
 
 
 class Batch:
-    """Vectors as the prefill kernels take them, quantized in blocks of six tokens.
+    """Activations for the prefill kernels, quantized in blocks of six tokens.
 
     Attributes:
         x: float32 [tokens, columns].
-        integers, offsets, scales: see `quantize_batch`; lanes beyond the last token hold numbers that nobody reads.
+        integers, offsets, scales: see `quantize_batch`; lanes beyond the last token are not used.
 
     """
 
     def __init__(self, tokens: int, columns: int, *, bits: int = 16) -> None:
-        """Allocate for integers of 16 bits or 8."""
+        """Allocate zeros; `bits` are those of the integers, 16 or 8."""
         groups, blocks = columns // GROUP_SIZE, -(-tokens // BLOCK_TOKENS)
         self.x = np.zeros((tokens, columns), np.float32)
         shape = (blocks, groups, GROUP_SIZE * bits // 32, BLOCK_TOKENS, 32 // bits)
@@ -93,15 +91,15 @@ class Batch:
         return self.x, self.integers, self.offsets, self.scales
 
     def quantize(self, thread_pool: ThreadPool) -> None:
-        """Fill the integer form from `x`."""
+        """Quantize `x`."""
         thread_pool.run(quantize_batch, *self.buffers)
 
-    def remainder(self, thread_pool: ThreadPool) -> Batch:
-        """Return what quantization left out, quantized in its turn: 15 more bits of every vector."""
-        rest = Batch(*self.x.shape)
-        thread_pool.run(remainder_of_batch, self.x, self.integers, self.scales, rest.x)
-        rest.quantize(thread_pool)
-        return rest
+    def quantization_error(self, thread_pool: ThreadPool) -> Batch:
+        """Return the quantization error, quantized to 16 bits: 15 more bits of every vector."""
+        result = Batch(*self.x.shape)
+        thread_pool.run(quantization_error_of_batch, self.x, self.integers, self.scales, result.x)
+        result.quantize(thread_pool)
+        return result
 
     def first(self, tokens: int) -> Batch:
         """Return the first tokens of the batch, as a view."""
@@ -113,11 +111,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as it lies in the file.
+    """A matrix as it is stored in the file.
 
     Attributes:
-        data: uint8, 1-D: packed rows of `depth`, or float16 rows where depth is 0.
-        rows, columns: its shape.
+        data: uint8, 1-D: packed rows of `depth`, or float16 rows if depth is 0.
+        rows, columns: the shape.
         depth: trits per weight, or 0 for float16.
         codebook: float32 [27] for a trit matrix.
 
@@ -130,7 +128,7 @@ class Matrix:
     codebook: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Check that the data is as long as the shape says, because the kernels read it by address."""
+        """Check the length of the data, because the kernels read it by address; ValueError if it is wrong."""
         row_bytes = 2 * self.columns
         if self.depth != HALVES:
             if self.columns % BLOCK_SIZE or self.codebook is None or len(self.codebook) != CODEBOOK_SIZE:
@@ -141,7 +139,7 @@ class Matrix:
 
     @property
     def steps(self) -> np.ndarray:
-        """The decoder's steps, scale / h: float32 [32], padded with zeros."""
+        """The steps, codebook / h: float32 [32], padded with zeros."""
         table = np.zeros(TABLE_SIZE, np.float32)
         if self.codebook is not None:
             table[:CODEBOOK_SIZE] = self.codebook / np.float32(level_offset(self.depth))
@@ -149,23 +147,23 @@ class Matrix:
 
 
 class Projection:
-    """Matrices with the same input, multiplied in one parallel region; their outputs lie side by side."""
+    """Matrices that are multiplied with the same input; their outputs are concatenated."""
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         self.columns = matrices[0].columns
         if any(matrix.columns != self.columns for matrix in matrices):
-            raise ValueError("matrices of one projection have rows of one length")
+            raise ValueError("the matrices of a projection must have the same number of columns")
         self.matrices = list(matrices)
         self.addresses = np.array([matrix.data.ctypes.data for matrix in matrices], np.int64)
         self.matrix_rows = np.array([matrix.rows for matrix in matrices], np.int64)
         self.depths = np.array([matrix.depth for matrix in matrices], np.int64)
         self.steps = np.stack([matrix.steps for matrix in matrices])
         self.rows = int(self.matrix_rows.sum())
-        self._scratch: np.ndarray | None = None  # of `multiply_vectors`
+        self._scratch: np.ndarray | None = None  # for `multiply_vectors`
 
     @property
     def reads_floats(self) -> bool:
-        """Whether a matrix multiplies the batch's `x` instead of its integers."""
+        """Whether a matrix is multiplied with the float `x` of a batch instead of its integers."""
         return bool((self.depths == HALVES).any())
 
     def multiply(self, batch: Batch, out: np.ndarray, thread_pool: ThreadPool, *, exact: bool = False) -> None:
@@ -175,14 +173,14 @@ class Projection:
             batch: [tokens, columns], quantized.
             out: float32 [tokens, rows of all matrices].
             thread_pool: the threads to use.
-            exact: whether to multiply what quantization left out too, which takes twice the time and leaves only
-                the rounding of float32.
+            exact: whether to also multiply the quantization error of the batch: it takes twice the time, and the only
+                remaining error is the rounding of float32.
 
         """
         if batch.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
-            raise ValueError("batch, matrices and output do not fit each other")
+            raise ValueError("the shapes of batch, matrices and output do not match")
         x, *integers = batch.buffers
-        remainder = batch.remainder(thread_pool).buffers[1:] if exact else ()
+        error = batch.quantization_error(thread_pool).buffers[1:] if exact else ()
         first = 0
         for matrix, steps in zip(self.matrices, self.steps, strict=True):
             words = matrix.data.view(np.uint16)
@@ -192,15 +190,15 @@ class Projection:
                 arguments = (thread_pool.isa, words, matrix.rows, matrix.depth, steps)
                 thread_pool.run(trit_gemm, *arguments, *integers, out, first)
                 if exact:
-                    rest = np.zeros((len(out), matrix.rows), np.float32)
-                    thread_pool.run(trit_gemm, *arguments, *remainder, rest, 0)
-                    out[:, first : first + matrix.rows] += rest
+                    result = np.zeros((len(out), matrix.rows), np.float32)
+                    thread_pool.run(trit_gemm, *arguments, *error, result, 0)
+                    out[:, first : first + matrix.rows] += result
             first += matrix.rows
 
     def multiply_vector(self, x: np.ndarray, out: np.ndarray, thread_pool: ThreadPool, *, exact: bool = False) -> None:
         """Multiply one vector: float32 [columns] -> float32 [rows of all matrices]; `exact` as in `multiply`."""
         if x.shape != (self.columns,) or out.shape != (self.rows,):
-            raise ValueError("vector, matrices and output do not fit each other")
+            raise ValueError("the shapes of vector, matrices and output do not match")
         if exact:
             batch = Batch(1, self.columns)
             batch.x[0] = x
@@ -215,18 +213,18 @@ class Projection:
     def multiply_vectors(
         self, activations: Activations, out: np.ndarray, thread_pool: ThreadPool, scratch: np.ndarray | None = None
     ) -> None:
-        """Multiply vectors that are quantized already; each result is what `multiply_vector` gives, to the bit.
+        """Multiply quantized vectors; each result is bit-identical to that of `multiply_vector`.
 
         Args:
-            activations: of any number of vectors.
-            out: float32 [vectors, rows of all matrices]; the rows may lie anywhere.
+            activations: any number of quantized vectors.
+            out: float32 [vectors, rows of all matrices]; any row stride.
             thread_pool: the threads to use.
-            scratch: what `scratch_for` returned for as many threads and columns, or more; without, it is allocated at
-                the first call and kept.
+            scratch: the result of `scratch_for` for at least these threads and columns; None allocates it at the first
+                call and keeps it.
 
         """
         if activations.x.shape != (len(out), self.columns) or out.shape[1] != self.rows:
-            raise ValueError("vectors, matrices and output do not fit each other")
+            raise ValueError("the shapes of vectors, matrices and output do not match")
         if scratch is None:
             if self._scratch is None or len(self._scratch) < thread_pool.threads:
                 self._scratch = scratch_for(thread_pool.threads, self.columns)

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, behind their biases and norms."""
+"""Biases, norms and rotary position embedding (RoPE) of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpu_kernels.transformer.kv_pages import store_head
 
 @numba.njit(cache=True, fastmath={"contract"})
 def rotate(head, cosines, sines, interleaved, out):
-    """Rotate one head [head_dim]: pairs (2i, 2i + 1) when interleaved, else (i, i + half); `out` may be `head`."""
+    """Rotate one head [head_dim]: pairs (2i, 2i + 1) if interleaved, else (i, i + half); `out` may be `head`."""
     half = len(cosines)
     if interleaved:
         for i in range(half):
@@ -26,7 +26,7 @@ def rotate(head, cosines, sines, interleaved, out):
 
 @numba.njit(cache=True)
 def _inverse_rms(qkv, bias, first, last, epsilon):
-    """Return 1 / root mean square of the biased elements from `first` to before `last`."""
+    """Return 1 / rms of the biased elements from `first` to before `last`."""
     total = np.float32(0.0)
     for k in range(first, last):
         x = qkv[k] + bias[k]
@@ -35,8 +35,8 @@ def _inverse_rms(qkv, bias, first, last, epsilon):
 
 
 @numba.njit(cache=True)
-def common_factors(qkv, bias, norm, heads, kv_heads, dim, options):
-    """Return the norm's factors of all queries and of all keys where each are normalized as one vector, else zeros."""
+def joint_inverse_rms(qkv, bias, norm, heads, kv_heads, dim, options):
+    """Return the inverse RMS of all queries and of all keys; zeros if there is no norm or if it is one per head."""
     if len(norm) == 0 or not options.normalizes_together:
         return np.float32(0.0), np.float32(0.0)
     middle = heads * dim
@@ -47,39 +47,41 @@ def common_factors(qkv, bias, norm, heads, kv_heads, dim, options):
 
 
 @numba.njit(cache=True)
-def rotated_head(qkv, bias, start, norm, factor, options, cosines, sines, out):
+def normalize_and_rotate_head(qkv, bias, start, norm, inverse_rms, options, cosines, sines, out):
     """Add the bias to the head that begins at `start`, normalize and rotate it.
 
     Args:
         qkv: float32 [(heads + 2 * kv_heads) * head_dim], a token's queries, keys and values.
-        bias: float32, as long.
-        start: the head's first element.
+        bias: float32 [(heads + 2 * kv_heads) * head_dim].
+        start: index of the head's first element.
         norm: float32 [(heads + kv_heads) * head_dim], weights of the norm; [0] for none.
-        factor: the norm's factor from `common_factors`; 0 for the head's own.
+        inverse_rms: the inverse RMS from `joint_inverse_rms`; 0 to compute this head's.
         options: see `LayerOptions`.
-        cosines, sines: float32 [head_dim / 2], the position's.
+        cosines, sines: float32 [head_dim / 2], of the position.
         out: float32 [head_dim or more]; it may be the head itself.
 
     """
     dim = 2 * len(cosines)
-    if len(norm) > 0 and factor == 0:
-        factor = _inverse_rms(qkv, bias, start, start + dim, options.epsilon)
+    if len(norm) > 0 and inverse_rms == 0:
+        inverse_rms = _inverse_rms(qkv, bias, start, start + dim, options.epsilon)
     for k in range(dim):
         out[k] = qkv[start + k] + bias[start + k]
     if len(norm) > 0:
         for k in range(dim):
-            out[k] *= factor * norm[start + k]
+            out[k] *= inverse_rms * norm[start + k]
     rotate(out, cosines, sines, options.interleaved, out)
 
 
 @numba.njit(cache=True)
-def _normalize_and_rotate(row, bias, norm, heads, kv_heads, options, cosines, sines):
-    """Add biases to a token's queries, keys and values, and normalize and rotate the former two, all in place."""
+def _normalize_and_rotate_token(row, bias, norm, heads, kv_heads, options, cosines, sines):
+    """Add a token's biases in place, and normalize and rotate its queries and keys in place."""
     dim = 2 * len(cosines)
-    of_queries, of_keys = common_factors(row, bias, norm, heads, kv_heads, dim, options)
+    of_queries, of_keys = joint_inverse_rms(row, bias, norm, heads, kv_heads, dim, options)
     for h in range(heads + kv_heads):
         head = row[h * dim : (h + 1) * dim]
-        rotated_head(row, bias, h * dim, norm, of_queries if h < heads else of_keys, options, cosines, sines, head)
+        normalize_and_rotate_head(
+            row, bias, h * dim, norm, of_queries if h < heads else of_keys, options, cosines, sines, head
+        )
     for k in range((heads + kv_heads) * dim, len(bias)):
         row[k] += bias[k]
 
@@ -89,15 +91,16 @@ def rotate_and_store(qkv, bias, norm, options, layer, kv, heads, sequences, posi
     """Add biases, normalize and rotate queries and keys, and store keys and values: a thread's share of a prompt.
 
     Args:
-        qkv: float32 [tokens, (heads + 2 * kv_heads) * head_dim]; changed in place.
+        qkv: float32 [tokens, (heads + 2 * kv_heads) * head_dim]; modified.
         bias: float32 [(heads + 2 * kv_heads) * head_dim].
-        norm: float32 [(heads + kv_heads) * head_dim], weights of the queries' and the keys' norm; [0] for no norm.
+        norm: float32 [(heads + kv_heads) * head_dim], weights of the queries' and the keys' norm; [0] for none.
         options: see `LayerOptions`.
-        layer: which layer's part of the pages.
-        kv: see `KeyValues`; the pages of all positions exist.
+        layer: index of the layer.
+        kv: see `KeyValues`; the pages of all positions must be allocated.
         heads: number of query heads.
-        sequences, positions: int64 [tokens], where each token stands.
-        thread, threads: the share: neighbouring tokens, because their keys lie in the same cache lines.
+        sequences, positions: int64 [tokens], the sequence and the position of each token.
+        thread, threads: which of how many shares of the tokens to compute; a share is consecutive tokens, because
+            their keys are in the same cache lines.
 
     """
     rotation = options.rotations[layer]
@@ -105,14 +108,15 @@ def rotate_and_store(qkv, bias, norm, options, layer, kv, heads, sequences, posi
     kv_heads, tokens, dim = kv.kv_heads, len(qkv), 2 * cosines.shape[1]
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         row, position = qkv[t], positions[t]
-        if len(norm) == 0:  # `rotated_head` would do the same, but its loops, in place, are not vectorized
+        if len(norm) == 0:
+            # `normalize_and_rotate_head` gives the same result, but its loops are not vectorized in place.
             for k in range(len(bias)):
                 row[k] += bias[k]
             for h in range(heads + kv_heads):
                 head = row[h * dim : (h + 1) * dim]
                 rotate(head, cosines[position], sines[position], options.interleaved, head)
         else:
-            _normalize_and_rotate(row, bias, norm, heads, kv_heads, options, cosines[position], sines[position])
+            _normalize_and_rotate_token(row, bias, norm, heads, kv_heads, options, cosines[position], sines[position])
         for h in range(kv_heads):
             key = (heads + h) * dim
             value = key + kv_heads * dim

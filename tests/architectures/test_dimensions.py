@@ -1,4 +1,4 @@
-"""Sizes from config.json and from GGUF keys, and the shapes that follow."""
+"""Sizes from config.json and from GGUF keys, and the resulting shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family of models: logits, generation, bridges and calibration of random models against transformers."""
+"""Every model family: logits, generation, exports and calibration of random models against transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tritgguf.sources.open import open_source
 
 NAMES = list(families.FAMILIES)
 all_families = pytest.mark.parametrize("name", NAMES)
-TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the windows of those that have any
+TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the sliding windows
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
-    """Return a function from a family to a random model and its trit file; each is made once."""
+    """Return a function that makes a family's random model and its trit file, once each."""
     made: dict[str, Converted] = {}
 
     def make(name: str) -> Converted:
         if name not in made:
-            place = tmp_path_factory.mktemp("family")
-            folder = families.write_random_family(place / "model", name)
-            convert(folder, place / "model.gguf", depth=2)
-            made[name] = Converted(folder, place / "model.gguf")
+            parent = tmp_path_factory.mktemp("family")
+            folder = families.write_random_family(parent / "model", name)
+            convert(folder, parent / "model.gguf", depth=2)
+            made[name] = Converted(folder, parent / "model.gguf")
         return made[name]
 
     return make
@@ -60,12 +60,12 @@ def test_logits_are_those_of_transformers(converted: Callable[[str], Converted],
     report = verify(model.folder, model.file, tokens=200)
     assert report.tokens == 200
     assert report.max_rel_logit_diff < 1e-5
-    assert report.kl_mean > 1e-5  # the trits did change the model: the two were not one and the same
+    assert report.kl_mean > 1e-5  # quantization changed the model, so these are two different models
 
 
 @all_families
 def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> None:
-    """Prompts are the same to the bit however they are cut; generated tokens differ by the rounding of activations."""
+    """Prompt results do not depend on batching; those of generated tokens differ by the rounding of activations."""
     file = GgufFile(converted(name).file)
     for exact in (True, False):
         sequence = open_sequence(file, context=160, prefill_bits=16, cache_type="f32", exact=exact)
@@ -80,8 +80,8 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
 
 @all_families
 @pytest.mark.parametrize("decode_bits", [8, 16])
-def test_sequences_side_by_side(converted: Callable[[str], Converted], name: str, decode_bits: int) -> None:
-    """A sequence is what it would be alone, to the last bit, whatever stands beside it."""
+def test_batched_sequences(converted: Callable[[str], Converted], name: str, decode_bits: int) -> None:
+    """A sequence's logits do not depend on the other sequences of the batch, bit for bit."""
     model = Model(GgufFile(converted(name).file), decode_bits=decode_bits)
     tokens = [TOKENS, TOKENS[::-1], TOKENS[7:] + TOKENS[:7]]
     alone = []
@@ -105,8 +105,8 @@ def test_sequences_side_by_side(converted: Callable[[str], Converted], name: str
 
 
 @all_families
-def test_bridges_lead_back(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
-    """Both exports are models in their own right, whose logits are those of the trit file."""
+def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
+    """Both exports are complete models with the logits of the trit file."""
     model = converted(name)
     exported = export(model.file, tmp_path / "hf", to="hf")
     assert exported.output == tmp_path / "hf"

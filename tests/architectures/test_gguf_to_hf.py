@@ -1,4 +1,4 @@
-"""config.json and its like from the keys of a GGUF file."""
+"""config.json from the keys of a GGUF file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def test_numbers_are_those_of_the_source(tiny_trit_file: Callable[..., GgufFile]) -> None:
-    """Keys are float32; 1e-05 comes back as 1e-05, not as 9.999999747378752e-06."""
+    """Keys are float32; 1e-05 becomes 1e-05 again, not 9.999999747378752e-06."""
     config = config_of(tiny_trit_file("qwen2"))
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 1000000.0)
     assert "head_dim" not in config
@@ -53,7 +53,7 @@ def test_yarns_own_numbers(tmp_path: Path) -> None:
 
 
 class Changed:
-    """A source with tensors left out or renamed, and keys replaced."""
+    """A source with tensors removed or renamed, and keys replaced."""
 
     def __init__(self, source: Source, names: dict[str, str | None], keys: dict[str, GGUFValue]) -> None:
         self.metadata = {**source.metadata, **keys}
@@ -100,15 +100,15 @@ def test_rope_factors_of_a_file(tiny_trit_file: Callable[..., GgufFile]) -> None
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("attention.head_count", 0, r"llama\.attention\.head_count is 0, which is no count"),
+        ("attention.head_count", 0, r"llama\.attention\.head_count is 0, which is not an integer"),
         ("embedding_length", "128", r"llama\.embedding_length is '128'"),
         ("context_length", None, r"the key llama\.context_length is missing"),
         ("attention.layer_norm_rms_epsilon", None, r"the key llama\.attention\.layer_norm_rms_epsilon is missing"),
-        ("attention.layer_norm_rms_epsilon", -1.0, r"rms_epsilon is -1\.0, which is no positive number"),
-        ("rope.freq_base", "x", r"llama\.rope\.freq_base is 'x', which is no positive number"),
+        ("attention.layer_norm_rms_epsilon", -1.0, r"rms_epsilon is -1\.0, which is not a positive number"),
+        ("rope.freq_base", "x", r"llama\.rope\.freq_base is 'x', which is not a positive number"),
         ("rope.scaling.type", "longrope", r"rope scaling longrope is not supported"),
         ("rope.scaling.type", "linear", r"the key llama\.rope\.scaling\.factor is missing"),
-        ("attention.sliding_window", [64], r"sliding_window is \[64\], which is no count"),
+        ("attention.sliding_window", [64], r"sliding_window is \[64\], which is not an integer"),
     ],
 )
 def test_bad_keys_are_named(key: str, value: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""config.json -> GGUF keys: what llama.cpp's converter writes, and what is refused."""
+"""Conversion of config.json to GGUF keys: agreement with llama.cpp's converter, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of keys: of every family both directions say the same."""
+"""The table of keys: both directions agree for every family."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ all_classes = pytest.mark.parametrize("hf_class", list(ARCHITECTURES))
 
 
 def config_of(hf_class: str, **entries: Any) -> dict[str, Any]:
-    """Return a config.json that leaves most to its family."""
+    """Return a config.json that relies on most defaults of its family."""
     return {"architectures": [hf_class], **_SIZES, **entries}
 
 
-def there_and_back(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keys of a config.json as a file holds them, and the entries that they lead back to."""
+def round_trip(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the GGUF keys of a config.json and the entries converted back from them."""
     keys = values_of(config)
     stored = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in keys.items()}
     shapes = dimensions.dimensions_from_config(config).shapes()
@@ -39,10 +39,10 @@ def there_and_back(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 @all_classes
 def test_defaults_lead_back(hf_class: str) -> None:
-    keys, entries = there_and_back(config_of(hf_class))
-    keys_again, entries_again = there_and_back({"architectures": [hf_class], **entries})
+    keys, entries = round_trip(config_of(hf_class))
+    keys_again, entries_again = round_trip({"architectures": [hf_class], **entries})
     assert entries_again == entries
-    assert keys.items() <= keys_again.items()  # the length of a head is stated now
+    assert keys.items() <= keys_again.items()  # GGUF has the head dimension now
     stated = {"num_key_value_heads", "tie_word_embeddings"}  # by the config and by the tensors
     defaults = {name: value for name, value in ARCHITECTURES[hf_class].defaults.items() if name not in stated}
     assert defaults.items() <= entries.items()
@@ -52,7 +52,7 @@ def test_defaults_lead_back(hf_class: str) -> None:
 def test_numbers_lead_back(hf_class: str) -> None:
     rules = [rule for rule in ARCHITECTURES[hf_class].rules() if isinstance(rule, KeyRule)]
     numbers = {rule.hf: 100 + place for place, rule in enumerate(rules)}
-    _, entries = there_and_back(config_of(hf_class, **numbers))
+    _, entries = round_trip(config_of(hf_class, **numbers))
     assert {name: entries[name] for name in numbers} == numbers
 
 

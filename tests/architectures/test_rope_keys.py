@@ -69,7 +69,7 @@ def test_llama_3_rope_factors_follow_its_formula() -> None:
     assert factors is not None
     assert factors.dtype == np.float32
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
-    assert 1.0 < sorted(set(expected))[1] < 32.0  # the case has a factor between the two ends
+    assert 1.0 < sorted(set(expected))[1] < 32.0  # this case has a factor between the two limits
 
 
 def test_other_models_have_no_rope_factors() -> None:
@@ -98,7 +98,7 @@ def test_llama3s_scaling_is_read_back(head_dim: int, changes: dict[str, Any]) ->
 
 
 def test_any_unit_of_llama3s_scaling_is_as_good() -> None:
-    """Original context, low and high have a common factor that the frequencies do not show."""
+    """The frequencies determine original context, low and high only up to a common factor."""
     scaling = {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16384}
     config = tiny_config(head_dim=128, rope_scaling=scaling)
     config["rope_theta"] = 500000.0
@@ -116,5 +116,5 @@ def test_factors_that_are_not_llama3s(kind: str) -> None:
         "two steps": np.repeat([1.0, 2.0, 3.0, 8.0], 16),
     }[kind].astype(np.float32)
     config = tiny_config(head_dim=128)
-    with pytest.raises(TritGgufError, match=r"no words for tensor rope_freqs\.weight"):
+    with pytest.raises(TritGgufError, match=r"cannot express tensor rope_freqs\.weight"):
         rope_keys.llama3_scaling(factors, config, "here")

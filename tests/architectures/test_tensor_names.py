@@ -1,4 +1,4 @@
-"""Names of tensors on both sides, and the order of their rows."""
+"""Tensor names in Hugging Face and GGUF, and the order of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attack is: input that must be refused, the command that gets it, and what the refusal must say."""
+"""An attack: malicious input, the command that receives it, and the expected error message."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Attack:
-    """One rule that a stranger's file breaks.
+    """Untrusted input that violates one rule.
 
     Attributes:
-        name: of the rule.
+        name: description of the violation.
         build: writes the input into an empty folder and returns the command's arguments.
-        says: parts of the message: the file, the place in it, and the remedy.
+        message_parts: expected parts of the error message: the file, the location and the remedy.
 
     """
 
     name: str
     build: Callable[[Path], list[str]]
-    says: tuple[str, ...]
+    message_parts: tuple[str, ...]

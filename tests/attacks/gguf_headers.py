@@ -1,4 +1,4 @@
-"""GGUF headers that lie: counts, lengths, types, shapes, offsets."""
+"""Invalid GGUF headers: counts, lengths, types, shapes, offsets."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _AGAIN = "fetch or write the file again"
 _U32 = struct.pack("<I", 1)
 
 
-def _header(name: str, change: Callable[[GgufBytes], GgufBytes | None], *says: str) -> Attack:
-    """Return an attack on `inspect` by a file whose parts were changed."""
+def _header(name: str, change: Callable[[GgufBytes], GgufBytes | None], *message_parts: str) -> Attack:
+    """Return an attack on `inspect` with a valid file whose parts `change` changes."""
 
     def build(folder: Path) -> list[str]:
         parts = trit_bytes()
         parts = change(parts) or parts
         return ["inspect", str(parts.write(folder / "evil.gguf"))]
 
-    return Attack(name, build, ("evil.gguf", *says, _AGAIN))
+    return Attack(name, build, ("evil.gguf", *message_parts, _AGAIN))
 
 
-def _raw(name: str, data: bytes, *says: str) -> Attack:
+def _raw(name: str, data: bytes, *message_parts: str) -> Attack:
     def build(folder: Path) -> list[str]:
         (folder / "evil.gguf").write_bytes(data)
         return ["inspect", str(folder / "evil.gguf")]
 
-    return Attack(name, build, ("evil.gguf", *says))
+    return Attack(name, build, ("evil.gguf", *message_parts))
 
 
 def _set(**changes: object) -> Callable[[GgufBytes], None]:
@@ -49,7 +49,7 @@ def _with_tensor(entry: bytes) -> Callable[[GgufBytes], None]:
     return lambda parts: parts.tensors.append(entry)
 
 
-def _instead_of_w(entry: bytes) -> Callable[[GgufBytes], None]:
+def _replace_w(entry: bytes) -> Callable[[GgufBytes], None]:
     def change(parts: GgufBytes) -> None:
         parts.tensors[0] = entry
 
@@ -64,19 +64,19 @@ def _nested(depth: int) -> bytes:
 
 
 ATTACKS = [
-    _raw("no GGUF at all", b"GGML" + bytes(100), "not a GGUF file"),
-    _raw("nothing but the magic", b"GGUF", "not a GGUF file"),
-    _raw("counts with nothing behind them", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), "ends inside its header", _AGAIN),
-    _header("a version of the future", _set(version=99), "GGUF version 99"),
-    _header("more tensors than any model has", _set(tensor_count=1 << 62), "counts more entries"),
-    _header("more keys than any model has", _set(key_count=(1 << 64) - 1), "counts more entries"),
+    _raw("not a GGUF file", b"GGML" + bytes(100), "not a GGUF file"),
+    _raw("only the magic number", b"GGUF", "not a GGUF file"),
+    _raw("counts without entries", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), "ends inside its header", _AGAIN),
+    _header("an unknown version", _set(version=99), "GGUF version 99"),
+    _header("more tensors than any model has", _set(tensor_count=1 << 62), "claims more entries"),
+    _header("more keys than any model has", _set(key_count=(1 << 64) - 1), "claims more entries"),
     _header("more keys than there are", _set(key_count=1000), "ends inside its header"),
     _header("a key longer than the file", _with_key(struct.pack("<Q", 1 << 40)), "ends inside its header"),
     _header("a key whose length is negative", _with_key(struct.pack("<q", -1)), "ends inside its header"),
-    _header("a key that is no UTF-8", _with_key(key(b"\xff\xfe", UINT32, _U32)), "header is damaged"),
-    _header("a text longer than the file", _with_key(key("k", STRING, struct.pack("<Q", 1 << 63))), "ends inside"),
+    _header("a key that is not UTF-8", _with_key(key(b"\xff\xfe", UINT32, _U32)), "header is damaged"),
+    _header("a string longer than the file", _with_key(key("k", STRING, struct.pack("<Q", 1 << 63))), "ends inside"),
     _header("an array of 2**62 numbers", _with_key(key("k", ARRAY, array(FLOAT32, [], 1 << 62))), "ends inside"),
-    _header("an array of 2**60 texts", _with_key(key("k", ARRAY, array(STRING, [], 1 << 60))), "ends inside"),
+    _header("an array of 2**60 strings", _with_key(key("k", ARRAY, array(STRING, [], 1 << 60))), "ends inside"),
     _header("an array of arrays of arrays", _with_key(key("k", ARRAY, _nested(9))), "unknown type 9"),
     _header("a value of an unknown type", _with_key(key("k", 77, _U32)), "unknown type 77"),
     _header("a key that occurs twice", _with_key(key("trit.version", UINT32, _U32)), "trit.version occurs twice"),
@@ -88,19 +88,21 @@ ATTACKS = [
         _with_key(key("general.alignment", UINT32, struct.pack("<I", 1 << 31))),
         "general.alignment",
     ),
-    _header("an alignment that is a text", _with_key(key("general.alignment", STRING, string("32"))), "general.alig"),
-    _header("a tensor without dimensions", _instead_of_w(tensor("w", (), F32, 0)), "tensor w has 0 dimensions"),
-    _header("a tensor of a thousand dimensions", _instead_of_w(tensor("w", (1,), F32, 0, 1000)), "tensor w has 1000"),
-    _header("a tensor of nothing", _instead_of_w(tensor("w", (0, 128), TRIT2, 0)), "tensor w has a shape (0, 128)"),
-    _header("a product of dimensions beyond 2**64", _instead_of_w(tensor("w", (1 << 40, 1 << 40), F32, 0)), "tensor w"),
-    _header("a row that is no multiple of 64", _instead_of_w(tensor("w", (3, 100), TRIT2, 0)), "tensor w has a shape"),
-    _header("a row that is no whole block", _instead_of_w(tensor("w", (3, 100), Q8_0, 0)), "tensor w has a shape"),
-    _header("a tensor of an unknown type", _instead_of_w(tensor("w", (3, 128), 4711, 0)), "the unknown type 4711"),
-    _header("data behind the end of the file", _instead_of_w(tensor("w", (3, 128), F16, 1 << 20)), "tensor w reaches"),
-    _header("an offset close to 2**64", _instead_of_w(tensor("w", (3, 128), F16, (1 << 64) - 32)), "tensor w reaches"),
-    _header("an offset between two places", _instead_of_w(tensor("w", (3, 128), TRIT2, 1)), "tensor w does not start"),
-    _header("two tensors in one place", _with_tensor(tensor("u", (4,), F32, 0)), "overlap"),
+    _header("an alignment that is a string", _with_key(key("general.alignment", STRING, string("32"))), "general.alig"),
+    _header("a tensor without dimensions", _replace_w(tensor("w", (), F32, 0)), "tensor w has 0 dimensions"),
+    _header("a tensor of a thousand dimensions", _replace_w(tensor("w", (1,), F32, 0, 1000)), "tensor w has 1000"),
+    _header("a tensor without weights", _replace_w(tensor("w", (0, 128), TRIT2, 0)), "tensor w has a shape (0, 128)"),
+    _header("a product of dimensions beyond 2**64", _replace_w(tensor("w", (1 << 40, 1 << 40), F32, 0)), "tensor w"),
+    _header(
+        "a row length that is not a multiple of 64", _replace_w(tensor("w", (3, 100), TRIT2, 0)), "tensor w has a shape"
+    ),
+    _header("a row of partial blocks", _replace_w(tensor("w", (3, 100), Q8_0, 0)), "tensor w has a shape"),
+    _header("a tensor of an unknown type", _replace_w(tensor("w", (3, 128), 4711, 0)), "the unknown type 4711"),
+    _header("data beyond the end of the file", _replace_w(tensor("w", (3, 128), F16, 1 << 20)), "tensor w reaches"),
+    _header("an offset close to 2**64", _replace_w(tensor("w", (3, 128), F16, (1 << 64) - 32)), "tensor w reaches"),
+    _header("a misaligned offset", _replace_w(tensor("w", (3, 128), TRIT2, 1)), "tensor w does not start"),
+    _header("overlapping tensors", _with_tensor(tensor("u", (4,), F32, 0)), "overlap"),
     _header("two tensors with one name", _with_tensor(tensor("v", (4,), F32, 0)), "same name"),
-    _header("a tensor whose name is no UTF-8", _with_tensor(struct.pack("<Q", 2) + b"\xff\xff"), "header is damaged"),
+    _header("a tensor whose name is not UTF-8", _with_tensor(struct.pack("<Q", 2) + b"\xff\xff"), "header is damaged"),
     _header("data that was cut off", lambda parts: setattr(parts, "data", parts.data[:10]), "truncated"),
 ]

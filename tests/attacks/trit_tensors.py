@@ -1,4 +1,4 @@
-"""Trit tensors that no encoder writes."""
+"""Invalid trit tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _version(version: int) -> Attack:
 
 
 def _word(folder: Path) -> list[str]:
-    """Write a word whose product with 3**10 leaves the largest remainder: it is no code's (docs/format.md)."""
+    """Write a word whose product with 3**10 has the largest remainder, so it encodes no trits (docs/format.md)."""
     parts = trit_bytes()
     word = pow(3**10, -1, 1 << 16) * 0xFFFF % (1 << 16)
     parts.data = struct.pack("<H", word) + parts.data[2:]
@@ -39,12 +39,12 @@ def _word(folder: Path) -> list[str]:
 ATTACKS = [
     _codebook("a codebook of 26 scales", floats([1.0] * 26)),
     _codebook("a codebook of 28 scales", floats([1.0] * 28)),
-    _codebook("a scale that is no number", floats([1.0] * 26 + [math.nan])),
+    _codebook("a scale of NaN", floats([1.0] * 26 + [math.nan])),
     _codebook("a scale that is infinite", floats([math.inf] * 27)),
-    _codebook("a scale below zero", floats([-1.0] * 27)),
-    _codebook("a codebook of texts", array(STRING, [string("1")] * 27)),
-    _codebook("a codebook of nothing", array(FLOAT32, [])),
+    _codebook("a negative scale", floats([-1.0] * 27)),
+    _codebook("a codebook of strings", array(STRING, [string("1")] * 27)),
+    _codebook("an empty codebook", array(FLOAT32, [])),
     _version(0),
     _version(2),
-    Attack("a word that no encoder writes", _word, ("evil.gguf", "tensor w", "again")),
+    Attack("an invalid word", _word, ("evil.gguf", "tensor w", "again")),
 ]

@@ -1,4 +1,4 @@
-"""Quantizing block after block, on tiny models: what it may change, and that it repairs what rounding lost."""
+"""Quantizing block by block, on tiny models: smaller errors than plain rounding, and what may change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_two_runs_give_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_block_that_was_written_is_not_quantized_again(tmp_path: Path) -> None:
+def test_a_written_block_is_not_quantized_again(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     names = packed_names(tmp_path / "model")
     depths = dict.fromkeys(names, 2)
@@ -55,7 +55,7 @@ def test_a_block_that_was_written_is_not_quantized_again(tmp_path: Path) -> None
         resumed.quantize(names[0])
 
 
-def test_matrices_that_are_not_named_stay_and_are_reckoned_with(tmp_path: Path) -> None:
+def test_other_matrices_stay_unquantized_and_affect_the_result(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     names = packed_names(tmp_path / "model")
     some = [name for name in names if "ffn" in name]
@@ -65,7 +65,7 @@ def test_matrices_that_are_not_named_stay_and_are_reckoned_with(tmp_path: Path) 
     assert any(not np.array_equal(found[name], everything[name]) for name in some)
 
 
-def test_text_and_encoder_go_together(tmp_path: Path) -> None:
+def test_text_and_encoder_must_match(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     with pytest.raises(TritGgufError, match="calibration text go together"):
         convert(source, tmp_path / "out.gguf", encoder="calibrated")

@@ -1,4 +1,4 @@
-"""Error feedback: the kernel against the formula, and the whole against plain rounding."""
+"""Error feedback: the kernel against the formula, and the whole method against plain rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.error_feedback import Feedback, InputMoments, _factor_of_inverse
+from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments, _inverse_cholesky
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization.scale_search import quantize_searched
@@ -23,7 +23,7 @@ depths = pytest.mark.parametrize("depth", DEPTHS)
 def naive_columns(
     weights: np.ndarray, factor: np.ndarray, steps: np.ndarray, offset: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return levels, indices, errors and the costs by entry, in float64, row by row."""
+    """Compute levels, indices, errors, and the cost of every codebook entry, in float64, row by row."""
     rows, columns = weights.shape
     levels, errors = np.zeros((rows, columns)), np.zeros((rows, columns))
     indices, costs = np.zeros((rows, columns // 16), int), np.zeros((rows, columns // 16, len(steps)))
@@ -61,7 +61,7 @@ def test_columns_follow_the_formula(depth: int, rows: int, groups: int, seed: in
     indices = np.empty((rows, groups), np.uint8)
     THREAD_POOL.run(quantize_columns, weights, factor, steps, np.float32(offset), levels, indices, errors)
     expected_levels, expected_indices, expected_errors, costs = naive_columns(weights, factor, steps, offset)
-    # Where float32 and float64 round a weight to different levels, or two steps cost the same, the rows part.
+    # A row may differ if float32 and float64 round a weight to different levels, or if two steps cost the same.
     same = (levels == expected_levels).all(1) & (indices == expected_indices).all(1)
     np.testing.assert_allclose(errors[same], expected_errors[same], rtol=1e-3, atol=1e-4)
     assert same.mean() > 0.5 or rows < 6
@@ -74,7 +74,7 @@ def test_columns_follow_the_formula(depth: int, rows: int, groups: int, seed: in
 def random_moments(
     columns: int, seed: int, *, drift: float = 0.0, matrix: np.ndarray | None = None
 ) -> tuple[InputMoments, np.ndarray, np.ndarray]:
-    """Return moments of correlated inputs, those inputs and the original ones, both [n, columns]."""
+    """Return moments of correlated inputs, these inputs and the original inputs, both [n, columns]."""
     generator = np.random.default_rng(seed)
     mixing = generator.standard_normal((columns, columns)) / np.sqrt(columns) + np.eye(columns)
     mixing *= np.exp(generator.standard_normal(columns))
@@ -87,7 +87,7 @@ def random_moments(
 
 
 def noisy_inputs(columns: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs and original ones that differ by noise, of which there is nothing to learn, [count, columns]."""
+    """Return inputs and original inputs, [count, columns], that differ by noise, which cannot be corrected."""
     generator = np.random.default_rng(seed)
     original = generator.standard_normal((count, columns)).astype(np.float32)
     return original + np.float32(0.3) * generator.standard_normal((count, columns)).astype(np.float32), original
@@ -102,7 +102,7 @@ def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: np.ndarray, o
 def test_output_is_closer_than_with_importance_alone(depth: int) -> None:
     moments, inputs, original = random_moments(192, depth)
     weights = np.random.default_rng(9).standard_normal((40, 192)).astype(np.float32)
-    with_feedback = Feedback(moments).quantize(weights, depth, THREAD_POOL)
+    with_feedback = ErrorFeedback(moments).quantize(weights, depth, THREAD_POOL)
     importance = np.square(inputs).mean(0)
     (alone,) = quantize_searched(MatrixRows.of(weights), depth, THREAD_POOL, importance=importance).parts
     errors = [output_error(weights, q.decoded(), inputs, original) for q in (with_feedback, alone)]
@@ -111,17 +111,17 @@ def test_output_is_closer_than_with_importance_alone(depth: int) -> None:
     assert with_feedback.squared_error == pytest.approx(np.square(weights - decoded, dtype=np.float64).sum())
 
 
-def test_a_shift_of_the_inputs_is_repaired() -> None:
+def test_a_shift_of_the_inputs_is_corrected() -> None:
     moments, inputs, original = random_moments(128, 3, drift=3.0)
     weights = np.random.default_rng(8).standard_normal((32, 128)).astype(np.float32)
-    repaired = Feedback(moments).quantize(weights, 4, THREAD_POOL)
-    ignored = Feedback(moments, repairs=False).quantize(weights, 4, THREAD_POOL)
-    errors = [output_error(weights, q.decoded(), inputs, original) for q in (repaired, ignored)]
+    corrected = ErrorFeedback(moments).quantize(weights, 4, THREAD_POOL)
+    ignored = ErrorFeedback(moments, correction=False).quantize(weights, 4, THREAD_POOL)
+    errors = [output_error(weights, q.decoded(), inputs, original) for q in (corrected, ignored)]
     assert errors[0] < 0.5 * errors[1]
 
 
 def few_and_others() -> tuple[InputMoments, tuple[np.ndarray, np.ndarray]]:
-    """Return moments of hardly more inputs than they have columns, and many others of their kind."""
+    """Return moments of few inputs, hardly more than columns, and many other inputs of the same distribution."""
     inputs, original = noisy_inputs(256, 300, 1)
     moments = InputMoments(256)
     moments.add(torch.from_numpy(inputs), torch.from_numpy(original))
@@ -129,27 +129,27 @@ def few_and_others() -> tuple[InputMoments, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_feedback_does_not_fit_few_inputs(depth: int) -> None:
+def test_damping_prevents_overfitting_to_few_inputs(depth: int) -> None:
     moments, others = few_and_others()
     weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
-    damped = Feedback(moments, repairs=False).quantize(weights, depth, THREAD_POOL)
-    fitted = Feedback(moments, repairs=False, damping_of_few=0.0).quantize(weights, depth, THREAD_POOL)
+    damped = ErrorFeedback(moments, correction=False).quantize(weights, depth, THREAD_POOL)
+    fitted = ErrorFeedback(moments, correction=False, few_inputs_damping=0.0).quantize(weights, depth, THREAD_POOL)
     errors = [output_error(weights, q.decoded(), *others) for q in (damped, fitted)]
     assert errors[0] < 0.95 * errors[1]
 
 
 @depths
-def test_what_is_repaired_helps_on_other_inputs(depth: int) -> None:
+def test_the_correction_helps_on_other_inputs(depth: int) -> None:
     moments, others = few_and_others()
     weights = np.random.default_rng(7).standard_normal((32, 256)).astype(np.float32)
-    repaired = Feedback(moments, damping_of_few=0.0).quantize(weights, depth, THREAD_POOL)
-    ignored = Feedback(moments, damping_of_few=0.0, repairs=False).quantize(weights, depth, THREAD_POOL)
-    errors = [output_error(weights, q.decoded(), *others) for q in (repaired, ignored)]
+    corrected = ErrorFeedback(moments, few_inputs_damping=0.0).quantize(weights, depth, THREAD_POOL)
+    ignored = ErrorFeedback(moments, few_inputs_damping=0.0, correction=False).quantize(weights, depth, THREAD_POOL)
+    errors = [output_error(weights, q.decoded(), *others) for q in (corrected, ignored)]
     assert errors[0] < 1.02 * errors[1]
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_share_of_the_repair_is_that_of_inputs_held_out(alone: bool) -> None:
+def test_the_correction_factor_is_fitted_to_held_out_inputs(alone: bool) -> None:
     weights = np.random.default_rng(7).standard_normal((96, 256)).astype(np.float32)
     parts = [noisy_inputs(256, rows, rows) for rows in (301, 402, 3)]
     moments = InputMoments(256, weights if alone else None)
@@ -160,63 +160,64 @@ def test_share_of_the_repair_is_that_of_inputs_held_out(alone: bool) -> None:
     second = x.T @ x / len(x)
     fitted = x[~held_out].T @ x[~held_out] / (~held_out).sum()
     for all_inputs, mean in ((True, second), (False, fitted)):
-        np.testing.assert_allclose(moments.mean_second(held_out=all_inputs).numpy(), mean, atol=1e-4)
+        np.testing.assert_allclose(moments.mean_second_moments(held_out=all_inputs).numpy(), mean, atol=1e-4)
     fitted += 0.2 * fitted.diagonal().mean() * np.eye(256)
     shift = (x_original - x)[~held_out].T @ x[~held_out] / (~held_out).sum()
     wanted, found = ((x_original - x) @ weights.T)[held_out], x[held_out] @ (weights @ shift @ np.linalg.inv(fitted)).T
     expected = (wanted * found).sum() / np.square(found).sum()
     target = torch.from_numpy(weights)
-    share = Feedback(moments, damping=0.2, damping_of_few=0.0)._share(target, moments.mean_loss(target))
+    feedback = ErrorFeedback(moments, damping=0.2, few_inputs_damping=0.0)
+    factor = feedback._correction_factor(target, moments.mean_output_error(target))
     assert 0.1 < expected < 0.9
-    assert share == pytest.approx(expected, rel=1e-3)
+    assert factor == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [16, 63, 64, 200])
-def test_what_a_matrix_alone_has_lost_is_the_same(rows: int) -> None:
+def test_output_error_of_a_single_matrix_is_the_same(rows: int) -> None:
     weights = np.random.default_rng(rows).standard_normal((rows, 128)).astype(np.float32)
     shared, inputs, original = random_moments(128, 3, drift=3.0)
     alone, _, _ = random_moments(128, 3, drift=3.0, matrix=weights)
     expected = (original - inputs).astype(np.float64) @ weights.T.astype(np.float64)
     expected = expected.T @ inputs / len(inputs)
     for moments in (shared, alone):
-        found = moments.mean_loss(torch.from_numpy(weights)).numpy()
+        found = moments.mean_output_error(torch.from_numpy(weights)).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("columns", [1, 1024, 1025, 2500])
-def test_factor_of_the_inverse(columns: int) -> None:
+def test_inverse_cholesky(columns: int) -> None:
     roots = torch.from_numpy(np.random.default_rng(columns).standard_normal((columns, columns)).astype(np.float32))
     matrix = roots @ roots.T / columns + torch.eye(columns)
-    factor = _factor_of_inverse(matrix)
+    factor = _inverse_cholesky(matrix)
     assert not factor.tril(-1).any()
     torch.testing.assert_close(factor.T @ factor @ matrix, torch.eye(columns), rtol=0, atol=1e-4)
 
 
-def test_inputs_of_zeros_leave_plain_rounding() -> None:
+def test_zero_inputs_give_plain_rounding() -> None:
     weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     moments = InputMoments(64)
     moments.add(torch.zeros(5, 64), torch.zeros(5, 64))
-    found = Feedback(moments).quantize(weights, 3, THREAD_POOL)
+    found = ErrorFeedback(moments).quantize(weights, 3, THREAD_POOL)
     (expected,) = quantize_searched(MatrixRows.of(weights), 3, THREAD_POOL, importance=np.ones(64, np.float32)).parts
     np.testing.assert_array_equal(found.levels, expected.levels)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_is_refused(bad: float) -> None:
+def test_nan_and_infinity_are_rejected(bad: float) -> None:
     moments, _, _ = random_moments(64, 0)
     weights = np.ones((2, 64), np.float32)
     weights[1, 5] = bad
     with pytest.raises(ValueError, match="has a weight that is NaN or infinite"):
-        Feedback(moments).quantize(weights, 2, THREAD_POOL)
+        ErrorFeedback(moments).quantize(weights, 2, THREAD_POOL)
     moments.add(torch.full((5, 64), bad), torch.zeros(5, 64))
     with pytest.raises(ValueError, match="has inputs that are NaN or infinite"):
-        Feedback(moments)
+        ErrorFeedback(moments)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_of_the_kernel_change_nothing(threads: int) -> None:
+def test_the_number_of_threads_does_not_change_the_result(threads: int) -> None:
     moments, _, _ = random_moments(128, 5)
     weights = np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32)
-    one, many = (Feedback(moments).quantize(weights, 2, ThreadPool(n)) for n in (2, threads))
+    one, many = (ErrorFeedback(moments).quantize(weights, 2, ThreadPool(n)) for n in (2, threads))
     np.testing.assert_array_equal(one.levels, many.levels)
     np.testing.assert_array_equal(one.codebook, many.codebook)

@@ -17,7 +17,7 @@ from tritgguf.architectures.tensor_names import hf_tensor_name, quantized_tensor
 from tritgguf.calibration.importance import measure_importance, summed_squares
 from tritgguf.calibration.text import window_length, windows_of_text
 from tritgguf.cli import app
-from tritgguf.conversion.own_text import SavedText, calibration_windows, windows_of_own_text
+from tritgguf.conversion.own_text import SavedText, calibration_windows, self_generated_windows
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.imatrix import read_importance
@@ -31,9 +31,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 200
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-tied"])
 def test_sums_are_those_of_the_whole_model(tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where products are exact; in bfloat16 they are this near to one another, and no further."""
+    """With float32 products the sums are exact; with bfloat16 products they are within 5 %."""
     fast = summed_squares(open_source(str(write_tiny_model(tmp_path / "model", variant))), WINDOWS)
-    monkeypatch.setattr("tritgguf.calibration.importance.fast_products", contextlib.nullcontext)
+    monkeypatch.setattr("tritgguf.calibration.importance.bfloat16_matmul", contextlib.nullcontext)
     source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
     found = summed_squares(source, WINDOWS)
     model = ReferenceModel.open(source)
@@ -82,7 +82,7 @@ def test_windows_of_a_text(tmp_path: Path) -> None:
         windows_of_text(source, "too short", 1000)
 
 
-def test_bos_begins_every_window_where_the_model_uses_it(tmp_path: Path) -> None:
+def test_every_window_starts_with_bos_if_the_model_uses_it(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model", "llama-sentencepiece")))
     windows = windows_of_text(source, TEXT, 1000)
     assert len(windows) > 1
@@ -90,28 +90,28 @@ def test_bos_begins_every_window_where_the_model_uses_it(tmp_path: Path) -> None
     assert {len(window) for window in windows} == {window_length(source)}
 
 
-def test_own_text(tmp_path: Path) -> None:
+def test_self_generated_windows(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     steps: list[tuple[int, int]] = []
     length = window_length(source)
-    windows = windows_of_own_text(source, 2 * length, seed=3, progress=lambda *step: steps.append(step))
+    windows = self_generated_windows(source, 2 * length, seed=3, progress=lambda *step: steps.append(step))
     assert [len(window) for window in windows] == [length] * 2
     assert steps[-1] == (2 * length, 2 * length)
-    assert windows == windows_of_own_text(source, 2 * length, seed=3)
-    assert windows != windows_of_own_text(source, 2 * length, seed=4)
+    assert windows == self_generated_windows(source, 2 * length, seed=3)
+    assert windows != self_generated_windows(source, 2 * length, seed=4)
     assert windows[0] != windows[1]
 
 
-def test_own_text_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_generation_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     length = window_length(source)
-    whole = windows_of_own_text(source, 3 * length, seed=5)
-    # What a window becomes does not depend on the others.
-    monkeypatch.setattr("tritgguf.conversion.own_text._MOST_TEXTS", 2)
+    whole = self_generated_windows(source, 3 * length, seed=5)
+    # A window does not depend on how many are generated in parallel.
+    monkeypatch.setattr("tritgguf.conversion.own_text._MAX_PARALLEL_TEXTS", 2)
     out, log = tmp_path / "out.gguf", tmp_path / "out.gguf.part.text"
 
-    def written(tokens: int, *, resume: bool, stop: int | None = None, seed: int = 5) -> tuple[list[list[int]], int]:
-        """Write a text, interrupted after some tokens; return it and how many steps were not taken over."""
+    def generate(tokens: int, *, resume: bool, stop: int | None = None, seed: int = 5) -> tuple[list[list[int]], int]:
+        """Generate windows, interrupted after `stop` tokens; return them and the number of progress calls."""
         steps: list[int] = []
 
         def progress(done: int, total: int) -> None:
@@ -120,27 +120,27 @@ def test_own_text_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pyte
                 raise KeyboardInterrupt
 
         with SavedText(out, resume=resume) as saved:
-            return windows_of_own_text(source, tokens, seed=seed, saved=saved, progress=progress), len(steps)
+            return self_generated_windows(source, tokens, seed=seed, saved=saved, progress=progress), len(steps)
 
     with pytest.raises(KeyboardInterrupt):
-        written(3 * length, resume=False, stop=2 * length + 1)
+        generate(3 * length, resume=False, stop=2 * length + 1)
     interrupted = log.read_bytes()
     assert interrupted.count(b"\n") == 3  # the job and two windows
     for other in ({"tokens": 3 * length, "seed": 6}, {"tokens": 2 * length, "seed": 5}):
         log.write_bytes(interrupted)
-        Path(f"{out}.part").touch()  # so that the text stays
+        Path(f"{out}.part").touch()  # an unfinished file keeps the saved text
         with pytest.raises(TritGgufError, match=r"out\.gguf\.part\.text: the journal is of another conversion"):
-            written(**other, resume=True)
+            generate(**other, resume=True)
     for damaged in (b"[1, 2]\n", b'"text"\n', json.dumps([1 << 40] * length).encode() + b"\n", b"[\n"):
         log.write_bytes(interrupted + damaged)
         with pytest.raises(TritGgufError, match=r"text: the journal is damaged; start over without --resume"):
-            written(3 * length, resume=True)
+            generate(3 * length, resume=True)
     log.write_bytes(interrupted + b"[1, 2")  # a torn line
-    windows, steps = written(3 * length, resume=True)
+    windows, steps = generate(3 * length, resume=True)
     assert windows == whole and 0 < steps <= length
     assert log.exists()
     Path(f"{out}.part").unlink()
-    assert written(3 * length, resume=True) == (whole, 0)
+    assert generate(3 * length, resume=True) == (whole, 0)
     assert not log.exists()
 
 
@@ -156,7 +156,7 @@ def test_text_files(tmp_path: Path) -> None:
     assert (len(windows), origin) == (2, "long.txt")
 
 
-def test_the_command_and_what_convert_makes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_convert_with_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(write_tiny_model(tmp_path / "model"))
     (tmp_path / "text.txt").write_text(TEXT)
     imatrix, out = str(tmp_path / "imatrix.gguf"), str(tmp_path / "out.gguf")
@@ -181,21 +181,21 @@ def test_convert_calibrated_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "give one of them" in capsys.readouterr().err
 
 
-def test_convert_calibrated_on_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_calibrated_on_self_generated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(write_tiny_model(tmp_path / "model")), str(tmp_path / "out.gguf")
     arguments = ["convert", source, out, "--encoder", "calibrated", "--self", "--tokens", "64"]
     assert app.main(arguments) == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out.gguf"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tritgguf.conversion.own_text.windows_of_own_text", None)  # an hour of writing for nothing
+        patch.setattr("tritgguf.conversion.own_text.self_generated_windows", None)  # it must not be called
         assert app.main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
 
 
-def test_how_much_text_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_length_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     monkeypatch.setattr("tritgguf.conversion.own_text.DEFAULT_TOKENS", 1024)
-    monkeypatch.setattr("tritgguf.conversion.own_text.DEFAULT_OWN_TOKENS", 512)
+    monkeypatch.setattr("tritgguf.conversion.own_text.DEFAULT_GENERATED_TOKENS", 512)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400, "utf-8")
     taken = [
         sum(map(len, calibration_windows(source, text, tokens)[0]))

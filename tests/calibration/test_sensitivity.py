@@ -1,4 +1,4 @@
-"""Sensitivities: what is measured is the block's own error, and measuring changes nothing."""
+"""Sensitivities are the block's own errors, and measuring leaves the block unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a block's levels, on tiny models: it makes outputs better, leaves scales alone, and repeats itself."""
+"""Training a block's levels, on tiny models: better outputs, unchanged scales, deterministic results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytest.importorskip("torch")
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
-def test_a_block_comes_closer_to_its_original(tmp_path: Path, variant: str, depth: int) -> None:
-    """Also on windows that it was not trained on."""
+def test_training_reduces_the_block_error(tmp_path: Path, variant: str, depth: int) -> None:
+    """The error also falls on windows outside the training set."""
     blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model", variant))), threads=2)
     hidden, others = blocks.embed(WINDOWS), blocks.embed(OTHERS)
     with blocks.block(0) as block:
@@ -60,12 +60,12 @@ def test_without_training_nothing_changes(tmp_path: Path) -> None:
             name: next(iter(quantize_searched(MatrixRows.of(weights), 2, ThreadPool(1)).parts))
             for name, weights in originals.items()
         }
-        tuned = tune_block(block, hidden, hidden, quantized, originals, Tuning(rate=0.0))
+        tuned = tune_block(block, hidden, hidden, quantized, originals, Tuning(learning_rate=0.0))
     for name, matrix in tuned.items():
         np.testing.assert_array_equal(matrix.levels, quantized[name].levels)
 
 
-def test_the_whole_model_is_better_and_the_same_again(tmp_path: Path) -> None:
+def test_the_model_improves_and_the_result_is_deterministic(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     convert(source, tmp_path / "calibrated.gguf", depth=1, encoder="calibrated", windows=WINDOWS)
     for name in ("a.gguf", "b.gguf"):

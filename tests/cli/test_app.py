@@ -1,4 +1,4 @@
-"""The command line as a whole: help, usage, the package, and how it is started."""
+"""The command line as a whole: help, usage errors, imports, and starting it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_help_shows_every_option_and_an_example(capsys: Capture, command: str, o
         ["inspect", "missing.gguf"],
     ],
 )
-def test_mistakes_are_one_line(capsys: Capture, arguments: list[str]) -> None:
+def test_usage_errors_are_one_line(capsys: Capture, arguments: list[str]) -> None:
     fails(capsys, *arguments)
 
 
@@ -86,7 +86,7 @@ def test_importing_the_command_line_imports_little() -> None:
     "first",
     ["tritgguf.cli.app", "tritgguf.conversion.convert", "tritgguf.generation.generate", "tritgguf.evaluation.verify"],
 )
-def test_the_api_is_functions_whatever_was_imported_first(first: str) -> None:
+def test_the_api_has_functions_whatever_is_imported_first(first: str) -> None:
     code = (
         f"import {first}, tritgguf; from tritgguf import *;"
         "print(all(callable(getattr(tritgguf, name)) for name in tritgguf.__all__), callable(convert))"

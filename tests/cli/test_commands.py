@@ -1,4 +1,4 @@
-"""convert, verify and inspect: what they are given, print and report as an error."""
+"""convert, verify and inspect: options, output and errors."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_inspect_json(capsys: Capture, tiny_file: Path) -> None:
     assert len(json.loads(capsys.readouterr().out)["metadata"]["tokenizer.ggml.tokens"]) == 448
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
+def test_a_closed_pipe_is_no_error(tiny_file: Path) -> None:
     command = f"'{sys.executable}' -m tritgguf inspect '{tiny_file}' --json | head -c 10"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert (len(result.stdout), result.stderr) == (10, "")

@@ -28,7 +28,7 @@ Files = Callable[..., GgufFile]
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tritgguf", *arguments]
-    # Where the tests run in the background, Ctrl-C may be ignored, which a child would inherit.
+    # A process in the background may ignore Ctrl-C, and a child would inherit that.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_a_terminated_conversion_can_go_on(tmp_path: Path, smollm2_folder: Path, smollm2_d2: Path) -> None:
+def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: Path, smollm2_d2: Path) -> None:
     out = tmp_path / "out.gguf"
     process = start("convert", str(smollm2_folder), str(out), "--depth", "2")
     journal = tmp_path / "out.gguf.part.journal"
@@ -58,7 +58,7 @@ def test_a_terminated_conversion_can_go_on(tmp_path: Path, smollm2_folder: Path,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a child process")
-def test_a_disk_that_gets_full_and_then_has_room(tmp_path: Path) -> None:
+def test_a_full_disk_that_has_space_again(tmp_path: Path) -> None:
     import resource
 
     source, out = write_tiny_model(tmp_path / "model"), tmp_path / "files" / "out.gguf"
@@ -88,9 +88,9 @@ def test_ctrl_c_ends_an_answer(smollm2_d2: Path, seconds: float) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     if seconds:
-        assert process.stdout.read(10)  # it answers
+        assert process.stdout.read(10)  # the answer has started
     else:
-        time.sleep(0.7)  # somewhere in the imports, the map or the prompt
+        time.sleep(0.7)  # during imports, mapping or prefill
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -120,7 +120,7 @@ sys.modules["tritgguf.cli.app"] = types.SimpleNamespace(main=main)
 # -- memory
 
 
-def test_the_size_of_a_page_is_foretold(tiny_trit_file: Files) -> None:
+def test_page_bytes_match_the_allocation(tiny_trit_file: Files) -> None:
     config = ModelConfig.from_file(tiny_trit_file())
     for cache_type in ("f16", "f32"):
         pool = KVPool(config, pages=2, sequences=1, context=300, cache_type=cache_type)

@@ -1,4 +1,4 @@
-"""`run`: the answer and the timings, its options, prompts from anywhere, and the chat at a terminal."""
+"""`run`: answer and timings, options, sources of the prompt, and the chat on a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMINGS = re.compile(r"load \d+\.\d\d s \| prompt \d+ tokens, [\d.]+ tokens/s \|
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model that answers "The dog sleeps."; `loaded` holds what `load` was called with."""
+    """A model that answers "The dog sleeps."; `loaded` holds the arguments of `load`."""
     model = scripted("The dog sleeps.")
     model.loaded = None
 
@@ -43,7 +43,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def record_sampling(monkeypatch: pytest.MonkeyPatch) -> list[SamplingOptions]:
-    """Return a list that receives the options of every sampler from now on."""
+    """Return a list to which the options of every new sampler are appended."""
     seen: list[SamplingOptions] = []
 
     def make(options: SamplingOptions) -> Sampler:
@@ -123,7 +123,7 @@ def test_an_empty_pipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None
     assert "no prompt" in fails(capsys, "run", "model.gguf")
 
 
-def test_a_full_context_is_said(capsys: Capture, model: Any) -> None:
+def test_a_full_context_prints_a_note(capsys: Capture, model: Any) -> None:
     set_context(model, 16)
     model.model.script = [40] * 99
     assert app.main(["run", "model.gguf", "--raw", "-p", "The dog"]) == 0
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_a_single_answer(capsys: Capture, model: Any) -> None:
 
 
 def types(monkeypatch: pytest.MonkeyPatch, model: Any, turns: Sequence[tuple[Any, str]]) -> None:
-    """Let somebody type lines, or press a key that raises, and the model answer each line."""
+    """Simulate a user who types lines, or presses a key that raises, and a model that answers each line."""
     remaining = iter(turns)
 
     def read(prompt: str = "") -> str:
@@ -212,7 +212,7 @@ def test_without_a_prompt_there_is_nothing_to_continue(
     assert f"{option} needs a prompt" in capsys.readouterr().err
 
 
-# -- the real one
+# -- the real model
 
 
 @pytest.mark.real_model

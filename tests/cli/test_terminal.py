@@ -1,4 +1,4 @@
-"""What reaches a terminal: tables, progress, and no control characters."""
+"""Terminal output: tables, progress, and no control characters."""
 
 from __future__ import annotations
 

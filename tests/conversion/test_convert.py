@@ -1,4 +1,4 @@
-"""Conversion: what goes into the file, what the report says of it, and what stops it."""
+"""Conversion: contents of the file, the report, and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "
 
 
 def expected_type(name: str, shape: Sequence[int], depth: int) -> str:
-    """Return the type that a tensor should have in the file."""
+    """Return the expected type of a tensor in the file."""
     if len(shape) == 1:
         return "F32"
     is_packed = any(name.endswith(f".{matrix}.weight") for matrix in MATRICES) and shape[-1] % 64 == 0
@@ -86,7 +86,7 @@ def test_types_and_contents(tmp_path: Path, variant: str, depth: int) -> None:
         elif info.type_id == F16:
             np.testing.assert_array_equal(file.read_float32(name), weights.astype(np.float16))
         else:
-            matrix = v2.quantize(weights, depth)  # of float32; `convert` gives the codec what is stored
+            matrix = v2.quantize(weights, depth)  # from float32; `convert` passes the stored dtype
             np.testing.assert_array_equal(file.raw(name), matrix.pack().reshape(-1))
             np.testing.assert_array_equal(file.codebook(name), matrix.codebook)
 
@@ -161,11 +161,11 @@ def test_the_report_is_recomputed(tmp_path: Path, llama: Path, depth: int) -> No
     assert report.peak_memory_bytes > 10_000_000
 
 
-def test_rows_that_are_no_whole_blocks_are_kept(tmp_path: Path) -> None:
+def test_unaligned_rows_stay_unpacked(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "unaligned")
     report = convert(folder, tmp_path / "out.gguf", depth=2)
     source, file = open_source(folder), GgufFile(tmp_path / "out.gguf")
-    # 96 columns are no multiple of 64; only ffn_down has 192.
+    # 96 columns are not a multiple of 64; only ffn_down has 192.
     kept = [name for name in file.tensors if quantized_tensor(name) and "ffn_down" not in name]
     assert len(kept) == 12
     assert report.kept_unaligned == kept
@@ -189,9 +189,9 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
     assert report.bits_per_weight_quantized == report.relative_error == 0.0
 
 
-def test_a_kept_tensor_is_written_in_parts(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unpacked_tensor_is_written_in_parts(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(llama, tmp_path / "whole.gguf")
-    monkeypatch.setattr(importlib.import_module("tritgguf.conversion.pipeline"), "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(importlib.import_module("tritgguf.conversion.pipeline"), "_UNPACKED_WEIGHTS", 1000)
     convert(llama, tmp_path / "parts.gguf")
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
@@ -214,7 +214,7 @@ def test_progress(tmp_path: Path, llama: Path) -> None:
     assert steps[-1].bytes_done == steps[-1].bytes_total
 
 
-def test_an_interrupted_conversion_leaves_what_can_go_on(empty: Path, llama: Path) -> None:
+def test_an_interrupted_conversion_can_be_resumed(empty: Path, llama: Path) -> None:
     def stop(step: ConvertProgress) -> None:
         if step.tensor == "blk.1.ffn_down.weight":
             raise KeyboardInterrupt
@@ -258,11 +258,11 @@ def test_odd_keys_of_a_stock_file_survive(tmp_path: Path, llama: Path) -> None:
 
 
 def test_an_empty_list_of_a_stock_file(tmp_path: Path, llama: Path) -> None:
-    """An empty array is good GGUF, although gguf-py's writer has none."""
+    """An empty array is valid GGUF, although gguf-py's writer cannot write one."""
     metadata = {"general.tags": GGUFValue(["x" * 24], GGUFValueType.ARRAY, GGUFValueType.STRING)}
     stock = as_stock_gguf(open_source(llama), tmp_path / "stock.gguf", metadata)
     content = stock.read_bytes()
-    # Taking the element out moves everything behind it by 32 bytes, which is the alignment.
+    # Removing the element moves everything after it by 32 bytes, which is the alignment.
     one, none = (struct.pack("<IIQ", 9, 8, count) for count in (1, 0))
     element = struct.pack("<Q", 24) + b"x" * 24
     assert content.count(b"general.tags" + one + element) == 1
@@ -285,7 +285,7 @@ def test_smollm2(smollm2_folder: Path, trit_file: Callable[[int], Path]) -> None
     np.testing.assert_array_equal(file.read_float32("blk.3.ffn_norm.weight"), source.read("blk.3.ffn_norm.weight"))
 
 
-def test_smollm2_is_the_same_in_both_sources(smollm2_folder: Path, smollm2_gguf: Path) -> None:
+def test_smollm2_is_the_same_from_both_sources(smollm2_folder: Path, smollm2_gguf: Path) -> None:
     folder, stock = open_source(smollm2_folder), GgufFile(smollm2_gguf)
     assert {tensor.name for tensor in folder.tensors} == set(stock.tensors)
     for name in ("blk.0.attn_q.weight", "blk.5.attn_k.weight", "blk.29.ffn_down.weight", "output_norm.weight"):
@@ -333,13 +333,13 @@ def test_bad_weight(empty: Path, tmp_path: Path, hf_name: str, name: str, value:
     assert_refused(empty, rf"model: tensor {name} has a weight that is NaN,? (or )?infinite", source)
 
 
-def test_bad_weight_in_halves(empty: Path, tmp_path: Path) -> None:
+def test_bad_float16_weight(empty: Path, tmp_path: Path) -> None:
     for dtype in ("F16", "BF16"):
         source = damaged_model(tmp_path / dtype, "model.layers.1.mlp.up_proj.weight", np.inf, dtype=dtype)
         assert_refused(empty, r"tensor blk\.1\.ffn_up\.weight", source)
 
 
-def test_embedding_too_large_for_halves(empty: Path, tmp_path: Path) -> None:
+def test_embedding_too_large_for_f16(empty: Path, tmp_path: Path) -> None:
     source = damaged_model(tmp_path / "model", "model.embed_tokens.weight", 70000.0)
     assert_refused(empty, r"tensor token_embd\.weight has a weight that is .*too large for F16", source)
 
@@ -350,7 +350,7 @@ def test_large_weights_where_there_is_room_for_them(tmp_path: Path) -> None:
     assert GgufFile(tmp_path / "out.gguf").read_float32("blk.1.ffn_up.weight").max() == pytest.approx(70000.0)
 
 
-def test_no_room(empty: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full(empty: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(empty)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert_refused(empty, "make room", llama)

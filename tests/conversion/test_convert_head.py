@@ -1,4 +1,4 @@
-"""Packed output heads and embeddings: which type they get, and that every command works with them."""
+"""Packed output heads and embeddings: their types, and that every command works with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = [5, 401, 17, 17, 300, 0, 447, 62, 128, 33, 254]
 
 
 def head_types(file: GgufFile) -> list[str]:
-    """Return the types of embeddings and, where it is a tensor of its own, head."""
+    """Return the types of the embeddings and, if it is a separate tensor, of the output head."""
     return [file.tensors[name].type_name for name in (EMBEDDINGS, HEAD) if name in file.tensors]
 
 
@@ -45,7 +45,7 @@ def converted(folder: Path, variant: str = "llama", **options: Any) -> GgufFile:
         ({"output_depth": 3, "embedding_depth": 2}, ["TRIT2", "TRIT3"]),
     ],
 )
-def test_head_and_embeddings_of_their_own(tmp_path: Path, options: dict[str, Any], types: list[str]) -> None:
+def test_separate_head_and_embeddings(tmp_path: Path, options: dict[str, Any], types: list[str]) -> None:
     file = converted(tmp_path, **options)
     source = open_source(tmp_path / "model")
     assert head_types(file) == types
@@ -62,12 +62,12 @@ def test_head_and_embeddings_of_their_own(tmp_path: Path, options: dict[str, Any
 @pytest.mark.parametrize(
     "options", [{"output_depth": 3}, {"embedding_depth": 3}, {"output_depth": 3, "embedding_depth": 3}]
 )
-def test_tied_ones_share_a_tensor(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_tied_head_and_embeddings_share_a_tensor(tmp_path: Path, options: dict[str, Any]) -> None:
     assert head_types(converted(tmp_path, "llama-tied", **options)) == ["TRIT3"]
 
 
 @pytest.mark.parametrize("depths", [(3, 4), (0, 4), (3, 0)])
-def test_tied_ones_cannot_differ(tmp_path: Path, depths: tuple[int, int]) -> None:
+def test_tied_head_and_embeddings_cannot_differ(tmp_path: Path, depths: tuple[int, int]) -> None:
     with pytest.raises(TritGgufError, match=r"model: output head and embeddings are one tensor; give only one of"):
         converted(tmp_path, "llama-tied", output_depth=depths[0], embedding_depth=depths[1])
     assert not (tmp_path / "out.gguf").exists()
@@ -81,7 +81,7 @@ def test_depths_that_do_not_exist(tmp_path: Path, option: str, depth: int) -> No
         converted(tmp_path, "llama", **{option: depth})
 
 
-def test_rows_that_are_no_whole_blocks_are_kept(tmp_path: Path) -> None:
+def test_unaligned_rows_stay_unpacked(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "unaligned")
     report = convert(folder, tmp_path / "out.gguf", output_depth=4)
     assert head_types(GgufFile(tmp_path / "out.gguf")) == ["F16", "F16"]
@@ -101,7 +101,7 @@ def test_the_report_counts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_rows_are_decoded_as_the_whole_table_is(tmp_path: Path, depth: int) -> None:
+def test_single_rows_decode_like_the_whole_table(tmp_path: Path, depth: int) -> None:
     file = converted(tmp_path, embedding_depth=depth)
     embeddings = open_sequence(file, context=8).model._weights.embeddings
     assert isinstance(embeddings, Embeddings)
@@ -132,7 +132,7 @@ def test_logits(tmp_path: Path, variant: str, output_depth: int, embedding_depth
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_a_token_reads(tmp_path: Path, tied: bool) -> None:
+def test_bytes_read_per_token(tmp_path: Path, tied: bool) -> None:
     file = converted(tmp_path, "llama-tied" if tied else "llama", output_depth=2, embedding_depth=2)
     layers = sum(info.n_bytes for name, info in file.tensors.items() if name not in (EMBEDDINGS, HEAD))
     assert bytes_read_per_token(file) == layers + 448 * row_bytes(2, 128) + row_bytes(2, 128)

@@ -1,4 +1,4 @@
-"""Conversion of a file that is in trits already."""
+"""Conversion of a trit file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_keys(file: GgufFile) -> dict[str, object]:
-    """Return a file's keys but for those of trits."""
+    """Return a file's keys without the trit keys."""
     return {key: value for key, value in file.metadata.items() if not key.startswith("trit.")}
 
 
@@ -67,7 +67,7 @@ def test_only_the_embeddings_change(tmp_path: Path, deep: Path) -> None:
     for name in before.tensors:
         if name != EMBEDDINGS:
             np.testing.assert_array_equal(after.raw(name), before.raw(name))
-    assert report.warnings == []  # they were halves
+    assert report.warnings == []  # the embeddings were F16
 
 
 def test_a_packed_head_can_be_unpacked(tmp_path: Path, deep: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_packed_head_can_be_unpacked(tmp_path: Path, deep: Path) -> None:
     assert len(report.warnings) == 1
 
 
-def test_matrices_that_are_not_packed_stay(tmp_path: Path) -> None:
+def test_unpacked_matrices_stay_unpacked(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "unaligned")
     convert(folder, tmp_path / "first.gguf", depth=3)
     report = convert(tmp_path / "first.gguf", tmp_path / "second.gguf", depth=2)

@@ -1,4 +1,4 @@
-"""Which matrix gets how many trits."""
+"""Choosing the depth of each matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tritgguf.conversion.depths import (
     average_bits,
     bits_per_weight,
     depths_below_threshold,
-    depths_within,
+    depths_within_budget,
     parse_rules,
 )
 from tritgguf.errors import TritGgufError
@@ -39,7 +39,7 @@ def test_rules_are_parsed() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "blk.0.*", "=3", "blk.0.*=5", "blk.0.*=3,", "blk.0.*=-1", "a=1=x"])
-def test_what_is_no_rule(text: str) -> None:
+def test_invalid_rules(text: str) -> None:
     with pytest.raises(TritGgufError, match=r"--keep .*: give PATTERN=DEPTH with a depth from 0 \(F16\) to 4"):
         parse_rules(text)
 
@@ -67,20 +67,20 @@ problems = st.lists(
 
 
 @given(problem=problems, target=st.floats(2, 6.75))
-def test_budget_is_kept_and_spent_well(problem: list[tuple[int, list[float]]], target: float) -> None:
+def test_budget_is_kept_and_nearly_optimal(problem: list[tuple[int, list[float]]], target: float) -> None:
     sensitivities = {
         str(k): dict(zip(DEPTHS, sorted(costs, reverse=True), strict=True)) for k, (_, costs) in enumerate(problem)
     }
     weights = {str(k): 64 * size for k, (size, _) in enumerate(problem)}
-    depths = depths_within(sensitivities, weights, target, {})
+    depths = depths_within_budget(sensitivities, weights, target, {})
     assert average_bits(depths, weights) <= target * (1 + 1e-6)
     cost = sum(sensitivities[name][depth] for name, depth in depths.items())
-    # Nothing that could still be paid for would help ...
+    # No affordable step reduces the cost further ...
     left = sum(weights[name] * (target - bits_per_weight(depth)) for name, depth in depths.items())
     for name, depth in depths.items():
         if depth < 4 and sensitivities[name][depth + 1] < sensitivities[name][depth]:
             assert weights[name] * (bits_per_weight(depth + 1) - bits_per_weight(depth)) > left * (1 - 1e-9) - 1e-6
-    # ... and the best of all choices is better by no more than one matrix's gain.
+    # ... and the optimum is better by at most one matrix's gain.
     allowed = [
         sum(sensitivities[name][depth] for name, depth in zip(weights, some, strict=True))
         for some in itertools.product(DEPTHS, repeat=len(weights))
@@ -93,10 +93,10 @@ def test_budget_is_kept_and_spent_well(problem: list[tuple[int, list[float]]], t
 def test_fixed_matrices_count_towards_the_average() -> None:
     sensitivities = {"a": {1: 1.0, 2: 0.5, 3: 0.1, 4: 0.0}}
     weights = {"a": 64, "b": 64}
-    assert depths_within(sensitivities, weights, 3.5, {"b": 1}) == {"a": 2}
-    assert depths_within(sensitivities, weights, 3.7, {"b": 1}) == {"a": 3}
+    assert depths_within_budget(sensitivities, weights, 3.5, {"b": 1}) == {"a": 2}
+    assert depths_within_budget(sensitivities, weights, 3.7, {"b": 1}) == {"a": 3}
     with pytest.raises(TritGgufError, match="below what the least depths take"):
-        depths_within(sensitivities, weights, 3.5, {"b": 4})
+        depths_within_budget(sensitivities, weights, 3.5, {"b": 4})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def depths_of(path: Path) -> dict[str, int]:
     }
 
 
-def test_convert_keeps_what_it_is_told_to(tmp_path: Path) -> None:
+def test_convert_with_keep_rules(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     choice = DepthChoice(tuple(parse_rules("blk.0.*=3,*.ffn_down=0")))
     convert(source, tmp_path / "out.gguf", depth=1, choice=choice)
@@ -134,7 +134,7 @@ def test_convert_keeps_what_it_is_told_to(tmp_path: Path) -> None:
     assert GgufFile(tmp_path / "out.gguf").metadata["trit.depths"] == "blk.0.*=3, *.ffn_down=0, depth 1"
 
 
-def test_convert_meets_a_target(tmp_path: Path) -> None:
+def test_convert_with_a_target(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     source = write_tiny_model(tmp_path / "model")
     windows = np.random.default_rng(0).integers(3, 400, (3, 32)).tolist()

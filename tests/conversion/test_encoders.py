@@ -1,4 +1,4 @@
-"""Encoders: their names, the inputs that go with them, and that names and types are one and the same."""
+"""Encoders: their names, their inputs, and that a type writes the same file as its name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_unknown_names(name: str, tmp_path: Path) -> None:
         convert(tmp_path / "is not read", tmp_path / "out.gguf", encoder=name)
 
 
-def test_who_needs_a_text() -> None:
+def test_which_encoders_need_a_text() -> None:
     need = [name for name in encoder_names() if parse_encoder(name).needs_text]
     assert need == ["recover+calibrated", "recover+tuned", "calibrated", "tuned"]
     assert not Recover(Calibrated(WINDOWS)).needs_text
@@ -71,7 +71,7 @@ def test_with_tuning(encoder: str, tuned: str) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["v2", "best", "imatrix", "recover", "recover+v2"])
-def test_without_a_text_there_is_no_tuning(encoder: str) -> None:
+def test_tuning_needs_an_encoder_with_a_text(encoder: str) -> None:
     with pytest.raises(TritGgufError) as caught:
         with_tuning(parse_encoder(encoder))
     assert f"which the encoder {encoder} does not take" in str(caught.value)

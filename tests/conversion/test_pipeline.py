@@ -1,4 +1,4 @@
-"""Reading, encoding and writing at the same time: the file is the same, and what fails in a thread is one line."""
+"""Parallel reading, encoding and writing: the same file, and a one-line error if a thread fails."""
 
 from __future__ import annotations
 

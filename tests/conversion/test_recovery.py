@@ -1,4 +1,4 @@
-"""Converting checkpoints of dequantized trits: what is recognized, what is refused, and that no number changes."""
+"""Converting checkpoints of dequantized trits: recognition, errors, and that no weight changes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.trit_types import DEPTHS, TritType, is_trit_type
 from tritgguf.sources.open import open_source
 
-Names = Callable[[str], bool]  # which tensors, by GGUF name
+Names = Callable[[str], bool]  # selects tensors by GGUF name
 
 
 def dequantized(shape: tuple[int, ...], depth: int, half: str, seed: int) -> np.ndarray:
-    """Return a matrix that a producer has quantized and dequantized: float32 [rows, columns]."""
+    """Return a matrix that was quantized and dequantized, float32 [rows, columns]."""
     generator = np.random.default_rng(seed)
     rows, groups = shape[0], shape[1] // 16
     trits = generator.integers(-1, 2, (rows, groups, 16, depth)).astype(np.float64)
@@ -35,7 +35,7 @@ def dequantized(shape: tuple[int, ...], depth: int, half: str, seed: int) -> np.
 
 
 def write_model(folder: Path, *, dtype: str = "F16", is_changed: Names = lambda name: False) -> Path:
-    """Write a tiny model whose matrices are dequantized trits of depths in turn, except those that were changed."""
+    """Write a tiny model whose matrices are dequantized trits of alternating depths, except the changed ones."""
     write_tiny_model(folder)
     weights = random_weights(read_config(folder))
     for number, (hf_name, tensor) in enumerate(weights.items()):
@@ -48,7 +48,7 @@ def write_model(folder: Path, *, dtype: str = "F16", is_changed: Names = lambda 
 
 
 def differing_numbers(source: Path, output: Path) -> int:
-    """Decode a file's trit tensors with the reference decoder and count the numbers that are not the source's."""
+    """Decode a file's trit tensors with the reference decoder and count weights that differ from the source."""
     opened, file = open_source(source), GgufFile(output)
     count = 0
     for name, info in file.tensors.items():
@@ -61,7 +61,7 @@ def differing_numbers(source: Path, output: Path) -> int:
 
 
 def refused(source: Path, folder: Path, **options: object) -> str:
-    """Return the one line that a conversion fails with; it must leave nothing behind."""
+    """Return the one-line error of a conversion, which must leave no file."""
     (folder / "outputs").mkdir()
     with pytest.raises(TritGgufError) as caught:
         convert(source, folder / "outputs" / "out.gguf", **options)  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ def refused(source: Path, folder: Path, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of dequantized trits, in halves."""
+    """A tiny model of dequantized trits in float16."""
     return write_model(tmp_path_factory.mktemp("published") / "model")
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with two matrices that never were quantized."""
+    """The same with two matrices that were never quantized."""
     return write_model(
         tmp_path_factory.mktemp("damaged") / "model", is_changed=lambda name: name.endswith("attn_k.weight")
     )
@@ -124,7 +124,7 @@ def test_some_accidental_fits(tmp_path: Path) -> None:
     assert (report.encoder, report.tensors_by_type["TRIT2"]) == ("v2", 14)
 
 
-def test_zeros_are_no_trits(tmp_path: Path) -> None:
+def test_zero_matrices_do_not_count_as_trits(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     weights = random_weights(read_config(source))
     write_shards(source, {name: 0 * tensor for name, tensor in weights.items()}, "F16")
@@ -150,23 +150,23 @@ def test_matrices_without_a_fit_are_quantized_when_asked(tmp_path: Path, damaged
     np.testing.assert_array_equal(both.raw("blk.0.attn_k.weight"), quantized.raw("blk.0.attn_k.weight"))
 
 
-def test_recover_wants_trits(tmp_path: Path) -> None:
+def test_recover_needs_trits(tmp_path: Path) -> None:
     message = refused(write_tiny_model(tmp_path / "model"), tmp_path, encoder="recover")
     assert "14 of 14 matrices" in message
     assert "and 11 more" in message
 
 
-def test_recover_wants_halves(tmp_path: Path) -> None:
+def test_recover_needs_float16(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model", dtype="F32")
     assert "is stored as float32, not as halves" in refused(source, tmp_path, encoder="recover")
 
 
-def test_recover_wants_matrices(tmp_path: Path, published: Path) -> None:
+def test_recover_needs_matrices(tmp_path: Path, published: Path) -> None:
     convert(published, tmp_path / "packed.gguf")
     assert "has no matrix to recover trits from" in refused(tmp_path / "packed.gguf", tmp_path, encoder="recover")
 
 
-def test_a_given_depth_is_the_most(tmp_path: Path, published: Path) -> None:
+def test_a_given_depth_is_the_maximum(tmp_path: Path, published: Path) -> None:
     assert "8 of 14 matrices" in refused(published, tmp_path, encoder="recover", depth=2)
     report: ConvertReport = convert(published, tmp_path / "smaller.gguf", depth=1)
     assert (report.encoder, report.tensors_by_type["TRIT1"]) == ("v2", 14)
@@ -175,6 +175,6 @@ def test_a_given_depth_is_the_most(tmp_path: Path, published: Path) -> None:
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "any.gguf").read_bytes()
 
 
-def test_every_encoder_can_follow(tmp_path: Path, damaged: Path) -> None:
+def test_every_quantizer_can_be_the_fallback(tmp_path: Path, damaged: Path) -> None:
     for name in (V2.name, ScaleSearch.name):
         assert convert(damaged, tmp_path / f"{name}.gguf", encoder=f"recover+{name}").encoder == f"recover+{name}"

@@ -1,4 +1,4 @@
-"""A conversion that was interrupted goes on, and gives the same bytes."""
+"""An interrupted conversion resumes and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("last", LAST)
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_going_on_gives_the_same_file(tmp_path: Path, last: str, calibrated: bool) -> None:
+def test_resuming_gives_the_same_file(tmp_path: Path, last: str, calibrated: bool) -> None:
     source, out = write_tiny_model(tmp_path / "model"), tmp_path / "files" / "out.gguf"
     out.parent.mkdir()
     windows = WINDOWS if calibrated else None
@@ -55,7 +55,7 @@ def test_going_on_gives_the_same_file(tmp_path: Path, last: str, calibrated: boo
     assert last in seen, "what was there already counts as progress too"
 
 
-def test_what_was_written_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_tensors_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write_tiny_model(tmp_path / "model"), tmp_path / "out.gguf"
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=interrupt_after("blk.1.attn_k.weight"))
@@ -83,7 +83,7 @@ def test_without_resume_it_starts_over(tmp_path: Path) -> None:
     assert not Path(f"{out}.part.journal").exists()
 
 
-def test_resume_with_nothing_to_go_on_with(tmp_path: Path) -> None:
+def test_resume_without_an_interrupted_run(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     convert(source, tmp_path / "a.gguf", resume=True)
     convert(source, tmp_path / "b.gguf")
@@ -117,11 +117,11 @@ def test_damaged_journals(tmp_path: Path) -> None:
         with pytest.raises(TritGgufError, match="start over without --resume"):
             convert(source, out, resume=True)
     journal.write_text("".join([lines[0], *lines[2:]]))  # a tensor is missing
-    with pytest.raises(TritGgufError, match="has not what its journal says"):
+    with pytest.raises(TritGgufError, match="does not match its journal"):
         convert(source, out, resume=True)
     journal.write_text("".join(lines))
     part.write_bytes(content[:4000])
-    with pytest.raises(TritGgufError, match="has not what its journal says"):
+    with pytest.raises(TritGgufError, match="does not match its journal"):
         convert(source, out, resume=True)
     part.write_bytes(content)
     journal.write_text("".join(lines) + '{"name": "torn')  # the last line was being written
@@ -150,7 +150,7 @@ def test_two_conversions_into_one_output(tmp_path: Path) -> None:
 
 
 def kill_and_resume(source: Path, out: Path, delay: float) -> bool:
-    """Kill a conversion after some seconds and go on with it; return whether it was killed in the middle."""
+    """Kill a conversion after some seconds and resume it; return whether it was killed before its end."""
     command = [sys.executable, "-m", "tritgguf", "convert", str(source), str(out), "--depth", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(delay)

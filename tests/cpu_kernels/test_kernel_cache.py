@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: old ones are not used, and a disk that fails stops nothing."""
+"""The cache of compiled kernels: stale kernels are not used, and disk errors are not raised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print(sum(read.stats.cache_hits.values()), sum(read.stats.cache_misses.values())
 
 @pytest.fixture
 def copied_package(tmp_path: Path) -> Path:
-    """Return a folder with a copy of the package, free to be changed."""
+    """Return a folder with a copy of the package, which a test may change."""
     folder = tmp_path / "copy"
     source = Path(kernel_cache.__file__).parent
     shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,30 +58,30 @@ def test_kernels_are_kept_until_any_source_changes(copied_package: Path, tmp_pat
     assert run_program(copied_package, **cache) == ("1 0", "")
 
 
-def test_the_next_best_folder_is_taken(copied_package: Path, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_falls_back_to_the_next(copied_package: Path, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     assert run_program(copied_package, NUMBA_CACHE_DIR=str(tmp_path / "a file" / "cache")) == ("0 1", "")
     assert list((copied_package / "cpu_kernels" / "threads" / "__pycache__").glob("*.nbc"))
 
 
-def test_without_any_folder_it_is_said_once(copied_package: Path, tmp_path: Path) -> None:
+def test_without_any_cache_folder_one_note_is_logged(copied_package: Path, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     (copied_package / "cpu_kernels" / "threads" / "__pycache__").write_text("")
     nowhere = str(tmp_path / "a file" / "cache")
-    calls, said = run_program(copied_package, NUMBA_CACHE_DIR=nowhere, XDG_CACHE_HOME=nowhere, HOME=nowhere)
+    calls, stderr = run_program(copied_package, NUMBA_CACHE_DIR=nowhere, XDG_CACHE_HOME=nowhere, HOME=nowhere)
     assert calls == "0 1"
-    assert said.startswith("note: compiled kernels cannot be kept")
-    assert said.count("\n") == 1
+    assert stderr.startswith("note: compiled kernels cannot be cached")
+    assert stderr.count("\n") == 1
 
 
 def new_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> KernelCache:
     monkeypatch.setattr("numba.config.CACHE_DIR", str(folder))
-    kernel_cache._say_once.cache_clear()
+    kernel_cache._warn_once.cache_clear()
     return KernelCache(bandwidth.read.py_func)
 
 
 def compile_with(cache: KernelCache) -> Any:
-    """Compile a kernel anew with this cache; return its dispatcher."""
+    """Compile a new dispatcher of a kernel with this cache, and return it."""
     import numba
 
     kernel = numba.njit(nogil=True)(bandwidth.read.py_func)
@@ -90,7 +90,7 @@ def compile_with(cache: KernelCache) -> Any:
     return kernel
 
 
-def test_a_full_disk_is_said_once(
+def test_a_full_disk_logs_one_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*arguments: object) -> None:
@@ -101,12 +101,12 @@ def test_a_full_disk_is_said_once(
     compile_with(cache)
     compile_with(cache)
     assert [message.split(": ")[3] for message in caplog.messages] == [
-        "No space left on device; NUMBA_CACHE_DIR names another folder"
+        "No space left on device; set NUMBA_CACHE_DIR to another folder"
     ]
 
 
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-def test_a_damaged_file_is_compiled_again(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_file_is_replaced(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = new_cache(monkeypatch, tmp_path)
     compile_with(cache)
     (path,) = tmp_path.rglob(pattern)

@@ -43,7 +43,7 @@ def test_empty_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     thread_pool = ThreadPool(2)
     monkeypatch.setattr(thread_pool, "run", lambda kernel, *arguments: calls.append((kernel.__name__, arguments[1])))
     assert launch_seconds(thread_pool, 3, 7, repetitions=2) >= 0
-    assert calls == [("meet", 7)] * 9
+    assert calls == [("repeat_barrier", 7)] * 9
 
 
 @pytest.mark.parametrize(("threads", "waits"), [(1, False), (2, True), (3, True)])

@@ -1,4 +1,4 @@
-"""`verify --layers`: what each block adds, and how much there is behind it."""
+"""`verify --layers`: the error of each block and the accumulated error after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = np.random.default_rng(0).integers(3, 400, (3, 32)).tolist()
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
-def test_only_the_quantized_block_errs(tmp_path: Path, variant: str) -> None:
+def test_only_the_quantized_block_has_an_error(tmp_path: Path, variant: str) -> None:
     source = write_tiny_model(tmp_path / "model", variant)
     for block in (0, 1):
         out = tmp_path / f"{block}.gguf"

@@ -1,4 +1,4 @@
-"""verify: its measures against values worked out by hand, its reference model, and whole runs."""
+"""verify: measures against values computed by hand, the reference model, and complete runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ needs_torch = pytest.mark.skipif(
 
 
 def logits_of(*rows: list[float]) -> np.ndarray:
-    """Logits with these probabilities; a different constant is added to each row, which must not matter."""
+    """Return logits of these probabilities plus a different constant per row, which must not matter."""
     shift = np.arange(len(rows), dtype=np.float64)[:, None] * 3
     return (np.log(np.array(rows)) + shift).astype(np.float32)
 
@@ -61,7 +61,7 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
     assert compare_logits(logits, logits, [1, 2, 3]).perplexity == pytest.approx(50)
 
 
-def test_perplexity_stays_finite_in_a_wrecked_model() -> None:
+def test_perplexity_of_a_broken_model_is_finite() -> None:
     logits = np.array([[5000.0, 0.0]] * 2, np.float32)
     assert math.isfinite(compare_logits(logits, logits, [1]).perplexity)
 
@@ -75,14 +75,14 @@ def test_percentile_interpolates() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
-def test_identical_logits_diverge_by_nothing(rows: int) -> None:
+def test_identical_logits_have_zero_divergence(rows: int) -> None:
     logits = np.random.default_rng(rows).normal(0, 20, (rows, 300)).astype(np.float32)
     result = compare_logits(logits, logits.copy(), [7] * (rows - 1))
     assert len(result.kl) == len(result.same_top) == rows
-    assert len(result.surprise) == rows - 1
+    assert len(result.nll) == rows - 1
     assert result.kl.max() == 0.0
     assert result.top1_agreement == 1.0
-    np.testing.assert_array_equal(result.surprise, result.surprise_reference)
+    np.testing.assert_array_equal(result.nll, result.nll_reference)
 
 
 def test_many_rows_equal_one_row_at_a_time() -> None:
@@ -95,7 +95,7 @@ def test_many_rows_equal_one_row_at_a_time() -> None:
         p, q = p / p.sum(), q / q.sum()
         assert together.kl[row] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-9)
         if row < 76:
-            assert together.surprise[row] == pytest.approx(-math.log(q[following[row]]), rel=1e-9)
+            assert together.nll[row] == pytest.approx(-math.log(q[following[row]]), rel=1e-9)
 
 
 def test_divergence_is_never_negative() -> None:
@@ -129,7 +129,7 @@ def test_windows_are_compared_one_by_one() -> None:
     reference, logits = np.random.default_rng(7).normal(0, 4, (2, 12, 40)).astype(np.float32)
     windows = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12]]
     together = compare_windows(windows, np.split(reference, [5]), np.split(logits, [5]))
-    assert len(together.kl) == 12 and len(together.surprise) == 10
+    assert len(together.kl) == 12 and len(together.nll) == 10
     np.testing.assert_array_equal(together.kl[5:], compare_logits(reference[5:], logits[5:], windows[1][1:]).kl)
     assert together.as_dict()["kl_mean"] == together.kl_mean
     with pytest.raises(ValueError):
@@ -144,7 +144,7 @@ def test_the_shipped_text_is_long_enough() -> None:
     assert 1400 < len(words) < 1800
 
 
-def test_windows_share_the_tokens_out() -> None:
+def test_windows_split_the_tokens() -> None:
     text = list(range(100, 120))
     assert split_windows(text, count=10, window=4, bos=None) == [text[:4], text[4:8], text[8:10]]
     assert split_windows(text, count=20, window=50, bos=None) == [text]
@@ -157,7 +157,7 @@ def test_every_window_starts_with_bos_which_counts() -> None:
     assert split_windows(text, count=500, window=12, bos=1) == [[1, *text[:11]], [1, *text[11:]]]
 
 
-def test_a_remainder_that_predicts_nothing_is_left_out() -> None:
+def test_a_last_window_without_predictions_is_dropped() -> None:
     text = list(range(9))
     assert split_windows(text, count=9, window=4, bos=None) == [text[:4], text[4:8]]
     assert split_windows(text, count=5, window=4, bos=7) == [[7, 0, 1, 2]]
@@ -173,7 +173,7 @@ def test_too_little_text(length: int, count: int, window: int) -> None:
 
 
 def as_gguf_source(source: Any) -> Any:
-    """The same model without its folder: what a stock GGUF file of it offers."""
+    """Return the same model as a source without a folder, like a stock GGUF file."""
     return SimpleNamespace(name="as GGUF", metadata=source.metadata, tensors=source.tensors, read=source.read)
 
 
@@ -183,7 +183,7 @@ def as_gguf_source(source: Any) -> Any:
     ["llama", "llama-tied", "llama-biases", "llama3-rope", "linear-rope", "yarn-rope", "mistral", "qwen2"],
 )
 def test_keys_and_tensors_make_the_model_that_transformers_loads(tmp_path: Path, kind: str) -> None:
-    """Checks names, row order, biases and rope scaling of the GGUF form, without our runner."""
+    """Check names, row order, biases and rope scaling of the GGUF form, without our runner."""
     from tritgguf.reference.model import ReferenceModel
 
     source = open_source(write_tiny_model(tmp_path / kind, kind))
@@ -195,7 +195,7 @@ def test_keys_and_tensors_make_the_model_that_transformers_loads(tmp_path: Path,
 
 @needs_torch
 @pytest.mark.parametrize(("first", "second"), [("llama", "llama-tied"), ("llama-tied", "llama")])
-def test_weights_of_a_model_with_the_other_kind_of_head(tmp_path: Path, first: str, second: str) -> None:
+def test_loading_changes_between_tied_and_separate_heads(tmp_path: Path, first: str, second: str) -> None:
     from tritgguf.reference.model import ReferenceModel
 
     model = ReferenceModel.open(open_source(write_tiny_model(tmp_path / first, first)))
@@ -232,7 +232,7 @@ def test_greedy_takes_the_largest_logit_and_stops(tmp_path: Path) -> None:
     assert model.greedy([5, 6, 7], 8, {stop}) == answer[: answer.index(stop)]
 
 
-# -- whole runs
+# -- complete runs
 
 
 @needs_torch
@@ -253,7 +253,7 @@ def test_greedy_takes_the_largest_logit_and_stops(tmp_path: Path) -> None:
         "qwen2-tied",
     ],
 )
-def test_the_runner_computes_what_the_file_says(tmp_path: Path, kind: str, depth: int) -> None:
+def test_the_runner_computes_the_files_model(tmp_path: Path, kind: str, depth: int) -> None:
     folder = write_tiny_model(tmp_path / kind, kind)
     convert(folder, tmp_path / "model.gguf", depth=depth)
     report = verify(folder, tmp_path / "model.gguf", tokens=160)
@@ -292,8 +292,10 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 @needs_torch
 @pytest.mark.parametrize("layers", [False, True])
-def test_several_files_are_as_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
-    """The source's logits are computed once; of each file the report is the one that it has alone."""
+def test_several_files_give_the_same_reports_as_single_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: bool
+) -> None:
+    """The source's logits are computed once, and each report equals that of the file alone."""
     from tritgguf.reference.model import ReferenceModel
 
     folder = write_tiny_model(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Exports of both kinds: the report, progress, and what stops them."""
+"""Exports to both formats: the report, progress, and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_report_and_progress(tiny_trit_file: Callable[..., GgufFile], empty: Pat
     file = tiny_trit_file("llama3-rope")
     steps: list[tuple[str, int, int]] = []
     report = export(file.path, empty / "out", to=to, progress=lambda *step: steps.append(step))
-    # A folder has its rope factors in config.json.
+    # A folder stores the rope factors in config.json.
     written = [name for name in file.tensors if to != "hf" or name != "rope_freqs.weight"]
     assert [step[0] for step in steps] == written
     assert steps[-1][1] == sum(file.tensors[name].n_bytes for name in written)
@@ -83,7 +83,7 @@ def test_an_existing_folder_is_never_touched(
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_no_folder_to_write_in(tiny_trit_file: Callable[..., GgufFile], empty: Path, to: str) -> None:
+def test_missing_parent_folder(tiny_trit_file: Callable[..., GgufFile], empty: Path, to: str) -> None:
     with pytest.raises(TritGgufError, match="folder does not exist"):
         export(tiny_trit_file().path, empty / "none" / "out", to=to)
     assert list(empty.iterdir()) == []
@@ -107,13 +107,13 @@ def test_a_missing_codebook(tiny_trit_file: Callable[..., GgufFile], empty: Path
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_no_trit_file(tiny_trit_file: Callable[..., GgufFile], empty: Path, tmp_path: Path, to: str) -> None:
+def test_not_a_trit_file(tiny_trit_file: Callable[..., GgufFile], empty: Path, tmp_path: Path, to: str) -> None:
     export(tiny_trit_file().path, tmp_path / "stock.gguf", to="f16")
     assert_refused(empty, "holds no trits", tmp_path / "stock.gguf", to)
     assert_refused(empty, "cannot be read", tmp_path / "missing.gguf", to)
 
 
-def test_no_language_model(empty: Path, tmp_path: Path) -> None:
+def test_not_a_language_model(empty: Path, tmp_path: Path) -> None:
     path = trit_bytes().write(tmp_path / "odd.gguf")
     assert_refused(empty, "no tensor token_embd.weight", path, "hf")
     export(path, empty / "out.gguf", to="f16")
@@ -124,10 +124,10 @@ def test_no_language_model(empty: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"to": "f32"}, "format f32 does not exist; choose from hf, f16, bf16, q8_0, q4_0"),
-        ({"max_shard_size": "many"}, "shard size many is no size"),
-        ({"max_shard_size": 0}, "shard size 0 is no size"),
-        ({"max_shard_size": "-5GB"}, "no size"),
-        ({"base_model": "Qwen2.5"}, "is no hub id"),
+        ({"max_shard_size": "many"}, "shard size many is not a size"),
+        ({"max_shard_size": 0}, "shard size 0 is not a size"),
+        ({"max_shard_size": "-5GB"}, "not a size"),
+        ({"base_model": "Qwen2.5"}, "is not a hub id"),
     ],
 )
 def test_bad_options(
@@ -137,7 +137,7 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_no_room(
+def test_disk_full(
     tiny_trit_file: Callable[..., GgufFile], empty: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(empty)

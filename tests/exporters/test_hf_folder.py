@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers loads them, and finds in them what the trit file holds."""
+"""Hugging Face folders: transformers loads the same model that the trit file holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path, Path]]:
-    """Return a function from a variant to its source, its trit file and its export, which are made once."""
+    """Return a cached function from a variant to its source, trit file and export."""
     root = tmp_path_factory.mktemp("exported")
 
     def make(variant: str) -> tuple[Path, Path, Path]:
@@ -46,8 +46,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return make
 
 
-def reference_halves(file: GgufFile) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a trit file's tensors by their Hugging Face names: the reference decoder's numbers, rounded to float16."""
+def reference_float16(file: GgufFile) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield a trit file's tensors by Hugging Face name, decoded by the reference decoder and rounded to float16."""
     arch = file.metadata["general.architecture"]
     heads, kv_heads = (file.metadata[f"{arch}.attention.{key}"] for key in ("head_count", "head_count_kv"))
     for name, info in file.tensors.items():
@@ -62,9 +62,9 @@ def reference_halves(file: GgufFile) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def assert_weights(folder: Path, file: GgufFile) -> None:
-    """Assert that a folder has the file's weights, bit for bit, and no others."""
+    """Assert that a folder has exactly the file's weights, bit for bit."""
     stored = open_shards(folder)
-    expected = dict(reference_halves(file))
+    expected = dict(reference_float16(file))
     assert stored.keys() == expected.keys()
     for name, halves in expected.items():
         assert stored[name].dtype == "F16"
@@ -109,7 +109,7 @@ def test_weights(exported: Callable[[str], tuple[Path, Path, Path]], variant: st
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits(exported: Callable[[str], tuple[Path, Path, Path]], variant: str) -> None:
-    """The source's own config with the file's rounded weights gives what the folder gives."""
+    """The source's config with the file's rounded weights gives the same logits as the folder."""
     source, path, folder = exported(variant)
     file = GgufFile(path)
     reference = ReferenceModel.open(open_source(source))
@@ -132,7 +132,7 @@ def test_tokenizer(exported: Callable[[str], tuple[Path, Path, Path]], variant: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_converting_again(exported: Callable[[str], tuple[Path, Path, Path]], tmp_path: Path, variant: str) -> None:
-    """The folder is a source like any other, and says the same of its model."""
+    """The folder is a valid source with the same metadata."""
     _, path, folder = exported(variant)
     convert(folder, tmp_path / "again.gguf", depth=2)
     first, again = GgufFile(path), GgufFile(tmp_path / "again.gguf")
@@ -171,7 +171,7 @@ def test_the_safetensors_library_reads_it(exported: Callable[[str], tuple[Path, 
 
     _, path, folder = exported("qwen2")
     loaded = load_file(folder / "model.safetensors")
-    for name, halves in reference_halves(GgufFile(path)):
+    for name, halves in reference_float16(GgufFile(path)):
         np.testing.assert_array_equal(loaded[name], halves)
 
 
@@ -186,7 +186,7 @@ def test_config(exported: Callable[[str], tuple[Path, Path, Path]]) -> None:
         if variant == "mistral":  # GGUF has one architecture for both classes
             names_of_the_file |= {"architectures", "model_type"} | (ours.keys() ^ theirs.keys())
         different = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-        # The tokens are those of the tokenizer's files; the tiny configs leave some of them out.
+        # Special tokens come from the tokenizer's files; the tiny configs lack some of them.
         assert different <= names_of_the_file | {"pad_token_id", "unk_token_id", "attention_bias"}, variant
         assert read_config(folder)["torch_dtype"] == "float16"
 
@@ -213,7 +213,7 @@ def test_the_small_files(exported: Callable[[str], tuple[Path, Path, Path]]) -> 
     ]
 
 
-def test_sampling_that_the_source_recommends(tmp_path: Path) -> None:
+def test_recommended_sampling_settings(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model", "qwen2")
     (source / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.8, "top_k": 20}')
     convert(source, tmp_path / "d2.gguf")

@@ -1,4 +1,4 @@
-"""The model card: front matter that YAML reads, and figures from the file."""
+"""The model card: valid YAML front matter, and figures from the file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_facts(tiny_trit_file: Callable[..., GgufFile], depth: int, levels: int,
     assert f"uniform d={depth}" in card
 
 
-def test_front_matter_of_what_the_source_says(tmp_path: Path) -> None:
+def test_front_matter_from_the_source(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     (source / "README.md").write_text(
         "---\nlicense: apache-2.0\nlanguage: [en, 'no']\ntags: [chat, 'a: \"b\"']\n---\n# Model\n", encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Tensors in blocks of rows: nothing is lost between them, and nothing is cut off."""
+"""Tensors in blocks of rows: no row is lost, and no weight is clipped."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_range(
     for value, is_held in ((fits, True), (too_large, False), (np.inf, False), (np.nan, False)):
         block[1, 7] = sign * value
         if is_held:
-            narrow = rows.narrow(block, kind)
-            halves = {F16: narrow, BF16: narrow.view(np.uint16)}.get(kind, narrow[:, :2])
+            converted = rows.to_type(block, kind)
+            halves = {F16: converted, BF16: converted.view(np.uint16)}.get(kind, converted[:, :2])
             assert np.isfinite(halves.view(np.float16) if kind != BF16 else 0).all()
             if kind == BF16:
                 assert (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)[1, 7] == sign * np.float32(
@@ -67,4 +67,4 @@ def test_range(
                 )
             continue
         with pytest.raises(TritGgufError, match=rf"blk\.0\.attn_q\.weight has a weight of .*{kind.name} cannot hold"):
-            rows.narrow(block, kind)
+            rows.to_type(block, kind)

@@ -1,4 +1,4 @@
-"""Stock GGUF files: what gguf-py reads in them is what the trit file decodes to."""
+"""Stock GGUF files: gguf-py reads the weights that the trit file decodes to."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_metadata(tiny_trit_file: Callable[..., GgufFile], tmp_path: Path, to: s
 
 
 def test_the_largest_error_of_each_type(tiny_trit_file: Callable[..., GgufFile], tmp_path: Path) -> None:
-    """In shares of a block's largest weight; Q4_0 has levels from -8 to 7, and both have scales in F16."""
+    """Errors relative to a block's largest weight; Q4_0 has levels from -8 to 7, and both types have F16 scales."""
     file = tiny_trit_file("llama", 4)
     for to, share in {"f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254 + 2**-11, "q4_0": 1 / 8 + 2**-11}.items():
         export(file.path, tmp_path / f"{to}.gguf", to=to)
@@ -101,7 +101,7 @@ def load_gguf(path: Path) -> Any:
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_transformers_reads_it(tmp_path: Path, variant: str) -> None:
-    """What transformers makes of the GGUF file is what it makes of the folder."""
+    """Transformers loads the same model from the GGUF file as from the folder."""
     import torch
     from transformers import AutoModelForCausalLM
 

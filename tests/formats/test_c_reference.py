@@ -1,4 +1,4 @@
-"""docs/trit_reference.c, bit for bit against docs/reference_decoder.py: both are written from docs/format.md alone."""
+"""docs/trit_reference.c against docs/reference_decoder.py, bit for bit; both are written from docs/format.md alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIRST_ROWS = 4
 
 
 class CReference:
-    """The compiled functions, with arrays in and out."""
+    """The compiled C functions with NumPy arrays as arguments."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -62,7 +62,7 @@ class CReference:
         return product
 
     def refuses(self, depth: int, columns: int) -> bool:
-        """Tell whether both functions say no, and write nothing."""
+        """Tell whether both functions return an error and write nothing."""
         row, codebook, out = b"", np.ones(27, np.float32), np.full(1, 7, np.float32)
         codes = (
             self._library.trit_decode_row(depth, columns, row, codebook, out),
@@ -86,7 +86,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> CReference:
 
 
 def expected_dot(row: np.ndarray, depth: int, codebook: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return float32 [1]: section 5 in float64, added one after the other, which is what cumsum does."""
+    """Return float32 [1]: section 5 in float64, summed in order (cumsum)."""
     levels, indices = naive.unpack_row(row.tobytes(), depth, len(x) // 16)
     h = (3**depth - 1) // 2
     steps = (codebook / np.float32(h))[indices].astype(np.float64)

@@ -1,4 +1,4 @@
-"""inspect: what a file says about itself, with and without trit tensors."""
+"""`inspect`: descriptions of files with and without trit tensors."""
 
 from __future__ import annotations
 

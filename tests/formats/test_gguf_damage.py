@@ -1,4 +1,4 @@
-"""Damaged GGUF files: whatever is wrong, one clear line says so and nothing is read out of bounds."""
+"""Damaged GGUF files: every fault gives a one-line error, and nothing is read out of bounds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_refused(path: Path, message: str) -> None:
 
 
 def read_everything(path: Path) -> None:
-    """Use everything a file offers; TritGgufError is the only error that may leave this."""
+    """Read everything in a file; only TritGgufError may be raised."""
     try:
         file = GgufFile(path)
     except TritGgufError:
@@ -102,7 +102,7 @@ def test_counts_beyond_the_file(tmp_path: Path, count: int) -> None:
         content = one_tensor()
         setattr(content, name, count)
         content.data = b""
-        # What lies behind the last entry is padding.
+        # The bytes after the last entry are padding.
         assert_refused(content.write(tmp_path / "bad.gguf"), "damaged|inside its header|tensor  has 0 dimensions")
 
 
@@ -267,7 +267,7 @@ def test_truncation_at_every_length(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        # The data's last bytes are the last tensor's, so that every cut is a loss.
+        # The file ends with the last tensor's data, so every truncation loses data.
         assert_refused(path, "inside its header|beyond the end|not a GGUF")
 
 

@@ -1,4 +1,4 @@
-"""Reading GGUF: what gguf-py writes reads back equal, and no damage gives anything but one clear line."""
+"""Reading GGUF files: round trips with gguf-py, and one-line errors for damaged files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tritgguf.formats.trit_types import DEPTHS, codebook_key
 F32, F16, Q8_0, TRIT2 = 0, 1, 8, 10002
 
 
-# -- what gguf-py writes
+# -- files written by gguf-py
 
 
 def written_with_all_types(path: Path) -> Path:

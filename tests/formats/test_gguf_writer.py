@@ -1,4 +1,4 @@
-"""The streaming writer: round trips, and nothing left behind when something goes wrong."""
+"""The streaming writer: round trips, and no files left after errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Check that an existing output stays as it is and that there is no other file afterwards."""
+    """Check that an existing output is unchanged and that no other file is left."""
     (folder / "out.gguf").write_bytes(b"the old file")
     yield
     assert names(folder) == ["out.gguf"]
@@ -168,7 +168,7 @@ def test_metadata_keeps_its_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [1, 26, 28, 60])
 def test_metadata_keeps_its_length(tmp_path: Path, length: int) -> None:
-    """A header of another length would lie over the first tensor, or leave a gap before it."""
+    """A header of another length would overwrite the first tensor or leave a gap before it."""
     changed = GGUFValue([1.0] * length, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
     with nothing_left_behind(tmp_path), pytest.raises(ValueError, match="changed its length"):  # noqa: SIM117
         with StreamingWriter(tmp_path / "out.gguf", METADATA, PLAN, overwrite=True) as writer:
@@ -254,7 +254,7 @@ def test_disk_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files with setrlimit")
 @pytest.mark.parametrize("limit", [100, 5000, 500_000])
 def test_the_system_refuses_to_write(tmp_path: Path, limit: int) -> None:
-    """A real failed write leaves bytes in the file object's buffer, which fail again when it is closed."""
+    """A failed write leaves bytes in the file object's buffer, and closing the file fails again."""
     import resource
 
     tensor = PlannedTensor("w", (1000, 250), F32, 1_000_000)

@@ -1,4 +1,4 @@
-"""Importance matrices: written and read again, llama.cpp's older format, and files that are not to be trusted."""
+"""Importance matrices: round trip, llama.cpp's older format, and untrusted files."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def test_older_format(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"blk.0.attn_q.weight.in_sum2": np.ones((1, 32), np.float32)}, "has 32 columns, but 64 in the model"),
-        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.nan, np.float32)}, "negative or no number"),
-        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), -1, np.float32)}, "negative or no number"),
-        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.inf, np.float32)}, "negative or no number"),
-        ({"blk.0.attn_q.weight.counts": np.full((1, 1), np.nan, np.float32)}, "is no number"),
+        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.nan, np.float32)}, "negative or not a number"),
+        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), -1, np.float32)}, "negative or not a number"),
+        ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.inf, np.float32)}, "negative or not a number"),
+        ({"blk.0.attn_q.weight.counts": np.full((1, 1), np.nan, np.float32)}, "is not a number"),
         ({"blk.0.attn_q.weight.counts": np.ones((1, 2), np.float32)}, "with one count"),
         ({"blk.0.attn_q.weight.counts": np.ones((1, 1), np.int32)}, "both F32"),
         ({"blk.0.attn_q.weight.counts": None}, "needs one tensor .in_sum2 and one .counts"),
@@ -122,7 +122,7 @@ def test_other_files(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(TritGgufError, match="no importance matrix"):
+    with pytest.raises(TritGgufError, match="not an importance matrix"):
         read_importance(tmp_path / "model.gguf", COLUMNS)
 
 

@@ -1,4 +1,4 @@
-"""`check`: what is whole passes, and every kind of damage is named."""
+"""`check`: undamaged files pass, and errors name every kind of damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices in blocks of rows: nothing changes by it but the memory, which does not grow with the matrix."""
+"""Matrices in blocks of rows: results do not change, and memory does not grow with the matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tritgguf.formats import matrix_rows
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
-from tritgguf.quantization.codebooks import in_ascending_order
+from tritgguf.quantization.codebooks import kth_smallest
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.quantization.recover import Fit, find_fit
 from tritgguf.quantization.scale_search import quantize_searched
@@ -35,21 +35,21 @@ MEGABYTE = 1 << 20
 
 @contextmanager
 def blocks_of(weights: int) -> Iterator[None]:
-    """Hold no matrix as a whole, and take so many weights at once."""
+    """Read every matrix in blocks of about this many weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_rows, "_WEIGHTS_HELD", 0)
-        patch.setattr(matrix_rows, "_WEIGHTS_AT_ONCE", weights)
+        patch.setattr(matrix_rows, "_MAX_WEIGHTS_IN_MEMORY", 0)
+        patch.setattr(matrix_rows, "_WEIGHTS_PER_BLOCK", weights)
         yield
 
 
 def lazily(weights: np.ndarray, multiple: int = 1) -> MatrixRows:
-    """Return a matrix that counts as unread."""
+    """Return a matrix whose rows are read on demand."""
     rows, columns = weights.shape
     return MatrixRows((rows, columns), weights.dtype, lambda first, last: weights[first:last].copy(), multiple)
 
 
 def joined(quantized: QuantizedRows) -> QuantizedMatrix:
-    """Put the parts of a quantized matrix together."""
+    """Concatenate the parts of a quantized matrix."""
     parts = list(quantized.parts)
     return QuantizedMatrix(
         parts[0].depth,
@@ -94,7 +94,7 @@ def test_blocks_are_the_rows_in_order(rows: int, columns: int, multiple: int, we
         assert all(block.size <= max(weights_at_once, columns) + (multiple - 1) * columns for block in blocks)
         assert all(first % multiple == 0 and (last % multiple == 0 or last == rows) for first, last in asked)
         wanted = np.sort(np.random.default_rng(seed).integers(0, rows, 5))
-        parts = dict(matrix.parts_with(wanted))
+        parts = dict(matrix.blocks_containing(wanted))
         for row in wanted.tolist():
             first = row // multiple * multiple
             np.testing.assert_array_equal(parts[first][row - first], weights[row])
@@ -110,8 +110,8 @@ def test_what_can_be_held_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     matrix = MatrixRows(weights.shape, weights.dtype, read, 1)
     for size, is_held in ((weights.size, True), (weights.size - 1, False)):
-        monkeypatch.setattr(matrix_rows, "_WEIGHTS_HELD", size)
-        monkeypatch.setattr(matrix_rows, "_WEIGHTS_AT_ONCE", 64)
+        monkeypatch.setattr(matrix_rows, "_MAX_WEIGHTS_IN_MEMORY", size)
+        monkeypatch.setattr(matrix_rows, "_WEIGHTS_PER_BLOCK", 64)
         held = matrix.held()
         reads.clear()
         assert len(list(held.blocks())) == (1 if is_held else 8)
@@ -189,17 +189,17 @@ def test_damage_is_found_before_the_first_part(row: int) -> None:
 
 
 @given(seed=st.integers(0, 1 << 30), blocks=st.integers(1, 4), spread=st.sampled_from([0.0, 1e-3, 1.0, 10.0]))
-def test_places_in_ascending_order(seed: int, blocks: int, spread: float) -> None:
+def test_kth_smallest(seed: int, blocks: int, spread: float) -> None:
     generator = np.random.default_rng(seed)
     parts = [np.exp(spread * generator.standard_normal((3, 7))).astype(np.float32) for _ in range(blocks)]
     parts[0][generator.random((3, 7)) < 0.3] = 0
     ordered = np.sort(np.concatenate(parts), axis=None)
-    places = {0, len(ordered) - 1, int(generator.integers(len(ordered)))}
-    assert all(in_ascending_order(parts, place) == ordered[place] for place in places)
+    ranks = {0, len(ordered) - 1, int(generator.integers(len(ordered)))}
+    assert all(kth_smallest(parts, rank) == ordered[rank] for rank in ranks)
 
 
 def dequantized(seed: int, rows: int, depth: int, half: str = "float16") -> np.ndarray:
-    """Return a matrix that a producer has quantized and dequantized, 128 columns."""
+    """Return a matrix of 128 columns that was quantized and dequantized."""
     generator = np.random.default_rng(seed)
     trits = generator.integers(-1, 2, (rows, 8, 16, depth)).astype(np.float64)
     codebook = generator.lognormal(-4, 1, 27).astype(np.float32)
@@ -263,8 +263,8 @@ def test_the_file_is_the_same(tmp_path: Path, variant: str, options: dict[str, A
 
 
 def peak_of(action: Callable[[], object]) -> int:
-    """Return the most bytes that Python and NumPy had allocated at once for an action."""
-    action()  # what is compiled or kept for good is no part of it
+    """Return the peak bytes that Python and NumPy allocate during an action."""
+    action()  # the first call compiles and fills caches, which do not count
     tracemalloc.start()
     try:
         action()
@@ -313,5 +313,5 @@ def test_memory_of_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     whole = peak_of(run)
     with blocks_of(1 << 16):
         blocks = peak_of(run)
-    # Held as a whole, both would be equal; how many blocks are under way depends on the threads' luck.
+    # If matrices were read as a whole, both peaks would be equal. The number of blocks in flight varies with timing.
     assert blocks < whole / 2

@@ -28,7 +28,7 @@ from tritgguf.formats.gguf_file import GgufFile
 
 
 def offset(depth: int) -> int:
-    """Return h, which a level lies above or below zero at most."""
+    """Return h, the largest level."""
     return (3**depth - 1) // 2
 
 

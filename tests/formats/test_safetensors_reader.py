@@ -1,4 +1,4 @@
-"""Damaged Hugging Face folders: each gives one clear line, and none is trusted."""
+"""Damaged and hostile Hugging Face folders: each gives a one-line error."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def other_dtype(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: is no valid JSON"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: is no valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[" * 100000), r"config\.json: is no valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json: is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100000), r"config\.json: is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: holds no JSON object"),
         (
             lambda folder: edit_config(folder, architectures=["BertModel"]),
@@ -184,7 +184,7 @@ def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

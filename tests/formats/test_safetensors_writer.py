@@ -1,4 +1,4 @@
-"""Safetensors shards: how tensors are distributed, and that the library reads what is written."""
+"""Safetensors shards: distribution of tensors, and reading them with the safetensors library."""
 
 from __future__ import annotations
 

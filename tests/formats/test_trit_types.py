@@ -74,7 +74,7 @@ def test_registration_leaves_stock_types_alone() -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0] == (32, 18)
 
 
-# -- in a program of its own, where nothing is imported yet
+# -- in a new process, where nothing is imported yet
 
 DUMP = "from gguf.scripts.gguf_dump import main; main()"
 

@@ -1,4 +1,4 @@
-"""Exact recovery: matrices of a simulated producer, compared by the reference decoder; and what has no exact fit."""
+"""Exact recovery: matrices of a simulated quantizer, checked with the reference decoder; matrices without a fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tritgguf.quantization import recover
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.recover import Fit, HalfType, NoFit, find_fit, recover_matrix
 
-KINDS = 64  # of matrices that `random_case` knows
+KINDS = 64  # of the matrices from `random_case`
 depths = pytest.mark.parametrize("depth", DEPTHS)
 half_types = pytest.mark.parametrize("half", HALVES)
 
@@ -38,7 +38,7 @@ def published(levels: np.ndarray, scales: np.ndarray, depth: int, order: str = "
 
 
 def recovered(weights: np.ndarray) -> QuantizedMatrix:
-    """Recover a matrix that must have a fit, and check it with the reference decoder."""
+    """Recover a matrix that has a fit, and check it with the reference decoder."""
     matrix = recover_matrix(weights, THREAD_POOL)
     assert isinstance(matrix, QuantizedMatrix)
     assert differing_numbers(matrix, weights) == 0
@@ -62,7 +62,7 @@ def as_halves(weights: np.ndarray, half: str) -> np.ndarray:
     return weights.astype(np.float16) if half == "float16" else bfloat16_bits(weights)
 
 
-# -- what is recovered
+# -- matrices with a fit
 
 
 @half_types
@@ -145,7 +145,7 @@ def test_largest_halves() -> None:
 
 
 def test_smallest_halves() -> None:
-    # Of numbers so small only multiples of 2**-24 remain, and every group of them allows many scales.
+    # Numbers this small are multiples of 2**-24, so every group allows many scales.
     bits = np.random.default_rng(3).integers(0, 5, (4, 64)).astype(np.uint16)
     assert recovered(bits.view(np.float16)).depth == 2
     recovered(bits)  # as bfloat16: multiples of 2**-133
@@ -159,7 +159,7 @@ def test_unneeded_scales_repeat_the_last() -> None:
 
 
 def test_large_matrix_is_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The sample sees a tenth of the groups; what it missed is found by looking for groups that do not fit.
+    # The sample has a tenth of the groups; the search for misfits finds the rest.
     monkeypatch.setattr(recover, "_SAMPLE", 64)
     monkeypatch.setattr(recover, "_MISFITS", 8)
     generator = np.random.default_rng(4)
@@ -187,7 +187,7 @@ def test_squares() -> None:
     assert matrix.squared_error == pytest.approx(np.sum((weights - decoded) ** 2))
 
 
-# -- what is not
+# -- matrices without a fit
 
 
 def some_scale_gives(weights: np.ndarray, depth: int) -> bool:
@@ -231,7 +231,7 @@ def test_ties(numerator: int, fits: bool) -> None:
 
 @half_types
 def test_weights_that_never_were_quantized(half: str) -> None:
-    message = r"has a group of weights \(row \d, columns \d+ to \d+\) that no scale gives at depth 4"
+    message = r"has a group of weights \(row \d, columns \d+ to \d+\) that no scale reproduces at depth 4"
     assert re.fullmatch(message, reason(as_halves(gaussian(), half)))
 
 
@@ -242,7 +242,7 @@ def test_more_than_27_scales() -> None:
 
 
 def test_a_scale_for_each_row() -> None:
-    # Ternary models of other kinds: at depth 4 each group allows forty scales, and the search for 27 is in vain.
+    # Other ternary models: at depth 4 each group allows forty scales, and the search finds no 27 for all.
     levels = np.random.default_rng(9).integers(-1, 2, (600, 4, 16))
     scales = np.random.default_rng(9).uniform(0.01, 0.02, (600, 1)).repeat(4, 1)
     assert "27" in reason(published(levels, scales, 1))

@@ -1,4 +1,4 @@
-"""Points that hit every set of ranges, against trying all of them."""
+"""Points that hit every set of ranges, against brute force."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hits(point: int, ranges_of_set: np.ndarray) -> bool:
 
 
 def exists(sets: list[np.ndarray], limit: int) -> bool:
-    """Try every choice of points."""
+    """Try all choices of points."""
     return any(
         all(any(hits(point, ranges_of_set) for point in points) for ranges_of_set in sets)
         for points in itertools.combinations(range(END), limit)
@@ -64,7 +64,7 @@ def test_several_ranges(sets: list[np.ndarray], limit: int) -> None:
         assert_covers(found, sets, limit)
 
 
-def test_greedy_choice_is_mended() -> None:
+def test_greedy_choice_is_improved() -> None:
     # The point at 5 hits four sets, but then two points are needed for the rest.
     sets = [np.array(r) for r in ([[1, 1], [5, 5]], [[1, 1], [5, 5]], [[5, 5], [9, 9]], [[5, 5], [9, 9]])]
     sets += [np.array([[1, 1], [12, 12]]), np.array([[9, 9], [13, 13]])]

@@ -1,4 +1,4 @@
-"""Decoder blocks one at a time are the whole model."""
+"""Decoder blocks, run one at a time, compute what the whole model computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_models import VARIANTS, write_tiny_model
 from tritgguf.exporters.export import export
 from tritgguf.reference.decoder_blocks import DecoderBlocks
 from tritgguf.reference.model import ReferenceModel
-from tritgguf.reference.process_settings import fast_products
+from tritgguf.reference.process_settings import bfloat16_matmul
 from tritgguf.sources.open import open_source
 
 WINDOWS = np.random.default_rng(0).integers(3, 400, (5, 24)).tolist()
@@ -20,7 +20,7 @@ NAMES = [name for name in VARIANTS if name != "unaligned"]
 
 
 def last_hidden(model: ReferenceModel) -> torch.Tensor:
-    """Return what the whole model's last block makes of the windows."""
+    """Return the output of the whole model's last block for the windows."""
     seen = []
     last = model.module.model.layers[-1]
     last.register_forward_hook(lambda module, given, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -38,7 +38,7 @@ def run_all(blocks: DecoderBlocks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", NAMES)
-def test_blocks_make_the_model(tmp_path: Path, variant: str) -> None:
+def test_blocks_compute_what_the_model_computes(tmp_path: Path, variant: str) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model", variant)))
     expected = last_hidden(ReferenceModel.open(source))
     found = run_all(DecoderBlocks(source))
@@ -64,7 +64,7 @@ def test_matrices_that_share_an_input(tmp_path: Path) -> None:
     assert names == [("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)]
 
 
-def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
+def test_observing_stops_after_the_last_matrix(tmp_path: Path) -> None:
     blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))))
     hidden = blocks.embed(WINDOWS)
     with blocks.block(0) as block:
@@ -72,7 +72,7 @@ def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
         block.forward(hidden, {name: seen.append for name, seen in everything.items()})
         some: dict[str, list[torch.Tensor]] = {name: [] for name in block.matrices}
         last = "blk.0.attn_output.weight"
-        block.inputs(hidden, {name: seen.append for name, seen in some.items()}, last=last)
+        block.observe_inputs(hidden, {name: seen.append for name, seen in some.items()}, last=last)
     for name, seen in some.items():
         assert bool(seen) == ("attn" in name)
         for found, expected in zip(seen, everything[name], strict=False):
@@ -81,21 +81,23 @@ def test_inputs_stop_where_they_are_told_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", NAMES)
-def test_known_inputs_save_what_makes_them(tmp_path: Path, variant: str) -> None:
+def test_cached_inputs_skip_the_rest_of_their_module(tmp_path: Path, variant: str) -> None:
     blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model", variant))))
     hidden = blocks.embed(WINDOWS)
     output, last = "blk.0.attn_output.weight", "blk.0.ffn_down.weight"
     with blocks.block(0) as block:
-        endings = block.endings(hidden)
-        assert endings.keys() == {output, last}
+        projections = block.output_projections(hidden)
+        assert projections.keys() == {output, last}
         kept: dict[str, list[torch.Tensor]] = {output: [], last: []}
         expected = block.forward(hidden, {name: seen.append for name, seen in kept.items()})
         block.set("blk.0.attn_v.weight", np.zeros_like(block.get("blk.0.attn_v.weight")))
         again: list[torch.Tensor] = []
-        block.inputs(hidden, {last: again.append}, last=last, known={endings[output]: torch.cat(kept[output])})
+        block.observe_inputs(
+            hidden, {last: again.append}, last=last, cached={projections[output]: torch.cat(kept[output])}
+        )
         assert torch.equal(torch.cat(again), torch.cat(kept[last]))
-        known = {endings[name]: torch.cat(seen) for name, seen in kept.items()}
-        assert torch.equal(block.forward(hidden, known=known), expected)
+        cached = {projections[name]: torch.cat(seen) for name, seen in kept.items()}
+        assert torch.equal(block.forward(hidden, cached=cached), expected)
         assert not torch.equal(block.forward(hidden), expected)
 
 
@@ -112,7 +114,7 @@ def test_a_weight_is_replaced_and_read_back(tmp_path: Path, variant: str, name: 
         weights = np.random.default_rng(0).standard_normal(block.get(name).shape).astype(np.float32)
         block.set(name, weights)
         np.testing.assert_array_equal(block.get(name), weights)
-        np.testing.assert_array_equal(kept, source.read(name))  # what was read before does not change
+        np.testing.assert_array_equal(kept, source.read(name))  # `get` returned a copy
         assert not torch.equal(block.forward(hidden), before)
     with blocks.block(0) as block:
         torch.testing.assert_close(block.forward(hidden), before)
@@ -126,9 +128,9 @@ def test_a_closed_block_takes_no_memory(tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in blocks._module.parameters())
 
 
-def test_fast_products_last_as_long_as_they_are_asked_for() -> None:
+def test_bfloat16_matmul_ends_with_its_context() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), fast_products():
+    with pytest.raises(KeyError), bfloat16_matmul():
         assert torch.get_float32_matmul_precision() == "medium"
         raise KeyError
     assert torch.get_float32_matmul_precision() == before

@@ -1,4 +1,4 @@
-"""What torch and transformers keep for the whole process is put back, whatever happens."""
+"""Process-wide settings of torch and transformers are always restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tritgguf.evaluation.layer_errors import layer_errors
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.reference.decoder_blocks import DecoderBlocks
 from tritgguf.reference.model import ReferenceModel
-from tritgguf.reference.process_settings import ProcessSetting, fast_products, silent_transformers, torch_threads
+from tritgguf.reference.process_settings import ProcessSetting, bfloat16_matmul, silent_transformers, torch_threads
 from tritgguf.sources.open import open_source
 
 WINDOWS = [[3, 4, 5, 6]] * 2
@@ -33,7 +33,7 @@ OTHER_THREADS = torch.get_num_threads() + 3
 
 
 def state() -> tuple[Any, ...]:
-    """All that we change of the process."""
+    """Return every process-wide setting that the package changes."""
     return (
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
@@ -77,33 +77,31 @@ def _layer_errors(source: Any, folder: Path) -> None:
         _layer_errors,
     ],
 )
-def test_computing_leaves_the_process_as_it_was(
-    compute: Callable[[Any, Path], object], source: Any, tmp_path: Path
-) -> None:
+def test_computing_restores_all_settings(compute: Callable[[Any, Path], object], source: Any, tmp_path: Path) -> None:
     before = state()
     compute(source, tmp_path)
     assert state() == before
 
 
-def test_our_own_computation_has_the_threads_that_were_asked_for(source: Any) -> None:
+def test_computing_uses_the_requested_threads(source: Any) -> None:
     seen: list[int] = []
 
-    def look(*anything: Any) -> None:
+    def record(*anything: Any) -> None:
         seen.append(torch.get_num_threads())
 
     model = ReferenceModel.open(source, threads=OTHER_THREADS)
-    model.module.register_forward_hook(look)
+    model.module.register_forward_hook(record)
     model.logits([3, 4])
     blocks = DecoderBlocks(source, threads=OTHER_THREADS)
     hidden = blocks.embed(WINDOWS)
     with blocks.block(0) as block:
-        look()
-        block.forward(hidden, {"blk.0.ffn_up.weight": look})
+        record()
+        block.forward(hidden, {"blk.0.ffn_up.weight": record})
     assert seen == [OTHER_THREADS] * 3
 
 
-@pytest.mark.parametrize("setting", [lambda: torch_threads(OTHER_THREADS), fast_products, silent_transformers])
-def test_a_setting_ends_with_its_block(setting: Callable[[], AbstractContextManager[None]]) -> None:
+@pytest.mark.parametrize("setting", [lambda: torch_threads(OTHER_THREADS), bfloat16_matmul, silent_transformers])
+def test_a_setting_ends_with_its_context(setting: Callable[[], AbstractContextManager[None]]) -> None:
     before = state()
     with pytest.raises(KeyError), setting():
         assert state() != before
@@ -111,8 +109,8 @@ def test_a_setting_ends_with_its_block(setting: Callable[[], AbstractContextMana
     assert state() == before
 
 
-@pytest.mark.parametrize("setting", [lambda: torch_threads(OTHER_THREADS), fast_products, silent_transformers])
-def test_blocks_that_overlap(setting: Callable[[], AbstractContextManager[None]]) -> None:
+@pytest.mark.parametrize("setting", [lambda: torch_threads(OTHER_THREADS), bfloat16_matmul, silent_transformers])
+def test_overlapping_contexts(setting: Callable[[], AbstractContextManager[None]]) -> None:
     before = state()
     first, second = setting(), setting()
     first.__enter__()
@@ -124,36 +122,36 @@ def test_blocks_that_overlap(setting: Callable[[], AbstractContextManager[None]]
     assert state() == before
 
 
-def test_no_number_of_threads_leaves_it_to_torch() -> None:
+def test_threads_of_none_keep_torchs_setting() -> None:
     before = state()
     with torch_threads(None):
         assert state() == before
 
 
-def test_blocks_with_values_of_their_own() -> None:
+def test_nested_contexts_with_different_values() -> None:
     value = [0]
     setting = ProcessSetting(lambda: value[0], lambda new: value.__setitem__(0, new))
-    with setting.held(1):
-        with setting.held(2):
+    with setting.set_to(1):
+        with setting.set_to(2):
             assert value == [2]
         assert value == [1]
     assert value == [0]
 
 
-def test_a_value_that_is_refused() -> None:
+def test_a_rejected_value() -> None:
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError), torch_threads(-1):
         pass
     assert torch.get_num_threads() == before
 
 
-def test_blocks_of_many_threads() -> None:
+def test_contexts_in_many_threads() -> None:
     value = [0]
     setting = ProcessSetting(lambda: value[0], lambda new: value.__setitem__(0, new))
 
     def work() -> None:
         for _ in range(1000):
-            with setting.held(7):
+            with setting.set_to(7):
                 assert value == [7]
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -164,7 +162,7 @@ def test_blocks_of_many_threads() -> None:
     assert value == [0]
 
 
-def test_the_environment_is_left_alone() -> None:
+def test_the_environment_is_restored() -> None:
     script = (
         "import os\nfrom tritgguf.reference.model import require_torch\n"
         "before = dict(os.environ)\nrequire_torch()\nprint(dict(os.environ) == before)"

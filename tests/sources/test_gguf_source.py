@@ -113,7 +113,7 @@ def test_stored_numbers_of_other_types_are_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0"])
 def test_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(matrix_rows, "_WEIGHTS_AT_ONCE", 1000)
+    monkeypatch.setattr(matrix_rows, "_WEIGHTS_PER_BLOCK", 1000)
     folder = open_source(write_tiny_model(tmp_path / "folder"))
     source = open_source(write_stock(tmp_path / "stock.gguf", folder, qtype=gguf.GGMLQuantizationType[name]))
     for tensor in source.tensors:

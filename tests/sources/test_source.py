@@ -1,4 +1,4 @@
-"""Sources of a conversion: folders, hub ids, stock GGUF files, and everything that may be wrong with them."""
+"""Sources of a conversion: folders, hub ids, stock GGUF files, and their errors."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return what a value is after it has been stored in a dtype."""
+    """Return values rounded to a dtype."""
     if dtype == "BF16":
         return (to_bfloat16(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
     return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Permute the rows of Q or K the slow way: halves of a head become pairs."""
+    """Permute the rows of Q or K with plain loops: halves of a head become pairs."""
     head = len(rows) // heads
     order = [
         start + i + half for start in range(0, len(rows), head) for i in range(head // 2) for half in (0, head // 2)
@@ -183,7 +183,7 @@ def test_a_tied_head_that_is_stored_is_left_out(tmp_path: Path) -> None:
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     write_shards(folder, weights, "F16")
     assert "output.weight" not in {tensor.name for tensor in open_source(folder).tensors}
-    # transformers keeps a head that differs from the embedding whatever config.json says.
+    # transformers keeps a head that differs from the embedding, even if config.json says that they are tied.
     weights["lm_head.weight"] = weights["lm_head.weight"].copy()
     weights["lm_head.weight"][447, 127] += 1
     write_shards(folder, weights, "F16")
@@ -209,7 +209,7 @@ def test_a_sliding_window_is_a_key(tmp_path: Path) -> None:
     assert key not in open_source(folder).metadata
     edit_json(folder / "config.json", sliding_window=64)
     assert open_source(folder).metadata[key].value == 64
-    for variant in ("llama", "qwen2"):  # which have none unless they are told to use it
+    for variant in ("llama", "qwen2"):  # without a window unless use_sliding_window is set
         other = write_tiny_model(tmp_path / variant, variant, sliding_window=64)
         assert not any("sliding" in name for name in open_source(other).metadata)
 

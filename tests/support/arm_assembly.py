@@ -15,15 +15,15 @@ _TRIPLE = "aarch64-unknown-linux-gnu"
 
 
 def arm_assembly(emit: Callable[..., object], arguments: int) -> str:
-    """Return the assembly of a function that `emit` fills: it gets Vectors and as many i64 as there are arguments.
+    """Return the assembly of a function whose body `emit` emits, given Vectors and `arguments` i64 values.
 
-    Skips the test where this llvmlite compiles for no Arm processor.
+    Skips the test if this llvmlite cannot compile for Arm.
     """
     try:
         llvm.initialize_all_targets()
         target = llvm.Target.from_triple(_TRIPLE)
     except RuntimeError:
-        pytest.skip("this llvmlite compiles for no Arm processor")
+        pytest.skip("this llvmlite cannot compile for Arm")
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = _TRIPLE

@@ -1,4 +1,4 @@
-"""A few hundred strings on which tokenizers disagree, if they do: the same ones every time."""
+"""A few hundred deterministic strings that are difficult for tokenizers."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ WRITTEN = (
     "   head",
     "\n\n\nhead",
     "\t\t\thead\t\t\ttail\t\t\t",
-    "\u2581 \u2581\u2581a\u2581b",  # SentencePiece's own space sign
-    "\u0120a \u010a \u0100\u0101",  # letters that byte-level BPE writes bytes as
-    "<0x0A> <0xE2> <0x00>",  # how SentencePiece spells bytes
+    "\u2581 \u2581\u2581a\u2581b",  # SentencePiece's space symbol
+    "\u0120a \u010a \u0100\u0101",  # letters that stand for bytes in byte-level BPE
+    "<0x0A> <0xE2> <0x00>",  # byte tokens of SentencePiece
     "<unk> <s> </s> <pad> [PAD] [UNK]",
     "!!! ??? ... --- === *** ### $$$ %%% ^^^ &&& ((( ))) [[[ ]]] {{{ }}} ~~~ ``` '''",
     "!?!?\n!?!?\r\n;;\n\n//\n/*\n*/",
     "\u2026\u2014\u2013\u201c\u201d\u2018\u2019\u00ab\u00bb\u2022\u2192\u21d2\u2211\u221e\u2260\u2264\u00b1\u20ac\u00a3\u00a5\u20bf",
-    "\u0130\u0131 \u01c5 \u1fb3 \ufb01 \ufb03 \u017f \u212a \u1e9e \u0345",  # letters whose case is odd
-    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd \ufdd0 \uffff",  # private use, replacement, no characters
+    "\u0130\u0131 \u01c5 \u1fb3 \ufb01 \ufb03 \u017f \u212a \u1e9e \u0345",  # letters with unusual case mappings
+    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd \ufdd0 \uffff",  # private use, replacement, noncharacters
     "x" * 300,
     "ab" * 200,
     "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
@@ -96,7 +96,7 @@ _ALPHABETS = (
 
 
 def awkward_strings(special_tokens: Sequence[str] = ()) -> list[str]:
-    """Return about four hundred strings without surrogates, some with the given texts of control tokens inside."""
+    """Return about four hundred strings without surrogates; some contain the given special tokens."""
     generator = random.Random(0)
     strings = list(WRITTEN)
     for alphabet in _ALPHABETS:
@@ -111,6 +111,6 @@ def awkward_strings(special_tokens: Sequence[str] = ()) -> list[str]:
 
 
 def _any_character(generator: random.Random) -> str:
-    """Return a character that UTF-8 can write."""
+    """Return a random character that is not a surrogate."""
     code = generator.randrange(0x110000 - 0x800)
     return chr(code if code < 0xD800 else code + 0x800)

@@ -1,4 +1,4 @@
-"""Windows of tokens to calibrate tiny models on, and what came of it."""
+"""Token windows for the calibration of tiny models, and the error of the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def packed_names(folder: Path) -> list[str]:
 
 
 def logit_error(source: Path, file: Path) -> float:
-    """Return the squared error of the logits on other text, over the logits' squares."""
+    """Return the relative squared error of the logits on other text."""
     model = ReferenceModel.open(open_source(str(source)))
     expected = np.array([model.logits(window) for window in OTHERS])
     model.load_file(GgufFile(file))

@@ -1,4 +1,4 @@
-"""Running the command line in a test: in this process, in another, and as at a terminal."""
+"""Running the command line in a test: in this process, in a subprocess, or as if at a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def fails(capsys: Capture, *arguments: str) -> str:
-    """Run a command that must fail with one line and exit code 1; return the line."""
+    """Run a command, assert that it fails with a one-line error and exit code 1, and return the line."""
     assert app.main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -31,7 +31,7 @@ def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[s
 
 
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let stdin and stdout be a terminal's. (No fixture: pytest sets stdout anew when the test starts.)"""
+    """Make stdin and stdout look like a terminal. (Not a fixture: pytest replaces stdout when the test starts.)"""
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)

@@ -1,4 +1,4 @@
-"""Models in other forms than a tiny folder: a stock GGUF file, a damaged trit file."""
+"""Tiny models in other forms: with a damaged weight, or as a stock GGUF file."""
 
 from __future__ import annotations
 

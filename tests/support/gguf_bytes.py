@@ -1,4 +1,4 @@
-"""GGUF files byte by byte, right or wrong on purpose."""
+"""GGUF files built byte by byte, valid or deliberately invalid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def floats(values: Sequence[float]) -> bytes:
 
 
 def tensor(name: str, shape: Sequence[int], type_id: int, offset: int, n_dimensions: int | None = None) -> bytes:
-    """Return a tensor's entry; `shape` in NumPy order."""
+    """Return a tensor's header entry; `shape` is in NumPy order."""
     dimensions = len(shape) if n_dimensions is None else n_dimensions
     lengths = struct.pack(f"<{len(shape)}Q", *reversed(shape))
     return string(name) + struct.pack("<I", dimensions) + lengths + struct.pack("<IQ", type_id, offset)
@@ -42,7 +42,7 @@ def tensor(name: str, shape: Sequence[int], type_id: int, offset: int, n_dimensi
 
 @dataclass
 class GgufBytes:
-    """The parts of a file; counts are those of the lists unless given."""
+    """The parts of a file; the counts are the lengths of the lists unless they are given."""
 
     keys: list[bytes] = field(default_factory=list)
     tensors: list[bytes] = field(default_factory=list)
@@ -55,7 +55,7 @@ class GgufBytes:
 
     @property
     def header(self) -> bytes:
-        """Everything before the padding that the data begins behind."""
+        """The bytes before the padding and the data."""
         tensor_count = len(self.tensors) if self.tensor_count is None else self.tensor_count
         key_count = len(self.keys) if self.key_count is None else self.key_count
         counts = struct.pack("<IQQ", self.version, tensor_count, key_count)
@@ -68,7 +68,7 @@ class GgufBytes:
 
 
 def trit_bytes(depth: int = 2, codebook: bytes | None = None) -> GgufBytes:
-    """Return a file of a trit matrix `w` [3, 128] of `random_levels`, and a vector `v` of 0 to 3."""
+    """Return a file with a trit matrix `w` [3, 128] of `random_levels` and a vector `v` of 0 to 3."""
     levels, indices = random_levels(depth, 3, 128)
     data = pack(levels, indices, depth).tobytes()
     second = bytes(-len(data) % 32) + np.arange(4, dtype=np.float32).tobytes()

@@ -1,7 +1,7 @@
-"""Slow, obviously right implementations of the format, the encoder, the products and the model: the tests' oracle.
+"""Reference implementations for tests: the format, the encoder, the products and the model; simple and slow.
 
-The format is written down as in `docs/format.md`, digit by digit. Everything else is float64, except where the
-format itself prescribes binary32.
+The format follows `docs/format.md`, digit by digit. All other arithmetic is float64, unless the format specifies
+float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 # -- the packed row
 
 LEVEL, SCALE, ZERO = "level", "scale", "zero"
-Digit = tuple[int, str, int, int]  # radix, what it belongs to, index in the row, divisor: value // divisor % radix
+Digit = tuple[int, str, int, int]  # radix, field, index in the row, divisor; the digit is value // divisor % radix
 
 
 def row_layout(depth: int, groups: int) -> list[list[Digit]]:
@@ -58,13 +58,13 @@ def row_layout(depth: int, groups: int) -> list[list[Digit]]:
 
 
 def pack_row(levels: Sequence[int], indices: Sequence[int], depth: int) -> bytes:
-    """Pack one row: levels + h, and scale indices, to bytes."""
+    """Pack one row of levels + h and scale indices to bytes."""
     values = {LEVEL: [int(u) for u in levels], SCALE: [int(i) for i in indices], ZERO: [0]}
     row = b""
     for word in row_layout(depth, len(indices)):
         code = 0
-        for radix, kind, index, divisor in word:
-            code = code * radix + values[kind][index] // divisor % radix
+        for radix, field, index, divisor in word:
+            code = code * radix + values[field][index] // divisor % radix
         row += (-(-code * 65536 // 59049)).to_bytes(2, "little")
     return row
 
@@ -74,8 +74,8 @@ def unpack_row(row: bytes, depth: int, groups: int) -> tuple[np.ndarray, np.ndar
     values = {LEVEL: [0] * (16 * groups), SCALE: [0] * groups, ZERO: [0]}
     for number, word in enumerate(row_layout(depth, groups)):
         fraction = int.from_bytes(row[2 * number : 2 * number + 2], "little")
-        for radix, kind, index, divisor in word:
-            values[kind][index] += ((fraction * radix) >> 16) * divisor
+        for radix, field, index, divisor in word:
+            values[field][index] += ((fraction * radix) >> 16) * divisor
             fraction = fraction * radix & 0xFFFF
     return np.array(values[LEVEL]), np.array(values[SCALE])
 
@@ -96,7 +96,7 @@ def decode(levels: np.ndarray, indices: np.ndarray, codebook: np.ndarray, depth:
 
 
 def quantize_activations(x: np.ndarray, bits: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps [..., columns] and the step sizes [..., columns / 16] of float32 vectors."""
+    """Quantize float32 vectors: return the integers [..., columns] and the step sizes [..., columns / 16]."""
     most = 2 ** (bits - 1) - 1
     groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
     largest = np.abs(groups).max(axis=-1)
@@ -106,15 +106,15 @@ def quantize_activations(x: np.ndarray, bits: int = 16) -> tuple[np.ndarray, np.
 
 
 def exact_steps(levels: np.ndarray, indices: np.ndarray, codebook: np.ndarray, depth: int) -> np.ndarray:
-    """Return the weights of levels + h in float64, from the format's float32 steps."""
+    """Return the weights of levels + h in float64, with the format's float32 steps."""
     steps = (np.asarray(codebook, np.float32) / np.float32(largest_level(depth))).astype(np.float64)
     return np.repeat(steps[indices], 16, axis=-1) * (np.asarray(levels, np.int64) - largest_level(depth))
 
 
 def trit_product(weights: np.ndarray, integers: np.ndarray, step_sizes: np.ndarray) -> np.ndarray:
-    """Multiply weights [rows, columns] with the quantized vectors that the kernels are given, in float64.
+    """Multiply weights [rows, columns] with quantized vectors in float64.
 
-    integers [tokens, columns]; step_sizes [tokens, columns / 16].
+    integers: [tokens, columns]; step_sizes: [tokens, columns / 16].
     """
     return (integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)) @ weights.T
 
@@ -123,17 +123,17 @@ def trit_product(weights: np.ndarray, integers: np.ndarray, step_sizes: np.ndarr
 
 
 def wanted_scales(weights: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return each group's scale (float32 [rows, columns / 16]) and how clear the choice was.
+    """Return each group's scale (float32 [rows, columns / 16]) and the margin of its choice.
 
-    The candidates are the sorted magnitudes 10, 12, 14 and 15; the first with the least squared error wins. The
-    second array is the relative distance from its error to that of the best candidate of another value.
+    The candidates are the sorted magnitudes 10, 12, 14 and 15; the first with the least squared error is chosen. The
+    margin is the relative difference to the error of the best candidate with another value.
     """
     h = largest_level(depth)
     groups = weights.reshape(len(weights), -1, 16).astype(np.float64)
     scales = np.zeros(groups.shape[:2], np.float32)
     margins = np.full(groups.shape[:2], np.inf)
-    for place in np.ndindex(*scales.shape):
-        group = groups[place]
+    for index in np.ndindex(*scales.shape):
+        group = groups[index]
         errors: dict[float, float] = {}
         for candidate in np.sort(np.abs(group))[[10, 12, 14, 15]]:
             if candidate > 0:
@@ -141,15 +141,15 @@ def wanted_scales(weights: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarr
                 errors.setdefault(candidate, np.sum((group - level * candidate / h) ** 2))
         if errors:
             best = min(errors, key=lambda scale: errors[scale])
-            scales[place] = best
+            scales[index] = best
             others = [error for scale, error in errors.items() if scale != best]
             if others:
-                margins[place] = (min(others) - errors[best]) / min(others)
+                margins[index] = (min(others) - errors[best]) / min(others)
     return scales, margins
 
 
 def log_spaced_codebook(scales: np.ndarray, largest: float, quantile: float) -> np.ndarray:
-    """Return 27 scales with one ratio between neighbours, from a quantile of the wanted ones up to the largest."""
+    """Return 27 scales with a constant ratio, from a quantile of the wanted scales to the largest magnitude."""
     wanted = sorted(float(scale) for scale in scales.flat if scale > 0)
     if not wanted:
         return np.zeros(27)
@@ -161,31 +161,31 @@ def log_spaced_codebook(scales: np.ndarray, largest: float, quantile: float) -> 
 
 
 def root_mean_square_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
-    """Return vectors of the root mean square 1, times a weight."""
+    """Return the RMS norm of vectors [..., columns]."""
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weight
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Return the shares of scores."""
+    """Return the softmax of scores."""
     powers = np.exp(x - x.max())
     return powers / powers.sum()
 
 
 def rotate(head: np.ndarray, angles: np.ndarray, interleaved: bool) -> np.ndarray:
-    """Turn each pair of a head's elements, as a complex number, by its angle."""
+    """Rotate each pair of a head's elements, as a complex number, by its angle."""
     half = len(head) // 2
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
-    turned = np.empty_like(head)
+    rotated = np.empty_like(head)
     for (a, b), angle in zip(pairs, angles, strict=True):
         number = complex(head[a], head[b]) * complex(np.cos(angle), np.sin(angle))
-        turned[a], turned[b] = number.real, number.imag
-    return turned
+        rotated[a], rotated[b] = number.real, number.imag
+    return rotated
 
 
 def transformer_logits(
     metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tokens: Sequence[int]
 ) -> np.ndarray:
-    """Return the logits [tokens, vocabulary] of a `llama` or `qwen2` model, given its GGUF keys and tensors."""
+    """Return the logits [tokens, vocabulary] of a `llama` or `qwen2` model from its GGUF metadata and tensors."""
     arch = metadata["general.architecture"]
     heads, kv_heads = metadata[f"{arch}.attention.head_count"], metadata[f"{arch}.attention.head_count_kv"]
     epsilon = metadata[f"{arch}.attention.layer_norm_rms_epsilon"]
@@ -201,7 +201,7 @@ def transformer_logits(
     def project(layer: int, name: str, x: np.ndarray) -> np.ndarray:
         return x @ weights[f"blk.{layer}.{name}.weight"].T + weights.get(f"blk.{layer}.{name}.bias", 0.0)
 
-    def turned_heads(x: np.ndarray) -> np.ndarray:
+    def rotated_heads(x: np.ndarray) -> np.ndarray:
         split = x.reshape(len(x), -1, dim)
         return np.array(
             [
@@ -213,14 +213,14 @@ def transformer_logits(
     x = weights["token_embd.weight"][list(tokens)]
     for layer in range(metadata[f"{arch}.block_count"]):
         normed = root_mean_square_norm(x, weights[f"blk.{layer}.attn_norm.weight"], epsilon)
-        q, k = (turned_heads(project(layer, name, normed)) for name in ("attn_q", "attn_k"))
+        q, k = (rotated_heads(project(layer, name, normed)) for name in ("attn_q", "attn_k"))
         v = project(layer, "attn_v", normed).reshape(len(x), kv_heads, dim)
         attended = np.empty_like(q)
         for t in range(len(x)):
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                shares = softmax(k[: t + 1, shared] @ q[t, head] / np.sqrt(dim))
-                attended[t, head] = shares @ v[: t + 1, shared]
+                probabilities = softmax(k[: t + 1, shared] @ q[t, head] / np.sqrt(dim))
+                attended[t, head] = probabilities @ v[: t + 1, shared]
         x = x + project(layer, "attn_output", attended.reshape(len(x), -1))
         normed = root_mean_square_norm(x, weights[f"blk.{layer}.ffn_norm.weight"], epsilon)
         gate = project(layer, "ffn_gate", normed)

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence in pages, with random numbers, and their float64 copies."""
+"""Random keys and values of one sequence in pages, and their float64 copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def as_stored(x: np.ndarray, dtype: type) -> np.ndarray:
-    """Return float32 numbers as pages keep them."""
+    """Return float32 numbers in the element type of pages."""
     return x.astype(np.float16).view(np.uint16) if dtype is np.uint16 else x
 
 
@@ -29,9 +29,9 @@ def as_float64(stored: np.ndarray) -> np.ndarray:
 
 
 class PagedLayers:
-    """Pages of one sequence, for some layers; in memory they lie in the opposite order.
+    """Pages of one sequence, for some layers; they are in reverse order in memory.
 
-    Numbers are read and written as arrays [layers, kv_heads, positions, padded_dim].
+    Keys and values are read and written as arrays [layers, kv_heads, positions, padded_dim].
     """
 
     def __init__(self, layers: int, kv_heads: int, positions: int, dim: int, dtype: type) -> None:
@@ -42,7 +42,7 @@ class PagedLayers:
         self.table = np.array([[page.ctypes.data for page in self.pages[::-1]]], np.int64)
 
     def read(self, part: int) -> np.ndarray:
-        """Return all keys (0) or values (1), as they are stored."""
+        """Return all keys (part 0) or values (part 1), in the stored element type."""
         layers, kv_heads, _, padded = self.shape
         pages = []
         for page in self.pages[::-1, part]:
@@ -54,7 +54,7 @@ class PagedLayers:
         return np.concatenate(pages, axis=2)
 
     def write(self, part: int, numbers: np.ndarray) -> None:
-        """Store all keys (0) or values (1), given as `read` returns them."""
+        """Store all keys (part 0) or values (part 1), given as `read` returns them."""
         layers, kv_heads, positions, padded = self.shape
         for number, first in enumerate(range(0, positions, PAGE)):
             some = numbers[:, :, first : first + PAGE]
@@ -74,10 +74,10 @@ class PagedLayers:
         return as_float64(self.read(1))[0, :, :, : self.dim]
 
     def key_values(self) -> KeyValues:
-        """Return what kernels take; the sequence is number 0."""
-        turns = angles(self.shape[2], self.dim)[np.newaxis]
+        """Return the kernels' argument; the sequence has index 0."""
+        position_angles = angles(self.shape[2], self.dim)[np.newaxis]
         layers, kv_heads, _, padded = self.shape
-        cosines, sines = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+        cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
         return KeyValues(self.table, self.pages[0, 0, :1], layers, kv_heads, padded, cosines, sines)
 
     def scratch(self, heads: int, threads: int) -> Scratch:
@@ -87,7 +87,7 @@ class PagedLayers:
 def random_layers(
     layers: int, kv_heads: int, positions: int, dim: int, dtype: type, filled: int, seeds: Sequence[int] = (1, 2)
 ) -> PagedLayers:
-    """Return pages whose first `filled` positions are random; beyond them they hold NaN, but for the padding."""
+    """Return pages whose first `filled` positions are random; later positions are NaN, and the padding is zero."""
     made = PagedLayers(layers, kv_heads, positions, dim, dtype)
     for part, seed in enumerate(seeds):
         numbers = random(*made.shape, seed=seed)

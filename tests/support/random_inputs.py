@@ -1,4 +1,4 @@
-"""Random matrices and vectors for the kernels, each with the float64 weights that it stands for."""
+"""Random matrices and vectors for the kernels, with their weights in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def half_matrix(rows: int, columns: int, seed: int = 0) -> tuple[Matrix, np.ndar
 
 
 def vectors(tokens: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Return float32 [tokens, columns] with a few elements a hundred times the others, as real models have."""
+    """Return float32 [tokens, columns] with a few outliers a hundred times the others, like real activations."""
     generator = np.random.default_rng((seed, tokens, columns))
     x = generator.standard_normal((tokens, columns)).astype(np.float32)
     x[:, :: max(1, columns // 3)] *= 100
@@ -44,7 +44,7 @@ def vectors(tokens: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 def batch_of(x: np.ndarray, bits: int = 16) -> Batch:
-    """Return float32 [tokens, columns] as the prefill kernels take them."""
+    """Quantize float32 [tokens, columns] for the prefill kernels."""
     batch = Batch(*x.shape, bits=bits)
     batch.x[:] = x
     batch.quantize(THREAD_POOL)
@@ -52,12 +52,12 @@ def batch_of(x: np.ndarray, bits: int = 16) -> Batch:
 
 
 def batch_integers(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Return a batch's steps in their natural order, int64 [tokens, columns], and step sizes [tokens, groups]."""
-    blocks, groups, units, lanes, places = batch.integers.shape
-    by_token = batch.integers.transpose(0, 3, 1, 2, 4)  # [blocks, lanes, groups, units, places]
-    if places == 4:  # a unit is weights 2 j, 2 j + 1, 2 j + 8, 2 j + 9
+    """Return a batch's integers in column order, int64 [tokens, columns], and its step sizes [tokens, groups]."""
+    blocks, groups, units, lanes, unit_size = batch.integers.shape
+    by_token = batch.integers.transpose(0, 3, 1, 2, 4)  # [blocks, lanes, groups, units, unit_size]
+    if unit_size == 4:  # a unit is elements 2 j, 2 j + 1, 2 j + 8, 2 j + 9
         by_token = by_token.reshape(blocks, lanes, groups, units, 2, 2).transpose(0, 1, 2, 4, 3, 5)
-    else:  # weights j, j + 8
+    else:  # a unit is elements j, j + 8
         by_token = by_token.transpose(0, 1, 2, 4, 3)
     integers = by_token.reshape(blocks * lanes, 16 * groups)
     step_sizes = batch.scales.transpose(0, 2, 1).reshape(blocks * lanes, groups)
@@ -66,7 +66,7 @@ def batch_integers(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def vector_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same of one vector, float32 [columns], as the decode kernels take it: [1, ...]."""
+    """Quantize one vector, float32 [columns], for the decode kernels; return integers and step sizes, [1, ...]."""
     vector = Activations(1, len(x)).vector(0)
     vector[0][:] = x
     quantize_row(*vector)
@@ -77,7 +77,7 @@ def vector_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def products(
     matrices: list[tuple[Matrix, np.ndarray]], x: np.ndarray, integers: np.ndarray, step_sizes: np.ndarray
 ) -> np.ndarray:
-    """Return what a projection of the matrices should give, float64 [tokens, rows of all matrices]."""
+    """Return the expected product of a projection, float64 [tokens, rows of all matrices]."""
     parts = []
     for matrix, weights in matrices:
         if matrix.depth:
@@ -88,19 +88,19 @@ def products(
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Assert that a float32 result is as exact as float32 sums are: to 1e-6 of the largest, or to denormal steps."""
+    """Assert that a float32 result has the accuracy of float32 sums: 1e-6 of the largest, or denormal steps."""
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max() + 1e-43)
 
 
 def naive_levels(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Return a packed matrix's levels + h [rows, columns] and scale indices, as the format reads any bytes."""
+    """Return a packed matrix's levels + h [rows, columns] and scale indices; any bytes are valid input."""
     rows = matrix.data.reshape(matrix.rows, -1)
     unpacked = [naive.unpack_row(row.tobytes(), matrix.depth, matrix.columns // 16) for row in rows]
     return np.array([levels for levels, _ in unpacked]), np.array([indices for _, indices in unpacked])
 
 
 def damaged_matrix(depth: int) -> tuple[Matrix, np.ndarray]:
-    """Return 9 rows of random words, which a packer would not write, and the weights that they decode to."""
+    """Return 9 rows of random bytes, which include invalid words, and the weights that they decode to."""
     data = np.random.default_rng(depth).integers(0, 256, 9 * row_bytes(depth, 192), dtype=np.uint8)
     data[: row_bytes(depth, 192)] = 255
     matrix = Matrix(data, 9, 192, depth, CODEBOOK)
@@ -108,10 +108,10 @@ def damaged_matrix(depth: int) -> tuple[Matrix, np.ndarray]:
 
 
 def rounded_once(matrix: Matrix, group: int, integers: np.ndarray, step_size: np.float32) -> np.ndarray:
-    """Return, to the bit, a packed matrix times a vector that has zeros in all groups but one: float32 [rows]."""
+    """Return the exact bits of a packed matrix times a vector with one non-zero group: float32 [rows]."""
     levels, indices = naive_levels(matrix)
     h = naive.largest_level(matrix.depth)
-    places = slice(16 * group, 16 * group + 16)
-    sums = (levels[:, places] - h) @ integers[places]
+    columns = slice(16 * group, 16 * group + 16)
+    sums = (levels[:, columns] - h) @ integers[columns]
     steps = CODEBOOK / np.float32(h)
     return np.asarray(sums.astype(np.float32) * (steps[indices[:, group]] * step_size))

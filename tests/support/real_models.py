@@ -1,4 +1,4 @@
-"""Where tools put the real models that some tests read."""
+"""The folder of the real models that some tests read."""
 
 from pathlib import Path
 

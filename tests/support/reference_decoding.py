@@ -1,4 +1,4 @@
-"""docs/reference_decoder.py as a module, and what its tests share."""
+"""docs/reference_decoder.py as a module, and helpers of its tests."""
 
 from __future__ import annotations
 

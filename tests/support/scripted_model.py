@@ -1,4 +1,4 @@
-"""A loaded model whose answer is written down beforehand."""
+"""A fake loaded model that generates a given list of tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ START, END = 1, 2
 
 
 class ScriptedModel:
-    """Says its script, a token for each output, whatever it is told; behaves like a Model in all else.
+    """Generates the tokens of its script, one per output, for any input; otherwise behaves like a Model.
 
-    The second likeliest token is always the one behind it in the vocabulary.
+    The second likeliest token is always the next one in the vocabulary.
 
     Attributes:
-        calls: the tokens of every forward pass.
+        calls: the tokens of each forward pass.
 
     """
 
@@ -42,7 +42,7 @@ class ScriptedModel:
 
     @property
     def text(self) -> list[int]:
-        """The tokens of the sequence that the last forward pass went on with."""
+        """The tokens of the sequence that the last forward pass continued."""
         return self._texts[self._last_sequence]
 
     def new_kv_pool(self, **options: Any) -> KVPool:
@@ -73,7 +73,7 @@ class ScriptedModel:
 
 
 def scripted(script: Sequence[int] | str, context: int = 512, template: str | None = CHAT_TEMPLATE) -> Any:
-    """A LoadedModel; a script given as text ends the turn after it. Its attribute `model` is the scripted one."""
+    """Return a LoadedModel with a ScriptedModel as its attribute `model`; a script given as text ends the turn."""
     tokens = tokenizer()
     if isinstance(script, str):
         script = [*encode(tokens, script), END]
@@ -90,5 +90,5 @@ def scripted(script: Sequence[int] | str, context: int = 512, template: str | No
 
 
 def set_context(loaded: Any, context: int) -> None:
-    """Give a scripted model an engine with another context."""
+    """Give a scripted model an engine with another context length."""
     loaded.engine = Engine(loaded.model, context=context, parallel=4)

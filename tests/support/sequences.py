@@ -1,4 +1,4 @@
-"""A model with one sequence, as most tests want it."""
+"""A model with one sequence, as most tests need it."""
 
 from __future__ import annotations
 

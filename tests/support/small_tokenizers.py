@@ -1,4 +1,4 @@
-"""Tokenizers small enough to read, and their metadata."""
+"""Tiny tokenizers and their GGUF metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tritgguf.tokenization.tokenizer import KEY_HUGGINGFACE, Tokenizer
 
 
 def metadata(kind: str = "smollm", **keys: Any) -> dict[str, Any]:
-    """The keys that a file with one of the tiny tokenizers has; `keys` go under tokenizer.ggml."""
+    """Return the metadata of a file with a tiny tokenizer; `keys` are added under tokenizer.ggml."""
     model, pre, bos, eos = ("llama", "default", 1, 2) if kind == "sentencepiece" else ("gpt2", kind, 0, 2)
     entries = {"model": model, "pre": pre, "bos_token_id": bos, "eos_token_id": eos, **keys}
     return {

@@ -1,4 +1,4 @@
-"""What several tests of sources need."""
+"""Helpers of the tests of sources."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tritgguf.tokenization.hf_to_gguf import tokenizer_metadata
 
 
 def fails(location: Path | str, message: str) -> None:
-    """Assert that a source is refused with one line that matches `message`."""
+    """Assert that opening a source fails with a one-line error that matches `message`."""
     with pytest.raises(TritGgufError, match=message) as caught:
         open_source(location)
     assert "\n" not in str(caught.value)
 
 
 def tokenizer_values(folder: Path, vocabulary: int = PADDED_VOCABULARY) -> dict[str, Any]:
-    """Return key -> plain value of a folder's tokenizer, which must give no warnings."""
+    """Return the metadata of a folder's tokenizer, key -> value; assert that there are no warnings."""
     metadata, warnings = tokenizer_metadata(folder, vocabulary, add_space_prefix_key=True)
     assert warnings == []
     return {key: value.value for key, value in metadata.items()}

@@ -1,4 +1,4 @@
-"""A source distribution of llama-cpp-python, without llama.cpp in it."""
+"""A fake source distribution of llama-cpp-python, without llama.cpp's sources."""
 
 from __future__ import annotations
 

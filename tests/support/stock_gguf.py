@@ -1,4 +1,4 @@
-"""Trit files as stock GGUF files that llama.cpp opens, of kinds that `export` does not write."""
+"""Trit files as stock GGUF files for llama.cpp, in forms that `export` does not write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tritgguf.sources.source import Source
 
 
 def write_float32(file: GgufFile, output: Path) -> Path:
-    """Write every tensor dequantized, as F32, which rounds nothing; return the new file's path."""
+    """Write every tensor dequantized to F32, without rounding; return the new file's path."""
     metadata = {key: file.value(key) for key in file.metadata if not key.startswith("trit.")}
     tensors = file.tensors.values()
     plan = [PlannedTensor(info.name, info.shape, F32, 4 * info.n_weights) for info in tensors]
@@ -26,7 +26,7 @@ def write_float32(file: GgufFile, output: Path) -> Path:
 
 
 def write_vocabulary(source: Source, output: Path) -> Path:
-    """Write what `convert` would write of a source before any tensor; return the new file's path."""
+    """Write a source's metadata as `convert` does, without tensors; return the new file's path."""
     with StreamingWriter(output, _all_float32(source.metadata), []):
         return output
 

@@ -1,7 +1,7 @@
-"""Random-weight Hugging Face folders, written without torch in a few milliseconds each.
+"""Tiny Hugging Face folders with random weights, written without torch in a few milliseconds each.
 
-`VARIANTS` names one model for each thing that sets architectures and checkpoints apart; `write_tiny_model`
-writes one of them. Everything is a multiple of 64 except in `unaligned`. The same seed gives the same bytes.
+`VARIANTS` has one model for each difference between architectures and checkpoints; `write_tiny_model` writes one of
+them. All dimensions are multiples of 64 except in `unaligned`. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
-# Keyword arguments of write_tiny_model. Config entries are written into config.json as they are.
+# Keyword arguments of write_tiny_model; entries of config.json are written unchanged.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True, "dtype": "BF16"},
@@ -90,10 +90,10 @@ _ARGUMENTS = ("architecture", "tokenizer", "dtype", "shards", "seed")
 
 
 def write_tiny_model(folder: Path, variant: str = "llama", **changes: Any) -> Path:
-    """Write the variant into `folder`, which is made if it is not there, and return the folder.
+    """Write the variant to `folder`, which is created if necessary, and return the folder.
 
-    `changes` replace the variant's arguments: architecture, tokenizer (`smollm`, `qwen2`, `llama-bpe`,
-    `gpt-2` or `sentencepiece`), dtype (`F32`, `F16` or `BF16`), shards, seed, and any entry of config.json.
+    `changes` replace the variant's arguments: architecture, tokenizer (`smollm`, `qwen2`, `llama-bpe`, `gpt-2` or
+    `sentencepiece`), dtype (`F32`, `F16` or `BF16`), shards, seed, and any entry of config.json.
     """
     arguments = {**VARIANTS[variant], **changes}
     config = tiny_config(**{key: value for key, value in arguments.items() if key not in ("dtype", "shards", "seed")})
@@ -106,7 +106,7 @@ def write_tiny_model(folder: Path, variant: str = "llama", **changes: Any) -> Pa
 
 
 def tiny_config(architecture: str = "LlamaForCausalLM", **entries: Any) -> dict[str, Any]:
-    """Return a config.json: 2 layers, 128 wide, 4 heads of 32, 2 of them for keys and values."""
+    """Return a config.json: 2 layers, hidden size 128, 4 query heads and 2 KV heads of dimension 32."""
     tokenizer = entries.pop("tokenizer", "smollm")
     bos, eos = (1, 2) if tokenizer == "sentencepiece" else (0, 2)
     config = {
@@ -131,7 +131,7 @@ def tiny_config(architecture: str = "LlamaForCausalLM", **entries: Any) -> dict[
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return float32 weights under their Hugging Face names, scaled so that activations stay near one."""
+    """Return float32 weights by Hugging Face name, scaled so that activations stay near 1."""
     generator = np.random.default_rng(seed)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
@@ -173,7 +173,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Write a safetensors file. The library's own writer for NumPy has no BF16."""
+    """Write a safetensors file; the library's writer for NumPy does not support BF16."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     chunks, offset = [], 0
     for name, values in sorted(weights.items()):
@@ -193,14 +193,14 @@ def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], dtype: str)
 
 
 def write_safetensors_parts(path: Path, header: Mapping[str, Any], data: bytes) -> None:
-    """Write a safetensors file from a header, which may be wrong on purpose, and its data."""
+    """Write a safetensors file from a header, which may be deliberately invalid, and its data."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def write_shards(folder: Path, weights: Mapping[str, np.ndarray], dtype: str, shards: int = 1) -> None:
-    """Write model.safetensors, or that many shards with their index."""
+    """Write model.safetensors, or several shards with their index."""
     if shards == 1:
         write_safetensors(folder / "model.safetensors", weights, dtype)
         return
@@ -274,7 +274,7 @@ def _begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
 
 
 def _sentencepiece_json() -> str:
-    """Llama 2's kind: spaces as U+2581, bytes for unknown characters, merges ordered by score."""
+    """Return a tokenizer like Llama 2's: spaces as U+2581, byte fallback, merges ordered by score."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=180, show_progress=False)
@@ -309,7 +309,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def edit_json(path: Path, **entries: Any) -> None:
-    """Add entries to a JSON file, or replace them."""
+    """Add or replace entries of a JSON file."""
     _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
 
 

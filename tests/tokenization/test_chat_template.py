@@ -1,4 +1,4 @@
-"""Chat templates: rendering as transformers does, in a sandbox, with messages that stay messages."""
+"""Chat templates: agreement with transformers, the sandbox, and no control tokens from messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rendered(template: str, content: str = "Hi") -> str:
 
 
 def all_text(tokens: Tokenizer, ids: list[int]) -> str:
-    """The text of all tokens, control tokens too."""
+    """Return the text of all tokens, including control tokens."""
     return tokens._tokenizer.decode(ids, skip_special_tokens=False)
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece models, read without the library."""
+"""SentencePiece models, read without the sentencepiece library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def field(number: int, wire_type: int, payload: bytes) -> bytes:
 
 
 def sentencepiece_model(pieces: list[Piece], model_type: int = 2) -> bytes:
-    """Write what sentencepiece would, with a field in between that nobody asks for."""
+    """Return a serialized SentencePiece model with an additional unknown field."""
     parts = [
         field(
             1,
@@ -73,7 +73,7 @@ def test_any_bytes_are_pieces_or_a_clear_error(
         try:
             assert all(isinstance(piece.text, str) for piece in read_pieces(path))
         except TritGgufError as error:
-            assert str(error).startswith(f"{path}: is no SentencePiece model")
+            assert str(error).startswith(f"{path}: is not a SentencePiece model")
 
 
 def test_a_model_that_is_cut_short_is_refused(tmp_path: Path) -> None:
@@ -85,5 +85,5 @@ def test_a_model_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([Piece("a", 0.0, 1)], model_type=1))
-    with pytest.raises(TritGgufError, match="of kind BPE"):
+    with pytest.raises(TritGgufError, match="of type BPE"):
         read_pieces(tmp_path / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: its bounds stay its own, and it is replaced when it ends."""
+"""The process that renders chat templates: its limits do not affect the parent, and it is replaced when it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ resource = pytest.importorskip("resource")
 ECHO = "{{ text }}"
 ENDLESS = 3 * "{% for a in range(9999) %}" + 3 * "{% endfor %}"
 GREEDY = "{{ 'a' * 1000000000 }}"
-# Compares 2**60 pairs in one operation, which no signal interrupts.
+# Compares 2**60 pairs in one operation, which signals cannot interrupt.
 UNINTERRUPTIBLE = (
     "{% set n = namespace(a=[0], b=[0]) %}"
     "{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
@@ -45,7 +45,7 @@ def child(renderer: Renderer) -> subprocess.Popen[bytes]:
 
 
 def run_script(script: str) -> str:
-    """Run a program that comes through stdin, as one that is typed does; return what it prints."""
+    """Run a program from stdin, as if typed; return its output."""
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.strip()
 

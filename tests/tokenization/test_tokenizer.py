@@ -1,4 +1,4 @@
-"""Tokenizer: the GGUF keys, control tokens as text, and text that arrives token by token."""
+"""Tokenizer: GGUF keys, control tokens as text, and streaming decoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("smollm", "qwen2", "llama-bpe", "sentencepiece")
 
 
 def with_tokens(*contents: str, special: bool = True) -> dict[str, Any]:
-    """The smollm tokenizer with more added tokens."""
+    """Return the metadata of the smollm tokenizer with more added tokens."""
     keys = metadata()
     serialized = json.loads(keys[KEY_HUGGINGFACE])
     for content in contents:
@@ -155,7 +155,7 @@ def test_control_tokens_are_parsed_or_stay_text(kind: str) -> None:
     assert tokens.encode(text, add_special=False, parse_special=True).count(end_id) == 1
     assert end_id not in encode(tokens, text)
     assert tokens.decode(encode(tokens, text)) == text
-    # The switch is the library's and sticks; every call sets it anew.
+    # The library's switch is persistent; every call must set it.
     assert tokens.encode(text, add_special=False, parse_special=True).count(end_id) == 1
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF keys to tokenizer.json."""
+"""Conversion of tokenizers from GGUF keys to tokenizer.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SMOLLM2_IDS = {
 
 @pytest.fixture(scope="module")
 def round_trips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Tokenizer]]:
-    """Return kind -> (the tokenizer, the one made from its GGUF keys)."""
+    """Return tokenizer type -> (the tokenizer, the one made from its GGUF keys)."""
     pairs = {}
     for kind in (*BYTE_LEVEL_KINDS, "sentencepiece"):
         values = tokenizer_values(write_tokenizer_folder(tmp_path_factory.mktemp(kind), kind))
@@ -77,7 +77,7 @@ def test_any_text_survives_the_round_trip(
 
 
 def merge_by_score(text: str, tokens: list[str], scores: list[float]) -> list[str]:
-    """Do what llama.cpp does for SentencePiece: join the neighbours of the highest score, leftmost first."""
+    """Tokenize like llama.cpp's SentencePiece: join the neighbors with the highest score, leftmost first."""
     parts = list("\u2581" + text.replace(" ", "\u2581")) if text else []
     score_of = dict(zip(tokens, scores, strict=True))
     while True:
@@ -142,10 +142,10 @@ def test_llama_3_takes_a_word_that_is_a_token_as_it_is(pre: str, expected: list[
         ("smollm", {"tokenizer.ggml.pre": None}, "convert the Hugging Face checkpoint instead"),
         ("smollm", {"tokenizer.ggml.model": "bert"}, "model is bert"),
         ("smollm", {"tokenizer.ggml.tokens": None}, r"tokens is missing"),
-        ("smollm", {"tokenizer.ggml.tokens": [1, 2]}, r"tokens is missing or of another type"),
+        ("smollm", {"tokenizer.ggml.tokens": [1, 2]}, r"tokens is missing or has the wrong type"),
         ("smollm", {"tokenizer.ggml.token_type": [1]}, "448 tokens but 1 token types"),
-        ("smollm", {"tokenizer.ggml.merges": ["ab"]}, "'ab' is no pair"),
-        ("smollm", {"tokenizer.ggml.merges": ["qq qqqq"]}, "makes no valid tokenizer"),
+        ("smollm", {"tokenizer.ggml.merges": ["ab"]}, "'ab' is not a pair"),
+        ("smollm", {"tokenizer.ggml.merges": ["qq qqqq"]}, "the tokenizer is not valid"),
         ("llama-bpe", {"tokenizer.ggml.bos_token_id": 10**9}, "bos_token_id is 1000000000"),
         ("sentencepiece", {"tokenizer.ggml.scores": [0.5]}, "448 tokens but 1 scores"),
         ("sentencepiece", {"tokenizer.ggml.unknown_token_id": -1}, "unknown_token_id is -1"),

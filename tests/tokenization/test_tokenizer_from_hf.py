@@ -1,4 +1,4 @@
-"""Tokenizers from Hugging Face folders to GGUF keys and back."""
+"""Conversion of tokenizers from Hugging Face folders to GGUF keys and back."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_more_tokens_than_rows_of_the_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "kind None is not supported"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "kind Unigram is not supported"),
+        ({"model": None}, "type None is not supported"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "type Unigram is not supported"),
         (
             {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": None},
             "neither on bytes",
@@ -184,11 +184,11 @@ def test_more_tokens_than_rows_of_the_embedding(tmp_path: Path) -> None:
         ({"model": {"type": "BPE", "vocab": {"a": "0"}}}, "token id '0' does not fit"),
         ({"model": {"type": "BPE", "vocab": {"a": -1}}}, "token id -1 does not fit"),
         ({"model": {"type": "BPE", "vocab": {}, "byte_fallback": True}}, "no list of merges"),
-        ({"model": {"type": "BPE", "vocab": {}, "byte_fallback": True, "merges": [1]}}, "no pair of tokens"),
-        ({"added_tokens": 3}, "added_tokens is no list"),
+        ({"model": {"type": "BPE", "vocab": {}, "byte_fallback": True, "merges": [1]}}, "not a pair of tokens"),
+        ({"added_tokens": 3}, "added_tokens is not a list"),
         ({"added_tokens": [{"id": "0", "content": "a"}]}, "has no id or no content"),
         ({"added_tokens": [{"id": 10**9, "content": "a"}]}, "token id 1000000000 does not fit"),
-        ({"decoder": {"type": "Nonsense"}}, "makes no valid tokenizer"),
+        ({"decoder": {"type": "Nonsense"}}, "the tokenizer is not valid"),
         ({"post_processor": {"processors": 3}}, "JSON files are damaged"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_damaged_tokenizer_json_gives_a_clear_error(tmp_path: Path, changes: d
 
 def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer_folder(tmp_path, "smollm", chat_template="half a pair: \ud83d")
-    with pytest.raises(TritGgufError, match=r"tokenizer\.chat_template would hold half of a surrogate"):
+    with pytest.raises(TritGgufError, match=r"tokenizer\.chat_template would contain half of a surrogate"):
         tokenizer_values(folder)
 
 

@@ -1,4 +1,4 @@
-"""The drawing that all charts share: well-formed, whatever the texts, with one style."""
+"""The drawing class of all charts: well-formed SVG for any text, one style."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Damaged input by the thousand."""
+"""Fuzzing: damaged input for every reader."""

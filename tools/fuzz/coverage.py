@@ -1,4 +1,4 @@
-"""A coverage-guided run of the GGUF header's reader, with atheris (`pip install atheris`) and libFuzzer's options.
+"""Coverage-guided fuzzing of the GGUF header's reader with atheris (`pip install atheris`); takes libFuzzer's options.
 
 python -m tools.fuzz.coverage -runs=1000000
 """
@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["tritgguf"]):
 
 
 def main() -> None:
-    """Let atheris make files, beginning with a sound one; everything but a refusal is a finding."""
+    """Let atheris mutate files, starting from a valid one; any exception but TritGgufError is a finding."""
     with tempfile.TemporaryDirectory(prefix="tritgguf-fuzz-") as folder:
         path, corpus = Path(folder) / "damaged.gguf", Path(folder) / "corpus"
         corpus.mkdir()

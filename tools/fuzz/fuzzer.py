@@ -1,12 +1,12 @@
-"""Damaged input by the thousand: nothing may crash, hang, print a traceback or read outside of its memory.
+"""Fuzz every reader with damaged input: nothing may crash, hang, print a traceback or read out of bounds.
 
     python -m tools.fuzz.fuzzer --seconds 60 --seed 1
     python -m tools.fuzz.fuzzer --target gguf-header --cases 1000000
     python -m tools.fuzz.fuzzer --target command --cases 10000
-    python -m tools.fuzz.fuzzer --target command --seed 1 --first 4711 --cases 1    # one case again
+    python -m tools.fuzz.fuzzer --target command --seed 1 --first 4711 --cases 1    # repeats one case
 
-A case is its target, the seed and its number. Cases run in a child process; when that dies or takes more than ten
-seconds for a case, it is a finding, and another child goes on behind it.
+A case is given by its target, the seed and its number. Cases run in a child process. If the child dies or a case takes
+more than ten seconds, this is a finding, and another child continues with the next case.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Make = Callable[[], Target]
 
 @dataclass
 class Result:
-    """What became of one target."""
+    """The result of one target."""
 
     target: str
     cases: int = 0
@@ -51,9 +51,9 @@ class Result:
 
 
 def fuzz(make: Make, result: Result, *, seed: int, first: int, cases: int, seconds: float) -> None:
-    """Run cases of a target from number `first` on until there are enough, into `result`.
+    """Run `cases` cases of a target from number `first` on, for at most `seconds`; fill in `result`.
 
-    `make` returns the target in the child process: threads that the parent had would be missing there.
+    `make` makes the target in the child process, because a fork does not keep the parent's threads.
     """
     started = time.perf_counter()
     number = first
@@ -67,8 +67,8 @@ def fuzz(make: Make, result: Result, *, seed: int, first: int, cases: int, secon
 
 def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seconds: float) -> int:
     """Run cases in a child process until it ends; return the number of the next case."""
-    # The case that is running and when it began. Each is stored in one piece; `struct` would write zeros first, and
-    # whoever read those would take the case for one that hangs.
+    # The number of the running case and its start time. Each store is atomic; `struct` would write zeros first, and the
+    # parent could take a case that it reads then for one that hangs.
     progress = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
     progress[0], progress[1] = first - 1, time.monotonic()
     reports_out, reports_in = os.pipe()
@@ -110,7 +110,7 @@ def _child(make: Make, result: Result, *, seed: int, first: int, last: int, seco
 def _run_cases(
     make: Make, target: str, progress: memoryview[float], reports: int, seed: int, first: int, last: int, seconds: float
 ) -> None:
-    """Run cases one after the other, each with a random generator of its own; write findings down."""
+    """Run cases one after the other, each with its own random generator; report findings through a pipe."""
     faulthandler.enable()
     run = make()
     deadline = time.monotonic() + seconds
@@ -130,13 +130,13 @@ def _run_cases(
 
 def main(
     seconds: Annotated[float, typer.Option(help="For all targets together, if --cases is not given.")] = 60.0,
-    seed: Annotated[int, typer.Option(help="Of the damage.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the damage.")] = 1,
     target: Annotated[str | None, typer.Option(help=", ".join(TARGETS), show_default="all")] = None,
     cases: Annotated[int | None, typer.Option(min=1, help="Of each target.", show_default="as time allows")] = None,
     first: Annotated[int, typer.Option(min=0, help="Number of the first case.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Give damaged input to every reader; exit code 1 when one does what it must not."""
+    """Give damaged input to every reader; exit code 1 if there is a finding."""
     if target is not None and target not in TARGETS:
         raise typer.BadParameter(f"choose from {', '.join(TARGETS)}", param_hint="--target")
     names = [target] if target else list(TARGETS)
@@ -163,7 +163,7 @@ def main(
 
 
 def _fast_folder() -> str | None:
-    """Return a folder in memory, where there is one: a disk would see a million files come and go."""
+    """Return a folder in memory if there is one: a run writes a million files."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 

@@ -1,4 +1,4 @@
-"""Damage that knows where the fields are: bytes of a file with its fields marked, and JSON values."""
+"""Mutations that know the fields of a file: bytes with marked fields, and JSON values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JSON_VALUES: tuple[Any, ...] = (
 
 @dataclass
 class MarkedBytes:
-    """Bytes whose fields are known: (position, length) of integers, and of texts."""
+    """Bytes with their fields: (position, length) of integers and of texts."""
 
     data: bytearray = field(default_factory=bytearray)
     integers: list[tuple[int, int]] = field(default_factory=list)
@@ -89,7 +89,7 @@ class _Walker:
         elif type_id == 9:
             element = self.integer(4)
             for index in range(self.integer(8)):
-                if element in (8, 9) or index < 4:  # of long arrays of numbers, a few are marked
+                if element in (8, 9) or index < 4:  # mark only a few elements of long numeric arrays
                     self.value(element)
                 else:
                     position = len(self._marked.data)
@@ -98,74 +98,74 @@ class _Walker:
             self.integer(self._SIZES[type_id])
 
 
-def mutate_bytes(marked: MarkedBytes, chance: random.Random) -> bytes:
-    """Return a copy with one to three fields or stretches damaged."""
+def mutate_bytes(marked: MarkedBytes, rng: random.Random) -> bytes:
+    """Return a copy with one to three fields or ranges damaged."""
     data = bytearray(marked.data)
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        kind = chance.random()
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        kind = rng.random()
         if kind < 0.6 and marked.integers:
-            position, n_bytes = chance.choice(marked.integers)
-            _set_integer(data, position, n_bytes, chance)
+            position, n_bytes = rng.choice(marked.integers)
+            _set_integer(data, position, n_bytes, rng)
         elif kind < 0.75 and marked.texts:
-            position, length = chance.choice(marked.texts)
+            position, length = rng.choice(marked.texts)
             for index in range(position, min(position + length, len(data))):
-                if chance.random() < 0.3:
-                    data[index] = chance.randrange(256)
+                if rng.random() < 0.3:
+                    data[index] = rng.randrange(256)
         elif kind < 0.87 and data:
-            for _ in range(chance.randrange(1, 9)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
+            for _ in range(rng.randrange(1, 9)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
         elif kind < 0.94:
-            del data[chance.randrange(len(data) + 1) :]
+            del data[rng.randrange(len(data) + 1) :]
         elif data:
-            start = chance.randrange(len(data))
-            data[start:start] = data[start : start + chance.randrange(1, 64)]
+            start = rng.randrange(len(data))
+            data[start:start] = data[start : start + rng.randrange(1, 64)]
     return bytes(data)
 
 
-def _set_integer(data: bytearray, position: int, n_bytes: int, chance: random.Random) -> None:
+def _set_integer(data: bytearray, position: int, n_bytes: int, rng: random.Random) -> None:
     if position + n_bytes > len(data):
         return
     old = int.from_bytes(data[position : position + n_bytes], "little")
-    new = chance.choice(
+    new = rng.choice(
         (
-            chance.choice(_INTERESTING),
-            chance.choice(_LARGE),
-            old + chance.choice((-1, 1, 32, -32)),
+            rng.choice(_INTERESTING),
+            rng.choice(_LARGE),
+            old + rng.choice((-1, 1, 32, -32)),
             old * 2,
-            old ^ (1 << chance.randrange(8 * n_bytes)),
-            chance.getrandbits(8 * n_bytes),
+            old ^ (1 << rng.randrange(8 * n_bytes)),
+            rng.getrandbits(8 * n_bytes),
         )
     )
     data[position : position + n_bytes] = (new % (1 << 8 * n_bytes)).to_bytes(n_bytes, "little")
 
 
-def mutate_json(value: Any, chance: random.Random) -> Any:
-    """Return a copy of a JSON value with one to three of its parts replaced, taken away or doubled."""
-    for _ in range(chance.choice((1, 1, 2, 3))):
-        value = _mutated(value, chance)
+def mutate_json(value: Any, rng: random.Random) -> Any:
+    """Return a copy of a JSON value with one to three of its parts replaced, removed or duplicated."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        value = _mutated(value, rng)
     return value
 
 
-def _mutated(value: Any, chance: random.Random) -> Any:
-    if isinstance(value, dict) and value and chance.random() < 0.85:
-        key = chance.choice(list(value))
-        action = chance.random()
+def _mutated(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        action = rng.random()
         if action < 0.15:
             return {name: part for name, part in value.items() if name != key}
         if action < 0.25:
-            return {**value, chance.choice(("", "x", key + key, "a.b")): value[key]}
-        return {**value, key: _mutated(value[key], chance)}
-    if isinstance(value, list) and value and chance.random() < 0.85:
-        index = chance.randrange(len(value))
-        action = chance.random()
+            return {**value, rng.choice(("", "x", key + key, "a.b")): value[key]}
+        return {**value, key: _mutated(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        index = rng.randrange(len(value))
+        action = rng.random()
         if action < 0.15:
             return value[:index] + value[index + 1 :]
         if action < 0.3:
             return value + value[index : index + 1]
-        return [*value[:index], _mutated(value[index], chance), *value[index + 1 :]]
-    if isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.5:
-        return value + chance.choice((-1, 1, value, -2 * value, 1 << 32))
-    if isinstance(value, str) and value and chance.random() < 0.3:
-        index = chance.randrange(len(value))
-        return value[:index] + chr(chance.randrange(1, 0x3000)) + value[index + 1 :]
-    return chance.choice(_JSON_VALUES)
+        return [*value[:index], _mutated(value[index], rng), *value[index + 1 :]]
+    if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.5:
+        return value + rng.choice((-1, 1, value, -2 * value, 1 << 32))
+    if isinstance(value, str) and value and rng.random() < 0.3:
+        index = rng.randrange(len(value))
+        return value[:index] + chr(rng.randrange(1, 0x3000)) + value[index + 1 :]
+    return rng.choice(_JSON_VALUES)

@@ -1,6 +1,6 @@
-"""What is fuzzed: each target makes damaged input from a seed and gives it to a reader or a command.
+"""The fuzzing targets: each makes damaged input from a seed and gives it to a reader or a command.
 
-A target returns when the input was read or refused as it should be; everything else is a finding.
+A target returns if the input was read or refused properly; everything else is a finding.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
 
 
 class FindingError(Exception):
-    """Something that a damaged input must not do."""
+    """Damaged input had an effect that it must not have."""
 
 
 class Targets:
-    """The targets, with the sound models that they damage; all files lie in `folder`."""
+    """The targets, with the valid models that they damage; all files are in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,15 +74,15 @@ class Targets:
         }
 
     def _compile_kernels(self) -> None:
-        """Compile what the targets run, or load it from the cache: a case has ten seconds."""
+        """Compile the kernels of the targets, or load them from the cache: a case has only ten seconds."""
         for command in self._commands(self.folder / "sound.gguf"):
             self._call(command)
         for number in range(40):
             self.trit_rows(random.Random(number))
 
-    def gguf_header(self, chance: random.Random) -> None:
-        """Open a file whose short header is damaged, and look at every key and tensor."""
-        self._damaged.write_bytes(mutate_bytes(self._header, chance))
+    def gguf_header(self, rng: random.Random) -> None:
+        """Open a file with a damaged short header, and read every key and tensor."""
+        self._damaged.write_bytes(mutate_bytes(self._header, rng))
         with _refusal():
             file = GgufFile(self._damaged)
             size = self._damaged.stat().st_size
@@ -93,9 +93,9 @@ class Targets:
             dict(file.metadata)
             ModelConfig.from_file(file)
 
-    def gguf_file(self, chance: random.Random) -> None:
-        """Open a whole damaged file, load the model and run two tokens, check it and read it as a source."""
-        self._damaged.write_bytes(mutate_bytes(self._file, chance))
+    def gguf_file(self, rng: random.Random) -> None:
+        """Open a damaged file, load the model and run a few tokens, check the file and read it as a source."""
+        self._damaged.write_bytes(mutate_bytes(self._file, rng))
         with _refusal():
             file = GgufFile(self._damaged)
             Tokenizer(file.metadata, name=str(self._damaged))
@@ -111,10 +111,10 @@ class Targets:
         with _refusal():
             read_importance(self._damaged, {"blk.0.attn_q.weight": 128})
 
-    def command(self, chance: random.Random) -> None:
+    def command(self, rng: random.Random) -> None:
         """Give a damaged file to a command as a user would."""
-        self._damaged.write_bytes(mutate_bytes(self._file, chance))
-        self._call(chance.choice(self._commands(self._damaged)))
+        self._damaged.write_bytes(mutate_bytes(self._file, rng))
+        self._call(rng.choice(self._commands(self._damaged)))
 
     def _commands(self, file: Path) -> tuple[list[str], ...]:
         path, out = str(file), str(self.folder / "out.gguf")
@@ -126,9 +126,9 @@ class Targets:
         )
 
     def _call(self, arguments: list[str]) -> None:
-        """Run a command in this process and look at what it says, returns and leaves behind."""
+        """Run a command in this process and check its messages, its exit code and the files that it leaves."""
         for name in _OUTPUTS:
-            (self.folder / name).unlink(missing_ok=True)  # of a case that did not come to its end
+            (self.folder / name).unlink(missing_ok=True)  # from a case that did not finish
         printed, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             code = app.main(arguments)
@@ -139,34 +139,34 @@ class Targets:
         if "Traceback" in errors.getvalue() or (code and left):
             raise FindingError(f"{arguments[0]}: left {left}, stderr {errors.getvalue()[-300:]!r}")
 
-    def safetensors(self, chance: random.Random) -> None:
-        """Read a folder whose safetensors header is damaged."""
+    def safetensors(self, rng: random.Random) -> None:
+        """Read a folder with a damaged safetensors header."""
         sound = (self.source / "model.safetensors").read_bytes()
         length = int.from_bytes(sound[:8], "little")
-        if chance.random() < 0.7:
-            header = json.dumps(mutate_json(json.loads(sound[8 : 8 + length]), chance), ensure_ascii=True).encode()
+        if rng.random() < 0.7:
+            header = json.dumps(mutate_json(json.loads(sound[8 : 8 + length]), rng), ensure_ascii=True).encode()
             damaged = len(header).to_bytes(8, "little") + header + sound[8 + length :]
         else:
             marked = MarkedBytes()
             marked.integer(length, 8)
             marked.texts.append((8, length))
             marked.plain(sound[8:])
-            damaged = mutate_bytes(marked, chance)
+            damaged = mutate_bytes(marked, rng)
         self._read_folder("model.safetensors", damaged, read=True)
 
-    def config(self, chance: random.Random) -> None:
-        """Read a folder whose config.json is damaged."""
+    def config(self, rng: random.Random) -> None:
+        """Read a folder with a damaged config.json."""
         sound = json.loads((self.source / "config.json").read_text("utf-8"))
-        self._read_folder("config.json", json.dumps(mutate_json(sound, chance)).encode(), read=False)
+        self._read_folder("config.json", json.dumps(mutate_json(sound, rng)).encode(), read=False)
 
-    def tokenizer(self, chance: random.Random) -> None:
-        """Read a folder whose tokenizer files are damaged, and encode and decode with it."""
-        name = chance.choice(("tokenizer.json", "tokenizer_config.json"))
+    def tokenizer(self, rng: random.Random) -> None:
+        """Read a folder with damaged tokenizer files, and encode with its tokenizer."""
+        name = rng.choice(("tokenizer.json", "tokenizer_config.json"))
         sound = json.loads((self.source / name).read_text("utf-8"))
-        self._read_folder(name, json.dumps(mutate_json(sound, chance)).encode(), read=False)
+        self._read_folder(name, json.dumps(mutate_json(sound, rng)).encode(), read=False)
 
-    def chat_template(self, chance: random.Random) -> None:
-        """Render templates made of parts that real and hostile ones have."""
+    def chat_template(self, rng: random.Random) -> None:
+        """Render templates made of parts of real and malicious ones."""
         parts = (
             "{{ messages[0]['content'] }}", "{% for m in messages %}{{ m.role }}{% endfor %}",
             "{{ 'a' * 99999999999 }}", "{% for i in range(9999) %}", "{% endfor %}", "{{ ''.__class__ }}",
@@ -174,15 +174,15 @@ class Targets:
             "{% set x = messages %}", "{{ x ~ x }}", "{% if", "{{ bos_token }}", "{% generation %}",
             "{% endgeneration %}", "}}", "{#", "{{ raise_exception('no') }}",
         )  # fmt: skip
-        template = "".join(chance.choice(parts) for _ in range(chance.randrange(1, 9)))
+        template = "".join(rng.choice(parts) for _ in range(rng.randrange(1, 9)))
         with _refusal():
             chat_template.render(template, [{"role": "user", "content": "a"}], bos_token="", eos_token="")
 
-    def trit_rows(self, chance: random.Random) -> None:
-        """Run every kernel on random words whose last byte is the last one before memory that may not be read."""
-        depth, rows = chance.choice((1, 2, 3, 4)), chance.choice((1, 2, 5, 16, 17, 33))
-        columns = 64 * chance.choice((1, 2, 3, 5, 9))
-        generator = np.random.default_rng(chance.getrandbits(32))
+    def trit_rows(self, rng: random.Random) -> None:
+        """Run every kernel on random words that end where an unreadable page begins."""
+        depth, rows = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 5, 16, 17, 33))
+        columns = 64 * rng.choice((1, 2, 3, 5, 9))
+        generator = np.random.default_rng(rng.getrandbits(32))
         with _guarded(generator.integers(0, 256, rows * row_bytes(depth, columns), np.uint8)) as data:
             codebook = np.sort(generator.random(27).astype(np.float32))
             in_rows = data.reshape(rows, -1)
@@ -195,7 +195,7 @@ class Targets:
             vector[0][:] = generator.standard_normal(columns)
             quantize_row(*vector)
             projection.multiply_vector(vector[0], np.empty(rows, np.float32), ThreadPool(1))
-            batch = Batch(7, columns, bits=chance.choice((8, 16)))
+            batch = Batch(7, columns, bits=rng.choice((8, 16)))
             batch.x[:] = generator.standard_normal((7, columns))
             batch.quantize(ThreadPool(1))
             projection.multiply(batch, np.empty((7, rows), np.float32), ThreadPool(1))
@@ -219,7 +219,7 @@ class Targets:
 
 @contextlib.contextmanager
 def _refusal():  # type: ignore[no-untyped-def]
-    """Let a refusal pass if it is one line."""
+    """Suppress a refusal whose message is one line."""
     try:
         yield
     except TritGgufError as error:
@@ -229,7 +229,7 @@ def _refusal():  # type: ignore[no-untyped-def]
 
 @contextlib.contextmanager
 def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
-    """Place bytes right before a page that may not be read: a kernel that reads on ends the process."""
+    """Copy bytes to right before an unreadable page: a kernel that reads past the end crashes the process."""
     pages = -(-len(data) // mmap.PAGESIZE) + 1
     memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
     whole = np.frombuffer(memory, np.uint8)
@@ -247,7 +247,7 @@ def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
 
 
 def _short_header(folder: Path) -> MarkedBytes:
-    """Return a file of a few tensors without a tokenizer: thousands of its headers can be read in a second."""
+    """Return a file of a few tensors without a tokenizer, of which thousands can be read in a second."""
     from gguf import GGUFValue, GGUFValueType
 
     from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter

@@ -1,1 +1,1 @@
-"""llama.cpp beside us: its programs, and a library that computes what ours does."""
+"""llama.cpp's programs and library, built to compare with."""

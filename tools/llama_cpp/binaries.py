@@ -1,8 +1,8 @@
-"""llama.cpp as the referee: builds its tools once for this processor, and runs them.
+"""Build llama.cpp's programs once for this processor, and run them.
 
-The source is the one that the distribution of llama-cpp-python carries, pinned to a version and a hash; pip brings
-it, so pip's configuration (index, proxy, certificates) is honoured. It takes cmake, a C++ compiler and five to ten
-minutes on two cores. The programs are kept outside the tree, in the user's cache folder.
+The source is part of the source distribution of llama-cpp-python, pinned to a version and a hash. pip downloads it, so
+pip's configuration (index, proxy, certificates) applies. Building needs cmake, a C++ compiler and five to ten minutes
+on two cores. The programs are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _OPTION_OF_FLAG = {
 
 
 def cache_folder() -> Path:
-    """Return the folder for what the comparison keeps: below XDG_CACHE_HOME, or ~/.cache."""
+    """Return the cache folder, below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritgguf"
 
 
@@ -70,8 +70,8 @@ def processor_flags() -> set[str]:
 def cmake_options(flags: set[str]) -> list[str]:
     """Return cmake's options for a processor with these flags.
 
-    On x86 the instruction sets are named one by one: a native build also takes AMX where the flags list it, and some
-    machines list it without letting a process use it.
+    On x86 the instruction sets are named one by one: a native build also enables AMX if the flags list it, and some
+    machines list it but do not let processes use it.
     """
     if "avx2" not in flags:
         return [*_OPTIONS, "-DGGML_NATIVE=ON"]
@@ -80,7 +80,7 @@ def cmake_options(flags: set[str]) -> list[str]:
 
 
 def build_llama_cpp(cache: Path) -> Path:
-    """Return the folder with PROGRAMS, built now unless `cache` has them for this processor.
+    """Return the folder with PROGRAMS; build them unless `cache` has them for this processor.
 
     Raises TritGgufError: no cmake or compiler, no download, a failed build.
     """
@@ -110,7 +110,7 @@ def build_llama_cpp(cache: Path) -> Path:
 
 
 def download_source(folder: Path, log: Path) -> Path:
-    """Let pip put the source distribution into `folder`, and return its path; TritGgufError when it cannot."""
+    """Let pip download the source distribution to `folder`, and return its path; raises TritGgufError on failure."""
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     command += ["--no-deps", "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
     run_logged(command, log)
@@ -124,7 +124,7 @@ def download_source(folder: Path, log: Path) -> Path:
 
 
 def extract_source(archive: Path, folder: Path) -> Path:
-    """Unpack llama.cpp's part of the distribution into `folder` and return where it lies."""
+    """Unpack llama.cpp's part of the distribution into `folder` and return its path."""
     with tarfile.open(archive) as file:
         members = [member for member in file if member.name.startswith(f"{_SOURCE}/")]
         file.extractall(folder, members, filter="data")
@@ -132,7 +132,7 @@ def extract_source(archive: Path, folder: Path) -> Path:
 
 
 def run_logged(command: Sequence[str], log: Path) -> None:
-    """Run a command with its output appended to `log`; TritGgufError names the log when it fails."""
+    """Run a command with its output appended to `log`; if it fails, raise a TritGgufError that names the log."""
     with log.open("ab") as output:
         code = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
@@ -142,14 +142,14 @@ def run_logged(command: Sequence[str], log: Path) -> None:
 
 
 def quantize(programs: Path, source: Path, output: Path, type_name: str, threads: int) -> None:
-    """Let llama-quantize write all of a layer's matrices as one type, head and embeddings as F16."""
+    """Let llama-quantize write all matrices of the layers as one type, head and embeddings as F16."""
     command = [str(programs / "llama-quantize"), "--pure", "--output-tensor-type", "f16"]
     command += ["--token-embedding-type", "f16", str(source), str(output), type_name, str(threads)]
     run_logged(command, programs / "quantize.log")
 
 
 def tokens_per_second(programs: Path, file: Path, prompt_tokens: int, generated_tokens: int, threads: int) -> float:
-    """Let llama-bench run one test, one of the two numbers being 0, and return its tokens per second."""
+    """Run one test of llama-bench (one of the two token counts is 0) and return its tokens per second."""
     command = [str(programs / "llama-bench"), "-m", str(file), "-p", str(prompt_tokens), "-n", str(generated_tokens)]
     return rate_of_test(run_json([*command, "-t", str(threads), "-r", "1", "-o", "json"]))
 
@@ -162,7 +162,7 @@ def rate_of_test(tests: Any) -> float:
 
 
 def run_json(command: Sequence[str]) -> Any:
-    """Run a command and return the JSON that it prints; TritGgufError with its last line when it fails."""
+    """Run a command and return the JSON that it prints; if it fails, raise a TritGgufError with its last line."""
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]

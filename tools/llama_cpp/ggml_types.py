@@ -1,4 +1,4 @@
-"""llama.cpp's own quantization of a matrix, through the library that `referee.py` builds."""
+"""llama.cpp's quantization of a matrix, through the library that `referee.py` builds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 
 
 class GgmlQuantizer:
-    """Quantizes with ggml and decodes with gguf-py: what a file of llama.cpp would hold."""
+    """Quantizes with ggml and dequantizes with gguf-py: the weights that a llama.cpp file would have."""
 
     def __init__(self, library: Path, thread_pool: ThreadPool) -> None:
         self._function = ctypes.CDLL(str(library)).ggml_quantize_chunk
@@ -32,10 +32,10 @@ class GgmlQuantizer:
         self._thread_pool = thread_pool
 
     def round_trip(self, weights: np.ndarray, type_name: str, importance: np.ndarray | None = None) -> np.ndarray:
-        """Return a matrix as it is after quantization: float32 [rows, columns].
+        """Return a matrix after quantization and dequantization: float32 [rows, columns].
 
-        Rows that are no multiple of the type's block are joined, as many as it takes; llama-quantize would take another
-        type for them, and no comparison at equal bits would be left. Importance, float32 [columns], is repeated then.
+        If the row length is not a multiple of the type's block, rows are joined until it is. llama-quantize would
+        choose another type, and the bits would not be equal. Importance, float32 [columns], is repeated.
         """
         kind = GGMLQuantizationType[type_name]
         block, n_bytes = GGML_QUANT_SIZES[kind]
@@ -52,7 +52,7 @@ class GgmlQuantizer:
     def _quantize(
         self, kind: int, source: np.ndarray, target: np.ndarray, factors: np.ndarray | None, thread: int, threads: int
     ) -> None:
-        """Quantize a thread's share of the rows; ctypes lets the other threads run."""
+        """Quantize a thread's share of the rows; ctypes releases the interpreter's lock."""
         first, last = (len(source) * share // threads for share in (thread, thread + 1))
         if first == last:
             return
@@ -67,6 +67,6 @@ class GgmlQuantizer:
 
 
 def bits_per_weight(type_name: str) -> float:
-    """Return the bits of a weight in a file of llama.cpp."""
+    """Return the bits per weight of a llama.cpp type."""
     block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     return 8 * n_bytes / block

@@ -1,11 +1,11 @@
-"""llama.cpp as the referee of what we compute: its logits, greedy answers, token ids and rendered chat templates.
+"""llama.cpp as a reference: its logits, greedy answers, token ids and rendered chat templates.
 
-    python -m tools.llama_cpp.referee         # builds the library, if it is not there yet, and prints its path
+    python -m tools.llama_cpp.referee         # builds the library if it is missing, and prints its path
     python -m tools.llama_cpp.referee FILE    # also compares the runner's logits with those of the file's F16 export
 
 `referee_library/referee.cpp` wraps llama.cpp's own functions in one shared library, which is built from the pinned
 source of `binaries.py` (about two minutes of one core) and kept in the user's cache folder. It needs cmake and a C++
-compiler. A test dependency, never a runtime one.
+compiler. Only tests depend on it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ PROGRAMS = ("cmake", "c++")
 POSITIONS = 1024
 _PROJECT = Path(__file__).resolve().parent / "referee_library"
 _LIBRARY = "libreferee.so"
-# Weights stay in the layout of the file, and no second thread library comes into the process.
+# Keep the weights in the file's layout, and no second thread library in the process.
 _OPTIONS = ("-DGGML_CPU_REPACK=OFF", "-DGGML_LLAMAFILE=OFF", "-DGGML_OPENMP=OFF")
 
 
 def missing_programs() -> list[str]:
-    """Return the programs that the build needs and this machine lacks."""
+    """Return the programs that the build needs and that are missing here."""
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
 def find_referee(cache: Path) -> Path | None:
-    """Return the path of the shared library that `cache` has for this processor and this source, if it has one."""
+    """Return the path of the shared library for this processor and source in `cache`; None if it is not built."""
     library = _folder(cache) / _LIBRARY
     return library if library.exists() else None
 
 
 def build_referee(cache: Path) -> Path:
-    """Return the path of the shared library, built now unless `find_referee` finds it.
+    """Return the path of the shared library; build it unless `find_referee` finds it.
 
     Raises TritGgufError: no cmake or compiler, no download, a failed build.
     """
@@ -79,7 +79,7 @@ def _options() -> list[str]:
 
 
 def _folder(cache: Path) -> Path:
-    """Return the folder for the library; its name changes with the options and with our part of the source."""
+    """Return the folder for the library; its name depends on the options and on our part of the source."""
     sources = b"".join(path.read_bytes() for path in sorted(_PROJECT.iterdir()))
     key = hashlib.sha256("\n".join(_options()).encode() + sources).hexdigest()[:16]
     return cache / f"llama.cpp-{binaries.VERSION}-referee-{key}"
@@ -115,9 +115,9 @@ def _load(library: Path) -> ctypes.CDLL:
 class Referee:
     """A GGUF file, opened by llama.cpp.
 
-    `positions` is the longest sequence that it computes; with 0 it opens the vocabulary alone, and the file need not
-    have tensors. `exact` keeps keys and values in float32 and attention unfused, where llama.cpp's own choice is
-    float16 and fused. Raises TritGgufError when llama.cpp refuses the file.
+    `positions` is the length of the longest sequence; 0 opens only the vocabulary, and the file need not have tensors.
+    `exact` keeps keys and values in float32 and attention unfused; llama.cpp's default is float16 and fused. Raises
+    TritGgufError if llama.cpp refuses the file.
     """
 
     def __init__(self, library: Path, file: Path, *, positions: int = 0, threads: int = 1, exact: bool = False) -> None:
@@ -128,7 +128,7 @@ class Referee:
         self.vocabulary_size = int(self._library.referee_vocabulary_size(self._handle))
 
     def close(self) -> None:
-        """Free the model; nothing may be asked afterwards."""
+        """Free the model; do not use it afterwards."""
         if self._handle:
             self._library.referee_close(self._handle)
             self._handle = None
@@ -142,7 +142,7 @@ class Referee:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of a text; the options are those of `Tokenizer.encode`."""
         data = text.encode()
-        tokens = np.empty(len(data) + 8, np.int32)  # no token is shorter than a byte; room for bos and eos
+        tokens = np.empty(len(data) + 8, np.int32)  # a token has at least a byte; room for bos and eos
         arguments = (data, len(data), add_special, parse_special, tokens, len(tokens))
         count = self._library.referee_tokenize(self._handle, *arguments)
         if count < 0:
@@ -150,7 +150,7 @@ class Referee:
         return [int(token) for token in tokens[:count]]
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without control tokens; bytes that are no UTF-8 become replacement characters."""
+        """Return the text of tokens, without control tokens; invalid UTF-8 becomes replacement characters."""
         ids = np.array(tokens, np.int32)
         buffer = ctypes.create_string_buffer(1 << 16)
         length = self._library.referee_detokenize(self._handle, ids, len(ids), buffer, len(buffer))
@@ -159,11 +159,11 @@ class Referee:
         return buffer.raw[:length].decode("utf-8", "replace")
 
     def ends_text(self, token: int) -> bool:
-        """Tell whether llama.cpp ends an answer at this token."""
+        """Return whether llama.cpp ends an answer at this token."""
         return bool(self._library.referee_ends_text(self._handle, token))
 
     def logits(self, tokens: Sequence[int], position: int = 0) -> np.ndarray:
-        """Return float32 [tokens, vocabulary] of tokens that follow the first `position` of the last calls."""
+        """Append tokens after the first `position` tokens of earlier calls; return float32 [tokens, vocabulary]."""
         ids = np.array(tokens, np.int32)
         logits = np.empty((len(ids), self.vocabulary_size), np.float32)
         code = self._library.referee_logits(self._handle, ids, len(ids), position, logits)
@@ -172,7 +172,7 @@ class Referee:
         return logits
 
     def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int]) -> list[int]:
-        """Return up to `count` tokens, each the likeliest; a stop token ends the answer and is not part of it."""
+        """Return up to `count` tokens, always the likeliest one; a stop token ends the answer and is not included."""
         answer: list[int] = []
         logits = self.logits(prompt)[-1]
         while len(answer) < count:
@@ -185,9 +185,9 @@ class Referee:
 
 
 def render(library: Path, template: str, variables: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Return what llama.cpp's Jinja interpreter makes of a chat template: texts, each with whether a variable held it.
+    """Render a chat template with llama.cpp's Jinja interpreter: texts, each with whether it comes from a variable.
 
-    Raises TritGgufError with the interpreter's message when it refuses the template or the template the variables.
+    Raises TritGgufError with the interpreter's message if rendering fails.
     """
     arguments = (template.encode(), json.dumps(variables, ensure_ascii=False).encode())
     capacity = 1 << 20
@@ -203,9 +203,9 @@ def render(library: Path, template: str, variables: Mapping[str, Any]) -> list[t
 
 @contextmanager
 def open_export(file: GgufFile, *, to: str = "f16", threads: int | None = None) -> Iterator[Referee]:
-    """Open a trit file's export to a stock type in llama.cpp, for sequences of up to POSITIONS tokens.
+    """Export a trit file to a stock type and open it in llama.cpp, for sequences of up to POSITIONS tokens.
 
-    The export lies in a temporary folder meanwhile. Raises TritGgufError as `build_referee` and `export` do.
+    The export is in a temporary folder. Raises TritGgufError as `build_referee` and `export` do.
     """
     library = build_referee(binaries.cache_folder())
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def open_export(file: GgufFile, *, to: str = "f16", threads: int | None = None) 
 
 
 def relative_difference(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Return the largest difference of a logit, in shares of the reference's largest logit."""
+    """Return the largest difference of a logit, relative to the reference's largest logit."""
     return float(np.abs(logits - reference).max() / np.abs(reference).max())
 
 

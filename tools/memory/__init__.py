@@ -1,1 +1,1 @@
-"""How much memory the commands take."""
+"""Memory use of the commands."""

@@ -1,4 +1,4 @@
-"""Curves of memory over time, a small one for each command."""
+"""Charts of memory over time, one for each command."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from tools.svg import Drawing
 
-_WIDTH, _LEFT, _GAP, _TOP = 820, 40, 44, 64  # of the whole, left of a row's first curve, between two, above the first
-_HEIGHT, _ROW = 96, 150  # of a curve, of it with its title and axis
+_WIDTH, _LEFT, _GAP, _TOP = 820, 40, 44, 64  # units: width, left margin, gap between charts, top margin
+_HEIGHT, _ROW = 96, 150  # of a chart without and with its title and axis
 _COLUMNS = 2
 _STYLE = """\
   .own { fill: #2f81c7; fill-opacity: 0.55; stroke: #2f81c7 }
@@ -22,7 +22,7 @@ def draw(result: dict[str, Any]) -> str:
         _WIDTH,
         _TOP + _ROW * -(-len(runs) // _COLUMNS),
         "Resident memory over time in GB, without pages of mapped files",
-        f"{result['processor']}; the line across is the most it may be, {result['bound'] / 1e9:g} GB",
+        f"{result['processor']}; the line is the limit, {result['bound'] / 1e9:g} GB",
         _STYLE,
     )
     width = (_WIDTH - _LEFT - 8 - (_COLUMNS - 1) * _GAP) / _COLUMNS
@@ -36,7 +36,7 @@ def draw(result: dict[str, Any]) -> str:
 def _draw_run(
     drawing: Drawing, title: str, run: dict[str, Any], bound: int, most: float, place: tuple[float, float, float]
 ) -> None:
-    """Draw title, axes and area of one command's memory; `place` is the left, the top and the width."""
+    """Draw title, axes and area of one command's memory; `place` is left, top and width."""
     x, y, width = place
     bottom, seconds = y + _HEIGHT, max(run["seconds"], run["curve"][-1][0])
 

@@ -2,8 +2,8 @@
 
     python -m tools.memory.curve --shape qwen2.5-72b --layers 10 --json docs/memory.json --plot docs/memory.svg
 
-The commands run as a user runs them, one after the other, on a checkpoint by `tools/models/synthetic_checkpoint.py`;
-their resident memory is looked at fifty times a second. Everything written but the results is removed at the end.
+The commands run one after the other, as a user runs them, on a checkpoint by `tools/models/synthetic_checkpoint.py`.
+Their resident memory is read fifty times a second. Everything but the results is removed at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tritgguf.machine import resident_bytes
 
 BOUND = 1_500_000_000
 _INTERVAL = 0.02  # seconds
-_POINTS = 150  # that are kept of a curve
+_POINTS = 150  # of a stored curve, at most
 _RECOVERED_LAYERS = 2
 
 Sample = tuple[float, int, int]
@@ -39,7 +39,7 @@ Sample = tuple[float, int, int]
 
 @dataclass(frozen=True)
 class Run:
-    """A command and its memory, in bytes: its own, and pages of mapped files, which the system can take back."""
+    """A command and its memory in bytes: its own, and pages of mapped files, which the system can reclaim."""
 
     name: str
     command: str
@@ -51,7 +51,7 @@ class Run:
 
 
 def measure(name: str, arguments: Sequence[str]) -> Run:
-    """Run `tritgguf` with these arguments and look at its memory until it ends; SystemExit if it fails."""
+    """Run `tritgguf` with these arguments and sample its memory until it ends; raises SystemExit if it fails."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tritgguf", *arguments],
         stdout=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ def measure(name: str, arguments: Sequence[str]) -> Run:
         while process.poll() is None:
             try:
                 own, files = resident_bytes(process.pid)
-            except OSError:  # it has just ended
+            except OSError:  # it has ended
                 break
             samples.append((time.perf_counter() - start, own, files))
             time.sleep(_INTERVAL)
@@ -84,7 +84,7 @@ def measure(name: str, arguments: Sequence[str]) -> Run:
 
 
 def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """Return at most so many samples: the largest values of each of as many equal parts."""
+    """Return at most `most` samples: the largest values of each of that many equal parts."""
     size = -(-len(samples) // most)
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
     return [
@@ -93,7 +93,7 @@ def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def measure_shape(shape: str, layers: int, folder: Path, formats: Sequence[str]) -> list[Run]:
-    """Measure every command on a checkpoint of this shape; what is written goes as soon as it is not needed."""
+    """Measure every command on a checkpoint of this shape; remove files as soon as they are not needed."""
     sizes = with_layers(SHAPES[shape], layers)
     checkpoint, file, output, again = (folder / name for name in ("checkpoint", "d2.gguf", "output", "again.gguf"))
     write_checkpoint(checkpoint, sizes)
@@ -135,7 +135,7 @@ def _remove(path: Path) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
-    lines = ["| model | command | peak of its own | pages of files | seconds |", "|---|---|---|---|---|"]
+    lines = ["| model | command | peak of its own memory | pages of files | seconds |", "|---|---|---|---|---|"]
     for shape, run in itertools.chain.from_iterable(
         ((shape, run) for run in runs) for shape, runs in result["shapes"].items()
     ):
@@ -147,14 +147,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Parse the command line, measure, keep and print; return 1 if a command took more than it may."""
+    """Parse the command line, measure, save and print; return 1 if a command exceeded BOUND."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, help="whose shape to take; without it, only draw and print")
-    parser.add_argument("--layers", type=int, help="how many of its layers (default all)")
-    parser.add_argument("--export", nargs="*", default=["q8_0"], choices=FORMATS, help="to what (default q8_0)")
+    parser.add_argument("--shape", choices=SHAPES, help="shape of the checkpoint; without it, only draw and print")
+    parser.add_argument("--layers", type=int, help="number of its layers (default all)")
+    parser.add_argument("--export", nargs="*", default=["q8_0"], choices=FORMATS, help="export formats (default q8_0)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--json", type=Path, required=True, help="keeps the results; other shapes in it stay")
-    parser.add_argument("--plot", type=Path, help="draws every result that the file holds, as SVG")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results; other shapes in it stay")
+    parser.add_argument("--plot", type=Path, help="SVG file for a chart of all results in the file")
     options = parser.parse_args()
     result: dict[str, Any] = {"bound": BOUND, "processor": processor_name(), "shapes": {}}
     if options.json.exists():

@@ -1,4 +1,4 @@
-"""How much memory do many `run` processes take that run one file? Its pages are shared: they count once.
+"""Measure the memory of many `run` processes of one file, whose pages they share.
 
 python -m tools.memory.shared_pages build/qwen-d2.gguf --processes 8
 """
@@ -21,7 +21,7 @@ _SECONDS_TO_START = 300
 
 
 def memory_of(process: int) -> tuple[int, int, int]:
-    """Return a process's private memory, its share of shared memory and its pages of files, in bytes; Linux only."""
+    """Return private memory, proportional set size and pages of files of a process, in bytes; Linux only."""
     text = Path(f"/proc/{process}/smaps_rollup").read_text("ascii")
     sizes = {
         words[0].rstrip(":"): 1024 * int(words[1]) for line in text.splitlines()[1:] if len(words := line.split()) > 1
@@ -31,7 +31,7 @@ def memory_of(process: int) -> tuple[int, int, int]:
 
 
 def measure(file: Path, processes: int) -> list[tuple[int, int, int]]:
-    """Run the file in so many processes at once and return the memory of each when all have answered something."""
+    """Run the file in several processes at once and return the memory of each when all have begun to answer."""
     command = [sys.executable, "-m", "tritgguf", "run", str(file), "-p", "Count to a thousand.", "-n", "-1", "-t", "1"]
     running = [
         subprocess.Popen([*command, "-c", "2048"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -1,1 +1,1 @@
-"""Models to measure and test with: fetched, random, and in the shape of large ones."""
+"""Models for measurements and tests: fetched, random, and synthetic ones in the shape of large models."""

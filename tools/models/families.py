@@ -1,10 +1,10 @@
-"""Every supported family against transformers: random weights, converted, run, and compared logit by logit.
+"""Compare every supported family with transformers: random weights, converted, run, and compared logit by logit.
 
     python -m tools.models.families            # the table of docs/families.md
     python -m tools.models.families qwen3 phi3 --json
 
-transformers builds each model from its own configuration class; its weights are drawn so that no part of it is idle
-(norms away from 1, biases away from 0, activations near 1), and its windows are far shorter than the text.
+transformers builds each model from its own configuration class. Weights are drawn so that every part affects the result
+(norms away from 1, biases away from 0, activations near 1). Sliding windows are far shorter than the text.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", _GEMMA),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
 }
-"""Name -> transformers' model type, and its configuration beside `_SIZES`."""
+"""Name -> transformers' model type, and its configuration entries in addition to `_SIZES`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
     with torch.no_grad():
         if parameter.dim() == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-            # Some multiply embeddings with the root of their width; everybody else's are near 1 themselves.
+            # Some families multiply embeddings with the root of their width; the others need embeddings near 1.
             if "embed_tokens" in name and not architecture.scales_embeddings:
                 parameter.mul_(parameter.shape[1] ** 0.5)
         else:

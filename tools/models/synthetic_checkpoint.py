@@ -1,7 +1,7 @@
-"""A sharded Hugging Face folder in the shape of a known model that takes hardly any disk.
+"""A sharded Hugging Face folder in the shape of a known model that takes little disk space.
 
-Each matrix begins with the same random weights and goes on with a hole of the file, which reads as zeros and takes no
-room: a checkpoint of 150 GB fits into a few. What a program does with memory does not depend on the weights.
+Each matrix begins with the same random weights; the rest is a hole in a sparse file, which reads as zeros and takes no
+space. A checkpoint of 150 GB takes a few GB. The memory use of a program does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPES = {
 }
 _RANDOM_WEIGHTS = 1 << 22  # of each matrix
 _SHARD_BYTES = 4_000_000_000
-_DEPTH = 2  # of the weights that are dequantized trits
+_DEPTH = 2  # of dequantized trits
 
 
 def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
@@ -39,7 +39,7 @@ def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
 
 
 def write_checkpoint(folder: Path, sizes: Dimensions, *, dequantized: bool = False) -> None:
-    """Write a new folder: float16 weights of Qwen2's architecture, Gaussian ones or dequantized trits."""
+    """Write a new folder: float16 weights of Qwen2's architecture, Gaussian or dequantized trits."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_config(sizes)), encoding="utf-8")
     (folder / "tokenizer.json").write_text(_tokenizer_json(sizes.vocabulary), encoding="utf-8")

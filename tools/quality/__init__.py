@@ -1,1 +1,1 @@
-"""What quantization costs: divergences and answers."""
+"""The cost of quantization: divergences and answers."""

@@ -1,4 +1,4 @@
-"""What do the original and its trit files say? Greedy answers to three prompts, side by side, as Markdown.
+"""Print greedy answers of the original and its trit files to three prompts, as Markdown.
 
     python -m tools.quality.answers models/SmolLM2-135M-Instruct build/smollm2-d2.gguf build/smollm2-d3.gguf --tokens 64
 
@@ -30,7 +30,7 @@ PROMPTS = (
 
 
 def quotation(answer: str) -> str:
-    """Return an answer as a fenced block; the fence is longer than those that models write."""
+    """Return an answer as a fenced block; the fence is longer than the fences that models write."""
     return f"````\n{answer.strip()}\n````"
 
 

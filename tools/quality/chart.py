@@ -1,4 +1,4 @@
-"""KL over bits per weight, on a logarithmic scale."""
+"""Chart of KL over bits per weight, on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def draw(result: dict[str, Any]) -> str:
 
 
 def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows by what made them, in the order of the legend."""
+    """Return the rows by encoder, in the order of the legend."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kind, _, encoder = row["name"].partition("-")
@@ -75,7 +75,7 @@ def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _draw_grid(drawing: Drawing, bits: Sequence[int], powers: Sequence[int], place: Place) -> None:
-    """Draw the lines and figures of both axes."""
+    """Draw the grid lines and labels of both axes."""
     for bit in bits:
         x, _ = place(bit, 1)
         drawing.line(x, _TOP, x, _HEIGHT - _BOTTOM, kind="grid")

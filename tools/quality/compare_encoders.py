@@ -1,11 +1,11 @@
-"""How close to the FP16 model are the files? KL for our encoders and llama.cpp's types, in one run, on one text.
+"""Measure the KL to the FP16 model of our encoders and llama.cpp's types, on one text.
 
     python -m tools.quality.compare_encoders --output quality.json --plot docs/quality.svg --markdown
     python -m tools.quality.compare_encoders --model qwen2.5-coder-1.5b --rows trit2-v2,Q3_K-imatrix --files build
 
-A row of ours is a file that `convert` writes, decoded and run by transformers; one of llama.cpp's is every packed
-matrix sent through libggml. Calibration and evaluation text are disjoint (`package_texts.py`). `self` rows are
-calibrated on text that the model itself writes.
+Our rows are files that `convert` writes, dequantized and run by transformers. For llama.cpp's rows, libggml quantizes
+every packed matrix. Calibration and evaluation text are disjoint (`package_texts.py`). `self` rows are calibrated on
+text that the model itself generates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults would take half of the time
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before importing torch: else page faults take half of the time
 
 import numpy as np
 import typer
@@ -37,7 +37,7 @@ from tritgguf.calibration.importance import summed_squares
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.conversion.depths import DepthChoice
-from tritgguf.conversion.own_text import SavedText, windows_of_own_text
+from tritgguf.conversion.own_text import SavedText, self_generated_windows
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_windows
 from tritgguf.formats.description import describe
@@ -50,7 +50,7 @@ MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
     "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32),
 }
-"""Name -> folder in models/, windows to evaluate, windows to calibrate on."""
+"""Name -> folder in models/, number of windows to evaluate, number of windows to calibrate on."""
 ENCODERS = ("v2", "best", "imatrix", "calibrated", "self")
 TARGETS = ("2.5", "3.0", "4.0", "4.5")
 TYPES = ("Q2_K", "Q3_K", "IQ3_S", "Q4_0", "IQ4_NL")
@@ -64,7 +64,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one file or type costs; divergences in nats."""
+    """The loss of one file or type; divergences in nats."""
 
     name: str
     bpw: float
@@ -76,13 +76,13 @@ class Row:
 
 
 class Measurement:
-    """One model, its texts, and what several rows need; all of it made when it is first asked for.
+    """One model, its texts, and what several rows need; computed when it is first used.
 
     Args:
         model: a name of `MODELS`.
         models: their folder.
         threads: processor cores to use; None for all.
-        files: folder where the rows' files stay; one that is there already is not made again.
+        files: folder where the rows' files stay; existing files are used again.
 
     """
 
@@ -100,7 +100,7 @@ class Measurement:
         self.evaluation = package_texts.windows_of(evaluation, self._tokenizer, evaluation_windows)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the rows are about, for the JSON."""
+        """Return a description of the texts, for the JSON."""
         return {
             "calibration_tokens": sum(map(len, self.calibration)),
             "calibration_text": package_texts.fingerprint(self.calibration),
@@ -150,7 +150,7 @@ class Measurement:
     def _own_text(self) -> list[list[int]]:
         tokens = sum(map(len, self.calibration))
         saved = SavedText(self._files / f"{self._path.name}-self", resume=True) if self._files else None
-        return windows_of_own_text(self._source, tokens, threads=self._thread_pool.threads, saved=saved)
+        return self_generated_windows(self._source, tokens, threads=self._thread_pool.threads, saved=saved)
 
     def _trit_row(self, name: str, depth: int, encoder: str, choice: DepthChoice) -> tuple[float, Comparison]:
         with tempfile.TemporaryDirectory(prefix="tritgguf-") as folder:
@@ -162,7 +162,7 @@ class Measurement:
         return bits or 0.0, self._compare()
 
     def _convert(self, path: Path, depth: int, encoder: str, choice: DepthChoice) -> None:
-        """Write a row's file; one that was interrupted is gone on with."""
+        """Write a row's file; an interrupted conversion is resumed."""
         settings: dict[str, Any] = {"encoder": encoder}
         if encoder == "imatrix":
             settings["importance"] = self._importance
@@ -187,7 +187,7 @@ class Measurement:
         return self._compare()
 
     def _compare(self) -> Comparison:
-        """Compare the model as it is loaded with the original one."""
+        """Compare the model with its present weights with the original one."""
         return compare_windows(self.evaluation, self._expected, map(self._model.logits, self.evaluation))
 
     def _perplexity(self) -> float:
@@ -197,7 +197,7 @@ class Measurement:
 def measure(
     measurement: Measurement, names: Sequence[str], result: dict[str, Any], keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Measure rows one after the other into `result`, and keep it after each."""
+    """Measure rows one after the other into `result`; call `keep` after each."""
     for name in names:
         row = measurement.row(name)
         rows = [old for old in result["rows"] if old["name"] != name]
@@ -223,7 +223,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(
     model: Annotated[str, typer.Option(help=" or ".join(MODELS))] = "smollm2",
-    rows: Annotated[str | None, typer.Option(help="Comma-separated; all that --output lacks, if left away.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Comma-separated; default: all that --output lacks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file, continued after every row.")] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file for KL over bits per weight.")] = None,
@@ -232,11 +232,11 @@ def main(
     ] = False,
     models: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("models"),
     files: Annotated[
-        Path | None, typer.Option(help="Folder where the files MODEL-ROW.gguf and own text stay, not to be made again.")
+        Path | None, typer.Option(help="Folder that keeps the files MODEL-ROW.gguf and own text for later runs.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
 ) -> None:
-    """Measure what quantization costs, ours and llama.cpp's, as KL to the FP16 model."""
+    """Measure the loss of our quantization and llama.cpp's, as KL to the FP16 model."""
     if model not in MODELS:
         raise typer.BadParameter(f"choose from {', '.join(MODELS)}", param_hint="--model")
     unknown = [name for name in (rows or "").split(",") if name and name not in ROWS]

@@ -1,11 +1,11 @@
-"""Which constants of error feedback give the least KL? One row for each setting, the same texts in all.
+"""Measure the KL of constants of error feedback: one row for each setting, all on the same texts.
 
-The calibration text is of package descriptions and docstrings. KL is that of other such text, then of the text that
-ships for `tritgguf verify`, which is of no subject in particular.
+The calibration text is package descriptions and docstrings. The columns are the KL on other such text, then on the text
+that ships with `tritgguf verify`, which has mixed subjects.
 
     python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
 
-Without arguments that name a setting, the constants as they are and each of them changed.
+Without settings, it measures the default constants and each of them changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: page faults would take half of the time
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before importing torch: else page faults take half of the time
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,15 +25,15 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.quality import package_texts
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
-from tritgguf.calibration.error_feedback import Feedback
-from tritgguf.conversion.plan import block_of
+from tritgguf.calibration.error_feedback import ErrorFeedback
+from tritgguf.conversion.plan import block_index
 from tritgguf.evaluation.divergence import compare_windows
 from tritgguf.evaluation.text_windows import shipped_text
 from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
-SETTINGS = ("", "damping=0.05", "damping=0.2", "damping_of_few=0", "repairs=0", "in_order_of_size=0", "windows=96")
+SETTINGS = ("", "damping=0.05", "damping=0.2", "few_inputs_damping=0", "correction=0", "act_order=0", "windows=96")
 
 
 def main() -> None:
@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="HF folder or hub id")
     parser.add_argument(
-        "settings", nargs="*", help="NAME=VALUE, with commas between those of one row", default=SETTINGS
+        "settings", nargs="*", help="NAME=VALUE; several, separated by commas, for one row", default=SETTINGS
     )
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize so many blocks only (default all)")
+    parser.add_argument("--blocks", type=int, default=1 << 30, help="quantize only the first N blocks (default all)")
     parser.add_argument("--evaluate", type=int, default=12, help="windows of 512 tokens, of each text (default 12)")
     options = parser.parse_intermixed_args()  # settings may follow options
 
@@ -72,14 +72,14 @@ def main() -> None:
 def quantized_names(source: Source, blocks: int) -> list[str]:
     """Return the matrices of the first blocks, in their order."""
     names = (tensor.name for tensor in source.tensors if quantized_tensor(tensor.name))
-    return sorted((name for name in names if block_of(name) < blocks), key=block_of)
+    return sorted((name for name in names if block_index(name) < blocks), key=block_index)
 
 
 def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
-    """Load the model with matrices quantized with these settings of `Feedback`, and the others as they are."""
-    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(Feedback, **settings))
+    """Load the model with matrices quantized with these settings of `ErrorFeedback`, and the others as they are."""
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(ErrorFeedback, **settings))
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:

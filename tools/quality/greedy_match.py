@@ -1,12 +1,12 @@
-"""Do the runner and another program say the same? Greedy answers of both to six prompts, on the same weights.
+"""Compare greedy answers of the runner and of another program to six prompts, on the same weights.
 
     python -m tools.quality.greedy_match models/SmolLM2-135M-Instruct build/smollm2-135m-d3.gguf --tokens 64
     python -m tools.quality.greedy_match llama.cpp build/smollm2-135m-d3.gguf --tokens 64
 
-The other program is transformers, in float32 on the file's dequantized weights, where SOURCE, from which the
-file was converted, gives the model's shape; or llama.cpp, on the file's export to F16. Exits with 1 when an
-answer differs, and shows how close the other program's two likeliest tokens were in its place: a gap near the
-runner's error (`tritgguf verify`, `tools/llama_cpp/referee.py`) is a tie that rounding decided.
+The other program is transformers, in float32 on the file's dequantized weights, with the architecture of SOURCE, from
+which the file was converted; or llama.cpp, on the file's export to F16. The exit code is 1 if an answer differs. It
+then prints the gap between the other program's two likeliest tokens at that position: a gap near the runner's error
+(`tritgguf verify`, `tools/llama_cpp/referee.py`) is a tie that rounding decided.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LLAMA_CPP = "llama.cpp"
 
 
 class Reference(Protocol):
-    """What another program answers."""
+    """Another program."""
 
     def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int], /) -> list[int]:
         """Return up to `count` tokens, without the stop token that ends them."""
@@ -56,10 +56,10 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """One prompt's two answers; where they differ, `differs_at` counts the equal tokens before that place.
+    """Both answers to one prompt; if they differ, `differs_at` is the number of equal tokens before the difference.
 
-    `relative_gap` is by how much the other program prefers its likeliest token there to the next, as a share of
-    the largest logit.
+    `relative_gap` is the gap between the logits of the other program's two likeliest tokens there, relative to the
+    largest logit.
     """
 
     prompt: str
@@ -111,7 +111,7 @@ def compare(
 
 @contextmanager
 def open_reference(source: str, file: GgufFile, threads: int | None) -> Iterator[Reference]:
-    """Give the other program the weights of `file`."""
+    """Load the weights of `file` into the other program."""
     if source == LLAMA_CPP:
         with open_export(file, threads=threads) as referee:
             yield referee
@@ -124,7 +124,7 @@ def open_reference(source: str, file: GgufFile, threads: int | None) -> Iterator
 
 
 def compare_prompt(model: LoadedModel, reference: Reference, prompt: str, tokens: int) -> Match:
-    """Let both answer one prompt, through the chat template."""
+    """Let both answer one prompt with the chat template."""
     answer = generate(model, prompt, max_tokens=tokens, sampling=SamplingOptions(temperature=0.0))
     ours, prompt_tokens = answer.tokens, answer.prompt_tokens
     theirs = reference.greedy(prompt_tokens, tokens, model.tokenizer.stop_tokens)
@@ -139,7 +139,7 @@ def compare_prompt(model: LoadedModel, reference: Reference, prompt: str, tokens
 
 
 def print_table(matches: list[Match]) -> None:
-    """Print a line for each prompt, and both answers where they differ."""
+    """Print a line for each prompt, and both answers if they differ."""
     width = max(len(match.prompt) for match in matches)
     print(f"{'prompt':{width}}  tokens  result")
     for match in matches:

@@ -1,8 +1,8 @@
-"""Text to calibrate on and text to evaluate on, disjoint, fixed, and on every machine that has the pinned packages.
+"""Disjoint texts for calibration and evaluation, the same on every machine with the pinned packages.
 
-Package descriptions (METADATA without its header, which is much the same everywhere) and documentation of Python's
-standard library: prose, lists, tables and code. A package or a module is on one side only, by a hash of its name, and a
-paragraph of the evaluation side that also occurs on the calibration side is left out.
+They are package descriptions (METADATA without its header, which is much the same everywhere) and documentation of
+Python's standard library: prose, lists, tables and code. A hash of its name assigns each package or module to one side.
+Paragraphs of the evaluation side that also occur on the calibration side are left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 WINDOW_TOKENS = 512
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
-_MOST_CHARACTERS = 40_000  # of one package or module, so that none dominates
-_EVALUATION_SHARE = 3  # one of so many
+_MOST_CHARACTERS = 40_000  # per package or module, so that none dominates
+_EVALUATION_SHARE = 3  # one in this many packages and modules
 
 
 def texts() -> tuple[str, str]:
@@ -36,13 +36,13 @@ def texts() -> tuple[str, str]:
 
 
 def windows_of(text: str, tokenizer: Tokenizer, count: int, tokens: int = WINDOW_TOKENS) -> list[list[int]]:
-    """Return `count` windows of tokens from evenly spread places of a text; they overlap where it is too short."""
+    """Return `count` evenly spaced windows of tokens; they overlap if the text is too short."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return [ids[start : start + tokens] for start in np.linspace(0, len(ids) - tokens, count).astype(int)]
 
 
 def fingerprint(windows: Sequence[Sequence[int]]) -> str:
-    """Return a hash of windows, to tell whether two results are about the same text."""
+    """Return a hash of windows, which identifies the text of a result."""
     return hashlib.sha256(np.array(windows, np.int64).tobytes()).hexdigest()[:16]
 
 
@@ -59,7 +59,7 @@ def _descriptions() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Yield name and docstrings of every module of the standard library that is one file."""
+    """Yield name and docstrings of every single-file module of the standard library."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         try:
             tree = ast.parse(path.read_text("utf-8"))

@@ -1,8 +1,8 @@
-"""How many numbers differ between the weights of two Hugging Face folders.
+"""Count the numbers that differ between the weights of two Hugging Face folders.
 
     python -m tools.recovery.differing_numbers FOLDER OTHER
 
-Reads safetensors and compares with NumPy; nothing of tritgguf takes part. FP16 and FP32 only.
+It reads safetensors and compares with NumPy, without code of tritgguf. FP16 and FP32 only.
 """
 
 from __future__ import annotations

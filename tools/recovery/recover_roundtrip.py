@@ -1,11 +1,11 @@
-"""Exact recovery on a real model: trits -> halves -> trits -> halves, and how many numbers differ.
+"""Test exact recovery on a real model: trits -> FP16 -> trits -> FP16, and count the numbers that differ.
 
     python -m tools.recovery.recover_roundtrip build/smollm2-135m-d2.gguf
     python -m tools.recovery.recover_roundtrip models/SmolLM2-135M-Instruct
 
-A trit file is dequantized tensor by tensor and rounded to FP16, which is what published checkpoints hold; a Hugging
-Face folder holds halves already. Both decodings are docs/reference_decoder.py's, and the comparison is NumPy's: the
-codec's own decoder has no part in it. Prints a line for each tensor that has no exact fit.
+A trit file is dequantized tensor by tensor and rounded to FP16, like published checkpoints; a Hugging Face folder has
+FP16 or BF16 already. docs/reference_decoder.py decodes and NumPy compares, so the codec's own decoder is not used.
+Prints a line for each tensor without an exact fit.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _WEIGHTS_AT_ONCE = 1 << 20
 
 
 def reference_halves(rows: np.ndarray, columns: int, depth: int, codebook: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Decode packed rows, uint8 [rows, bytes of a row], with the reference decoder and round them to halves.
+    """Decode packed rows, uint8 [rows, bytes of a row], with the reference decoder and round them to 16 bits.
 
-    Returns [rows, columns] of the dtype: float16, or uint16, which stands for the bits of bfloat16.
+    Returns [rows, columns] of the dtype: float16, or uint16 for the bits of bfloat16.
     """
     halves = np.empty((len(rows), columns), dtype)
     step = max(1, _WEIGHTS_AT_ONCE // columns)
@@ -50,14 +50,14 @@ def reference_halves(rows: np.ndarray, columns: int, depth: int, codebook: np.nd
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     """Round to the nearest bfloat16, ties to even, and return its bits, uint16."""
     exact = values.astype(np.float32).astype(np.float64)
-    # Eight bits from the leading one down; subnormal numbers end at 2**-133 instead.
+    # Eight significant bits; subnormal numbers end at 2**-133.
     exponent = np.maximum(np.frexp(exact)[1] - 8, -133)
     rounded = np.ldexp(np.rint(np.ldexp(exact, -exponent)), exponent).astype(np.float32)
     return (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def differing_numbers(matrix: QuantizedMatrix, weights: np.ndarray) -> int:
-    """Count the numbers of a recovered matrix that are not those that it was recovered from; -0.0 and 0.0 are one."""
+    """Count the numbers of a recovered matrix that differ from its source; -0.0 equals 0.0."""
     decoded = reference_halves(
         matrix.pack(ThreadPool(1)), weights.shape[1], matrix.depth, matrix.codebook, weights.dtype
     )
@@ -67,7 +67,7 @@ def differing_numbers(matrix: QuantizedMatrix, weights: np.ndarray) -> int:
 
 
 def published_matrices(location: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a trit file's packed matrices as a producer would publish them, or those of a Hugging Face folder."""
+    """Yield a trit file's packed matrices as a producer publishes them, or those of a Hugging Face folder."""
     if location.is_dir():
         arch = find_architecture(read_json(location / "config.json"), str(location)).gguf_name
         for name, stored in open_shards(location).items():

@@ -1,10 +1,10 @@
-"""A stand-in for programs that publish dequantized trit checkpoints, and a trial of exact recovery on its matrices.
+"""Simulate programs that publish dequantized trit checkpoints, and test exact recovery on their matrices.
 
     python -m tools.recovery.simulated_producer --matrices 2000
 
-Random matrices of every depth and of shapes that are hard to recover, decoded in several orders of operations and
-several precisions, rounded to halves, recovered, decoded by docs/reference_decoder.py and compared. Nothing here is
-made with the codec that is tried. Prints how many matrices of each order were recovered and how many numbers differ.
+Random matrices of every depth, many of them hard to recover, are decoded with several orders of operations and
+precisions, rounded to 16 bits, recovered, decoded by docs/reference_decoder.py and compared. The matrices are made
+without the codec under test. Prints how many matrices of each order were recovered and how many numbers differ.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ ORDERS = {
 
 
 def produce(scales: np.ndarray, trits: np.ndarray, order: str, precision: str, half: str = "float16") -> np.ndarray:
-    """Return what a producer publishes [rows, columns]: float16, or uint16, which stands for the bits of bfloat16.
+    """Return the published matrix [rows, columns]: float16, or uint16 for the bits of bfloat16.
 
     Args:
         scales: float32 [rows, groups], each group's scale.
         trits: float64 [rows, groups, 16, depth], -1, 0 or 1, the least significant first.
         order: key of ORDERS.
-        precision: key of PRECISIONS, of every operation, and of the scale.
-        half: float16 or bfloat16, what the result is rounded to.
+        precision: key of PRECISIONS, for every operation and the scale.
+        half: float16 or bfloat16, the type of the result.
 
     """
     to = PRECISIONS[precision]
@@ -104,7 +104,7 @@ def _spaced(generator: np.random.Generator) -> np.ndarray:
 
 
 def _level_shapes(generator: np.random.Generator, shape: tuple[int, ...], h: int) -> dict[str, np.ndarray]:
-    """Return levels of each awkward kind by its name."""
+    """Return levels of each difficult kind by name."""
     level = generator.integers(-h, h + 1, shape)
     one = np.zeros(shape, np.int64)
     place = generator.integers(0, 16, (*shape[:2], 1))
@@ -124,7 +124,7 @@ def _level_shapes(generator: np.random.Generator, shape: tuple[int, ...], h: int
 
 
 def _codebooks(generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return codebooks, float32 [27], of each awkward kind by its name."""
+    """Return codebooks, float32 [27], of each difficult kind by name."""
     spaced = _spaced(generator)
     return {
         "log-spaced": spaced,
@@ -140,7 +140,7 @@ def _codebooks(generator: np.random.Generator) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Case:
-    """A random matrix before it is decoded; fields as in `produce`."""
+    """A random matrix before decoding; fields as in `produce`."""
 
     kind: str
     scales: np.ndarray
@@ -148,7 +148,7 @@ class Case:
 
 
 def random_case(seed: int, depth: int) -> Case:
-    """Return a matrix of a kind that the seed chooses: 1 to 40 rows of 64 to 256 weights."""
+    """Return a matrix whose kind the seed selects: 1 to 40 rows of 64 to 256 weights."""
     generator = np.random.default_rng((seed, depth))
     rows, groups = int(generator.integers(1, 41)), 4 * int(generator.integers(1, 5))
     levels = _level_shapes(generator, (rows, groups, 16), (3**depth - 1) // 2)
@@ -160,15 +160,15 @@ def random_case(seed: int, depth: int) -> Case:
     return Case(f"{level_kind}, {codebook_kind}", scales, _trits(level, depth))
 
 
-# -- the trial
+# -- the test
 
 
 def main() -> None:
-    """Parse the command line, try, print."""
+    """Parse the command line, test, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--matrices", type=int, default=2000, help="how many (default 2000)")
-    parser.add_argument("--half", choices=HALVES, default="float16", help="what is published")
-    parser.add_argument("--only", default="", help="only kinds that contain this, such as `all levels, log-spaced`")
+    parser.add_argument("--matrices", type=int, default=2000, help="number of matrices (default 2000)")
+    parser.add_argument("--half", choices=HALVES, default="float16", help="type of the published weights")
+    parser.add_argument("--only", default="", help="only kinds whose names have this, such as `all levels, log-spaced`")
     options = parser.parse_args()
     thread_pool = ThreadPool(1)
     precisions = ["float64", "float32", options.half]

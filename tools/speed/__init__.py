@@ -1,1 +1,1 @@
-"""How fast the kernels are, alone and beside llama.cpp."""
+"""Speed of the kernels, alone and compared with llama.cpp."""

@@ -1,4 +1,4 @@
-"""A bar chart of the ratios, with every bound marked."""
+"""A bar chart of the ratios with their bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from tools.speed.ratios import GOALS, verdict
 from tools.svg import Drawing
 
-_WIDTH, _LABELS, _RIGHT = 820, 350, 60  # of the whole, of the labels left and of the figures right of the bars
+_WIDTH, _LABELS, _RIGHT = 820, 350, 60  # units: width, space for labels, space for figures
 _ROW, _BAR, _TOP, _FIGURE = 26, 14, 56, 40
 _STYLE = """\
   .pass, .none { fill: #2f81c7 }
@@ -26,8 +26,7 @@ def draw(result: dict[str, Any]) -> str:
         _WIDTH,
         bottom + 24,
         f"Speed, ours over theirs: {result['shape']}, {result['threads']} threads",
-        f"{result['absolute']['processor']};"
-        " a line across a bar is the least it has to reach, orange falls short of it",
+        f"{result['absolute']['processor']}; the line across a bar is its lower bound, orange bars are below it",
         _STYLE,
     )
     for half in range(int(2 * longest) + 1):
@@ -40,7 +39,7 @@ def draw(result: dict[str, Any]) -> str:
 
 
 def _draw_row(drawing: Drawing, name: str, ratio: float, y: int, scale: float) -> None:
-    """Draw label, bar, figure and the bound's mark of one ratio, whose row begins at `y`."""
+    """Draw label, bar, figure and bound of one ratio, whose row begins at `y`."""
     goal, text_y = GOALS[name], y + _BAR - 3
     end = _LABELS + scale * ratio
     drawing.text(_LABELS - 8, text_y, goal.label, anchor="end")
@@ -49,5 +48,5 @@ def _draw_row(drawing: Drawing, name: str, ratio: float, y: int, scale: float) -
         x = _LABELS + scale * goal.bound
         drawing.line(x, y - 3, x, y + _BAR + 3, kind="bound")
         if end <= x < end + _FIGURE:
-            end = x  # the figure stands behind the mark, not under it
+            end = x  # put the figure to the right of the mark, not under it
     drawing.text(end + 6, text_y, f"{ratio:.2f}")

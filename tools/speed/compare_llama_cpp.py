@@ -1,18 +1,18 @@
-"""Is it as fast as llama.cpp? The same shape, random weights, F16 head and embeddings on both sides, in one run.
+"""Compare the speed with llama.cpp's: random weights of the same shape, F16 head and embeddings on both sides.
 
     python -m tools.speed.compare_llama_cpp [--shape qwen2.5-1.5b] [--output FILE.json] [--plot FILE.svg] [--only NAME]
     python -m tools.speed.compare_llama_cpp --from FILE.json --markdown [--plot FILE.svg]    # measures nothing
 
-Every ratio is ours over theirs in speed, more is better: of medians over turns (ours, theirs, ours, theirs ...), so
-that whatever else the machine does meets both; how much that was is shown, and --patience SECONDS waits for a quiet
-machine. Ratios with the same numerator share its measurement in each turn. `decode` and `prefill` are tokens per
-second of `tritgguf bench` and llama-bench; `convert` is weights per second of `tritgguf convert` and llama-quantize
-from the same F16 file, until all is on the disk; `decode.trit2/read_bandwidth` is what decode reads per second over
-what the same threads merely read. Other ratios compare this project with itself: at two lengths of context, or with
-two instruction sets.
+Every ratio is our speed over theirs; more is better. It is the ratio of the medians over turns (ours, theirs, ours,
+theirs ...), so that other programs disturb both sides equally. Their share of the machine is printed, and --patience
+SECONDS waits for a quiet machine. Ratios with the same numerator share its measurement in each turn. `decode` and
+`prefill` are tokens per second of `tritgguf bench` and llama-bench. `convert` is weights per second of `tritgguf
+convert` and llama-quantize from the same F16 file, until all is on the disk. `decode.trit2/read_bandwidth` is the read
+rate of decode over the read bandwidth of the same threads. Other ratios compare this project with itself: at two
+context lengths, or with two instruction sets.
 
---output keeps the result after every ratio, and adds to what the file holds already. The first run builds llama.cpp
-(tools/llama_cpp/binaries.py). It takes 16 GB of disk for a while, and nothing else should run beside it: llama.cpp's
+--output saves the result after every ratio, and adds to the results in the file. The first run builds llama.cpp
+(tools/llama_cpp/binaries.py). It needs 16 GB of disk temporarily. Run nothing else at the same time: llama.cpp's
 threads spin, and stall when they share a core.
 """
 
@@ -59,27 +59,27 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 
-_GENERATED_TOKENS = {SMOLLM2: 128}  # 32 of a small model are over before a clock has told much
-_K_BLOCK = 256  # row lengths of llama.cpp's K and ternary types are multiples of it
+_GENERATED_TOKENS = {SMOLLM2: 128}  # 32 tokens of a small model are too fast to measure
+_K_BLOCK = 256  # llama.cpp's K and ternary types need row lengths that are multiples of it
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side has reached: tokens or weights per second, and our own benchmark's report, if it was one."""
+    """The rate of one side, in tokens or weights per second, and the report of our own benchmark, if it was one."""
 
     rate: float
     report: dict[str, Any] | None = None
 
 
 class Comparison:
-    """The files, made when they are first needed, and the measurements on them."""
+    """Makes files when they are first needed, and measures with them."""
 
     def __init__(self, folder: Path, programs: Path, threads: int) -> None:
         self.folder, self.programs, self.threads = folder, programs, threads
 
     def make_files(self, ratios: Sequence[Ratio]) -> None:
-        """Make what is needed to measure these ratios."""
+        """Make the files for these ratios."""
         for side in _sides(ratios):
             self._source(side.shape)
             if ratios[0].test != "convert":
@@ -97,7 +97,7 @@ class Comparison:
         return Measured(binaries.tokens_per_second(self.programs, self._file(side), *counts, self.threads))
 
     def remove_files(self, keep: frozenset[tuple[str, str]] = frozenset()) -> None:
-        """Delete what was made from the F16 files, but for files of these shapes and names."""
+        """Delete files that were made from the F16 files, except those of these shapes and names."""
         for path in itertools.chain.from_iterable((self.folder / shape).glob("*.gguf") for shape in SHAPES):
             if path.stem != "f16" and (path.parent.name, path.stem) not in keep:
                 path.unlink()
@@ -125,7 +125,7 @@ class Comparison:
     def _make(self, shape: str, output: Path, type_name: str) -> float:
         """Make a file of a type with our converter or theirs; return the seconds until it is on the disk."""
         source = self._source(shape)
-        os.sync()  # what was written before should not be this one's burden
+        os.sync()  # so that earlier writes do not count
         start = time.perf_counter()
         if type_name.startswith("trit"):
             depth = type_name.removeprefix("trit")
@@ -139,7 +139,7 @@ class Comparison:
         return seconds
 
     def _rate_of_conversion(self, side: Side) -> float:
-        """Return the quantized weights per second of one conversion; the file stays, decode needs it too."""
+        """Return the quantized weights per second of one conversion; the file stays, because decode uses it."""
         source = self._source(side.shape)
         weights = sum(info.n_weights for info in GgufFile(source).tensors.values() if quantized_tensor(info.name))
         output, name = source.with_name("conversion.gguf"), file_of(side)
@@ -152,12 +152,12 @@ class Comparison:
 
 
 def file_of(side: Side) -> str:
-    """Return the name of the file that a side runs, or leaves behind: the encoder v2 is measured at depth 2."""
+    """Return the name of the file that a side runs or writes: the encoder v2 is measured at depth 2."""
     return "trit2" if side.file == "v2" else side.file
 
 
 def variant_options(variant: str) -> list[str]:
-    """Return the options of `tritgguf bench` that make a side's variant."""
+    """Return the options of `tritgguf bench` for a side's variant."""
     if variant in variants.NAMES:
         return ["--isa", variant]
     if variant.startswith("context"):
@@ -166,13 +166,13 @@ def variant_options(variant: str) -> list[str]:
 
 
 def our_command() -> list[str]:
-    """Return how to call this checkout's `tritgguf`, whatever the current folder is."""
+    """Return a command that runs this checkout's `tritgguf` from any folder."""
     start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from tritgguf.__main__ import main; sys.exit(main())"
     return [sys.executable, "-c", start]
 
 
 def check_types(path: Path, name: str) -> None:
-    """Raise TritGgufError unless all matrices of the layers are of the type and head and embeddings are F16."""
+    """Raise TritGgufError unless all matrices of the layers have the type and head and embeddings are F16."""
     expected = name.upper().removesuffix("_S")
     for info in GgufFile(path).tensors.values():
         if quantized_tensor(info.name) and info.type_name != expected:
@@ -182,7 +182,7 @@ def check_types(path: Path, name: str) -> None:
 
 
 def select_ratios(shape: str, only: str | None) -> list[Ratio]:
-    """Return the ratios to measure: those of the comma-separated list, or all that shape and processor allow."""
+    """Return the ratios to measure: those of the comma-separated list, or all that the shape and processor allow."""
     if only is not None:
         return [Ratio.parse(name.strip(), shape) for name in only.split(",")]
     here = {name for name, isa in variants.NAMES.items() if isa in instruction_set.supported()}
@@ -193,20 +193,20 @@ def select_ratios(shape: str, only: str | None) -> list[Ratio]:
         _, sizes = SHAPES[ratio.ours.shape]
         whole_blocks = not any(length % _K_BLOCK for length in (sizes.hidden, sizes.feed_forward))
         runs_anywhere = ratio.theirs.file in ("q4_0", READ_BANDWIDTH, ratio.ours.file)
-        again = shape == SMOLLM2 and ".smollm2." in name  # the same without that part is measured already
+        again = shape == SMOLLM2 and ".smollm2." in name  # the ratio without that part measures the same
         if wanted <= here and (whole_blocks or runs_anywhere) and not again:
             ratios.append(ratio)
     return ratios
 
 
 def _sides(ratios: Sequence[Ratio]) -> list[Side]:
-    """Return what is to be measured for these ratios, without repetition, the common numerator first."""
+    """Return the sides of these ratios without repetition, the common numerator first."""
     sides = [*(ratio.ours for ratio in ratios), *(ratio.theirs for ratio in ratios)]
     return [side for side in dict.fromkeys(sides) if side.file != READ_BANDWIDTH]
 
 
 def in_groups(ratios: Sequence[Ratio]) -> list[list[Ratio]]:
-    """Return the ratios in groups with one numerator; conversions first, because they leave files for others."""
+    """Return the ratios in groups with one numerator; conversions first, because others use their files."""
 
     def order(ratio: Ratio) -> tuple[bool, str, str, str, str]:
         return ratio.test != "convert", ratio.test, ratio.ours.shape, ratio.ours.file, ratio.ours.variant
@@ -223,7 +223,7 @@ def measure(
     *,
     keep_files: bool = False,
 ) -> None:
-    """Measure every ratio `repeats` times, in turns; `keep_result` is called with each as soon as it is known.
+    """Measure every ratio `repeats` times, in turns; `keep_result` is called with each when it is done.
 
     Files are deleted as soon as no later ratio needs them.
     """
@@ -251,7 +251,7 @@ def measure_group(
         measured = {side: comparison.measure(ratios[0].test, side) for side in _sides(ratios)}
         after = processor_seconds()
         disturbance = share_of_others(before, after)
-        # Turns are judged by what others took, never by their outcome.
+        # Turns are rejected for disturbance only, never for their result.
         if not patience.accepts(disturbance, after.elapsed - before.elapsed):
             continue
         turns += 1
@@ -267,7 +267,7 @@ def measure_group(
 
 
 def git_revision() -> str:
-    """Return this checkout's commit, with `-dirty` behind it where something differs, or `unknown`."""
+    """Return this checkout's commit, with `-dirty` appended if files differ, or `unknown`."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -314,7 +314,7 @@ def main(
     shape: Annotated[str, typer.Option(help="|".join(SHAPES))] = "qwen2.5-1.5b",
     print_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     print_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table instead.")] = False,
-    output: Annotated[Path | None, typer.Option(help="JSON file that is written after every ratio.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file, written after every ratio.")] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file for a bar chart.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Show this JSON file; measure nothing.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns for each ratio.")] = 5,
@@ -323,7 +323,7 @@ def main(
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the physical cores.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for llama.cpp and the models.")] = None,
     patience: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait and to repeat turns in, while other programs are busy.")
+        float, typer.Option(min=0, help="Seconds for waiting and repeating turns while other programs are busy.")
     ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized models for the next run.")] = False,
 ) -> None:

@@ -1,10 +1,10 @@
-"""How fast are the kernels by themselves, on one thread and in cache?
+"""Measure the speed of the matrix kernels alone, on one thread and in cache.
 
     python -m tools.speed.kernel_speed [--json]
 
 Decode (`gemv`) in 10^9 weights per second, prefill (`gemm`, 256 tokens) in 10^9 integer operations per second,
-for every depth and every instruction set that the processor has. Times are the thread's own, so that other
-programs disturb them less; still, compare only figures of one run.
+for every depth and every instruction set that the processor has. Times are CPU times of the thread, so other programs
+disturb them less; still, compare only figures of one run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float, float]:
-    """Return decode's rate in 10^9 weights per second and prefill's, with 16 and 8 bits, in 10^9 operations."""
+    """Return the rate of decode in 10^9 weights/s, and of prefill with 16 and 8 bits in 10^9 operations/s."""
     generator = np.random.default_rng(0)
     levels = generator.integers(0, 3**depth, (ROWS, COLUMNS), dtype=np.uint8)
     indices = generator.integers(0, 27, (ROWS, COLUMNS // 16), dtype=np.uint8)
@@ -69,7 +69,7 @@ def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float, float]:
 
 
 def prefill_times(matrix: Matrix, isa: tuple[int, ...], x: np.ndarray, out: np.ndarray) -> list[float]:
-    """Return the seconds of multiplying a batch with activations of 16 and of 8 bits."""
+    """Return the seconds of a matrix times a batch with activations of 16 and of 8 bits."""
     words, steps, times = matrix.data.view(np.uint16), Projection([matrix]).steps[0], []
     for bits in (16, 8):
         batch = Batch(*x.shape, bits=bits)
@@ -81,7 +81,7 @@ def prefill_times(matrix: Matrix, isa: tuple[int, ...], x: np.ndarray, out: np.n
 
 
 def best_time(call: Callable[[], object], repeats: int) -> float:
-    """Return the least time of several calls, in seconds; the first one, which may compile, does not count."""
+    """Return the shortest time of several calls, in seconds; the first call, which may compile, is not counted."""
     call()
     times = []
     for _ in range(repeats):

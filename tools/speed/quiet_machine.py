@@ -1,4 +1,4 @@
-"""How much of the machine other programs take, and patience until they leave it."""
+"""The share of the machine that other programs use, and waiting until they are idle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _POLL_SECONDS = 3.0
 
 
 class Patience:
-    """Waits for other programs to leave the machine, for a limited time in all."""
+    """Waits for other programs to become idle, for a limited total time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def wait(self) -> None:
-        """Return when the machine is quiet, or when patience is over."""
+        """Return when the machine is quiet or the time is used up."""
         while self.seconds > 0:
             before = processor_seconds()
             time.sleep(_POLL_SECONDS)
@@ -27,7 +27,7 @@ class Patience:
             self.seconds -= _POLL_SECONDS
 
     def accepts(self, disturbance: float, elapsed: float) -> bool:
-        """Tell whether a turn of `elapsed` seconds counts; one that was disturbed is to be repeated meanwhile."""
+        """Return whether a turn of `elapsed` seconds counts; a disturbed turn is repeated while there is time."""
         if disturbance <= QUIET or self.seconds <= 0:
             return True
         self.seconds -= elapsed
@@ -35,7 +35,7 @@ class Patience:
 
 
 class ProcessorSeconds(NamedTuple):
-    """Seconds so far: elapsed, of all cores while busy, and of this process and its children."""
+    """Seconds so far: elapsed, busy time of all cores, and CPU time of this process and its children."""
 
     elapsed: float
     busy: float
@@ -43,9 +43,9 @@ class ProcessorSeconds(NamedTuple):
 
 
 def processor_seconds() -> ProcessorSeconds:
-    """Read the clocks; on other systems than Linux only the elapsed time.
+    """Read the clocks; on systems other than Linux only the elapsed time.
 
-    From proc(5), /proc/stat. Time that a hypervisor took counts as busy.
+    Source: proc(5), /proc/stat. Time stolen by a hypervisor counts as busy.
     """
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
@@ -59,7 +59,7 @@ def processor_seconds() -> ProcessorSeconds:
 
 
 def share_of_others(before: ProcessorSeconds, after: ProcessorSeconds) -> float:
-    """Return what share of all cores' time between two readings other programs took."""
+    """Return the share of all cores' time that other programs used between two readings."""
     others = (after.busy - before.busy) - (after.own - before.own)
     elapsed = max(after.elapsed - before.elapsed, 1e-9)
     return max(0.0, others / (elapsed * (os.cpu_count() or 1)))

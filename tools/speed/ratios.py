@@ -1,7 +1,7 @@
-"""The ratios that the comparison with llama.cpp measures: names, bounds, samples, and the result as JSON and tables.
+"""The ratios of the comparison with llama.cpp: names, bounds, samples, and the result as JSON and tables.
 
 A name is `test.ours/theirs`; `test.file.variant/variant` compares one of our files with itself, and `smollm2.` before
-a file stands for the shape of SmolLM2-135M, whatever shape the rest is measured on.
+a file selects the shape of SmolLM2-135M instead of the --shape of the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNITS = {"tokens/s": ("tokens/s", 1.0), "weights/s": ("M weights/s", 1e6), "byt
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio says in words, what it has to reach and what would be better still; None: there is no bound."""
+    """A ratio's label, its lower bound and a stretch goal; None: no bound."""
 
     label: str
     bound: float | None = None
@@ -52,7 +52,7 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a ratio: a file, made from random weights of a shape, and how it is run."""
+    """One side of a ratio: a file made from random weights of a shape, and the variant that runs it."""
 
     shape: str
     file: str
@@ -61,7 +61,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio's name in parts."""
+    """A ratio's name and its parts."""
 
     name: str
     test: str
@@ -70,7 +70,7 @@ class Ratio:
 
     @classmethod
     def parse(cls, name: str, shape: str) -> Ratio:
-        """Take a name of GOALS apart; TritGgufError for any other."""
+        """Parse a name of GOALS; raises TritGgufError for any other."""
         if name not in GOALS:
             raise TritGgufError(f"{name} is no ratio; choose from {', '.join(GOALS)}")
         test, _, sides = name.partition(".")
@@ -83,7 +83,7 @@ class Ratio:
 
     @property
     def unit(self) -> str:
-        """What both sides are measured in."""
+        """The unit of both sides."""
         if self.theirs.file == READ_BANDWIDTH:
             return "bytes/s"
         return "weights/s" if self.test == "convert" else "tokens/s"
@@ -91,13 +91,13 @@ class Ratio:
 
 @dataclass
 class Samples:
-    """Both sides' measurements for one ratio; the unit is the same, and more is better."""
+    """The measurements of both sides of one ratio, in one unit; more is better."""
 
     unit: str
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     other_programs: list[float] = field(default_factory=list)
-    """Share of all cores' time that went to other programs in each turn; 0 where the system does not tell."""
+    """Share of all cores' time that other programs used in each turn; 0 where the system does not report it."""
 
     def add(self, ours: float, theirs: float, other_programs: float) -> None:
         """Add a turn."""
@@ -123,7 +123,7 @@ class Samples:
 
 
 class Result:
-    """What was measured so far, as the JSON object that the tool prints and keeps."""
+    """The results so far, as the JSON object that the tool prints and saves."""
 
     def __init__(self, shape: str, threads: int, processor: str, llama_cpp: str) -> None:
         self.json: dict[str, Any] = {
@@ -143,7 +143,7 @@ class Result:
             self.json[part] = {known: self.json[part][known] for known in GOALS if known in self.json[part]}
 
     def merge(self, file: Path) -> None:
-        """Start from what a file holds; TritGgufError where its figures cannot stand beside new ones."""
+        """Load earlier results from a file; raises TritGgufError if they are not comparable with new ones."""
         before = read_result(file)
         for part, found, expected in (
             ("shape", before["shape"], self.json["shape"]),
@@ -156,7 +156,7 @@ class Result:
         self.json = before
 
     def write(self, file: Path) -> None:
-        """Replace a file's contents at once, so that it is whole at any moment."""
+        """Replace a file's contents atomically."""
         partial = file.with_name(file.name + ".partial")
         try:
             with disk_errors(file):
@@ -167,7 +167,7 @@ class Result:
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """Return a result that `Result.write` has written; TritGgufError for anything else."""
+    """Return a result that `Result.write` wrote; raises TritGgufError for anything else."""
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if result.keys() >= {"shape", "threads", "ratios", "bounds", "absolute"} and result["ratios"].keys() <= set(
@@ -182,7 +182,7 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def verdict(name: str, ratio: float) -> str:
-    """Return `pass` or `fail`, or nothing for a ratio without a bound."""
+    """Return `pass` or `fail`, or an empty string for a ratio without a bound."""
     bound = GOALS[name].bound
     return "" if bound is None else "pass" if ratio >= bound else "fail"
 

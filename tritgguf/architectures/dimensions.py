@@ -1,6 +1,6 @@
-"""The sizes of a model, read from config.json or from GGUF keys, and the tensor shapes that follow from them.
+"""A model's sizes, read from config.json or from GGUF keys, and the resulting tensor shapes.
 
-Reading the sizes is also where a model's family is found, and where what no family has is refused.
+This module also finds the model's family and rejects unsupported models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tritgguf.errors import TritGgufError
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that fix every tensor's shape."""
+    """The sizes that determine the shapes of all tensors."""
 
     layers: int
     vocabulary: int
@@ -27,14 +27,14 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     biased: frozenset[str] = frozenset()
-    """Matrices with a bias, by GGUF name."""
+    """GGUF names of the matrices with a bias."""
     architecture: str = "llama"
-    """GGUF name."""
+    """GGUF name of the architecture."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return GGUF tensor name -> shape in NumPy order, for every tensor the model must have.
+        """Return GGUF tensor name -> shape in NumPy order for all tensors of the model.
 
-        `output.weight` is among them; a model with tied embeddings does without it.
+        The result includes `output.weight`, which a model with tied embeddings lacks.
         """
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocabulary, self.hidden),
@@ -50,13 +50,13 @@ class Dimensions:
         return shapes
 
     def _layer_matrices(self) -> dict[str, tuple[int, ...]]:
-        rows, rows_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         fused = GGUF_ARCHITECTURES[self.architecture].fused
         sizes = {
             "attn_q": (rows, self.hidden),
-            "attn_k": (rows_kv, self.hidden),
-            "attn_v": (rows_kv, self.hidden),
-            "attn_qkv": (rows + 2 * rows_kv, self.hidden),
+            "attn_k": (kv_rows, self.hidden),
+            "attn_v": (kv_rows, self.hidden),
+            "attn_qkv": (rows + 2 * kv_rows, self.hidden),
             "attn_output": (self.hidden, rows),
             "ffn_gate": (self.feed_forward, self.hidden),
             "ffn_up": ((2 if fused else 1) * self.feed_forward, self.hidden),
@@ -66,24 +66,24 @@ class Dimensions:
 
     def _layer_norms(self) -> dict[str, tuple[int, ...]]:
         entry = GGUF_ARCHITECTURES[self.architecture]
-        of_queries = self.heads * self.head_dim if entry.normalizes_together else self.head_dim
-        of_keys = self.kv_heads * self.head_dim if entry.normalizes_together else self.head_dim
-        sizes = {"attn_q_norm": of_queries, "attn_k_norm": of_keys}
+        query_norm = self.heads * self.head_dim if entry.normalizes_together else self.head_dim
+        key_norm = self.kv_heads * self.head_dim if entry.normalizes_together else self.head_dim
+        sizes = {"attn_q_norm": query_norm, "attn_k_norm": key_norm}
         return {name: (sizes.get(name, self.hidden),) for name in entry.layer_norms()}
 
 
 def biased_matrices(names: Iterable[str]) -> frozenset[str]:
-    """Return the GGUF names, without layer, of the matrices that have a bias among a model's tensors."""
+    """Return the matrices that have a bias among these GGUF tensor names, as names without layer."""
     layers = (GGUF_LAYER.fullmatch(name) for name in names)
     return frozenset(layer[2] for layer in layers if layer is not None and layer[3] == "bias")
 
 
 def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """Return the entry for the class that a config.json names; TritGgufError when there is none."""
+    """Return the entry for the class in a config.json; TritGgufError if there is none."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise TritGgufError(
-            f"{where}: names no model class under `architectures`; this is no causal language model's config"
+            f"{where}: names no model class under `architectures`; this is not the config of a causal language model"
         )
     if classes[0] not in ARCHITECTURES:
         raise TritGgufError(
@@ -93,7 +93,7 @@ def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
 
 
 def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
-    """Return the sizes that a config.json states; TritGgufError for a missing or impossible one."""
+    """Return the sizes in a config.json; TritGgufError for a missing or impossible size."""
     architecture = find_architecture(config, where)
     hidden = keys.HIDDEN.in_config(config, architecture, where)
     heads = keys.HEADS.in_config(config, architecture, where)
@@ -126,9 +126,10 @@ def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -
 
 
 def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architecture:
-    """Return the entry for a GGUF model: of the classes that share its name the first that has windows if it has.
+    """Return the entry for a GGUF model.
 
-    Raises TritGgufError for an architecture that is not in the table.
+    If several classes share the GGUF name and the model has a sliding window, this is the first class with one. Raises
+    TritGgufError for an architecture that is not in the table.
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
@@ -145,11 +146,10 @@ def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architect
 def dimensions_from_gguf(
     metadata: Mapping[str, Any], vocabulary: int, biased: frozenset[str], where: str
 ) -> Dimensions:
-    """Return the sizes that a stock GGUF file's keys state.
+    """Return the sizes in the keys of a GGUF file.
 
-    `vocabulary` (rows of the embedding) and `biased` come from its tensors. Raises TritGgufError for an
-    architecture that is not in the table, for a missing or impossible size and for what no entry has:
-    experts, partial rotation.
+    `vocabulary` (rows of the embedding) and `biased` come from its tensors. Raises TritGgufError for an architecture
+    that is not in the table, for a missing or impossible size, for experts and for partial rotation.
     """
     architecture = find_gguf_architecture(metadata, where)
     hidden = keys.HIDDEN.in_gguf(metadata, architecture, where)
@@ -159,7 +159,7 @@ def dimensions_from_gguf(
         key = f"{architecture.gguf_name}.{rule.gguf}"
         if metadata.get(key, head_dim) != head_dim:
             raise TritGgufError(
-                f"{where}: {key} is {metadata[key]}, but only {head_dim}, the head's length, is supported"
+                f"{where}: {key} is {metadata[key]}, but only the head dimension {head_dim} is supported"
             )
     if metadata.get(f"{architecture.gguf_name}.expert_count"):
         raise TritGgufError(f"{where}: models with experts are not supported")
@@ -181,7 +181,7 @@ def dimensions_from_gguf(
 
 
 def check_heads(dimensions: Dimensions, where: str) -> None:
-    """Raise TritGgufError unless the heads can be grouped and rotated."""
+    """Raise TritGgufError unless the heads divide into key-value groups and the head dimension is even."""
     heads, kv_heads = dimensions.heads, dimensions.kv_heads
     if heads % kv_heads:
         raise TritGgufError(f"{where}: {heads} heads cannot share {kv_heads} key-value heads evenly")

@@ -1,8 +1,8 @@
-"""GGUF keys -> the config.json of a Hugging Face folder, and the arguments of transformers' configuration class.
+"""Conversion of GGUF keys into config.json, and into the arguments of transformers' configuration class.
 
-The rules of the model's family do the work (`keys`). The other direction is `hf_to_gguf`. Of a checkpoint's own
-config.json GGUF keeps what a model needs, not its words: a Mistral model without a sliding window becomes a
-LlamaForCausalLM, which computes the same, and training settings have their defaults.
+It applies the rules of the model's family (`keys`). `hf_to_gguf` is the other direction. GGUF does not keep all of the
+original config.json: a Mistral model without a sliding window becomes a LlamaForCausalLM, which computes the same, and
+training settings get their defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tritgguf.architectures import dimensions, keys
 from tritgguf.architectures.key_rules import GgufKeys
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.rope_keys import in_older_layout, llama3_scaling
+from tritgguf.architectures.rope_keys import legacy_rope_entries, llama3_scaling
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
@@ -31,18 +31,18 @@ _FIRST_ENTRIES = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-"""What config.json begins with; the rules themselves are in the order of GGUF's keys."""
+"""The first entries of config.json; the others follow in the order of GGUF's keys."""
 
 
 def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config.json of a file's model, with weights in float16; `special_ids` as in `hf_folder_files`.
+    """Return the config.json of a file's model with float16 weights; `special_ids` as in `hf_folder_files`.
 
-    In the layout that every version of transformers reads (rope_theta and rope_scaling, torch_dtype). Raises
-    TritGgufError for keys that are missing or impossible, and when a tensor is not what they demand.
+    All versions of transformers can read its layout (rope_theta and rope_scaling, torch_dtype). Raises TritGgufError
+    for keys that are missing or impossible, and for tensors that contradict them.
     """
     where = str(file.path)
     if "token_embd.weight" not in file.tensors:
-        raise TritGgufError(f"{where}: has no tensor token_embd.weight; it is no language model")
+        raise TritGgufError(f"{where}: has no tensor token_embd.weight; it is not a language model")
     architecture = dimensions.find_gguf_architecture(file.metadata, where)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     entries = config_entries(file.metadata, shapes, where)
@@ -52,10 +52,10 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
         "model_type": architecture.hf_model_type,
         "torch_dtype": "float16",
         **entries,
-        # The classes of some families make up a padding token, which may lie beyond the vocabulary.
+        # Some configuration classes have a default padding token, which may be outside the vocabulary.
         "pad_token_id": None,
         **{f"{name}_token_id": token for name, token in special_ids.items()},
-        **in_older_layout(rope),
+        **legacy_rope_entries(rope),
         architecture.activation_entry: architecture.activation,
     }
     if f"{architecture.gguf_name}.{keys.HEAD_DIM.gguf}" not in file.metadata:
@@ -67,11 +67,11 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
 
 
 def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Any]:
-    """Return the arguments of a transformers configuration that the keys of a GGUF model stand for.
+    """Return the arguments of a transformers configuration for the keys of a GGUF model.
 
-    `shapes` are those of its tensors: they tell the vocabulary's size, whether the head is tied and whether
-    the attention is biased. Raises TritGgufError for a key that is missing or impossible, and for a rope scaling other
-    than linear and yarn (Llama 3's is a tensor, not a key).
+    `shapes` are those of its tensors; they determine the vocabulary size, whether the head is tied and which matrices
+    have biases. Raises TritGgufError for a key that is missing or impossible, and for a rope scaling other than linear
+    and yarn (Llama 3's is a tensor, not a key).
     """
     architecture = dimensions.find_gguf_architecture(metadata, where)
     vocabulary, biased = shapes["token_embd.weight"][0], dimensions.biased_matrices(shapes)
@@ -84,17 +84,17 @@ def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
 
 
 def model_type_of(metadata: Mapping[str, Any], where: str) -> str:
-    """Return transformers' `model_type` of a GGUF model; TritGgufError for an architecture that is not supported."""
+    """Return transformers' `model_type` of a GGUF model; TritGgufError for an unsupported architecture."""
     return dimensions.find_gguf_architecture(metadata, where).hf_model_type
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> None:
-    """Raise TritGgufError unless the tensors are exactly those of a model with this config."""
+    """Raise TritGgufError unless the tensors match a model with this config."""
     expected = dimensions.dimensions_from_config(config, where).shapes()
     if config["tie_word_embeddings"]:
         del expected[_HEAD]
     for name in {**expected, **shapes}:
         if name != ROPE_FREQS and shapes.get(name) != expected.get(name):
             found = f"has shape {shapes[name]}" if name in shapes else "is missing"
-            demand = f"its keys demand {expected[name]}" if name in expected else "its keys know no such tensor"
-            raise TritGgufError(f"{where}: tensor {name} {found}, but {demand}; convert the model again")
+            required = f"its keys require {expected[name]}" if name in expected else "its keys allow no such tensor"
+            raise TritGgufError(f"{where}: tensor {name} {found}, but {required}; convert the model again")

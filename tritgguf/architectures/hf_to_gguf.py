@@ -1,6 +1,6 @@
-"""config.json -> the GGUF keys of a model, in llama.cpp's order and with its names.
+"""Conversion of config.json into GGUF keys, with llama.cpp's names and order.
 
-The rules of the model's family do the work (`keys`). The other direction is `gguf_to_hf`.
+It applies the rules of the model's family (`keys`). `gguf_to_hf` is the other direction.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict[str, GGUFValue]:
-    """Return general.architecture and the keys `llama.*`, `qwen2.*` and so on.
+    """Return general.architecture and the keys `llama.*`, `qwen2.*` etc.
 
-    Raises TritGgufError for an entry of config.json that is impossible or asks for what is not there.
+    Raises TritGgufError for an entry of config.json that is impossible or not supported.
     """
     from gguf import GGUFValue, GGUFValueType
 
@@ -37,13 +37,13 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
 
 
 def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> np.ndarray | None:
-    """Return `rope_freqs.weight` of a model with Llama 3's rope scaling, else None: float32 [head_dim / 2]."""
+    """Return `rope_freqs.weight`, float32 [head_dim / 2], if the model has Llama 3's rope scaling, else None."""
     model = _checked(config, where)
     return llama3_factors(rope_parameters(model), model.dimensions.head_dim)
 
 
 def is_tied(config: Mapping[str, Any], architecture: Architecture) -> bool:
-    """Tell whether config.json says that the output head is the embeddings."""
+    """Tell whether config.json ties the output head to the embeddings."""
     return bool(config.get("tie_word_embeddings", architecture.defaults.get("tie_word_embeddings", False)))
 
 

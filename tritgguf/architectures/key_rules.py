@@ -1,6 +1,6 @@
-"""What a rule is: it pairs an entry of config.json with the GGUF key that says the same.
+"""Rule classes, which map entries of config.json to GGUF keys and back.
 
-A model's configuration is a sequence of rules (`Architecture.rules`), and each knows both directions: `to_gguf` returns
+A model's configuration is a sequence of rules (`Architecture.rules`). Each works in both directions: `to_gguf` returns
 GGUF keys for a config.json, `to_hf` returns entries of config.json for GGUF keys. The rules themselves are in `keys`.
 """
 
@@ -29,7 +29,7 @@ class HfConfig:
     where: str
 
     def default(self, entry: str, otherwise: Any = None) -> Any:
-        """Return what the family means where config.json leaves an entry out."""
+        """Return the family's default for an entry that config.json lacks."""
         return self.architecture.defaults.get(entry, otherwise)
 
     def get(self, entry: str, otherwise: Any = None) -> Any:
@@ -48,11 +48,11 @@ class GgufKeys:
     where: str
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, which is named without its architecture."""
+        """Return the value of a key; `key` lacks the architecture prefix."""
         return self.metadata.get(f"{self.architecture.gguf_name}.{key}", default)
 
     def number(self, key: str, default: float | None = None, *, whole: bool = False) -> Any:
-        """Return a number above zero; TritGgufError when the key is missing or none."""
+        """Return a positive number; TritGgufError if the key is missing or has another value."""
         name, value = f"{self.architecture.gguf_name}.{key}", self.get(key, default)
         if value is None:
             raise TritGgufError(f"{self.where}: the key {name} is missing")
@@ -66,9 +66,9 @@ class Rule(Protocol):
     """A part of a model's configuration, in both directions."""
 
     def to_gguf(self, config: HfConfig, /) -> Mapping[str, int | float | str]:
-        """Return GGUF keys, without their architecture; TritGgufError for what is impossible or not supported.
+        """Return GGUF keys without the architecture prefix; TritGgufError for impossible or unsupported entries.
 
-        A whole number becomes a UINT32, any other a FLOAT32.
+        An int becomes a UINT32, a float a FLOAT32.
         """
 
     def to_hf(self, keys: GgufKeys, /) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def _always(_: HfConfig) -> bool:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """A size, which config.json, GGUF and `Dimensions` have under different names."""
+    """A size, with its names in config.json, GGUF and `Dimensions`."""
 
     size: str
     """The field of `Dimensions`."""
@@ -89,15 +89,15 @@ class SizeRule:
     gguf: str
     most: int | None = None
     when: Callable[[HfConfig], bool] = _always
-    """Whether the key is written."""
+    """Whether to write the key."""
 
     def in_config(self, entries: Mapping[str, Any], architecture: Architecture, where: str, default: Any = None) -> int:
-        """Return the size that a config.json states; without it the family's default, or else `default`."""
+        """Return the size in a config.json, otherwise the family's default, otherwise `default`."""
         default = architecture.defaults.get(self.hf, default)
         return count_of(entries, self.hf, where, default=default, **self._limit())
 
     def in_gguf(self, metadata: Mapping[str, Any], architecture: Architecture, where: str, default: Any = None) -> int:
-        """Return the size that GGUF's keys state."""
+        """Return the size in GGUF's keys, otherwise `default`."""
         return count_of(metadata, f"{architecture.gguf_name}.{self.gguf}", where, default=default, **self._limit())
 
     def to_gguf(self, config: HfConfig) -> dict[str, int | float | str]:
@@ -114,12 +114,12 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class Transform:
-    """How a number of config.json becomes a number of GGUF, and back."""
+    """Conversion of a number between config.json and GGUF."""
 
     to_gguf: Callable[[Any, HfConfig], int | float | None]
-    """None: the key is not written."""
+    """Returns None if the key is not written."""
     to_hf: Callable[[Any, GgufKeys], Any]
-    """Takes None where the key is missing."""
+    """Receives None if the key is missing."""
 
 
 SAME = Transform(lambda number, _: number, lambda number, _: shortest_decimal(number))
@@ -127,23 +127,23 @@ SAME = Transform(lambda number, _: number, lambda number, _: shortest_decimal(nu
 
 @dataclass(frozen=True)
 class KeyRule:
-    """A number above zero that is one entry of config.json and one key of GGUF."""
+    """A positive number that is one entry of config.json and one GGUF key."""
 
     hf: str
     gguf: str
     default: float | None = None
-    """What config.json means where it leaves the entry out, unless the family's `defaults` say otherwise."""
+    """The value if config.json lacks the entry; the family's `defaults` take precedence."""
     absent: float | None = None
-    """What GGUF means where it leaves the key out."""
+    """The value if GGUF lacks the key."""
     transform: Transform = SAME
     whole: bool = False
     required: bool = False
-    """Whether GGUF must have the key."""
+    """Whether the GGUF key is mandatory."""
     nullable: bool = False
-    """Whether config.json may say null: there is no such number."""
+    """Whether the entry of config.json may be null; then GGUF has no key."""
 
     def to_gguf(self, config: HfConfig) -> dict[str, int | float | str]:
-        """Return the number under its GGUF key; nothing for null and for what the transform leaves out."""
+        """Return the number under its GGUF key; nothing if it is null or the transform returns None."""
         value = config.get(self.hf, self.default)
         if value is None and self.nullable:
             return {}
@@ -156,7 +156,7 @@ class KeyRule:
         return {} if written is None else {self.gguf: written}
 
     def to_hf(self, keys: GgufKeys) -> dict[str, Any]:
-        """Return the number under its entry of config.json, with null where GGUF has none."""
+        """Return the number under its entry of config.json; null if GGUF has no key."""
         value = keys.get(self.gguf, self.absent)
         if value is not None or self.required:
             value = keys.number(self.gguf, self.absent, whole=self.whole)
@@ -169,7 +169,7 @@ def _nothing(_: HfConfig | GgufKeys) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SpecialRule:
-    """What is more than a number: several keys at once, facts that GGUF keeps in tensors, checks of one side."""
+    """A rule that is not a single number: several keys, information in GGUF tensors, checks of one direction."""
 
     to_gguf: Callable[[HfConfig], Mapping[str, int | float | str]] = _nothing
     to_hf: Callable[[GgufKeys], Mapping[str, Any]] = _nothing

@@ -1,8 +1,8 @@
-"""The table of keys: which entry of config.json is which GGUF key, shared by all families or of some.
+"""The table of keys: which entry of config.json corresponds to which GGUF key.
 
-`SHARED` holds for every model. The groups behind it are for `Architecture.keys` of the families that have them. The
-order is llama.cpp's, because it is the order of the keys in a file. `hf_to_gguf` and `gguf_to_hf` apply the rules, and
-`runtime.config` reads its numbers by them.
+`SHARED` applies to all families; the groups after it are for `Architecture.keys` of some. The rules have llama.cpp's
+order, which is the order of the keys in a file. `hf_to_gguf` and `gguf_to_hf` apply them, and `runtime.config` reads
+numbers with them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ BIASES = {
 """Entry of config.json -> the matrices that it gives a bias."""
 
 
-def _states_head_dim(config: HfConfig) -> bool:
+def _writes_head_dim(config: HfConfig) -> bool:
     sizes = config.dimensions
     return (
-        config.architecture.always_states_head_dim
+        config.architecture.always_writes_head_dim
         or sizes.head_dim != sizes.hidden // sizes.heads
         or bool(config.entries.get("head_dim"))
     )
 
 
 def _permutes_rows(config: HfConfig) -> bool:
-    # Those whose converter in llama.cpp is Llama's, which writes two keys more.
+    # llama.cpp converts these families with Llama's converter, which writes two more keys.
     return config.architecture.permutes_rotary_rows
 
 
@@ -49,23 +49,25 @@ def _biases(keys: GgufKeys) -> dict[str, Any]:
 
 
 def _window_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
-    """Return the sliding window in tokens; TritGgufError where other layers have it than the family's."""
+    """Return the sliding window in tokens; TritGgufError if its layers differ from the family's."""
     architecture, layers, where = config.architecture, config.dimensions.layers, config.where
     stored, switch = config.get("sliding_window"), config.entries.get("use_sliding_window")
-    kinds = config.entries.get("layer_types")
+    layer_types = config.entries.get("layer_types")
     if stored is None:
         return {}
     if architecture.full_attention_every is None:
-        # Qwen has one behind a switch, transformers knows none for the others.
+        # Qwen enables its window with a switch; in transformers, the other families have none.
         first = config.entries.get("max_window_layers", layers)
-        slides = "sliding_attention" in kinds if isinstance(kinds, list) else first != layers
+        slides = "sliding_attention" in layer_types if isinstance(layer_types, list) else first != layers
         if switch and slides:
             raise TritGgufError(f"{where}: a sliding window of a {architecture.hf_class} is not supported")
         return {}
     if "use_sliding_window" in config.entries and not switch:
         return {}
-    expected = ["sliding_attention" if architecture.slides(layer) else "full_attention" for layer in range(layers)]
-    if kinds is not None and kinds != expected:
+    expected = [
+        "sliding_attention" if architecture.uses_sliding_window(layer) else "full_attention" for layer in range(layers)
+    ]
+    if layer_types is not None and layer_types != expected:
         raise TritGgufError(f"{where}: layer_types are not those of a {architecture.hf_class}, which are supported")
     return {WINDOW_KEY: count_of({"sliding_window": stored}, "sliding_window", where)}
 
@@ -77,12 +79,12 @@ def _window_to_hf(keys: GgufKeys) -> dict[str, Any]:
     return {"sliding_window": None if window is None else keys.number(WINDOW_KEY, whole=True)}
 
 
-def _check_unrotated(config: HfConfig) -> dict[str, int | float | str]:
-    """Raise TritGgufError where config.json has other layers without rotation than its family."""
-    every, stored = config.architecture.unrotated_every, config.entries.get("no_rope_layers")
+def _check_no_rope_layers(config: HfConfig) -> dict[str, int | float | str]:
+    """Raise TritGgufError if the layers without rotary embedding differ from the family's."""
+    every, stored = config.architecture.no_rope_layer_interval, config.entries.get("no_rope_layers")
     if not every or (stored is None and config.entries.get("no_rope_layer_interval", every) == every):
         return {}
-    if stored != [int(config.architecture.rotates(layer)) for layer in range(config.dimensions.layers)]:
+    if stored != [int(config.architecture.uses_rope(layer)) for layer in range(config.dimensions.layers)]:
         raise TritGgufError(
             f"{config.where}: other layers without rotation (no_rope_layers) than every {every}th are not supported"
         )
@@ -104,7 +106,7 @@ def _scalar_of_scale(scale: Any, keys: GgufKeys) -> int:
         return keys.dimensions.head_dim
     if not 1e-6 < scale < 1e6:
         name = f"{keys.architecture.gguf_name}.{QUERY_SCALAR.gguf}"
-        raise TritGgufError(f"{keys.where}: {name} is {scale!r}, which is no scale")
+        raise TritGgufError(f"{keys.where}: {name} is {scale!r}, which is not a valid scale")
     return round(scale**-2)
 
 
@@ -116,15 +118,15 @@ HEADS = SizeRule("heads", "num_attention_heads", "attention.head_count")
 KV_HEADS = SizeRule("kv_heads", "num_key_value_heads", "attention.head_count_kv")
 ROPE = SpecialRule(rope_keys.rope_to_gguf, rope_keys.rope_to_hf)
 EPSILON = KeyRule("rms_norm_eps", "attention.layer_norm_rms_epsilon", 1e-6, required=True)
-HEAD_DIM = SizeRule("head_dim", "head_dim", "attention.key_length", when=_states_head_dim)
-VALUE_DIM = SizeRule("head_dim", "head_dim", "attention.value_length", when=_states_head_dim)
+HEAD_DIM = SizeRule("head_dim", "head_dim", "attention.key_length", when=_writes_head_dim)
+VALUE_DIM = SizeRule("head_dim", "head_dim", "attention.value_length", when=_writes_head_dim)
 VOCABULARY = SizeRule("vocabulary", "vocab_size", "vocab_size", when=_permutes_rows)
 ROTATED_DIM = SizeRule("head_dim", "head_dim", "rope.dimension_count", when=_permutes_rows)
 TIED = SpecialRule(to_hf=_head_is_tied)
 BIASED = SpecialRule(to_hf=_biases)
 WINDOW_KEY = "attention.sliding_window"
 WINDOW = SpecialRule(_window_to_gguf, _window_to_hf)
-UNROTATED = SpecialRule(_check_unrotated)
+NO_ROPE = SpecialRule(_check_no_rope_layers)
 SHARED: tuple[Rule, ...] = (
     LAYERS,
     CONTEXT,
@@ -141,7 +143,7 @@ SHARED: tuple[Rule, ...] = (
     TIED,
     BIASED,
     WINDOW,
-    UNROTATED,
+    NO_ROPE,
 )
 
 ATTENTION_SCALE = KeyRule("attention_multiplier", "attention.scale", 1.0, absent=1.0)

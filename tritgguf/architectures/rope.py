@@ -1,8 +1,7 @@
-"""Rotary embedding: the angles that GGUF's keys and Llama 3's factors mean.
+"""Rotary embedding: frequencies from GGUF's keys, and Llama 3's frequency factors.
 
-How config.json and GGUF's keys translate into one another is in `rope_keys`. The formulas of the scalings are those of
-their papers (linear: Chen et al., arXiv:2306.15595; YaRN: Peng et al., arXiv:2309.00071; Llama 3.1's has none) as
-transformers computes them.
+`rope_keys` translates between config.json and GGUF's keys. The scalings are computed as in transformers (linear: Chen
+et al., arXiv:2306.15595; YaRN: Peng et al., arXiv:2309.00071; Llama 3.1's scaling has no paper).
 """
 
 from __future__ import annotations
@@ -36,25 +35,24 @@ _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 @dataclass(frozen=True)
 class Rotation:
-    """How a layer rotates its queries and keys.
+    """The rotary embedding of a layer's queries and keys.
 
     Attributes:
-        frequencies: float64 [head_dim / 2], radians per token of each pair; zeros rotate nothing.
-        length: what both are multiplied with besides.
+        frequencies: float64 [head_dim / 2], radians per position of each pair; zeros mean no rotation.
+        attention_factor: queries and keys are also multiplied by this (YaRN).
 
     """
 
     frequencies: np.ndarray
-    length: float = 1.0
+    attention_factor: float = 1.0
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
-    """Return `rope_freqs.weight` of a model with Llama 3's rope scaling, else None.
+    """Return `rope_freqs.weight` if the model has Llama 3's rope scaling, else None.
 
-    float32 [head_dim / 2]: what each pair's rotation frequency is divided by. Waves shorter than the original
-    context over `high_freq_factor` keep their frequency, those longer than it over `low_freq_factor` are
-    slowed by `factor`, and between the two the reciprocal goes over linearly in the number of turns per
-    original context (Llama 3.1).
+    float32 [head_dim / 2]: divisors of the pairs' frequencies. Wavelengths below original context / `high_freq_factor`
+    have the divisor 1, those above original context / `low_freq_factor` have `factor`. In between, the reciprocal of
+    the divisor is linear in the number of turns per original context (Llama 3.1).
     """
     if rope["rope_type"] != "llama3":
         return None
@@ -66,10 +64,10 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
 
 
-def rotation_of_keys(metadata: Mapping[str, Any], head_dim: int, where: str) -> Rotation:
-    """Return the rotation that a GGUF model's keys mean, without what `rope_freqs.weight` adds.
+def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: str) -> Rotation:
+    """Return the rotation from a GGUF model's keys, without the factors in `rope_freqs.weight`.
 
-    Raises TritGgufError for a scaling other than linear and YaRN, and for a value that is no positive number.
+    Raises TritGgufError for a scaling other than linear and YaRN, and for a value that is not a positive number.
     """
     arch = metadata["general.architecture"]
 
@@ -90,20 +88,20 @@ def rotation_of_keys(metadata: Mapping[str, Any], head_dim: int, where: str) -> 
     original = number(ORIGINAL_KEY)
     fast, slow = (number(YARN_KEYS[name], default) for name, default in _YARN_DEFAULTS.items())
 
-    def pair_that_turns(times: float) -> float:
-        """Return the pair, as a fraction, that turns so many times in the original context."""
-        return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base)) if base > 1 else 0.0
+    def pair_with_turns(turns: float) -> float:
+        """Return the (fractional) index of the pair that turns this many times within the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) if base > 1 else 0.0
 
-    low = max(math.floor(pair_that_turns(fast)), 0)
-    high = min(math.ceil(pair_that_turns(slow)), head_dim - 1)
-    # Pairs below `low` turn often enough to keep their frequency; those above `high` are slowed like linear scaling's.
-    slowed = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    low = max(math.floor(pair_with_turns(fast)), 0)
+    high = min(math.ceil(pair_with_turns(slow)), head_dim - 1)
+    # Pairs below `low` keep their frequency; pairs above `high` are scaled linearly; pairs in between are mixed.
+    scaled_share = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     attention_factor = number(YARN_KEYS["attention_factor"], 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return Rotation(frequencies * (1 - slowed) + frequencies / factor * slowed, attention_factor)
+    return Rotation(frequencies * (1 - scaled_share) + frequencies / factor * scaled_share, attention_factor)
 
 
-def rotation_of_base(base: float, head_dim: int) -> Rotation:
-    """Return the rotation of a base without any scaling."""
+def rotation_from_base(base: float, head_dim: int) -> Rotation:
+    """Return the rotation for a base without scaling."""
     return Rotation(_frequencies(base, head_dim))
 
 

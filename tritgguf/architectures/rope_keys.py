@@ -1,8 +1,8 @@
 """Rotary embedding in config.json and in GGUF's keys: the rule `keys.ROPE`, and Llama 3's scaling, which is a tensor.
 
-config.json has two layouts. Before transformers 5, `rope_theta` stood beside `rope_scaling`; since then both are in
-`rope_parameters`, and where layers differ there is one object for each kind of attention. GGUF has one key for each
-number. What they mean for the forward pass is in `rope`.
+config.json has two layouts. Before transformers 5, it had the entries `rope_theta` and `rope_scaling`. Since then both
+are in `rope_parameters`, with one object per attention type if layers differ. GGUF has one key per number. `rope`
+computes the frequencies.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 def rope_parameters(config: HfConfig) -> dict[str, Any]:
-    """Return `rope_type`, `rope_theta` and what the type needs, from both layouts of config.json.
+    """Return `rope_type`, `rope_theta` and the parameters of the type, from either layout of config.json.
 
-    Where layers differ, it is the object for the whole text that counts here. Raises TritGgufError for what cannot be
-    run.
+    If layers differ, these are the parameters of full attention. Raises TritGgufError for unsupported or invalid
+    parameters.
     """
     entries, where = config.entries, config.where
     stored = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
@@ -53,29 +53,29 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
         "original_max_position_embeddings": entries.get("original_max_position_embeddings", context),
     }
     parameters = {**defaults, **stored}
-    kind = parameters["rope_type"]
-    # `dynamic` changes nothing up to max_position_embeddings, where the model's context ends.
-    if kind not in _TYPES:
+    rope_type = parameters["rope_type"]
+    # `dynamic` has no effect up to max_position_embeddings, the end of the model's context.
+    if rope_type not in _TYPES:
         raise TritGgufError(
-            f"{where}: rope type {kind} is not supported (default, linear, dynamic, yarn and llama3 are)"
+            f"{where}: rope type {rope_type} is not supported (default, linear, dynamic, yarn and llama3 are)"
         )
     if parameters.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
         raise TritGgufError(f"{where}: rotating only a part of each head (partial_rotary_factor) is not supported")
     if parameters.get("mscale") is not None or parameters.get("truncate", True) is not True:
         raise TritGgufError(f"{where}: a rope scaling with mscale or without truncate is not supported")
-    numbers = ["rope_theta", *(("factor",) if kind in ("linear", "yarn") else ())]
-    if kind == "llama3":
+    numbers = ["rope_theta", *(("factor",) if rope_type in ("linear", "yarn") else ())]
+    if rope_type == "llama3":
         parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
         numbers += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in numbers:
         positive_number(parameters.get(key), key, where)
-    if kind == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
+    if rope_type == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
         raise TritGgufError(f"{where}: low_freq_factor and high_freq_factor of the rope scaling are equal")
     return parameters
 
 
 def rope_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
-    """Return the keys of the scaling and of the bases; Llama 3's scaling has none."""
+    """Return the keys of the scaling and the bases; Llama 3's scaling is a tensor and has no keys."""
     parameters, where = rope_parameters(config), config.where
     keys: dict[str, int | float | str] = {}
     if parameters["rope_type"] in ("linear", "yarn"):
@@ -92,7 +92,7 @@ def rope_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
 
 
 def _sliding_base(config: HfConfig) -> float:
-    """Return the base of the layers with a sliding window, in both layouts."""
+    """Return the base of the layers with a sliding window, from either layout."""
     parameters = config.entries.get("rope_parameters") or {}
     stored = parameters.get("sliding_attention", {}) if isinstance(parameters, dict) else {}
     stored = stored if isinstance(stored, dict) else {}
@@ -108,13 +108,13 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
     def number(key: str, default: float | None = None, *, whole: bool = False) -> Any:
         return shortest_decimal(keys.number(key, default, whole=whole))
 
-    kind = keys.get(TYPE_KEY, "none")
-    if kind not in ("none", "linear", "yarn"):
-        raise TritGgufError(f"{keys.where}: rope scaling {kind} is not supported (linear and yarn are)")
-    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": number(BASE_KEY, DEFAULT_BASE)}
-    if kind != "none":
+    rope_type = keys.get(TYPE_KEY, "none")
+    if rope_type not in ("none", "linear", "yarn"):
+        raise TritGgufError(f"{keys.where}: rope scaling {rope_type} is not supported (linear and yarn are)")
+    rope = {"rope_type": "default" if rope_type == "none" else rope_type, "rope_theta": number(BASE_KEY, DEFAULT_BASE)}
+    if rope_type != "none":
         rope["factor"] = number(FACTOR_KEY)
-    if kind == "yarn":
+    if rope_type == "yarn":
         rope["original_max_position_embeddings"] = number(ORIGINAL_KEY, whole=True)
         rope |= {entry: number(key) for entry, key in YARN_KEYS.items() if keys.get(key) is not None}
     if not keys.architecture.sliding_rope:
@@ -123,8 +123,8 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
     return {"rope_parameters": {"full_attention": rope, "sliding_attention": sliding}}
 
 
-def in_older_layout(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of config.json before transformers 5 for `rope_parameters`; every version reads them."""
+def legacy_rope_entries(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` as entries of the layout before transformers 5, which all versions can read."""
     entries = {}
     if "sliding_attention" in rope:
         entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -136,11 +136,11 @@ def in_older_layout(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the rope scaling of Llama 3 whose `llama3_factors` are these: float32 [head_dim / 2].
+    """Return the Llama 3 rope scaling for the factors of `llama3_factors`: float32 [head_dim / 2].
 
-    Reads their formula backwards, with the `rope_theta` of `config`. Between the two borders a pair's share is
-    (original * frequency / 2 pi - low) / (high - low), a line in the frequency. It leaves a common factor of
-    original, low and high open; with low = 1, as Llama 3.1 has it, they are its own.
+    Inverts their formula, with the `rope_theta` of `config`. Between the two limits a pair's share is
+    (original * frequency / 2 pi - low) / (high - low), which is linear in the frequency. This determines original, low
+    and high up to a common factor; we choose low = 1, as in Llama 3.1. Raises TritGgufError if no scaling fits.
     """
     factor = float(factors.max())
     share = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones(len(factors))
@@ -166,4 +166,4 @@ def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) -
         again = llama3_factors({**scaling, "rope_theta": config["rope_theta"]}, 2 * len(factors))
         if again is not None and np.allclose(again, factors, rtol=1e-4):
             return scaling
-    raise TritGgufError(f"{where}: config.json has no words for tensor {ROPE_FREQS}; export a GGUF file instead")
+    raise TritGgufError(f"{where}: config.json cannot express tensor {ROPE_FREQS}; export a GGUF file instead")

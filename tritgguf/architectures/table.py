@@ -1,10 +1,9 @@
-"""The table of model families: one entry of `ARCHITECTURES` for each class that config.json may name.
+"""The table of model families: `ARCHITECTURES` has one entry per supported class of config.json.
 
-An entry says what sets a family apart: the names of its tensors, the order of their rows, which layers have which
-attention, what config.json means where it is silent, and which keys it has beside those of all families (`keys`).
-Everything else in this package, and the forward pass, asks the entry. The facts are those of llama.cpp's
-convert_hf_to_gguf.py and of its models, so that a stock file made from the same checkpoint and ours differ in nothing
-but the packed matrices.
+An entry has the properties of a family: tensor names, row order, the attention type of each layer, defaults of
+config.json and keys beyond the shared ones (`keys`). The rest of this package and the forward pass use the entry. The
+properties are those of llama.cpp's convert_hf_to_gguf.py and its models, so that our file differs from a stock file of
+the same checkpoint only in the packed matrices.
 """
 
 from __future__ import annotations
@@ -42,56 +41,56 @@ _FOUR_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_laye
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets one model class apart."""
+    """The properties of one model class."""
 
     hf_class: str
     gguf_name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes where config.json leaves an entry out, if `keys` do not say it. Without an entry here,
-    there are as many key-value heads as heads, a head is the width over the heads, and the head is not tied."""
+    """transformers' defaults for entries that config.json lacks, beyond those in `keys`. Otherwise, the key-value heads
+    default to the heads, the head dimension to hidden size / heads, and the output head is not tied."""
     keys: tuple[Rule, ...] = ()
-    """The rules of keys that the family has beside those of all."""
+    """Rules of the family in addition to the shared ones."""
     model_type: str | None = None
-    """transformers' name for the family; None for the class's, without `ForCausalLM` and in small letters."""
+    """transformers' `model_type`; None for the class name in lower case without `ForCausalLM`."""
     permutes_rotary_rows: bool = False
-    """Whether GGUF interleaves the halves of each head's rows in Q and K (`llama` rotates pairs)."""
+    """Whether GGUF interleaves the halves of each head's rows in Q and K, because llama.cpp rotates adjacent pairs."""
     biased: frozenset[str] = frozenset()
-    """Matrices that always have a bias, by GGUF name."""
+    """GGUF names of matrices that always have a bias."""
     may_be_biased: bool = False
-    """Whether config.json's `attention_bias` and `mlp_bias` give the others one."""
+    """Whether `attention_bias` and `mlp_bias` of config.json add biases."""
     norms: Mapping[str, str] | None = None
-    """GGUF name -> Hugging Face name of a layer's norms; None for Llama's two."""
+    """GGUF name -> Hugging Face name of a layer's norms; None for those of Llama."""
     normalizes_together: bool = False
-    """Whether all queries (and all keys) of a token have one norm, or each head its own."""
+    """Whether the query and key norms run over all heads of a token together instead of each head."""
     norm_offset: int = 0
-    """What Hugging Face adds to the weight of a norm; GGUF's is the sum."""
+    """Number that transformers adds to norm weights; GGUF stores the sum."""
     fused: bool = False
-    """Whether Q, K and V are one matrix, and gate and up."""
+    """Whether Q, K and V are one matrix, and gate and up too."""
     gelu: bool = False
-    """Whether the feed-forward's gate is GELU (tanh) instead of SiLU."""
+    """Whether the gate activation of the feed-forward is GELU (tanh) instead of SiLU."""
     activation_entry: str = "hidden_act"
-    """The entry of config.json that names the gate's function."""
+    """The entry of config.json with the name of the gate activation."""
     full_attention_every: int | None = None
-    """Every so many layers attend to everything, the others to a sliding window, if there is one; 0: no layer does,
-    None: all do."""
-    unrotated_every: int = 0
-    """Every so many layers rotate nothing; 0: all do."""
+    """n: if the model has a sliding window, every nth layer has full attention and the others use the window. 0: all
+    layers use the window. None: all have full attention."""
+    no_rope_layer_interval: int = 0
+    """n: every nth layer has no rotary embedding. 0: all layers have it."""
     sliding_rope: bool = False
-    """Whether layers with a sliding window have a rotation of their own."""
+    """Whether layers with a sliding window have their own rotary base."""
     scales_embeddings: bool = False
-    """Whether embeddings are multiplied with the root of the width."""
-    always_states_head_dim: bool = False
-    """Whether GGUF has the length of a head even where it is the width over the heads."""
-    states_space_prefix: bool = False
-    """Whether GGUF has the `add_prefix_space` of tokenizer_config.json."""
+    """Whether embeddings are multiplied by the square root of the hidden size."""
+    always_writes_head_dim: bool = False
+    """Whether GGUF has the head dimension even if it is hidden size / heads."""
+    writes_space_prefix: bool = False
+    """Whether GGUF has a key for `add_prefix_space` of tokenizer_config.json."""
 
     def rules(self) -> tuple[Rule, ...]:
-        """Return the rules of all keys, in the order of a file."""
+        """Return the rules of all keys in file order."""
         return (*SHARED, *self.keys)
 
     @property
     def activation(self) -> str:
-        """The name of the gate's function in config.json."""
+        """The name of the gate activation in config.json."""
         return "gelu_pytorch_tanh" if self.gelu else "silu"
 
     @property
@@ -107,14 +106,14 @@ class Architecture:
         """Return GGUF name -> Hugging Face name of a layer's norms."""
         return _NORMS if self.norms is None else self.norms
 
-    def slides(self, layer: int) -> bool:
-        """Tell whether a layer attends to no more than the sliding window, if the model has one."""
+    def uses_sliding_window(self, layer: int) -> bool:
+        """Tell whether a layer uses the sliding window, if the model has one."""
         every = self.full_attention_every
         return every is not None and (every == 0 or (layer + 1) % every != 0)
 
-    def rotates(self, layer: int) -> bool:
-        """Tell whether a layer rotates its queries and keys."""
-        return self.unrotated_every == 0 or (layer + 1) % self.unrotated_every != 0
+    def uses_rope(self, layer: int) -> bool:
+        """Tell whether a layer has rotary embedding."""
+        return self.no_rope_layer_interval == 0 or (layer + 1) % self.no_rope_layer_interval != 0
 
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -128,8 +127,8 @@ ARCHITECTURES = {
             {"max_position_embeddings": 2048},
             permutes_rotary_rows=True,
             may_be_biased=True,
-            always_states_head_dim=True,
-            states_space_prefix=True,
+            always_writes_head_dim=True,
+            writes_space_prefix=True,
         ),
         Architecture(
             "MistralForCausalLM",
@@ -137,8 +136,8 @@ ARCHITECTURES = {
             {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
             permutes_rotary_rows=True,
             full_attention_every=0,
-            always_states_head_dim=True,
-            states_space_prefix=True,
+            always_writes_head_dim=True,
+            writes_space_prefix=True,
         ),
         Architecture(
             "Qwen2ForCausalLM", "qwen2", {"max_position_embeddings": 32768, "num_key_value_heads": 32}, biased=QKV
@@ -158,7 +157,7 @@ ARCHITECTURES = {
             "smollm3",
             {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True},
             permutes_rotary_rows=True,
-            unrotated_every=4,
+            no_rope_layer_interval=4,
         ),
         Architecture(
             "Olmo2ForCausalLM",
@@ -217,6 +216,6 @@ ARCHITECTURES = {
     )
 }
 GGUF_ARCHITECTURES: dict[str, Architecture] = {}
-"""GGUF name -> the first class that has it."""
+"""GGUF name -> the first class with that name."""
 for _entry in ARCHITECTURES.values():
     GGUF_ARCHITECTURES.setdefault(_entry.gguf_name, _entry)

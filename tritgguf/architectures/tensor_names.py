@@ -1,6 +1,6 @@
-"""Tensors of a Hugging Face checkpoint and of GGUF: their names on both sides, the order of their rows, norms' offsets.
+"""Conversion of tensors between Hugging Face and GGUF: names, row order and norm offsets.
 
-Which names and which order a family has is said in `table`.
+`table` has the names and the order of each family.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 
 
 def quantized_tensor(name: str) -> bool:
-    """Tell whether a GGUF tensor is one of the matrices of a layer that are packed into trits."""
+    """Tell whether a GGUF tensor is one of a layer's matrices, which are packed into trits."""
     return _QUANTIZED.fullmatch(name) is not None
 
 
 def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
-    """Return the GGUF name of a Hugging Face tensor, or None when the architecture has no such tensor."""
+    """Return the GGUF name of a Hugging Face tensor; None if the architecture has no such tensor."""
     if layer := _HF_LAYER.fullmatch(hf_name):
         index, hf_stem, suffix = layer.groups()
-        names = (name for name, of_hf in _layer_names(arch).items() if of_hf == hf_stem)
+        names = (name for name, hf in _layer_names(arch).items() if hf == hf_stem)
         return next((f"blk.{index}.{name}.{suffix}" for name in names), None)
     stem, _, suffix = hf_name.rpartition(".")
-    names = (name for name, of_hf in _MODEL_NAMES.items() if of_hf == stem and suffix == "weight")
+    names = (name for name, hf in _MODEL_NAMES.items() if hf == stem and suffix == "weight")
     return next((f"{name}.weight" for name in names), None)
 
 
@@ -54,16 +54,16 @@ def hf_tensor_name(arch: str, gguf_name: str) -> str:
 
 
 def _layer_names(arch: str) -> dict[str, str]:
-    """Return GGUF name -> Hugging Face name of everything in a layer."""
+    """Return GGUF name -> Hugging Face name of a layer's matrices and norms."""
     entry = GGUF_ARCHITECTURES[arch]
     return {**entry.layer_norms(), **entry.matrices()}
 
 
 def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
-    """Return a Hugging Face tensor as GGUF has it: its rows in GGUF's order, norms with their offset; contiguous.
+    """Convert a Hugging Face tensor to GGUF: rows in GGUF's order, norms with their offset; contiguous.
 
-    In `llama`, row 2i of a head of Q or K (weight or bias) is what was row i, and row 2i + 1 what was row i +
-    half.
+    In `llama`, row i of a head of Q or K (weight or bias) becomes row 2i, and row i + head_dim / 2 becomes row
+    2i + 1.
     """
     if offset := _norm_offset(arch, gguf_name):
         return to_float32(array) + np.float32(offset)
@@ -75,7 +75,7 @@ def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_
 
 
 def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
-    """Return a GGUF tensor as Hugging Face has it; contiguous. The inverse of `from_hf`."""
+    """Convert a GGUF tensor to Hugging Face; contiguous. The inverse of `from_hf`."""
     if offset := _norm_offset(arch, gguf_name):
         return array - np.float32(offset)
     heads = _rotary_heads(arch, gguf_name, head_count, head_count_kv)
@@ -86,7 +86,7 @@ def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_co
 
 
 def permutes_rotary_rows(arch: str) -> bool:
-    """Tell whether a GGUF architecture interleaves each head's halves, so that pairs (2i, 2i + 1) rotate."""
+    """Tell whether a GGUF architecture interleaves the halves of each head, so that pairs (2i, 2i + 1) rotate."""
     return GGUF_ARCHITECTURES[arch].permutes_rotary_rows
 
 
@@ -95,7 +95,7 @@ def _norm_offset(arch: str, gguf_name: str) -> int:
 
 
 def _rotary_heads(arch: str, gguf_name: str, head_count: int, head_count_kv: int) -> int | None:
-    """Return how many heads' rows are permuted in this tensor, or None."""
+    """Return the number of heads whose rows are permuted in this tensor; None if none are."""
     layer = GGUF_LAYER.fullmatch(gguf_name)
     if layer is None or not permutes_rotary_rows(arch):
         return None

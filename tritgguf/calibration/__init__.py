@@ -1,1 +1,1 @@
-"""Encoders that let a text go through the source model; needs torch."""
+"""Calibration: encoders that run the source model on a text. Needs torch."""

@@ -1,9 +1,9 @@
-"""Quantizing block after block: every matrix is quantized for the inputs that it gets in the quantized model.
+"""Quantize block by block: every matrix is quantized for its inputs in the quantized model.
 
-A text goes through two copies of the model, decoder block after decoder block: the original one, and one whose earlier
-matrices are quantized. A matrix's error is measured on its inputs in the second copy, and the matrix repairs what these
-inputs have lost (`error_feedback`). Memory holds one block, the hidden states of both copies, and the inputs of the
-block in both, so it does not grow with the number of blocks.
+A text passes through two copies of the model, one decoder block at a time: the original, and one whose earlier
+matrices are quantized. A matrix's error is measured on its inputs in the second copy, and the matrix also corrects the
+error that these inputs already carry (`error_feedback`). Memory holds one block, and the hidden states and the block's
+inputs in both copies, so it does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.error_feedback import Feedback, InputMoments
+from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
-from tritgguf.reference.decoder_blocks import Block, DecoderBlocks, Known
-from tritgguf.reference.known_inputs import Ending, Gathered
-from tritgguf.reference.process_settings import fast_products
+from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer
+from tritgguf.reference.decoder_blocks import Block, CachedInputs, DecoderBlocks
+from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 
 class BlockQuantizer:
-    """Quantizes the matrices of a source, block after block.
+    """Quantizes the matrices of a source, block by block.
 
     Args:
         source: the model.
         depths: GGUF name -> trits per weight of the matrices to quantize; others stay as they are.
         windows: token ids of the calibration text, in windows of equal length.
-        thread_pool: the threads to use; torch takes as many.
-        written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an earlier run has written
-            already, or None. A block of which all matrices are written is not quantized again.
-        feedback: makes the quantizer of matrices that share an input.
-        tuning: how each block is trained when its matrices are quantized; None for not at all.
+        thread_pool: the threads to use; torch uses the same number.
+        written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an interrupted run has
+            written, or None. A block whose matrices are all written is not quantized again.
+        feedback: creates the quantizer of matrices that share an input.
+        tuning: how each block is trained after its matrices are quantized; None for no training.
 
-    Raises TritGgufError when torch or transformers is missing or cannot build the model.
+    Raises TritGgufError if torch or transformers is missing or cannot build the model.
 
     """
 
@@ -52,7 +52,7 @@ class BlockQuantizer:
         thread_pool: ThreadPool,
         *,
         written: Callable[[str], np.ndarray | None] = lambda name: None,
-        feedback: Callable[[InputMoments], Feedback] = Feedback,
+        feedback: Callable[[InputMoments], ErrorFeedback] = ErrorFeedback,
         tuning: Tuning | None = None,
     ) -> None:
         self._blocks = DecoderBlocks(source, threads=thread_pool.threads)
@@ -64,20 +64,20 @@ class BlockQuantizer:
         self._quantized: dict[str, QuantizedMatrix] = {}
 
     def quantize(self, name: str) -> QuantizedMatrix:
-        """Return a quantized matrix, once; matrices are asked for in the order of their blocks.
+        """Return a quantized matrix and drop it. Callers must ask for matrices in the order of their blocks.
 
-        Raises ValueError for weights, or inputs on the calibration text, that are NaN or infinite.
+        Raises ValueError if weights, or inputs on the calibration text, are NaN or infinite.
         """
         while name not in self._quantized:
             self._advance()
         return self._quantized.pop(name)
 
     def _advance(self) -> None:
-        """Quantize the next block and send the text through it."""
+        """Quantize the next block and run it on the text."""
         if self._next == self._blocks.count:
             raise ValueError("is in no decoder block")
         self._quantized.clear()
-        with fast_products(), self._blocks.block(self._next) as block:
+        with bfloat16_matmul(), self._blocks.block(self._next) as block:
             names = [name for name in block.matrices if name in self._depths]
             written = {name: weights for name in names if (weights := self._written(name)) is not None}
             if len(written) == len(names):
@@ -90,47 +90,49 @@ class BlockQuantizer:
         self._next += 1
 
     def _quantize_block(self, block: Block) -> Tensor:
-        """Quantize the matrices of a block; return what it makes of the hidden states then."""
-        before = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
+        """Quantize the matrices of a block and return its output for the hidden states."""
+        originals = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
         groups = [group for group in groups if group]
-        original_inputs = self._pass_original(block, [group[0] for group in groups])
-        endings = block.endings(self._original)
-        known: dict[Ending, Tensor] = {}
+        original_inputs = self._forward_original(block, [group[0] for group in groups])
+        projections = block.output_projections(self._original)
+        cached: dict[OutputProjection, Tensor] = {}
         for group in groups:
-            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), known)
-            if group[0] in endings:
-                known[endings[group[0]]] = inputs
+            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), cached)
+            if group[0] in projections:
+                cached[projections[group[0]]] = inputs
         if self._tuning is not None:
-            known.clear()
-            self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, before, self._tuning)
-        return block.forward(self._hidden, known=known)
+            cached.clear()
+            self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
+        return block.forward(self._hidden, cached=cached)
 
-    def _quantize_group(self, block: Block, names: Sequence[str], originals: list[Tensor], known: Known) -> Tensor:
-        """Quantize matrices that share an input, of which the original model's are used up; return it."""
-        only = block.get(names[0]) if len(names) == 1 else None
-        moments = InputMoments(originals[0].shape[-1], only)
-        gathered = Gathered(len(self._hidden))
+    def _quantize_group(
+        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedInputs
+    ) -> Tensor:
+        """Quantize matrices that share an input and return this input; `original_inputs` is emptied to free memory."""
+        only_matrix = block.get(names[0]) if len(names) == 1 else None
+        moments = InputMoments(original_inputs[0].shape[-1], only_matrix)
+        buffer = RowBuffer(len(self._hidden))
 
-        def visit(inputs: Tensor) -> None:
-            moments.add(inputs, originals.pop(0).float())
-            gathered.add(inputs)
+        def observe(inputs: Tensor) -> None:
+            moments.add(inputs, original_inputs.pop(0).float())
+            buffer.add(inputs)
 
-        block.inputs(self._hidden, {names[0]: visit}, last=names[0], known=known)
+        block.observe_inputs(self._hidden, {names[0]: observe}, last=names[0], cached=cached)
         feedback = self._feedback(moments)
         for name in names:
             quantized = feedback.quantize(block.get(name), self._depths[name], self._thread_pool)
             block.set(name, quantized.decoded())
             self._quantized[name] = quantized
-        return gathered.whole
+        return buffer.rows
 
-    def _pass_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Send the original hidden states through the original block; return some matrices' inputs there.
+    def _forward_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Run the original block on the original hidden states and return the inputs of some matrices.
 
-        They are the largest thing in memory, so they are kept in bfloat16; what rounding adds averages out over the
+        The inputs take most of the memory, so they are stored in bfloat16. The rounding error averages out over the
         tokens (`docs/quality.md`).
         """
-        seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        visits = {name: lambda inputs, kept=seen[name]: kept.append(inputs.bfloat16()) for name in names}
-        self._original = block.forward(self._original, visits)
-        return seen
+        recorded: dict[str, list[Tensor]] = {name: [] for name in names}
+        observers = {name: lambda inputs, kept=recorded[name]: kept.append(inputs.bfloat16()) for name in names}
+        self._original = block.forward(self._original, observers)
+        return recorded

@@ -1,14 +1,15 @@
-"""Quantizing a matrix so that its output, not its weights, stays close.
+"""Quantize a matrix so that its output, not its weights, stays close to the original.
 
-Two things are known of a matrix's inputs: their second moments H, and how far the inputs that it gets in the quantized
-model are from those that it got in the original one. The first say what an error costs and how later columns can make
-up for it (`quantize_columns`). The second say what the matrix has to repair: with x the inputs now and x' the
-original ones, W' = W + W E[(x' - x) x^T] H^-1 comes closest to the original output W x', on these inputs. Part of that
-holds for them alone, so a quarter of them is held out to see which share of the repair should be made; the matrix that
-is repaired so far is quantized. (The idea that a layer should correct what the layers before it lost is that of Qronos
-and GPTAQ, 2025.)
+The method has two steps, both based on the inputs x of the matrix in the quantized model:
 
-torch does the large products; it is imported inside functions, because only the `verify` extra brings it.
+1. Correction. The inputs x differ from the original model's inputs x'. W' = W + W E[(x' - x) x^T] H^-1, with the second
+   moments H = E[x x^T], minimizes the error of W' x against the original output W x'. This least-squares fit overfits
+   the calibration text, so a quarter of the inputs is held out to find the best factor from 0 to 1 for the correction.
+   (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.)
+2. Error feedback. W' is quantized column by column; H determines how the remaining columns compensate for the error of
+   each column (`quantize_columns`).
+
+torch computes the large products. It is imported inside functions because only the `verify` extra installs it.
 """
 
 from __future__ import annotations
@@ -27,108 +28,108 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.1
-"""Damping of the second moments: what is added to their diagonal, as a share of the diagonal's mean."""
-DAMPING_OF_FEW = 2.0
-"""Extra damping, times columns/inputs: it regularizes second moments that are estimated from few inputs.
+"""Damping added to the diagonal of the second moments, as a fraction of the diagonal's mean."""
+FEW_INPUTS_DAMPING = 2.0
+"""Extra damping, times columns/inputs: regularizes second moments that are estimated from few inputs.
 
 Both are measured in `docs/quality.md`.
 """
-_HELD_OUT = 4
-"""One of so many inputs is held out."""
-_JUDGED_ROWS = 256
-"""About so many rows of a matrix say which share of its repair to make."""
-_COLUMNS_AT_ONCE = 128
-_MOMENTS_AT_ONCE = 2048
-_SOLVED_AT_ONCE = 1024
+_HELD_OUT_FRACTION = 4
+"""One of this many inputs is held out."""
+_SAMPLED_ROWS = 256
+"""Approximate number of rows from which the factor of a matrix's correction is computed."""
+_BLOCK_COLUMNS = 128
+_MOMENTS_BLOCK = 2048
+_SOLVE_BLOCK = 1024
 
 
 class InputMoments:
-    """Second moments of the inputs that some matrices share.
+    """Second moments of an input that several matrices share.
 
     Args:
-        columns: of the inputs.
-        matrix: float32 [rows, columns], of the one matrix that has these inputs, if there is but one.
+        columns: number of columns of the inputs.
+        matrix: float32 [rows, columns], if only one matrix has this input.
 
     Attributes:
-        count: how many inputs were added.
+        count: number of inputs that were added.
 
     """
 
     def __init__(self, columns: int, matrix: np.ndarray | None = None) -> None:
         import torch
 
-        # With d = x' - x: a matrix W with few rows has W d sooner than d x^T, and what is wanted in the end is W d x^T.
-        self._through = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
-        # Sums of x x^T without the inputs held out; what lies below the blocks of the diagonal is left out.
-        self._second = torch.zeros(columns, columns)
-        self._shift = torch.zeros(columns if self._through is None else len(self._through), columns)
+        # With d = x' - x, the result is W d x^T. For a matrix W with few rows, (W d) x^T is cheaper than W (d x^T).
+        self._matrix = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
+        # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
+        self._second_moments = torch.zeros(columns, columns)
+        self._difference_sums = torch.zeros(columns if self._matrix is None else len(self._matrix), columns)
         self._held_out: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Add inputs and the original model's inputs at the same positions, both float32 [..., columns]."""
-        columns = len(self._second)
+        """Add inputs, and the original model's inputs at the same positions, both float32 [..., columns]."""
+        columns = len(self._second_moments)
         x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
         difference = x_original - x
-        if self._through is not None:
-            difference = difference @ self._through.T
-        self._shift.addmm_(difference.T, x)
+        if self._matrix is not None:
+            difference = difference @ self._matrix.T
+        self._difference_sums.addmm_(difference.T, x)
         self.count += len(x)
-        others = len(x) - len(x) // _HELD_OUT
-        _add_products(self._second, x[:others])
-        self._held_out.append((x[others:].clone(), difference[others:].clone()))
+        fitted = len(x) - len(x) // _HELD_OUT_FRACTION
+        _add_products(self._second_moments, x[:fitted])
+        self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
 
-    def mean_loss(self, weights: Tensor) -> Tensor:
-        """Return the mean of W (x' - x) x^T for W float32 [rows, columns]: what W's output has lost, as x sees it."""
-        lost = self._shift if self._through is not None else weights @ self._shift
-        return lost / max(1, self.count)
+    def mean_output_error(self, weights: Tensor) -> Tensor:
+        """Return the mean of W (x' - x) x^T, W's output error correlated with x, for W float32 [rows, columns]."""
+        sums = self._difference_sums if self._matrix is not None else weights @ self._difference_sums
+        return sums / max(1, self.count)
 
-    def mean_second(self, *, held_out: bool = True) -> Tensor:
-        """Return the whole mean of x x^T, float32 [columns, columns]; of all inputs, or of those not held out."""
-        mean = self._second.clone()
+    def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
+        """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
+        mean = self._second_moments.clone()
         for x, _ in self._held_out if held_out else []:
             _add_products(mean, x)
         mean /= max(1, self.count if held_out else self.count - self.held_out_count)
-        for first in range(0, len(mean), _MOMENTS_AT_ONCE):
-            some = slice(first, first + _MOMENTS_AT_ONCE)
-            mean[some, :first] = mean[:first, some].T
+        for first in range(0, len(mean), _MOMENTS_BLOCK):
+            block = slice(first, first + _MOMENTS_BLOCK)
+            mean[block, :first] = mean[:first, block].T
         return mean
 
     def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the inputs x held out and what some rows of W lose there, W (x' - x), float32 [n, columns], [n, rows].
+        """Return the held-out inputs x, float32 [n, columns], and W (x' - x) of some rows of W, float32 [n, rows].
 
         W is float32 [rows, columns].
         """
         import torch
 
         x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        return x, difference[:, rows] if self._through is not None else difference @ weights[rows].T
+        return x, difference[:, rows] if self._matrix is not None else difference @ weights[rows].T
 
     @property
     def held_out_count(self) -> int:
-        """How many inputs are held out."""
+        """Number of held-out inputs."""
         return sum(len(x) for x, _ in self._held_out)
 
 
 def _add_products(second: Tensor, x: Tensor) -> None:
-    """Add the sums of x x^T, for x [n, columns], on and above the blocks of the diagonal."""
-    for first in range(0, len(second), _MOMENTS_AT_ONCE):
-        some = slice(first, first + _MOMENTS_AT_ONCE)
-        second[some, first:].addmm_(x[:, some].T, x[:, first:])
+    """Add the sums of x x^T, for x [n, columns], in the blocks on and above the diagonal."""
+    for first in range(0, len(second), _MOMENTS_BLOCK):
+        block = slice(first, first + _MOMENTS_BLOCK)
+        second[block, first:].addmm_(x[:, block].T, x[:, first:])
 
 
-class Feedback:
+class ErrorFeedback:
     """Quantizes the matrices that share one input.
 
     Args:
-        moments: of the input.
+        moments: second moments of the input.
         damping: see `DAMPING`.
-        damping_of_few: see `DAMPING_OF_FEW`.
-        repairs: whether the matrices make up for the difference between original and present inputs, as far as that
-            helps on inputs held out.
-        in_order_of_size: whether groups are quantized in the order of their inputs' size, or as they come.
+        few_inputs_damping: see `FEW_INPUTS_DAMPING`.
+        correction: whether to correct the difference between original and quantized inputs, as far as that helps on
+            held-out inputs.
+        act_order: whether groups with the largest inputs are quantized first; otherwise from left to right.
 
-    Raises ValueError when the moments hold a number that is NaN or infinite.
+    Raises ValueError if the moments are NaN or infinite.
     """
 
     def __init__(
@@ -136,34 +137,34 @@ class Feedback:
         moments: InputMoments,
         *,
         damping: float = DAMPING,
-        damping_of_few: float = DAMPING_OF_FEW,
-        repairs: bool = True,
-        in_order_of_size: bool = True,
+        few_inputs_damping: float = FEW_INPUTS_DAMPING,
+        correction: bool = True,
+        act_order: bool = True,
     ) -> None:
         import torch
 
-        second = moments.mean_second()
+        second = moments.mean_second_moments()
         if not bool(torch.isfinite(second).all()):
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
-        damping += damping_of_few * len(second) / max(1, moments.count)
+        damping += few_inputs_damping * len(second) / max(1, moments.count)
         second = _damped(second, damping)
-        self._moments = moments if repairs else None
-        self._without_held_out: Tensor | None = None
-        if repairs and moments.held_out_count:
-            self._without_held_out = torch.linalg.cholesky(_damped(moments.mean_second(held_out=False), damping))
+        self._moments = moments if correction else None
+        self._fitted_factor: Tensor | None = None
+        if correction and moments.held_out_count:
+            self._fitted_factor = torch.linalg.cholesky(_damped(moments.mean_second_moments(held_out=False), damping))
         self._importance = second.diagonal().numpy().copy()
-        # Groups whose inputs are largest come first: their errors can be made up for by all the others.
+        # Groups with the largest inputs come first, so that all other groups can compensate for their errors.
         importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
         groups = importance.argsort(descending=True, stable=True)
-        if not in_order_of_size:
+        if not act_order:
             groups = torch.arange(len(importance))
         self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
-        # Squares of this size are the most that is in memory, so none is kept by a name once it is used up.
+        # These matrices take most of the memory, so the name is reused to free the previous one.
         second = second[self._order][:, self._order]
-        self._factor = _factor_of_inverse(second)
+        self._factor = _inverse_cholesky(second)
 
     def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
-        """Quantize float32 [rows, columns]; the errors it reports are those of the weights.
+        """Quantize float32 [rows, columns]; the reported errors are those of the weights, not of the output.
 
         Raises ValueError for NaN or infinite weights.
         """
@@ -171,86 +172,89 @@ class Feedback:
 
         if not np.isfinite(weights).all():
             raise ValueError("has a weight that is NaN or infinite")
-        target = self._repaired(torch.from_numpy(weights))
+        target = self._corrected(torch.from_numpy(weights))
         codebook = searched_codebook(target.numpy(), self._importance, depth, thread_pool)
         offset = np.float32(level_offset(depth))
         steps = codebook / offset
         remaining = target[:, self._order].contiguous()
         rows, columns = remaining.shape
         levels, indices = np.empty((rows, columns), np.uint8), np.empty((rows, columns // GROUP_SIZE), np.uint8)
-        for first in range(0, columns, _COLUMNS_AT_ONCE):
-            last = min(first + _COLUMNS_AT_ONCE, columns)
-            some = np.ascontiguousarray(remaining[:, first:last].numpy())
+        for first in range(0, columns, _BLOCK_COLUMNS):
+            last = min(first + _BLOCK_COLUMNS, columns)
+            block = np.ascontiguousarray(remaining[:, first:last].numpy())
             factor = np.ascontiguousarray(self._factor[first:last, first:last].numpy())
-            some_levels, errors = np.empty(some.shape, np.uint8), np.empty_like(some)
-            some_indices = np.empty((rows, (last - first) // GROUP_SIZE), np.uint8)
-            thread_pool.run(quantize_columns, some, factor, steps, offset, some_levels, some_indices, errors)
-            levels[:, first:last] = some_levels
-            indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = some_indices
+            block_levels, errors = np.empty(block.shape, np.uint8), np.empty_like(block)
+            block_indices = np.empty((rows, (last - first) // GROUP_SIZE), np.uint8)
+            thread_pool.run(quantize_columns, block, factor, steps, offset, block_levels, block_indices, errors)
+            levels[:, first:last] = block_levels
+            indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = block_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
-        positions = np.argsort(self._order.numpy())
-        levels, indices = levels[:, positions], indices[:, positions[::GROUP_SIZE] // GROUP_SIZE]
+        original_order = np.argsort(self._order.numpy())
+        levels, indices = levels[:, original_order], indices[:, original_order[::GROUP_SIZE] // GROUP_SIZE]
         quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)
         error = float(np.square(weights - quantized.decoded(), dtype=np.float64).sum())
         return QuantizedMatrix(
             depth, levels, indices, codebook, error, float(np.square(weights, dtype=np.float64).sum())
         )
 
-    def _repaired(self, weights: Tensor) -> Tensor:
-        """Return weights that come closer to the original output from the inputs as they are now."""
+    def _corrected(self, weights: Tensor) -> Tensor:
+        """Return weights whose output for the quantized model's inputs is closer to the original output."""
         import torch
 
         if self._moments is None:
             return weights
-        lost = self._moments.mean_loss(weights)
-        repair = torch.empty_like(weights)
-        repair[:, self._order] = lost[:, self._order] @ self._factor.T @ self._factor
-        return weights + self._share(weights, lost) * repair
+        output_error = self._moments.mean_output_error(weights)
+        correction = torch.empty_like(weights)
+        correction[:, self._order] = output_error[:, self._order] @ self._factor.T @ self._factor
+        return weights + self._correction_factor(weights, output_error) * correction
 
-    def _share(self, weights: Tensor, lost: Tensor) -> float:
-        """Return which share of the repair comes closest on inputs that it was not fitted to, from 0 to 1.
+    def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
+        """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
 
-        `lost` is the mean of W (x' - x) x^T over all inputs. Some rows are repaired without those held out, and judged
-        there.
+        `output_error` is the mean of W (x' - x) x^T over all inputs. The correction of some rows is fitted without the
+        held-out inputs and evaluated on them.
         """
         import torch
 
         moments = self._moments
-        if moments is None or self._without_held_out is None:
+        if moments is None or self._fitted_factor is None:
             return 1.0
-        rows = slice(None, None, max(1, len(weights) // _JUDGED_ROWS))
-        inputs, wanted = moments.held_out(weights, rows)
-        fitted = (moments.count * lost[rows] - wanted.T @ inputs) / (moments.count - len(inputs))
-        repaired = inputs @ torch.cholesky_solve(fitted.T, self._without_held_out)
-        size = float(repaired.square().sum())
-        return min(max(float((repaired * wanted).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
+        rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
+        inputs, expected = moments.held_out(weights, rows)
+        fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
+        corrections = inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor)
+        size = float(corrections.square().sum())
+        return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
 
 
 def _damped(second: Tensor, damping: float) -> Tensor:
-    """Add a share of the diagonal's mean to it, in place, so that the matrix can be inverted; return the matrix."""
+    """Add a fraction of the diagonal's mean to the diagonal in place, so that the matrix is invertible; return it."""
     mean = second.diagonal().mean()
     second.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return second
 
 
-def _factor_of_inverse(matrix: Tensor) -> Tensor:
-    """Return the upper triangular U with U^T U = matrix^-1, without the inverse.
+def _inverse_cholesky(matrix: Tensor) -> Tensor:
+    """Return the upper triangular U with U^T U = matrix^-1, without computing the inverse.
 
-    Backwards, the matrix has a Cholesky factor that forwards is upper triangular, matrix = A A^T; then U = A^-1.
+    The Cholesky factor of the flipped matrix, flipped back, is upper triangular: matrix = A A^T. Then U = A^-1.
     """
     import torch
 
-    return _inverse_of_upper(torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1))
+    return _invert_upper(torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1))
 
 
-def _inverse_of_upper(matrix: Tensor) -> Tensor:
-    """Return the inverse of an upper triangular matrix, by halves: torch has only a solver, which takes all columns."""
+def _invert_upper(matrix: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix, recursively by halves.
+
+    torch only has a triangular solver, which would not use that the right-hand side is triangular too.
+    """
     import torch
 
-    if len(matrix) <= _SOLVED_AT_ONCE:
+    if len(matrix) <= _SOLVE_BLOCK:
         return torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True)
     half = len(matrix) // 2
-    first, last = _inverse_of_upper(matrix[:half, :half]), _inverse_of_upper(matrix[half:, half:])
+    first, last = _invert_upper(matrix[:half, :half]), _invert_upper(matrix[half:, half:])
     inverse = torch.zeros_like(matrix)
     inverse[:half, :half], inverse[half:, half:] = first, last
     inverse[:half, half:] = -(first @ (matrix[:half, half:] @ last))

@@ -1,4 +1,4 @@
-"""Measuring importance: a text goes through the model, and each matrix's inputs are squared and summed."""
+"""Measure an importance matrix: run the model on a text and sum the squared inputs of each matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tritgguf.formats.gguf_writer import check_output
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.reference.decoder_blocks import DecoderBlocks
-from tritgguf.reference.process_settings import fast_products
+from tritgguf.reference.process_settings import bfloat16_matmul
 from tritgguf.sources.open import open_source
 
 if TYPE_CHECKING:
@@ -47,19 +47,19 @@ def measure_importance(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportanceReport:
-    """Write the importance of every matrix that `convert` packs, as an importance matrix of llama.cpp.
+    """Write an importance matrix in llama.cpp's format, for every matrix that `convert` packs.
 
     Args:
         source: a Hugging Face folder, a hub id or a GGUF file.
         output: the GGUF file to write.
         windows: token ids of the text, in windows of equal length.
-        text: where it comes from, for the file.
-        threads: of torch; None for all cores.
+        text: name of the text, stored in the file.
+        threads: number of torch's threads; None keeps torch's setting.
         overwrite: whether an existing output may be replaced.
-        progress: called with the decoder blocks done and those in all.
+        progress: called with the number of decoder blocks done and their total.
 
     Raises:
-        TritGgufError: bad input, no torch or transformers, or no way to write the output; nothing is left behind.
+        TritGgufError: bad input, torch or transformers is missing, or the output cannot be written. No file is left.
 
     """
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def summed_squares(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return GGUF name -> float64 [columns], the sums of the squared inputs of each matrix that can be packed."""
+    """Return GGUF name -> float64 [columns], the summed squared inputs of each matrix that can be packed."""
     blocks = DecoderBlocks(source, threads=threads)
     hidden = blocks.embed(windows)
     sums: dict[str, np.ndarray] = {}
@@ -98,7 +98,7 @@ def summed_squares(
         sums[name] = sums.get(name, 0.0) + squares
 
     for index in range(blocks.count):
-        with fast_products(), blocks.block(index) as block:
+        with bfloat16_matmul(), blocks.block(index) as block:
             hidden = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
         if progress is not None:
             progress(index + 1, blocks.count)

@@ -1,7 +1,7 @@
-"""How much each matrix can bear: the error of its block's output when it alone is quantized.
+"""Measure the sensitivity of each matrix: the error of its block's output if only this matrix is quantized.
 
-The error of a token's hidden state counts in relation to the hidden state's own size, as the norm of the next block
-will see it. `docs/quality.md` has what was measured with it.
+The error of a token's hidden state is relative to the size of this hidden state, because the next block normalizes it.
+`docs/quality.md` has measurements.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def measure_sensitivities(
         names: the matrices to measure.
         depths: trits per weight to try.
         windows: token ids of some text, in windows of equal length.
-        thread_pool: the threads to use; torch takes as many.
-        progress: called with the blocks done and the blocks in all.
+        thread_pool: the threads to use; torch uses the same number.
+        progress: called with the number of blocks done and their total.
 
     Raises:
         TritGgufError: torch or transformers is missing or cannot build the model.
@@ -51,7 +51,7 @@ def measure_sensitivities(
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
         with blocks.block(index) as block:
-            expected, importance = _pass(block, hidden)
+            expected, importance = _output_and_importance(block, hidden)
             for name in block.matrices:
                 if name in names:
                     weights = block.get(name)
@@ -68,8 +68,8 @@ def measure_sensitivities(
     return sensitivities
 
 
-def _pass(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Return a block's output and the importance of every matrix's columns, float32 [columns]."""
+def _output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """Return a block's output, and GGUF name -> importance of the matrix's columns, float32 [columns]."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, inputs: Tensor) -> None:
@@ -81,6 +81,6 @@ def _pass(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """Return the mean over all tokens of the squared error over the square of the hidden state."""
+    """Return the mean over all tokens of the squared error divided by the squared norm of the hidden state."""
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-30)
     return float(errors.double().mean())

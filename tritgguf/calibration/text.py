@@ -1,4 +1,4 @@
-"""Calibration text as windows of tokens."""
+"""Split calibration text into windows of tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DEFAULT_TOKENS = 128 * WINDOW_TOKENS
 
 
 def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
-    """Return windows of equal length from evenly spread positions of a text.
+    """Return windows of equal length from evenly spaced positions of a text.
 
-    Each starts with the BOS token where the model uses one. There are fewer than `tokens` tokens in all when the text
-    is shorter; BadRequestError when it does not fill one window.
+    Each window starts with the BOS token if the model uses one. The windows have `tokens` tokens in total, or fewer if
+    the text is shorter. Raises BadRequestError if the text does not fill one window.
     """
     tokenizer = tokenizer_of(source)
     ids = plain_tokens(tokenizer, text)
@@ -35,22 +35,22 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
 
 
 def window_length(source: Source) -> int:
-    """Return how many tokens a window has: 512, or the model's context if that is shorter."""
+    """Return the number of tokens in a window: 512, or the model's context length if that is shorter."""
     metadata = source.metadata
     context = metadata[f"{metadata['general.architecture'].value}.context_length"].value
     return min(WINDOW_TOKENS, int(context))
 
 
 def plain_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of a text without BOS; the names of control tokens in it stay text."""
+    """Tokenize a text without BOS; names of control tokens in it are treated as plain text."""
     return tokenizer.encode(text, add_special=False, parse_special=False)
 
 
 def vocabulary_size(source: Source) -> int:
-    """Return how many tokens the source's model knows."""
+    """Return the size of the source's vocabulary."""
     return next(tensor.shape[0] for tensor in source.tensors if tensor.name == "token_embd.weight")
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
-    """Return the tokenizer that the source's metadata carries."""
+    """Return the tokenizer stored in the source's metadata."""
     return Tokenizer({key: value.value for key, value in source.metadata.items()}, name=source.name)

@@ -1,13 +1,13 @@
-"""Training the trits of a decoder block, so that it makes of its present inputs what the original made of its own.
+"""Train the trits of a decoder block: its output for quantized inputs approaches the original block's output.
 
-Weights are learned by straight-through estimation: forward, each is its nearest level times the step of its group;
-backward, the rounding is passed over (Bengio et al., arXiv:1308.3432). They begin at the levels that error feedback has
-chosen, as near to the original weight as the level allows, so that those on the verge between two levels are the first
-to move. Scales stay as they are. What is made small is the squared error of the block's output over the square of the
-hidden state, as the norm of the next block will see it. (That blocks are trained one after the other is how the codec's
-paper and EfficientQAT, Chen et al., arXiv:2407.11062, do it; `docs/quality.md` has what was measured here.)
+Latent weights are trained with the straight-through estimator (Bengio et al., arXiv:1308.3432): the forward pass uses
+the nearest level times the group's step, the backward pass ignores the rounding. Training starts from the levels that
+error feedback chose. Each latent weight starts as close to the original weight as its level allows, so weights near
+the boundary of two levels move first. Scales are fixed. The loss is the squared error of the block's output divided by
+the squared norm of the hidden state, because the next block normalizes it. The codec's paper and EfficientQAT (Chen et
+al., arXiv:2407.11062) also train block by block; `docs/quality.md` has measurements.
 
-Memory is that of one block: four numbers for each weight, and the activations of a few windows.
+Memory holds one block: four numbers per weight, and the activations of a few windows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from tritgguf.reference.decoder_blocks import Block
 
-_BEYOND = 1.0  # steps beyond the outermost level from which on a weight is not driven further out
-_WARM_UP = 4  # steps of training
+_CLIP_MARGIN = 1.0  # levels beyond the outermost one at which the gradient becomes zero
+_WARM_UP = 4  # training steps
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class Tuning:
     """How blocks are trained.
 
     Attributes:
-        epochs: how often every window is seen.
-        rate: of Adam, in levels, at the first step; it falls to zero along a line.
-        verge: how far from its level a weight may begin, in levels; at 0.5 it would be another one.
-        windows: in one step of training.
-        seed: of the order of the windows.
+        epochs: passes over all windows.
+        learning_rate: Adam's initial learning rate, in levels; it decays linearly to zero.
+        max_offset: largest distance of an initial latent weight from its level, in levels; below 0.5, so that it
+            rounds to this level.
+        batch_size: windows per training step.
+        seed: seed of the order of the windows.
 
     """
 
     epochs: int = 4
-    rate: float = 5e-3
-    verge: float = 0.45
-    windows: int = 8
+    learning_rate: float = 5e-3
+    max_offset: float = 0.45
+    batch_size: int = 8
     seed: int = 0
 
 
@@ -58,52 +59,54 @@ def tune_block(
     originals: Mapping[str, np.ndarray],
     tuning: Tuning,
 ) -> dict[str, QuantizedMatrix]:
-    """Return better levels for the matrices of an open block, and write them into it.
+    """Train the levels of an open block's matrices; write the tuned weights into the block and return the matrices.
 
     Args:
         block: holds the quantized weights.
-        hidden: float32 [windows, tokens, width], what the block is given now.
-        target: as large, what the original block made of what it was given.
-        quantized: GGUF name -> the matrix as it is.
-        originals: GGUF name -> float32 [rows, columns], its weights before.
-        tuning: how.
+        hidden: float32 [windows, tokens, width], the block's input in the quantized model.
+        target: same shape, the original block's output in the original model.
+        quantized: GGUF name -> quantized matrix.
+        originals: GGUF name -> original weights, float32 [rows, columns].
+        tuning: the settings.
 
-    Their errors are counted as before. The same arguments and number of torch's threads give the same levels.
+    The result is deterministic for a given number of torch's threads. Errors are those of the weights.
     """
     import torch
     from torch.nn.utils import parametrize
 
-    learned: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
     for name, matrix in quantized.items():
         steps, levels = _steps_and_levels(matrix)
-        near = np.clip(originals[name] / np.maximum(steps, 1e-30), levels - tuning.verge, levels + tuning.verge)
-        module = _trits(block.in_module_order(name, near), block.in_module_order(name, steps), matrix.depth)
+        latent = np.clip(
+            originals[name] / np.maximum(steps, 1e-30), levels - tuning.max_offset, levels + tuning.max_offset
+        )
+        module = _trit_module(block.in_hf_order(name, latent), block.in_hf_order(name, steps), matrix.depth)
         parametrize.register_parametrization(block.linear(name), "weight", module, unsafe=True)
-        learned[name] = module
+        modules[name] = module
     try:
-        _train(block, hidden, target, [module.latent for module in learned.values()], tuning)
+        _train(block, hidden, target, [module.latent for module in modules.values()], tuning)
     finally:
-        for name in learned:
+        for name in modules:
             parametrize.remove_parametrizations(block.linear(name), "weight", leave_parametrized=False)
     tuned = {}
-    for name, module in learned.items():
+    for name, module in modules.items():
         offset = level_offset(quantized[name].depth)
         with torch.no_grad():
             levels = module.latent.round().clamp(-offset, offset).numpy()
-        tuned[name] = _with_levels(quantized[name], block.in_file_order(name, levels), originals[name])
+        tuned[name] = _with_levels(quantized[name], block.in_gguf_order(name, levels), originals[name])
         block.set(name, tuned[name].decoded())
     return tuned
 
 
 def _steps_and_levels(matrix: QuantizedMatrix) -> tuple[np.ndarray, np.ndarray]:
-    """Return the step and the level of every weight: float32 [rows, columns]."""
+    """Return the step and the level of every weight, both float32 [rows, columns]."""
     offset = np.float32(level_offset(matrix.depth))
     steps = np.repeat((matrix.codebook / offset)[matrix.scale_indices], GROUP_SIZE, axis=1)
     return steps, matrix.levels.astype(np.float32) - offset
 
 
 def _with_levels(matrix: QuantizedMatrix, levels: np.ndarray, original: np.ndarray) -> QuantizedMatrix:
-    """Return a matrix with other levels, from -h to h."""
+    """Return the matrix with other levels, given as numbers from -offset to offset."""
     changed = replace(matrix, levels=(levels + np.float32(level_offset(matrix.depth))).astype(np.uint8))
     return replace(changed, squared_error=float(np.square(original - changed.decoded(), dtype=np.float64).sum()))
 
@@ -111,46 +114,46 @@ def _with_levels(matrix: QuantizedMatrix, levels: np.ndarray, original: np.ndarr
 def _train(block: Block, hidden: Tensor, target: Tensor, latents: list[Tensor], tuning: Tuning) -> None:
     import torch
 
-    batches_per_epoch = -(-len(hidden) // tuning.windows)
+    batches_per_epoch = -(-len(hidden) // tuning.batch_size)
     steps = tuning.epochs * batches_per_epoch
-    # Gradients of levels are of the order of 1e-8: Adam's usual epsilon would hide them.
-    optimizer = torch.optim.Adam(latents, lr=tuning.rate, betas=(0.9, 0.95), eps=1e-20)
+    # Gradients of levels are about 1e-8; Adam's default epsilon would dominate them.
+    optimizer = torch.optim.Adam(latents, lr=tuning.learning_rate, betas=(0.9, 0.95), eps=1e-20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
     )
     order = torch.Generator().manual_seed(tuning.seed)
     for _ in range(tuning.epochs):
-        for some in torch.randperm(len(hidden), generator=order).split(tuning.windows):
-            wanted = target[some]
-            errors = (block.differentiable(hidden[some]) - wanted).square().sum(-1)
+        for batch in torch.randperm(len(hidden), generator=order).split(tuning.batch_size):
+            expected = target[batch]
+            errors = (block.forward_with_gradients(hidden[batch]) - expected).square().sum(-1)
             optimizer.zero_grad()
-            (errors / wanted.square().sum(-1).clamp_min(1e-30)).mean().backward()
+            (errors / expected.square().sum(-1).clamp_min(1e-30)).mean().backward()
             optimizer.step()
             schedule.step()
 
 
-def _trits(near: np.ndarray, steps: np.ndarray, depth: int) -> Any:
-    """Return a module whose parameter `latent` is learned and that stands for a weight matrix."""
+def _trit_module(latent: np.ndarray, steps: np.ndarray, depth: int) -> Any:
+    """Return a module that computes a weight matrix from its trainable parameter `latent`."""
     import torch
 
-    class Rounded(torch.autograd.Function):
+    class RoundedWeight(torch.autograd.Function):
         @staticmethod
         def forward(context: Any, latent: Tensor, steps: Tensor, offset: int) -> Tensor:
-            context.save_for_backward(steps, latent.abs() > offset + _BEYOND)
+            context.save_for_backward(steps, latent.abs() > offset + _CLIP_MARGIN)
             return latent.round().clamp(-offset, offset).mul_(steps)
 
         @staticmethod
         def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-            steps, is_beyond = context.saved_tensors
-            return (gradient * steps).masked_fill_(is_beyond, 0.0), None, None
+            steps, is_clipped = context.saved_tensors
+            return (gradient * steps).masked_fill_(is_clipped, 0.0), None, None
 
-    class Trits(torch.nn.Module):
+    class TritWeight(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.latent = torch.nn.Parameter(torch.from_numpy(near))
+            self.latent = torch.nn.Parameter(torch.from_numpy(latent))
             self.steps, self.offset = torch.from_numpy(steps), level_offset(depth)
 
         def forward(self, weight: Tensor) -> Any:
-            return Rounded.apply(self.latent, self.steps, self.offset)
+            return RoundedWeight.apply(self.latent, self.steps, self.offset)
 
-    return Trits()
+    return TritWeight()

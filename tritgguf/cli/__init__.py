@@ -1,1 +1,1 @@
-"""The command line: one module for each command. Commands parse, call and print."""
+"""The command line, one module per command. A command parses options, calls the API and prints the result."""

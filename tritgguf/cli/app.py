@@ -1,7 +1,7 @@
-"""The command line: `tritgguf convert`, `calibrate`, `export`, `run` and the others. Options carry llama.cpp's names.
+"""The command line: `tritgguf convert`, `calibrate`, `export`, `run` and others. Options have llama.cpp's names.
 
-Each command parses, calls the function of the same name and prints. What a command needs is imported inside
-it, because `run` has to show its first word within a second of being typed.
+Each command parses options, calls the function of the same name and prints the result. Commands import their
+dependencies inside the function to keep startup fast: `run` must print its first word within a second.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 def _unwind_when_terminated() -> None:
-    """Let SIGTERM end a command as Ctrl-C does: what can be continued stays, and nothing is half written."""
+    """Make SIGTERM raise SystemExit, so that a command cleans up and stays resumable as after Ctrl-C."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 after an error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model's text may not fit the terminal's encoding
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a model's text
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
     try:
         _unwind_when_terminated()
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        # The reader has left, as `head` does. Python flushes stdout once more: let that go nowhere.
+        # The reader closed the pipe, as `head` does. Python flushes stdout again at exit: redirect it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         reason = error.strerror or str(error)
@@ -91,7 +91,7 @@ def _options(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True),
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Balanced-ternary language models in GGUF files: convert them, run them on the CPU, prove them right."""

@@ -1,4 +1,4 @@
-"""`tritgguf calibrate`: measure which inputs matter."""
+"""`tritgguf calibrate`: measure an importance matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def print_importance(report: ImportanceReport) -> None:
-    """Print what was measured."""
+    """Print the report of `calibrate`."""
     rows = [
         ("text", report.text),
         ("tokens", str(report.tokens)),
@@ -48,7 +48,7 @@ def calibrate_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure which inputs matter: an importance matrix for `convert --imatrix` and for llama-quantize.
+    """Measure an importance matrix for `convert --imatrix` and for llama-quantize.
 
     Example: tritgguf calibrate models/SmolLM2-135M-Instruct -o imatrix.gguf --self
     """

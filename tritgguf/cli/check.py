@@ -1,4 +1,4 @@
-"""`tritgguf check`: is a file whole?"""
+"""`tritgguf check`: check a file for damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_check(report: CheckReport) -> None:
-    """Print what was checked and found whole."""
+    """Print the report of an undamaged file."""
     rows = [
         ("tensors", str(report.tensors)),
         ("of them in trits", str(report.trit_tensors)),
@@ -28,7 +28,7 @@ def print_check(report: CheckReport) -> None:
 
 
 def check_command(file: TritFile, threads: Threads = None, as_json: Json = False) -> None:
-    """Check that a file is whole: its structure, every codebook and word, and the checksum of every tensor.
+    """Check a file for damage: its structure, every codebook and word, and the checksum of every tensor.
 
     Example: tritgguf check d3.gguf
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def print_conversion(report: ConvertReport) -> None:
-    """Print what a conversion made."""
+    """Print the report of a conversion."""
     print_table(
         f"{report.source} -> {report.output}",
         ("type", ">tensors", ">size"),
@@ -58,7 +58,7 @@ def print_conversion(report: ConvertReport) -> None:
     print_table(f"depth {report.depth}, encoder {report.encoder}", ("", ">"), rows)
     if report.kept_unaligned:
         names = ", ".join(report.kept_unaligned)
-        note(f"note: kept in F16, because their row length is no multiple of 64: {names}")
+        note(f"note: kept in F16, because their row length is not a multiple of 64: {names}")
     for warning in report.warnings:
         note(f"warning: {warning}")
 
@@ -98,7 +98,7 @@ def convert_command(
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
-    needs_text = text_options.ask_for_text or chosen.needs_text or choice.needs_text
+    needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with SavedText(output, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:

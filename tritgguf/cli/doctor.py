@@ -1,4 +1,4 @@
-"""`tritgguf doctor`: what this machine gives the kernels."""
+"""`tritgguf doctor`: show what this machine offers the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tritgguf.cli.options import Json
 
 
 def doctor_command(as_json: Json = False) -> None:
-    """Show what this machine gives the kernels, what they make of it, and what would make them faster.
+    """Show what this machine offers the kernels, how fast they run on it, and what would make them faster.
 
     Example: tritgguf doctor
     """

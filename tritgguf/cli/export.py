@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_export(report: ExportReport) -> None:
-    """Print what an export wrote."""
+    """Print the report of an export."""
     print_table(
         f"{report.source} -> {report.output}",
         ("file", ">size"),
@@ -43,7 +43,7 @@ def export_command(
         option("--to", metavar="FORMAT", help="hf: a Hugging Face folder; f16, bf16, q8_0, q4_0: a stock GGUF file."),
     ],
     max_shard_size: Annotated[
-        str, option("--max-shard-size", metavar="SIZE", help="Most weights in one file of a folder.")
+        str, option("--max-shard-size", metavar="SIZE", help="Maximum size of one safetensors file.")
     ] = "5GB",
     base_model: Annotated[
         str | None,
@@ -51,7 +51,7 @@ def export_command(
     ] = None,
     threads: Threads = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output file; a folder never is.")
+        bool, typer.Option("--overwrite", help="Replace an existing output file; a folder is never replaced.")
     ] = False,
     as_json: Json = False,
 ) -> None:

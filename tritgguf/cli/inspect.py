@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_description(file: FileDescription) -> None:
-    """Print what is in a file."""
+    """Print the contents of a file."""
     from tritgguf.formats.description import abbreviate
 
     print_table("metadata", ("key", "value"), [(key, abbreviate(value)) for key, value in file.metadata.items()])
@@ -33,13 +33,13 @@ def print_description(file: FileDescription) -> None:
         ("type", ">tensors", ">weights", ">size", ">bits per weight"),
         [
             (
-                kind.type,
-                f"{kind.tensors}",
-                f"{kind.weights}",
-                format_bytes(kind.bytes),
-                f"{kind.bits_per_weight:.3f}",
+                entry.type,
+                f"{entry.tensors}",
+                f"{entry.weights}",
+                format_bytes(entry.bytes),
+                f"{entry.bits_per_weight:.3f}",
             )
-            for kind in file.types
+            for entry in file.types
         ],
     )
     summary = [

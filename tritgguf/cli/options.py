@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share, those of `convert`, and how an option is made."""
+"""Arguments and options shared by several commands, and those of `convert`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
-    """Return an option whose help line says N, TEXT or FILE instead of a type's name."""
+    """Return an option whose help shows N, TEXT or FILE instead of the name of a type."""
     return typer.Option(*names, help=help, metavar=metavar, **settings)
 
 
@@ -26,7 +26,7 @@ InstructionSet = Annotated[
         "--isa",
         metavar="NAME",
         help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2 or portable.",
-        show_default="the best that works here",
+        show_default="the best that this processor supports",
     ),
 ]
 
@@ -42,23 +42,25 @@ PrefillBits = Annotated[
     option(
         "--prefill-bits",
         metavar="8|16",
-        help="Bits of the activations of a prompt; generated tokens have 16.",
+        help="Bits of a prompt's activations; generated tokens use 16.",
         callback=_check_bits,
     ),
 ]
 CacheType = Annotated[
     str | None,
-    option("--cache-type", metavar="TYPE", help="Keys and values in memory: f16 or f32.", show_default="f16"),
+    option("--cache-type", metavar="TYPE", help="Type of the KV cache: f16 or f32.", show_default="f16"),
 ]
 Threads = Annotated[
     int | None, option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
 ]
 TextFile = Annotated[
     Path | None,
-    option("--text", "-f", metavar="FILE", help="Calibrate on this text.", show_default="text of the model's own"),
+    option(
+        "--text", "-f", metavar="FILE", help="Calibrate on this text.", show_default="text that the model generates"
+    ),
 ]
 OwnText = Annotated[
-    bool, typer.Option("--self", help="Calibrate on text that the model itself writes, which needs no data set.")
+    bool, typer.Option("--self", help="Calibrate on text that the model itself generates, without a data set.")
 ]
 CalibrationTokens = Annotated[
     int | None,
@@ -66,55 +68,59 @@ CalibrationTokens = Annotated[
         "--tokens",
         min=1,
         help="Length of the calibration text.",
-        show_default="65536, or 16384 of text that the model writes",
+        show_default="65536, or 16384 if the model generates it",
     ),
 ]
-TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Of the text that the model itself writes.")]
+TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Seed of the text that the model generates.")]
 
 # Options of `convert`
 
 Depth = Annotated[
-    int | None, option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or what is recovered")
+    int | None, option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or the recovered depth")
 ]
 OutputDepth = Annotated[
-    int | None, option("--output-depth", help="The same of the output head; 0: F16.", show_default="F16")
+    int | None, option("--output-depth", help="Trits per weight of the output head; 0: F16.", show_default="F16")
 ]
 EmbeddingDepth = Annotated[
-    int | None, option("--embedding-depth", help="The same of the embeddings; 0: F16.", show_default="F16")
+    int | None, option("--embedding-depth", help="Trits per weight of the embeddings; 0: F16.", show_default="F16")
 ]
 EncoderName = Annotated[
     str,
     option(
         "--encoder",
         metavar="NAME",
-        help="v2: quantize as published; best: try every scale; imatrix: by importance; calibrated: let a text go"
-        " through the model and make up for what is lost; tuned: train on the text besides; recover: recover"
-        " dequantized trits exactly; recover+v2: v2 where that cannot be done.",
-        show_default="recover where a source holds such trits, otherwise v2",
+        help="v2: the published codec; best: search all scales; imatrix: search weighted by importance; calibrated:"
+        " error feedback on a calibration text; tuned: also train on the text; recover: recover dequantized trits"
+        " exactly; recover+v2: v2 for matrices without an exact fit.",
+        show_default="recover if the source holds dequantized trits, otherwise v2",
     ),
 ]
 ImatrixFile = Annotated[
     Path | None,
-    option("--imatrix", metavar="FILE", help="Importance by `calibrate` or llama-imatrix.", show_default=False),
+    option(
+        "--imatrix", metavar="FILE", help="Importance matrix from `calibrate` or llama-imatrix.", show_default=False
+    ),
 ]
 KeepRules = Annotated[
     str | None,
     option(
         "--keep",
         metavar="RULES",
-        help="Other depths for some matrices, 0 for F16: 'blk.0.*=3,*.ffn_down=3'.",
+        help="Depths of matrices by name, 0 for F16: 'blk.0.*=3,*.ffn_down=3'.",
         show_default=False,
     ),
 ]
 TargetBits = Annotated[
     float | None,
-    option("--target-bpw", help="Choose depths by what each matrix can bear, to average N bits per weight."),
+    option("--target-bpw", help="Choose depths by measured sensitivity, for an average of N bits per weight."),
 ]
 Sensitivity = Annotated[
     float | None,
-    option("--sensitivity", help="Take a trit from matrices whose error in the block's output stays below N."),
+    option("--sensitivity", help="Remove a trit from matrices whose error in the block's output stays below N."),
 ]
 Tune = Annotated[
-    bool, typer.Option("--tune", help="Train every block on the text; much slower, worth it at depths 1 and 2.")
+    bool, typer.Option("--tune", help="Also train every block on the text; much slower, worthwhile at depths 1 and 2.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted, if it was.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Resume an interrupted run of the same command, if there is one.")
+]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def print_context_note(model: LoadedModel, answer: Generation) -> None:
-    """Say so when an answer ended because the context was full."""
+    """Print a note if an answer ended because the context was full."""
     if answer.finish_reason == "context":
         size = model.context
         note(f"note: the context of {size} tokens is full, the answer ends here; --ctx-size makes room")
@@ -49,19 +49,21 @@ def print_timings(timings: Timings) -> None:
 Prompt = Annotated[str | None, option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
 PromptFile = Annotated[Path | None, option("--file", "-f", metavar="FILE", help="File with the prompt.")]
 System = Annotated[str | None, option("--system-prompt", "-sys", metavar="TEXT", help="The system message.")]
-Predict = Annotated[int, option("--predict", "--n-predict", "-n", help="Most tokens to generate; -1: no limit.")]
-Context = Annotated[
-    int, option("--ctx-size", "-c", min=0, help="Tokens of context; 0: what the model was trained for.")
+Predict = Annotated[
+    int, option("--predict", "--n-predict", "-n", help="Maximum number of tokens to generate; -1: no limit.")
 ]
-Temperature = Annotated[float, option("--temp", help="Temperature; 0 takes the likeliest token.")]
-TopK = Annotated[int, option("--top-k", help="Keep the k likeliest tokens; 0: all.")]
-TopP = Annotated[float, option("--top-p", help="Keep the likeliest up to this probability.")]
-MinP = Annotated[float, option("--min-p", help="Least probability, relative to the likeliest.")]
+Context = Annotated[
+    int, option("--ctx-size", "-c", min=0, help="Context size in tokens; 0: the model's training context.")
+]
+Temperature = Annotated[float, option("--temp", help="Temperature; 0: greedy decoding.")]
+TopK = Annotated[int, option("--top-k", help="Keep the k most likely tokens; 0: all.")]
+TopP = Annotated[float, option("--top-p", help="Keep the most likely tokens up to this total probability.")]
+MinP = Annotated[float, option("--min-p", help="Minimum probability relative to the most likely token.")]
 RepeatPenalty = Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")]
-RepeatLastN = Annotated[int, option("--repeat-last-n", help="How many tokens are recent.")]
-Seed = Annotated[int, option("--seed", "-s", help="Seed of the draw; -1: a new one each time.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without template.")]
-Exact = Annotated[bool, typer.Option("--exact", help="All activations with 31 bits; far slower.")]
+RepeatLastN = Annotated[int, option("--repeat-last-n", help="Number of recent tokens to penalize.")]
+Seed = Annotated[int, option("--seed", "-s", help="Seed of sampling; -1: random.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Use 31-bit activations; far slower.")]
 CheckFirst = Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")]
 
 
@@ -90,7 +92,7 @@ def run_command(
 ) -> None:
     """Answer a prompt, or chat when there is none.
 
-    Without -p and -f the prompt is read from a pipe, or typed: then Ctrl-C stops an answer and Ctrl-D leaves.
+    Without -p and -f the prompt is read from a pipe, or typed: then Ctrl-C stops an answer and Ctrl-D quits.
 
     Example: tritgguf run d3.gguf -p "Name three primary colors."
     """
@@ -111,10 +113,10 @@ def run_command(
 
 
 def _load(file: Path, **settings: Any) -> LoadedModel:
-    """Load the model for one generation at a time."""
+    """Load the model for one sequence at a time."""
     from tritgguf.generation.loaded_model import load
 
-    gc.disable()  # loading makes a million objects and no garbage; looking for some takes 50 ms
+    gc.disable()  # loading creates a million objects and no garbage; collection would take 50 ms
     try:
         return load(file, parallel=1, on_compilation=terminal.print_compilation_note, **settings)
     finally:
@@ -151,7 +153,7 @@ def _answer(
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
-    """Return the prompt that was given; None when stdin is a terminal."""
+    """Return the prompt from the options or a pipe; None if stdin is a terminal."""
     if prompt is not None and file is not None:
         raise TritGgufError("give the prompt with either -p or -f, not with both")
     if prompt is not None:
@@ -168,11 +170,11 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 
 def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
-    """Talk until Ctrl-D."""
+    """Chat until Ctrl-D."""
     from tritgguf.generation.chat import Chat
     from tritgguf.generation.result import Timings
 
-    with contextlib.suppress(ImportError):  # not on Windows; with it, input() edits lines and recalls them
+    with contextlib.suppress(ImportError):  # gives input() line editing and history; Windows lacks it
         import readline  # noqa: F401
     chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens)
     timings: list[Timings] = []
@@ -199,7 +201,7 @@ def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max
 
 
 def _read_line() -> str | None:
-    """Return what is typed, or None at its end."""
+    """Return a typed line, or None at end of input."""
     while True:
         try:
             if sys.stdout.isatty():

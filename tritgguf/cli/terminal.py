@@ -1,7 +1,7 @@
-"""What the commands write: results to stdout, all else to stderr; rich on a terminal, plain text in a pipe.
+"""Output of the commands: results to stdout, everything else to stderr; rich on a terminal, plain text in a pipe.
 
-A model's file is untrusted, and so are its keys, its tensors' names and what the model says: control
-characters, which could reprogram a terminal, are dropped on the way there.
+A model's file is untrusted, including its keys, tensor names and generated text. Control characters, which could
+reprogram a terminal, are removed before printing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def error(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print what is no result, on stderr."""
+    """Print a message that is not a result, on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def write_answer(piece: str) -> None:
-    """Print a piece of a model's answer at once."""
+    """Print a piece of a model's answer immediately."""
     sys.stdout.write(strip_control_characters(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
@@ -67,17 +67,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class Report(Protocol):
-    """Takes the progress of a job: its stage, what is done and what there is to do."""
+    """Receives the progress of a job: its stage, the amount done and the total."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show it."""
+        """Show the progress."""
 
 
 @contextmanager
 def progress(*, in_bytes: bool) -> Iterator[Report]:
     """Show a job's progress on stderr, with the time left and, for bytes, the rate.
 
-    A bar on a terminal, a line for each tenth elsewhere. Steps that are no bytes start anew with each stage.
+    A bar on a terminal, otherwise a line for each tenth. Unless progress is in bytes, it restarts with each stage.
     """
     if not sys.stderr.isatty():
         yield _PlainProgress(in_bytes)
@@ -125,5 +125,5 @@ class _PlainProgress:
 
 
 def print_compilation_note() -> None:
-    """Say why the first run on a machine takes longer."""
+    """Explain why the first run on a machine takes longer."""
     note("compiling the kernels for this processor; this happens once and takes about half a minute")

@@ -1,4 +1,4 @@
-"""The calibration text that the options of `convert` and `calibrate` ask for."""
+"""The calibration text selected by the options of `convert` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What the options say about the text; raises TritGgufError where they contradict each other.
+    """The options for the calibration text; raises TritGgufError if they contradict each other.
 
     Attributes:
-        file: the text; None for one that the model itself writes.
-        own: whether the user asks for a text that the model itself writes.
-        tokens: the length of the text; None for the default.
-        seed: of a text that the model itself writes.
+        file: the text file; None for self-generated text.
+        own: whether the user requests self-generated text.
+        tokens: length of the text; None for the default.
+        seed: seed of self-generated text.
 
     """
 
@@ -32,18 +32,18 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.file is not None and self.own:
-            raise TritGgufError("--text and --self both say what to calibrate on; give one of them")
+            raise TritGgufError("--text and --self both select the calibration text; give one of them")
 
     @property
-    def ask_for_text(self) -> bool:
-        """Whether the user names a text."""
+    def is_given(self) -> bool:
+        """Whether the user chose a text."""
         return self.file is not None or self.own
 
 
 def read_windows(
     source: str, options: TextOptions, threads: int | None, saved: SavedText | None = None
 ) -> tuple[list[list[int]], str]:
-    """Return the text that the options ask for, as windows of tokens, and where it comes from."""
+    """Return the selected text as windows of tokens, and its name."""
     from tritgguf.conversion.own_text import calibration_windows
     from tritgguf.sources.open import open_source
 
@@ -55,5 +55,5 @@ def read_windows(
             seed=options.seed,
             threads=threads,
             saved=saved,
-            progress=lambda done, total: report("writing a text", done, total),
+            progress=lambda done, total: report("generating text", done, total),
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_verification(report: VerifyReport) -> None:
-    """Print both answers of a verification."""
+    """Print the report of one file."""
     print_table(
         f"Runner: {report.file} against transformers on its dequantized weights, {report.tokens} tokens",
         ("", ">"),
@@ -38,11 +38,11 @@ def print_verification(report: VerifyReport) -> None:
             ("perplexity of the source", f"{report.perplexity_reference:.3f}"),
         ],
     )
-    _print_layers(report, "Hidden states behind each block, error relative to the original")
+    _print_layers(report, "Hidden states after each block, error relative to the original")
 
 
 def print_verifications(reports: Sequence[VerifyReport]) -> None:
-    """Print one row for each of several files, verified against one source."""
+    """Print a row for each of several files, verified against one source."""
     first = reports[0]
     print_table(
         f"Runner against transformers on the dequantized weights, {first.tokens} tokens",
@@ -72,11 +72,11 @@ def print_verifications(reports: Sequence[VerifyReport]) -> None:
         ],
     )
     for report in reports:
-        _print_layers(report, f"Hidden states behind each block of {report.file}, error relative to the original")
+        _print_layers(report, f"Hidden states after each block of {report.file}, error relative to the original")
 
 
 def _print_layers(report: VerifyReport, title: str) -> None:
-    """Print the errors of the blocks, if they were asked for."""
+    """Print the errors of the blocks, if requested."""
     if report.layers is not None:
         print_table(
             title,
@@ -86,21 +86,21 @@ def _print_layers(report: VerifyReport, title: str) -> None:
 
 
 def verify_command(
-    source: Annotated[str, typer.Argument(help="What the files were converted from.", metavar="SOURCE")],
+    source: Annotated[str, typer.Argument(help="The model that the files were converted from.", metavar="SOURCE")],
     files: Annotated[list[Path], typer.Argument(help="GGUF files that `convert` wrote.", metavar="FILE.gguf")],
     text_file: Annotated[
         Path | None,
-        option("--text", metavar="FILE", help="A text to measure on.", show_default="one that comes along"),
+        option("--text", metavar="FILE", help="Text to evaluate on.", show_default="a text in the package"),
     ] = None,
-    tokens: Annotated[int, option("--tokens", min=2, help="How many tokens of the text to take.")] = 512,
-    layers: Annotated[bool, typer.Option("--layers", help="Show which blocks the error comes from, too.")] = False,
+    tokens: Annotated[int, option("--tokens", min=2, help="Number of tokens to evaluate.")] = 512,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show the error of each block.")] = False,
     threads: Threads = None,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
-    """Compare trit files with their source: whether the runner is right, what quantization cost.
+    """Compare trit files with their source: is the runner correct, and what does quantization cost?
 
-    Several files are compared in one run: a row for each in the tables, an object for each in --json's list.
+    With several files, tables have a row per file and --json prints a list with an object per file.
     Needs torch and transformers: pip install "tritgguf[verify]".
 
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf

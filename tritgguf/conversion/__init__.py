@@ -1,1 +1,1 @@
-"""From a source to a packed GGUF file: plan, encode, write, report."""
+"""Convert a source to a packed GGUF file: plan, encode, write, report."""

@@ -1,4 +1,4 @@
-"""Source -> packed GGUF: plan, write, report."""
+"""Convert a source to a packed GGUF file: plan, write, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
-from tritgguf.conversion.pipeline import stream, written_weights
+from tritgguf.conversion.pipeline import encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.report import ConvertReport, conversion_report
 from tritgguf.formats.gguf_writer import StreamingWriter, check_output
@@ -24,7 +24,7 @@ from tritgguf.sources.source import Source
 
 @dataclass(frozen=True)
 class ConvertProgress:
-    """How far a conversion is, in bytes of the source's tensors; those that are read twice count twice."""
+    """Progress of a conversion in bytes of the source's tensors; tensors that are read twice count twice."""
 
     tensor: str
     bytes_done: int
@@ -49,27 +49,28 @@ def convert(
 ) -> ConvertReport:
     """Convert a checkpoint to a GGUF file with packed trit matrices.
 
-    Of a trit file as the source, tensors that have the wanted type are copied; the others are decoded, which loses
-    quality (the report warns). Matrices that are not packed there stay as they are.
+    If the source is a trit file, tensors that already have the requested type are copied and matrices that are not
+    packed stay unpacked. Other tensors are decoded and quantized again, which loses quality (the report warns).
 
     Args:
         source: a Hugging Face folder, a hub id or a GGUF file.
         output: the file to write; it appears only when it is complete.
-        depth: trits per weight of the layers' matrices, 1 to 4; None for 2. The most for matrices that are recovered,
-            and None is for any.
-        output_depth, embedding_depth: the same of the output head and of the embeddings, or 0 for F16; None for F16
-            too, but leaves packed ones of a trit file as they are. Where both are one tensor, either will do.
-        encoder: one of `encoders`, or its name: how matrices become trits.
-        importance, windows: for the encoders that need them, see `encoders`; measured depth choices need windows too.
-        choice: which matrices of the layers have another depth than `depth`.
-        threads: processor cores to use; None for all.
+        depth: trits per weight of the layers' matrices, 1 to 4; None means 2. For recovered matrices it is the
+            maximum, and None means no maximum.
+        output_depth, embedding_depth: trits per weight of the output head and of the embeddings, or 0 for F16. None
+            keeps the packed type of a trit file and means F16 otherwise. If both are one tensor, either option sets it.
+        encoder: an encoder from `encoders`, or its name.
+        importance, windows: inputs of the encoders that need them, see `encoders`. A `choice` that measures
+            sensitivities needs windows too.
+        choice: depths of single matrices in the layers.
+        threads: processor cores to use; None means all.
         overwrite: whether an existing output may be replaced.
-        resume: whether to go on where the same conversion was interrupted, if it was; otherwise it starts over.
+        resume: whether to resume an interrupted conversion with the same arguments; otherwise it starts over.
         progress: called after every tensor.
 
     Raises:
-        TritGgufError: bad input or no way to write the output. Nothing is left behind, except `OUTPUT.part` and its
-            journal after a full disk or, as after Ctrl-C, another exception: `resume` goes on with them.
+        TritGgufError: bad input, or the output cannot be written. No file is left, with one exception: if the disk is
+            full, or on another exception such as KeyboardInterrupt, `OUTPUT.part` and its journal stay for `resume`.
 
     """
     started = time.perf_counter()
@@ -78,17 +79,17 @@ def convert(
     output = Path(output)
     check_output(output, overwrite)
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
-    count = _ProgressCount(opened, progress)
-    plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, count.searched)
+    counter = _ProgressCounter(opened, progress)
+    plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
-        squares = _encode(plan, writer, thread_pool, count.written)
+        squares = _encode(plan, writer, thread_pool, counter.written)
     return conversion_report(plan, output, squares, time.perf_counter() - started)
 
 
 def _writer(
     plan: ConversionPlan, output: Path, thread_pool: ThreadPool, *, overwrite: bool, resume: bool
 ) -> StreamingWriter:
-    """Return the writer of a plan's file."""
+    """Return a writer for the plan's file."""
     journal = Journal(output, plan.job(thread_pool.threads))
     return StreamingWriter(output, plan.metadata, plan.tensors, overwrite=overwrite, journal=journal, resume=resume)
 
@@ -98,19 +99,19 @@ def _encode(
 ) -> tuple[float, float]:
     """Encode and write a plan's tensors; return the sums of the squared errors and of the squared weights.
 
-    `written` is called with the name of each tensor that is written.
+    `written` is called with the name of each tensor after it is written.
     """
     job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
     squares = np.zeros(2)
-    tensors = stream(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
+    tensors = encode_and_write(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
     for tensor, tensor_squares in zip(plan.tensors, tensors, strict=True):
         squares += tensor_squares
         written(tensor.name)
     return float(squares[0]), float(squares[1])
 
 
-class _ProgressCount:
-    """Counts the bytes that are done and tells the caller of `convert`."""
+class _ProgressCounter:
+    """Counts the bytes done and reports them to the caller of `convert`."""
 
     def __init__(self, source: Source, listener: Callable[[ConvertProgress], None] | None) -> None:
         self._listener = listener
@@ -118,7 +119,7 @@ class _ProgressCount:
         self._done, self._total = 0, sum(self._bytes.values())
 
     def searched(self, name: str) -> None:
-        """Count a tensor that was searched for trits and is still to be written."""
+        """Count a tensor that was searched for trits and will be read again to be written."""
         self._total += self._bytes[name]
         self.written(name)
 

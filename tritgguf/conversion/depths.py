@@ -1,7 +1,7 @@
-"""Which matrix gets how many trits: by pattern, by a threshold, or by a budget of bits.
+"""Choose the depth of each matrix: by name pattern, by a sensitivity threshold, or by a budget of bits.
 
-A sensitivity says what a depth costs: GGUF name -> depth -> a number that adds up over matrices, such as the error of
-the block's output (`sensitivity`). Nothing here knows where it comes from.
+A sensitivity is the cost of a depth: GGUF name -> depth -> a number that is additive over matrices, such as the error
+of the block's output (`calibration.sensitivity`). This module does not depend on how it is measured.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 
 Sensitivities = Mapping[str, Mapping[int, float]]
-"""GGUF name -> depth -> what the matrix's error at this depth costs."""
+"""GGUF name -> depth -> cost of the matrix's error at this depth."""
 
 F16_DEPTH = 0
 _DEFAULT_DEPTH = 2
-_HALVINGS = 200
+_BISECTION_STEPS = 200
 
 
 @dataclass(frozen=True)
 class KeepRule:
-    """Matrices whose names match a pattern have this depth; 0 keeps them in F16."""
+    """Sets the depth of matrices whose names match a pattern; 0 means F16."""
 
     pattern: str
     depth: int
 
     def matches(self, name: str) -> bool:
-        """Tell whether the rule is about a tensor: `*` stands for any letters, and `.weight` may be left away."""
+        """Return whether a tensor's name matches: `*` is a wildcard, and `.weight` may be omitted."""
         return any(fnmatch.fnmatchcase(text, self.pattern) for text in (name, name.removesuffix(".weight")))
 
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """What is to be decided about the depths of single matrices; raises TritGgufError for what contradicts itself.
+    """Options that choose depths of single matrices; raises TritGgufError if they contradict each other.
 
-    keep: matrices whose depth is given.
-    target_bpw: average bits per weight of the packed matrices in the file, to be met by all the others.
-    sensitivity: threshold below which one of the others loses a trit.
+    keep: rules that set depths by name.
+    target_bpw: average bits per weight over the packed matrices in the file, reached by choosing the other depths.
+    sensitivity: a matrix without a rule loses a trit if its sensitivity is then below this threshold.
     """
 
     keep: tuple[KeepRule, ...] = ()
@@ -64,7 +64,7 @@ class DepthChoice:
         return self.target_bpw is not None or self.sensitivity is not None
 
     def describe(self, depth: int) -> str:
-        """Return the choice in words, for the file's metadata; nothing where all depths are the same."""
+        """Describe the choice for the file's metadata; empty if all depths are the same."""
         if self == NO_CHOICE:
             return ""
         parts = [f"{rule.pattern}={rule.depth}" for rule in self.keep]
@@ -82,8 +82,8 @@ class DepthChoice:
         """Return the depths of matrices: GGUF name -> trits per weight, 0 for F16.
 
         Args:
-            weights: GGUF name -> number of weights, of the matrices to decide about.
-            depth: of those that nothing else is said of.
+            weights: GGUF name -> number of weights, of the matrices whose depth is to be chosen.
+            depth: the default depth.
             measure: returns the sensitivities of the named matrices at some depths.
 
         """
@@ -91,11 +91,11 @@ class DepthChoice:
         free = [name for name in weights if name not in kept]
         if self.target_bpw is not None:
             packed = {name: kept_depth for name, kept_depth in kept.items() if kept_depth != F16_DEPTH}
-            chosen = depths_within(measure(free, trit_types.DEPTHS), weights, self.target_bpw, packed)
+            chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, self.target_bpw, packed)
         elif self.sensitivity is not None:
             if depth == 1:
                 raise TritGgufError(
-                    "--sensitivity takes a trit away, which depth 1 cannot spare; give a greater --depth"
+                    "--sensitivity removes a trit, but depth 1 has no trit to remove; give a greater --depth"
                 )
             chosen = depths_below_threshold(measure(free, [depth - 1]), self.sensitivity, depth)
         else:
@@ -108,11 +108,11 @@ NO_CHOICE = DepthChoice()
 
 @dataclass(frozen=True)
 class DepthOptions:
-    """The depths that a caller of `convert` wants; raises TritGgufError for depths that do not exist.
+    """The depths that the caller of `convert` requests; raises TritGgufError for depths that do not exist.
 
-    depth: trits per weight of the layers' matrices; None for 2, or for any where a matrix is recovered.
-    output_depth, embedding_depth: of the output head and of the embeddings, 0 for F16; None for what the source has.
-    choice: which matrices of the layers have another depth.
+    depth: trits per weight of the layers' matrices; None means 2, or any depth for recovered matrices.
+    output_depth, embedding_depth: depths of the output head and the embeddings, 0 for F16; None keeps the source's.
+    choice: depths of single matrices in the layers.
     """
 
     depth: int | None = None
@@ -128,18 +128,18 @@ class DepthOptions:
                 raise TritGgufError(f"{what} depth {value} does not exist; choose 1, 2, 3 or 4, or 0 for F16")
 
     @property
-    def of_layers(self) -> int:
-        """The depth of matrices that are quantized and that `choice` does not name."""
+    def layer_depth(self) -> int:
+        """Default depth of quantized matrices in the layers."""
         return self.depth or _DEFAULT_DEPTH
 
     @property
-    def deepest_recovered(self) -> int:
-        """The greatest depth that a recovered matrix may have."""
+    def max_recovered_depth(self) -> int:
+        """Maximum depth of recovered matrices."""
         return self.depth or max(trit_types.DEPTHS)
 
 
 def parse_rules(text: str) -> list[KeepRule]:
-    """Return the rules of `--keep`: `PATTERN=DEPTH` with commas between; TritGgufError for anything else."""
+    """Parse the rules of `--keep`, `PATTERN=DEPTH` separated by commas; TritGgufError for anything else."""
     rules = []
     for part in text.split(","):
         pattern, equals, depth = part.strip().rpartition("=")
@@ -153,7 +153,7 @@ def parse_rules(text: str) -> list[KeepRule]:
 
 
 def apply_rules(names: Iterable[str], rules: Sequence[KeepRule]) -> dict[str, int]:
-    """Return the depths that rules give to some of the names; of several rules for a name the first counts.
+    """Return the depths that rules set for some of the names; the first matching rule applies.
 
     Raises TritGgufError for a rule that no name matches.
     """
@@ -161,7 +161,7 @@ def apply_rules(names: Iterable[str], rules: Sequence[KeepRule]) -> dict[str, in
     for rule in rules:
         if not any(rule.matches(name) for name in names):
             raise TritGgufError(
-                f"--keep {rule.pattern}={rule.depth}: no matrix has such a name (they are like {names[0]})"
+                f"--keep {rule.pattern}={rule.depth}: no matrix has such a name (names look like {names[0]})"
                 if names
                 else f"--keep {rule.pattern}={rule.depth}: the model has no matrix to pack"
             )
@@ -173,34 +173,34 @@ def apply_rules(names: Iterable[str], rules: Sequence[KeepRule]) -> dict[str, in
     return chosen
 
 
-def depths_below_threshold(sensitivities: Sensitivities, threshold: float, deep: int) -> dict[str, int]:
-    """Return one trit less than `deep` for every matrix whose sensitivity there stays below the threshold."""
-    return {name: deep - 1 if costs[deep - 1] < threshold else deep for name, costs in sensitivities.items()}
+def depths_below_threshold(sensitivities: Sensitivities, threshold: float, depth: int) -> dict[str, int]:
+    """Return `depth - 1` for every matrix whose sensitivity at `depth - 1` is below the threshold, else `depth`."""
+    return {name: depth - 1 if costs[depth - 1] < threshold else depth for name, costs in sensitivities.items()}
 
 
-def depths_within(
+def depths_within_budget(
     sensitivities: Sensitivities, weights: Mapping[str, int], target: float, fixed: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the depths of least total cost whose average stays within a number of bits per weight.
+    """Return the depths of minimal total cost within a budget of average bits per weight.
 
-    For a price of a bit, each matrix takes the depth of least cost and price; the lowest price that stays within the
-    budget is found by bisection, and what is left goes to the matrices that gain most per bit. That is optimal on the
-    convex hull of all choices.
+    A Lagrange multiplier is the price of a bit: each matrix takes the depth that minimizes its cost plus the price of
+    its bits. Bisection finds the lowest price within the budget, and leftover bits go to the matrices with the greatest
+    gain per bit. The result is optimal on the convex hull of all choices.
 
     Args:
-        sensitivities: of the matrices that can be chosen for.
-        weights: GGUF name -> number of weights, of these and of the fixed ones.
-        target: bits per weight in the file, over all of them.
-        fixed: depths of other matrices that count towards the average.
+        sensitivities: costs of the matrices whose depth is to be chosen.
+        weights: GGUF name -> number of weights, of these matrices and the fixed ones.
+        target: average bits per weight in the file, over all of them.
+        fixed: GGUF name -> depth, of other matrices that count towards the average.
 
     Raises:
-        TritGgufError: the target is below what the least depths take.
+        TritGgufError: the target is too low even for the smallest depths.
 
     """
     budget = target * sum(weights[name] for name in [*sensitivities, *fixed])
     budget -= sum(weights[name] * bits_per_weight(depth) for name, depth in fixed.items())
 
-    def chosen_at(price: float) -> dict[str, int]:
+    def depths_at_price(price: float) -> dict[str, int]:
         return {
             name: min(costs, key=lambda depth: costs[depth] + price * weights[name] * bits_per_weight(depth))
             for name, costs in sensitivities.items()
@@ -213,44 +213,46 @@ def depths_within(
     if bits(least) > budget * (1 + 1e-9):
         raise TritGgufError(f"a target of {target} bits per weight is below what the least depths take; raise it")
     low, high = 0.0, 1.0
-    while bits(chosen_at(high)) > budget:
+    while bits(depths_at_price(high)) > budget:
         high *= 2
-    if bits(chosen_at(low)) > budget:
-        for _ in range(_HALVINGS):
+    if bits(depths_at_price(low)) > budget:
+        for _ in range(_BISECTION_STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if bits(chosen_at(middle)) > budget else (low, middle)
+            low, high = (middle, high) if bits(depths_at_price(middle)) > budget else (low, middle)
     else:
         high = low
-    depths = chosen_at(high)
-    _spend(depths, budget - bits(depths), sensitivities, weights)
+    depths = depths_at_price(high)
+    _spend_leftover(depths, budget - bits(depths), sensitivities, weights)
     return depths
 
 
-def _spend(depths: dict[str, int], left: float, sensitivities: Sensitivities, weights: Mapping[str, int]) -> None:
-    """Deepen matrices one trit at a time, the greatest gain per bit first, as long as the bits are enough."""
+def _spend_leftover(
+    depths: dict[str, int], bits: float, sensitivities: Sensitivities, weights: Mapping[str, int]
+) -> None:
+    """Add one trit at a time to the matrix with the greatest gain per bit, until no step fits into `bits`."""
     while True:
         gains = []
         for name, depth in depths.items():
             if depth + 1 in sensitivities[name]:
                 price = weights[name] * (bits_per_weight(depth + 1) - bits_per_weight(depth))
                 gain = sensitivities[name][depth] - sensitivities[name][depth + 1]
-                if price <= left and gain > 0:
+                if price <= bits and gain > 0:
                     gains.append((gain / price, name, price))
         if not gains:
             return
         _, name, price = max(gains)
         depths[name] += 1
-        left -= price
+        bits -= price
 
 
 def bits_per_weight(depth: int) -> float:
-    """Return the bits in the file of a weight of this depth; 0 is F16."""
+    """Return the bits per weight in the file at a depth; 0 means F16."""
     if depth == F16_DEPTH:
         return 16.0
     return 8 * trit_types.row_bytes(depth, trit_types.BLOCK_SIZE) / trit_types.BLOCK_SIZE
 
 
 def average_bits(depths: Mapping[str, int], weights: Mapping[str, int]) -> float:
-    """Return the bits per weight of matrices in the file."""
+    """Return the average bits per weight in the file over some matrices."""
     total = np.array([[weights[name] * bits_per_weight(depth), weights[name]] for name, depth in depths.items()])
     return float(total[:, 0].sum() / total[:, 1].sum()) if len(total) else 0.0

@@ -1,14 +1,14 @@
-"""The encoders of `convert`: what each is called, which inputs it needs, and how it encodes.
+"""The encoders of `convert`: their names, the inputs they need, and how they encode.
 
     type              name                what it does
-    V2                v2                  what the published codec does
+    V2                v2                  the published codec
     ScaleSearch       best                the best of all scales for every group, by the error of the weights
     ImportanceSearch  imatrix             the same, by the error weighted with the importance of each column
-    Calibrated        calibrated, tuned   error feedback on a text that goes through the model; tuned trains every block
+    Calibrated        calibrated, tuned   error feedback on a calibration text; tuned also trains every block
     Recover           recover, recover+X  exact recovery of dequantized trits, X for matrices without an exact fit
-    Automatic         auto                recovery where the source holds such trits, otherwise quantization
+    Automatic         auto                recovery if the source holds dequantized trits, otherwise quantization
 
-The first four are quantizers: they can encode any matrix. `parse_encoder` is the only place where a name is read.
+The first four are quantizers: they can encode any matrix. Only `parse_encoder` parses names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tritgguf.quantization.v2 import quantize_v2
 from tritgguf.sources.source import Source
 
 Importance = Mapping[str, np.ndarray]
-"""GGUF name -> float32 [columns], the mean square of each input of a matrix."""
+"""GGUF name -> float32 [columns], the mean squared input of each column of a matrix."""
 Windows = Sequence[Sequence[int]]
 """Token ids of a calibration text, in windows of equal length."""
 
@@ -38,23 +38,23 @@ Windows = Sequence[Sequence[int]]
 class MatrixEncoder(Protocol):
     """Quantizes the matrices of one source."""
 
-    def wants_weights(self, name: str) -> bool:
-        """Tell whether `encode` uses the weights that it is given; otherwise it reads the matrix itself."""
+    def needs_weights(self, name: str) -> bool:
+        """Return whether `encode` uses its `matrix`; otherwise it reads the weights itself."""
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
-        """Quantize a matrix; raises ValueError, here or in the parts, for weights that cannot be quantized."""
+        """Quantize a matrix; ValueError, also from the iterator of its parts, for weights that cannot be quantized."""
 
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """What a quantizer is started for.
+    """The matrices that a quantizer will encode.
 
     Attributes:
         source: the model.
-        depths: GGUF name -> trits per weight of the matrices that will be encoded, in the order of their blocks.
+        depths: GGUF name -> trits per weight of these matrices, in the order of their blocks.
         thread_pool: the threads to use.
-        written: returns the decoded weights, float32 [rows, columns], of a matrix that an earlier run has written, or
-            None.
+        written: returns the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written,
+            or None.
 
     """
 
@@ -66,15 +66,15 @@ class EncodingJob:
 
 @dataclass(frozen=True)
 class V2:
-    """The encoder of the published codec: four candidate scales for every group."""
+    """The published codec: four candidate scales for every group."""
 
     name: ClassVar[str] = "v2"
     needs_text: ClassVar[bool] = False
     in_block_order: ClassVar[bool] = False
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
-        """Return the encoder of the job's matrices."""
-        return _Independent(lambda name, matrix, depth: quantize_v2(matrix, depth, job.thread_pool))
+        """Return an encoder for the job's matrices."""
+        return _PerMatrixEncoder(lambda name, matrix, depth: quantize_v2(matrix, depth, job.thread_pool))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class ScaleSearch:
     in_block_order: ClassVar[bool] = False
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
-        """Return the encoder of the job's matrices."""
-        return _Independent(lambda name, matrix, depth: quantize_searched(matrix, depth, job.thread_pool))
+        """Return an encoder for the job's matrices."""
+        return _PerMatrixEncoder(lambda name, matrix, depth: quantize_searched(matrix, depth, job.thread_pool))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,8 @@ class ImportanceSearch:
     """The best of the codebook's scales for every group, by the error weighted with the importance of each column.
 
     Attributes:
-        importance: matrices that it does not name are encoded as by `ScaleSearch`; None for that given to `convert`.
+        importance: the importance; matrices without one are encoded like `ScaleSearch`. None means the importance that
+            `convert` is given.
 
     """
 
@@ -105,20 +106,20 @@ class ImportanceSearch:
     in_block_order: ClassVar[bool] = False
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
-        """Return the encoder of the job's matrices."""
+        """Return an encoder for the job's matrices."""
         known = self.importance or {}
-        return _Independent(
+        return _PerMatrixEncoder(
             lambda name, matrix, depth: quantize_searched(matrix, depth, job.thread_pool, importance=known.get(name))
         )
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Error feedback for the matrices of the decoder blocks, on a text that goes through the model; `V2` for others.
+    """Error feedback on a calibration text for the matrices of the decoder blocks; `V2` for other matrices.
 
     Attributes:
-        windows: the text; None for that given to `convert`.
-        tuning: how every block is trained on the text besides; None for not at all.
+        windows: the text; None means the text that `convert` is given.
+        tuning: how every block is also trained on the text; None for no training.
 
     """
 
@@ -128,20 +129,20 @@ class Calibrated:
 
     @property
     def name(self) -> str:
-        """The name on the command line and in the file."""
+        """Name on the command line and in the file."""
         return "calibrated" if self.tuning is None else "tuned"
 
     @property
     def needs_text(self) -> bool:
-        """Whether a text is still to be given."""
+        """Whether `convert` must be given a text."""
         return self.windows is None
 
     def start(self, job: EncodingJob) -> MatrixEncoder:
-        """Return the encoder of the job's matrices.
+        """Return an encoder for the job's matrices.
 
-        Raises TritGgufError when torch or transformers is missing or cannot build the model.
+        Raises TritGgufError if torch or transformers is missing or cannot build the model.
         """
-        return _BlockByBlock(job, self.windows or (), self.tuning)
+        return _BlockwiseEncoder(job, self.windows or (), self.tuning)
 
 
 Quantizer = V2 | ScaleSearch | ImportanceSearch | Calibrated
@@ -153,44 +154,44 @@ class Recover:
     """Exact recovery of dequantized trits.
 
     Attributes:
-        otherwise: for matrices without an exact fit; None makes such a matrix an error.
+        fallback: quantizer for matrices without an exact fit; None makes such a matrix an error.
 
     """
 
-    otherwise: Quantizer | None = None
+    fallback: Quantizer | None = None
 
     @property
     def name(self) -> str:
-        """The name on the command line and in the file."""
-        return "recover" if self.otherwise is None else f"recover+{self.otherwise.name}"
+        """Name on the command line and in the file."""
+        return "recover" if self.fallback is None else f"recover+{self.fallback.name}"
 
     @property
     def needs_text(self) -> bool:
-        """Whether a text is still to be given."""
-        return self.otherwise is not None and self.otherwise.needs_text
+        """Whether `convert` must be given a text."""
+        return self.fallback is not None and self.fallback.needs_text
 
 
 @dataclass(frozen=True)
 class Automatic:
-    """Exact recovery where most weights of the source are dequantized trits; otherwise quantization.
+    """Exact recovery if most weights of the source are dequantized trits; otherwise quantization.
 
     Attributes:
-        otherwise: the quantizer; None for `ImportanceSearch` or `Calibrated` where `convert` is given importance or a
-            text, and else `V2`.
+        fallback: the quantizer; None means `ImportanceSearch` if `convert` is given an importance, `Calibrated` if it
+            is given a text, and `V2` otherwise.
 
     """
 
-    otherwise: Quantizer | None = None
+    fallback: Quantizer | None = None
     name: ClassVar[str] = "auto"
 
     @property
     def needs_text(self) -> bool:
-        """Whether a text is still to be given."""
-        return self.otherwise is not None and self.otherwise.needs_text
+        """Whether `convert` must be given a text."""
+        return self.fallback is not None and self.fallback.needs_text
 
 
 Encoder = Quantizer | Recover | Automatic
-"""What `convert` takes as its encoder."""
+"""Any encoder of `convert`."""
 
 _QUANTIZERS: list[Quantizer] = [V2(), ScaleSearch(), ImportanceSearch(), Calibrated(), Calibrated(tuning=Tuning())]
 _ENCODERS: list[Encoder] = [Automatic(), Recover(), *map(Recover, _QUANTIZERS), *_QUANTIZERS]
@@ -198,28 +199,28 @@ _BY_NAME = {encoder.name: encoder for encoder in _ENCODERS}
 
 
 def encoder_names() -> list[str]:
-    """Return the names that `parse_encoder` knows."""
+    """Return the names that `parse_encoder` accepts."""
     return list(_BY_NAME)
 
 
 def parse_encoder(name: str) -> Encoder:
-    """Return the encoder of this name, without its text or importance; TritGgufError where there is none."""
+    """Return the encoder with this name, without text or importance; TritGgufError if there is none."""
     if name not in _BY_NAME:
         raise TritGgufError(f"encoder {name} does not exist; choose from {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
 
 
 def with_tuning(encoder: Encoder) -> Encoder:
-    """Return the encoder that trains every block on its text besides.
+    """Return the encoder with training of every block on its text.
 
     Raises TritGgufError for an encoder that takes no text.
     """
-    inner = encoder.otherwise if isinstance(encoder, Recover) else encoder
+    inner = encoder.fallback if isinstance(encoder, Recover) else encoder
     if isinstance(inner, Automatic):
         return Calibrated(tuning=Tuning())
     if not isinstance(inner, Calibrated):
         raise TritGgufError(
-            f"--tune trains on a text, which the encoder {encoder.name} does not take; leave one of them away"
+            f"--tune trains on a text, which the encoder {encoder.name} does not take; omit one of them"
         )
     tuned = replace(inner, tuning=Tuning())
     return Recover(tuned) if isinstance(encoder, Recover) else tuned
@@ -228,49 +229,49 @@ def with_tuning(encoder: Encoder) -> Encoder:
 def quantizer_of(
     encoder: Encoder, importance: Importance | None, windows: Windows | None, *, text_has_other_use: bool = False
 ) -> Quantizer:
-    """Return the quantizer of the matrices that an encoder does not recover, with its inputs.
+    """Return the quantizer, with its inputs, for the matrices that an encoder does not recover.
 
     Args:
         encoder: the encoder.
-        importance: the importance matrix that the user gives; None for none.
-        windows: the calibration text that the user gives; None for none.
-        text_has_other_use: whether a text may be given that the quantizer does not take.
+        importance: the user's importance matrix; None for none.
+        windows: the user's calibration text; None for none.
+        text_has_other_use: whether a text is also valid if the quantizer does not use it.
 
     Raises:
-        TritGgufError: an input is missing, or is given to a quantizer that does not take it or has one already.
+        TritGgufError: an input is missing, or the quantizer does not use it or already has it.
 
     """
-    quantizer = encoder.otherwise if isinstance(encoder, Recover | Automatic) else encoder
+    quantizer = encoder.fallback if isinstance(encoder, Recover | Automatic) else encoder
     if quantizer is None:
         quantizer = ImportanceSearch() if importance is not None else Calibrated() if windows is not None else V2()
-    wants_importance = isinstance(quantizer, ImportanceSearch) and quantizer.importance is None
-    if wants_importance != (importance is not None):
+    needs_importance = isinstance(quantizer, ImportanceSearch) and quantizer.importance is None
+    if needs_importance != (importance is not None):
         raise TritGgufError("encoder imatrix and an importance matrix go together; give --imatrix FILE")
-    may_have_text = text_has_other_use and not isinstance(quantizer, Calibrated)
-    if quantizer.needs_text != (windows is not None) and not may_have_text:
+    text_is_optional = text_has_other_use and not isinstance(quantizer, Calibrated)
+    if quantizer.needs_text != (windows is not None) and not text_is_optional:
         raise TritGgufError("encoder calibrated and a calibration text go together; give --encoder calibrated")
-    if wants_importance:
+    if needs_importance:
         return ImportanceSearch(importance)
     if isinstance(quantizer, Calibrated) and quantizer.needs_text:
         return replace(quantizer, windows=windows)
     return quantizer
 
 
-class _Independent:
-    """Encodes every matrix by itself."""
+class _PerMatrixEncoder:
+    """Encodes every matrix independently."""
 
     def __init__(self, quantize: Callable[[str, MatrixRows, int], QuantizedRows]) -> None:
         self._quantize = quantize
 
-    def wants_weights(self, name: str) -> bool:
+    def needs_weights(self, name: str) -> bool:
         return True
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         return self._quantize(name, matrix, depth)
 
 
-class _BlockByBlock:
-    """Encodes the matrices of the decoder blocks on a text, and the others by `V2`."""
+class _BlockwiseEncoder:
+    """Encodes the matrices of the decoder blocks on a text, block by block, and other matrices with `V2`."""
 
     def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None) -> None:
         from tritgguf.calibration.block_quantizer import BlockQuantizer
@@ -281,11 +282,11 @@ class _BlockByBlock:
         )
         self._others = V2().start(job)
 
-    def wants_weights(self, name: str) -> bool:
+    def needs_weights(self, name: str) -> bool:
         return not quantized_tensor(name)
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
-        if self.wants_weights(name):
+        if self.needs_weights(name):
             return self._others.encode(name, matrix, depth)
         quantized = self._blocks.quantize(name)
         return QuantizedRows(quantized.codebook, iter([quantized]))

@@ -1,4 +1,4 @@
-"""The metadata of a packed file: the keys of the source, then ours."""
+"""The metadata of a packed file: the source's keys, then the trit keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tritgguf.sources.source import Source
 
 
 def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: str) -> dict[str, GGUFValue]:
-    """Return the source's keys, then ours; codebooks hold zeros until their matrix is quantized."""
+    """Return the source's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
     metadata = dict(source.metadata)
-    # The file mixes types that llama.cpp has no name for; "guessed" is its word for: look at the tensors.
+    # llama.cpp has no file type for this mix; GUESSED means that the tensors' types decide.
     metadata["general.file_type"] = GGUFValue(int(LlamaFileType.GUESSED), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
     metadata[trit_types.KEY_VERSION] = GGUFValue(trit_types.FORMAT_VERSION, GGUFValueType.UINT32)
@@ -34,10 +34,10 @@ def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depth
 
 
 def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
-    """Return a codebook as the header holds it."""
+    """Return a codebook as a metadata value."""
     return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
 def checksum_value(checksum: int) -> GGUFValue:
-    """Return a checksum as the header holds it."""
+    """Return a checksum as a metadata value."""
     return GGUFValue(checksum, GGUFValueType.UINT64)

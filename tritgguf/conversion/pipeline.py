@@ -1,6 +1,6 @@
-"""The stream of tensors through a conversion: read, encode, write.
+"""The pipeline of a conversion: read, encode and write the tensors.
 
-One thread reads the next tensor and one writes the last ones, while the thread_pool quantizes.
+One thread reads the next tensor and another writes finished parts, while the thread pool quantizes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tritgguf.formats.trit_types import TritType
 from tritgguf.quantization.recover import Fit
 from tritgguf.sources.source import Source
 
-_ROWS_AT_ONCE = 1 << 22  # weights of a kept tensor that are turned into halves at once
-_UNWRITTEN_BYTES = 1 << 28  # of parts of tensors that wait to be written
+_UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked tensor that are converted to F16 at once
+_UNWRITTEN_BYTES = 1 << 28  # limit for encoded parts that wait to be written
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class _Encoded:
     """A tensor that is ready to be written.
 
     Attributes:
-        parts: its rows in their order: bytes of the file, or the numbers of a tensor that is kept. Made as they are
-            taken, where the tensor is too large to be held.
+        parts: its rows in order, as packed bytes or as the weights of an unpacked tensor. The iterator may encode them
+            lazily, so that a large tensor is never in memory as a whole.
         codebook: float32 [27] of a trit tensor.
-        squares: summed squared error and summed squared weights of the parts that were taken; zeros where nothing is
+        squares: summed squared error and summed squared weights of the parts consumed so far; zeros if nothing is
             quantized.
 
     """
@@ -49,34 +49,35 @@ class _Encoded:
     squares: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
 
-def stream(
-    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], rest: MatrixEncoder, thread_pool: ThreadPool
+def encode_and_write(
+    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], encoder: MatrixEncoder, thread_pool: ThreadPool
 ) -> Iterator[np.ndarray]:
-    """Read, encode and write the planned tensors; yield the squares of each when it is written.
+    """Read, encode and write the planned tensors; yield the squares of each tensor after it is written.
 
-    Not more than a few tensors that can be held are in memory, however much slower the disk is than the thread_pool.
+    `fits` are the matrices to recover; `encoder` quantizes the others. Memory holds only a few tensors, even if the
+    disk is slower than the thread pool.
     """
     plan = writer.tensors[len(writer.resumed) :]
     for done in writer.resumed:
-        _note(writer, done.name, done.checksum, done.codebook)
+        _set_header_entries(writer, done.name, done.checksum, done.codebook)
         yield np.array([done.squared_error, done.squared_weights])
     if not plan:
         return
     waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
 
-    def written(most_bytes: int) -> Iterator[np.ndarray]:
-        while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > most_bytes):
+    def written(max_waiting_bytes: int) -> Iterator[np.ndarray]:
+        while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > max_waiting_bytes):
             squares = waiting.popleft()[0].result()
             if squares is not None:
                 yield squares
 
     with _thread("reader") as reader, _thread("writer") as writing:
-        reading = reader.submit(_read, source, plan[0], rest)
+        reading = reader.submit(_read, source, plan[0], encoder)
         for index, tensor in enumerate(plan):
             rows = reading.result()
             if index + 1 < len(plan):
-                reading = reader.submit(_read, source, plan[index + 1], rest)
-            encoded = _encode(source, tensor, rows, fits.get(tensor.name), rest, thread_pool)
+                reading = reader.submit(_read, source, plan[index + 1], encoder)
+            encoded = _encode(source, tensor, rows, fits.get(tensor.name), encoder, thread_pool)
             del rows
             waiting.append((writing.submit(writer.begin, tensor), 0))
             for part in encoded.parts:
@@ -90,7 +91,7 @@ def stream(
 
 @contextmanager
 def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """Run a thread that drops what it has not begun when the block ends."""
+    """Run a worker thread; at the end of the context, tasks that have not started are cancelled."""
     executor = ThreadPoolExecutor(1, thread_name_prefix=name)
     try:
         yield executor
@@ -98,16 +99,16 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, tensor: PlannedTensor, rest: MatrixEncoder) -> MatrixRows | _Encoded:
-    """Read a tensor that can be held: its numbers, or what it is in the file if the source has just that.
+def _read(source: Source, tensor: PlannedTensor, encoder: MatrixEncoder) -> MatrixRows | _Encoded:
+    """Read a tensor's weights, or its packed bytes if the source already has the planned type.
 
-    What an encoder reads by itself is left to it.
+    The weights are not loaded if the encoder reads the tensor itself.
     """
     packed = source.packed(tensor.name)
     if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
         return _Encoded(iter([packed.data]), packed.codebook)
     rows = source.rows(tensor.name)
-    return rows.held() if rest.wants_weights(tensor.name) else rows
+    return rows.held() if encoder.needs_weights(tensor.name) else rows
 
 
 def _encode(
@@ -115,21 +116,21 @@ def _encode(
     tensor: PlannedTensor,
     rows: MatrixRows | _Encoded,
     fit: Fit | None,
-    rest: MatrixEncoder,
+    encoder: MatrixEncoder,
     thread_pool: ThreadPool,
 ) -> _Encoded:
-    """Recover or quantize, and pack, what is to be packed."""
+    """Recover or quantize a tensor and pack it, if the plan packs it."""
     if isinstance(rows, _Encoded):
         return rows
     if not trit_types.is_trit_type(tensor.type_id):
         return _Encoded(rows.blocks())
-    with _damage_named(source, tensor):
+    with _tensor_named(source, tensor):
         depth = TritType(tensor.type_id).depth
-        quantized = rest.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, thread_pool)
+        quantized = encoder.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, thread_pool)
     squares = np.zeros(2)
 
     def packed() -> Iterator[np.ndarray]:
-        with _damage_named(source, tensor):
+        with _tensor_named(source, tensor):
             for part in quantized.parts:
                 squares[:] += part.squared_error, part.squared_weights
                 yield part.pack(thread_pool)
@@ -138,8 +139,8 @@ def _encode(
 
 
 @contextmanager
-def _damage_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
-    """Say which tensor an encoder has refused."""
+def _tensor_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
+    """Turn an encoder's ValueError into a TritGgufError that names the tensor."""
     try:
         yield
     except ValueError as error:
@@ -147,23 +148,23 @@ def _damage_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
 
 
 def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part: np.ndarray) -> None:
-    """Write a part of the tensor that was begun."""
+    """Write a part of the current tensor."""
     if trit_types.is_trit_type(tensor.type_id):
         writer.write(part)
     else:
-        _write_kept(writer, source, tensor, part)
+        _write_unpacked(writer, source, tensor, part)
 
 
 def _finish(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
-    """Complete a tensor whose parts are written, and return its squares."""
+    """Complete a tensor after its parts are written, and return its squares."""
     error, power = encoded.squares.tolist()
-    _note(writer, tensor.name, writer.end(encoded.codebook, (error, power)), encoded.codebook)
+    _set_header_entries(writer, tensor.name, writer.end(encoded.codebook, (error, power)), encoded.codebook)
     source.release(tensor.name)
     return encoded.squares
 
 
 def written_weights(writer: StreamingWriter, name: str) -> np.ndarray | None:
-    """Return the weights of a matrix that an earlier run has written, decoded: float32 [rows, columns]; or None."""
+    """Return the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written, or None."""
     for index, (tensor, done) in enumerate(zip(writer.tensors, writer.resumed, strict=False)):
         if tensor.name == name and done.codebook is not None:
             rows = writer.read_back(index).reshape(tensor.shape[0], -1)
@@ -171,17 +172,19 @@ def written_weights(writer: StreamingWriter, name: str) -> np.ndarray | None:
     return None
 
 
-def _note(writer: StreamingWriter, name: str, checksum: int, codebook: Sequence[float] | np.ndarray | None) -> None:
-    """Put what is known of a tensor now into the header."""
+def _set_header_entries(
+    writer: StreamingWriter, name: str, checksum: int, codebook: Sequence[float] | np.ndarray | None
+) -> None:
+    """Set the checksum and the codebook of a written tensor in the header."""
     writer.set_metadata(trit_types.checksum_key(name), checksum_value(checksum))
     if codebook is not None:
         writer.set_metadata(trit_types.codebook_key(name), codebook_value(codebook))
 
 
-def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
-    """Write a tensor that is not packed, a few rows at a time so that no second copy of it exists."""
+def _write_unpacked(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
+    """Write a tensor that is not packed, a few rows at a time to avoid a second copy in memory."""
     rows = weights.reshape(-1, tensor.shape[-1])
-    step = max(1, _ROWS_AT_ONCE // tensor.shape[-1])
+    step = max(1, _UNPACKED_WEIGHTS // tensor.shape[-1])
     dtype = np.dtype(np.float32 if tensor.type_id == F32 else np.float16)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
@@ -197,7 +200,7 @@ def _write_kept(writer: StreamingWriter, source: Source, tensor: PlannedTensor, 
 
 
 def _is_finite(weights: np.ndarray) -> bool:
-    """Tell whether no weight, float32 or float16, is NaN or infinite."""
-    if weights.dtype == np.float16:  # by their bits, which is ten times faster
+    """Return whether all weights, float32 or float16, are finite."""
+    if weights.dtype == np.float16:  # testing the bits is ten times faster than isfinite
         return bool((weights.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7C00)
     return bool(np.isfinite(weights).all())

@@ -1,4 +1,4 @@
-"""What a conversion will write: every tensor's depth, its type and its place in the file."""
+"""Plan a conversion: the depth, type and order of every tensor in the file."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
-_SENSITIVITY_WINDOWS = 4  # of the calibration text
+_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure sensitivities
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """All that is decided before anything is written.
+    """The decisions that are made before anything is written.
 
     Attributes:
         source: the model.
-        tensors: what the file will hold, in its order.
-        depths: GGUF name -> wanted trits per weight, 0 for tensors that are not to be packed.
+        tensors: the file's tensors, in order.
+        depths: GGUF name -> requested trits per weight, 0 for tensors that are not packed.
         depth: the greatest depth of the layers' matrices.
-        recovery: which matrices are recovered.
-        quantizer: for the other matrices that are packed.
+        recovery: the matrices that are recovered.
+        quantizer: quantizer of the other packed matrices.
         metadata: the file's keys and values.
-        windows: the text that the file's bytes depend on; None for none.
+        windows: the calibration text; None for none.
 
     """
 
@@ -74,16 +74,16 @@ class ConversionPlan:
 
     @property
     def kept_unaligned(self) -> list[str]:
-        """Matrices that stay in F16 because their row length is no multiple of 64."""
+        """Matrices that stay in F16 because their row length is not a multiple of 64."""
         return [tensor.name for tensor in self.tensors if self.depths[tensor.name] and tensor.type_id == F16]
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, a line each."""
-        return [*self.source.warnings, *_loss_warning(self.source, self.tensors), *self.recovery.warnings]
+        """Warnings for the user, one line each."""
+        return [*self.source.warnings, *_requantization_warning(self.source, self.tensors), *self.recovery.warnings]
 
     def job(self, threads: int) -> dict[str, Any]:
-        """Return all that decides about the file's bytes, for its journal: hashes and plain values."""
+        """Return everything that determines the file's bytes, for its journal: hashes and plain values."""
         importance = self.quantizer.importance if isinstance(self.quantizer, ImportanceSearch) else None
         digest = xxhash.xxh3_128()
         for name in sorted(importance or {}):
@@ -99,7 +99,9 @@ class ConversionPlan:
             "source": sorted(files),
             "tensors": [(tensor.name, tensor.type_id, tensor.n_bytes) for tensor in self.tensors],
             "settings": digest.hexdigest(),
-            "threads": threads if self.windows is not None else None,  # sums of a text depend on them
+            "threads": threads
+            if self.windows is not None
+            else None,  # results on a text depend on the number of threads
         }
 
 
@@ -112,16 +114,16 @@ def plan_conversion(
     thread_pool: ThreadPool,
     searched: Callable[[str], None] = lambda name: None,
 ) -> ConversionPlan:
-    """Decide what a conversion writes.
+    """Plan what a conversion writes.
 
     Args:
         source: the model.
-        options: the depths that are wanted.
-        encoder: how matrices are encoded.
-        importance: an importance matrix for the encoder; None for none, or where it has one.
-        windows: a text for the encoder and for the choice of depths; None for none, or where the encoder has one.
+        options: the requested depths.
+        encoder: the encoder of the matrices.
+        importance: an importance matrix for the encoder; None if there is none or the encoder has one.
+        windows: a text for the encoder and for measuring sensitivities; None if there is none or the encoder has one.
         thread_pool: the threads to use.
-        searched: called with the name of each matrix that was searched for dequantized trits, except the first few.
+        searched: called with the name of each matrix that was searched for dequantized trits, except for the probes.
 
     Raises:
         TritGgufError: options contradict each other or the source.
@@ -132,36 +134,37 @@ def plan_conversion(
         windows = quantizer.windows
     if isinstance(quantizer, ImportanceSearch):
         _check_columns(source, quantizer.importance or {})
-    depths = wanted_depths(source, options)
+    depths = requested_depths(source, options)
     unpacked = [name for name in _packable(source, depths) if source.packed(name) is None]
-    recovery = plan_recovery(source, unpacked, encoder, quantizer, options.deepest_recovered, thread_pool, searched)
+    recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     depths |= _chosen_depths(source, depths, recovery, options, windows, thread_pool)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
-        tensors.sort(key=lambda tensor: block_of(tensor.name))  # checkpoints may have the tenth block before the second
-    depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.of_layers)
-    metadata = file_metadata(source, tensors, recovery.encoder, options.choice.describe(options.of_layers))
+        # Checkpoints may store block 10 before block 2.
+        tensors.sort(key=lambda tensor: block_index(tensor.name))
+    depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
+    metadata = file_metadata(source, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
-def wanted_depths(source: Source, options: DepthOptions) -> dict[str, int]:
-    """Return the wanted depth of every tensor, 0 for those that are not to be packed."""
+def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return the requested depth of every tensor, 0 for tensors that are not packed."""
     packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
     from_trits = any(packed.values())
-    wanted = {_EMBEDDINGS: options.embedding_depth, _HEAD: options.output_depth}
+    requested = {_EMBEDDINGS: options.embedding_depth, _HEAD: options.output_depth}
     if _HEAD not in packed:
-        if None not in wanted.values() and options.output_depth != options.embedding_depth:
+        if None not in requested.values() and options.output_depth != options.embedding_depth:
             raise TritGgufError(
                 f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
                 " and --embedding-depth, or the same for both"
             )
-        wanted[_EMBEDDINGS] = options.output_depth if options.embedding_depth is None else options.embedding_depth
+        requested[_EMBEDDINGS] = options.output_depth if options.embedding_depth is None else options.embedding_depth
     depths = {}
     for name, already in packed.items():
         if quantized_tensor(name):
-            depths[name] = 0 if from_trits and already is None else options.of_layers
-        elif (given := wanted.get(name)) is not None:
+            depths[name] = 0 if from_trits and already is None else options.layer_depth
+        elif (given := requested.get(name)) is not None:
             depths[name] = given
         else:
             depths[name] = 0 if already is None else already.depth
@@ -169,7 +172,7 @@ def wanted_depths(source: Source, options: DepthOptions) -> dict[str, int]:
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
-    """Raise TritGgufError where importance has not a number for each column of its matrix."""
+    """Raise TritGgufError if an importance does not have one value per column of its matrix."""
     for tensor in source.tensors:
         given = importance.get(tensor.name)
         if given is not None and given.shape != tensor.shape[-1:]:
@@ -180,7 +183,7 @@ def _check_columns(source: Source, importance: Importance) -> None:
 
 
 def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
-    """Return GGUF name -> number of weights, of the layers' matrices that are to be packed and can be."""
+    """Return GGUF name -> number of weights, of the layers' matrices that are packed."""
     return {
         tensor.name: math.prod(tensor.shape)
         for tensor in source.tensors
@@ -196,7 +199,7 @@ def _chosen_depths(
     windows: Windows | None,
     thread_pool: ThreadPool,
 ) -> dict[str, int]:
-    """Return the depths of the layers' matrices that are packed and not recovered."""
+    """Choose the depths of the layers' matrices that are packed and not recovered."""
 
     def measure(names: list[str], some_depths: Sequence[int]) -> Sensitivities:
         from tritgguf.calibration.sensitivity import measure_sensitivities
@@ -206,11 +209,11 @@ def _chosen_depths(
         return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], thread_pool)
 
     weights = {name: n for name, n in _packable(source, depths).items() if name not in recovery.fits}
-    return options.choice.depths(weights, options.of_layers, measure)
+    return options.choice.depths(weights, options.layer_depth, measure)
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
-    """Choose a tensor's type in the file: trits where there is a depth, F32 for vectors, F16 for the rest."""
+    """Choose a tensor's type in the file: F32 for vectors, trits for matrices with a depth, F16 otherwise."""
     weights = int(np.prod(shape, dtype=np.int64))
     if len(shape) == 1:
         return PlannedTensor(name, shape, F32, 4 * weights)
@@ -220,14 +223,14 @@ def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTens
     return PlannedTensor(name, shape, F16, 2 * weights)
 
 
-def block_of(name: str) -> int:
-    """Return the number of the decoder block that a tensor belongs to by its GGUF name; -1 for none."""
+def block_index(name: str) -> int:
+    """Return the index of the decoder block in a tensor's GGUF name; -1 if it is in none."""
     block = re.match(r"blk\.(\d+)\.", name)
     return int(block[1]) if block else -1
 
 
-def _loss_warning(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:
-    """Return the warning that tensors are decoded from trits to be stored otherwise, where some are."""
+def _requantization_warning(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """Warn if packed tensors are decoded and stored in another type."""
     packed = [(source.packed(tensor.name), tensor.type_id) for tensor in tensors]
     decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
     if not decoded:

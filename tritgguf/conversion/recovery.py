@@ -1,4 +1,4 @@
-"""Which matrices of a source hold dequantized trits: decided before anything is written."""
+"""Find the matrices of a source that hold dequantized trits, before anything is written."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tritgguf.errors import TritGgufError
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
-_PROBES = 4  # matrices that are looked at first; where none of them fits, no other is read
-_NAMED = 3  # tensors that a message names
+_PROBES = 4  # matrices that are searched first; if none of them fits, no other is read
+_MAX_NAMED = 3  # tensors that a message names
 
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """Which matrices are recovered; the others are quantized.
+    """The matrices that are recovered; others are quantized.
 
     Attributes:
-        encoder: the name for the report and for the file's metadata: the encoder that is really used.
-        fits: GGUF name -> exact fit, of the matrices that are recovered.
-        warnings: a line for the user where recovery was asked for and some matrices have no exact fit.
+        encoder: name of the encoder that is actually used, for the report and the file's metadata.
+        fits: GGUF name -> exact fit, of the recovered matrices.
+        warnings: one line for the user if recovery was requested and some matrices have no exact fit.
 
     """
 
@@ -45,49 +45,49 @@ def plan_recovery(
 ) -> RecoveryPlan:
     """Decide which matrices are recovered.
 
-    `Automatic` recovers if most weights have an exact fit, and then every matrix must have one; it reads only a few
-    matrices where there is nothing to recover. `Recover` looks at every matrix; a quantizer recovers none.
+    `Automatic` recovers if most weights have an exact fit; then every matrix must have one. It searches a few probes
+    first and reads no other matrix if none of them fits. `Recover` searches every matrix; a quantizer recovers none.
 
     Args:
         source: the checkpoint.
-        names: its matrices that are to be packed.
-        encoder: the encoder that the user has chosen.
-        quantizer: for the matrices that are not recovered.
-        deepest: the greatest depth to try.
+        names: its matrices that are packed.
+        encoder: the user's encoder.
+        quantizer: quantizer of the matrices that are not recovered.
+        deepest: the maximum depth to try.
         thread_pool: the threads to use.
-        progress: called with the name of each matrix that was searched, except the first few.
+        progress: called with the name of each matrix that was searched, except for the probes.
 
     Raises:
-        TritGgufError: a matrix has no exact fit, and the encoder does not say how to quantize it.
+        TritGgufError: a matrix has no exact fit, and the encoder has no fallback.
 
     """
     if not isinstance(encoder, Recover | Automatic):
         return RecoveryPlan(encoder.name)
     is_automatic = isinstance(encoder, Automatic)
-    must_fit = is_automatic or encoder.otherwise is None
+    must_fit = is_automatic or encoder.fallback is None
     found: dict[str, Fit | NoFit] = {}
 
-    def look(name: str) -> None:
+    def search(name: str) -> None:
         found[name] = find_fit(source.rows(name).held(), deepest=deepest, thread_pool=thread_pool)
         source.release(name)
 
     if is_automatic:
-        for position in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
-            look(names[position])
+        for index in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
+            search(names[index])
         if not any(map(_is_recovered, found.values())):
             return RecoveryPlan(quantizer.name)
     elif must_fit and not names:
-        raise TritGgufError(f"{source.name}: has no matrix to recover trits from; leave --encoder recover away")
+        raise TritGgufError(f"{source.name}: has no matrix to recover trits from; omit --encoder recover")
     for name in names:
         if name not in found:
-            look(name)
+            search(name)
             progress(name)
-    if is_automatic and not _are_most(source, found):
+    if is_automatic and not _is_majority(source, found):
         return RecoveryPlan(quantizer.name)
     fits = {name: fit for name, fit in found.items() if isinstance(fit, Fit)}
     if len(fits) == len(found):
         return RecoveryPlan(Recover().name, fits)
-    message = _list_of_misfits(source, found)
+    message = _describe_misfits(source, found)
     if must_fit:
         both = Recover(quantizer).name
         raise TritGgufError(
@@ -97,19 +97,19 @@ def plan_recovery(
 
 
 def _is_recovered(fit: Fit | NoFit) -> bool:
-    """Tell whether a matrix holds trits; zeros, which fit too, say nothing about where they come from."""
+    """Return whether a matrix holds dequantized trits. All-zero matrices fit too but are no evidence of that."""
     return isinstance(fit, Fit) and bool(fit.codebook.any())
 
 
-def _are_most(source: Source, found: dict[str, Fit | NoFit]) -> bool:
-    """Tell whether more weights are recovered than are not; matrices of zeros do not count."""
+def _is_majority(source: Source, found: dict[str, Fit | NoFit]) -> bool:
+    """Return whether more weights are recovered than not, ignoring all-zero matrices."""
     weights = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors}
     recovered = sum(weights[name] for name, fit in found.items() if _is_recovered(fit))
     return recovered > sum(weights[name] for name, fit in found.items() if isinstance(fit, NoFit))
 
 
-def _list_of_misfits(source: Source, found: dict[str, Fit | NoFit]) -> str:
+def _describe_misfits(source: Source, found: dict[str, Fit | NoFit]) -> str:
     misfits = [f"tensor {name} {fit.reason}" for name, fit in found.items() if isinstance(fit, NoFit)]
-    listed = ", ".join(misfits[:_NAMED])
-    more = f" and {len(misfits) - _NAMED} more" if len(misfits) > _NAMED else ""
+    listed = ", ".join(misfits[:_MAX_NAMED])
+    more = f" and {len(misfits) - _MAX_NAMED} more" if len(misfits) > _MAX_NAMED else ""
     return f"{source.name}: {len(misfits)} of {len(found)} matrices cannot be recovered exactly: {listed}{more}"

@@ -1,4 +1,4 @@
-"""What a conversion reports."""
+"""The report of a conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tritgguf.machine import peak_memory_bytes
 
 @dataclass
 class ConvertReport:
-    """What a conversion wrote."""
+    """Sizes, errors and warnings of a conversion."""
 
     output: Path
     source: str
@@ -27,14 +27,14 @@ class ConvertReport:
     tensors_by_type: dict[str, int] = field(default_factory=dict)
     bytes_by_type: dict[str, int] = field(default_factory=dict)
     bits_per_weight_quantized: float = 0.0
-    """Bits in the file per weight, over the packed matrices; their codebooks are metadata."""
+    """Bits per weight in the file, over the packed matrices; codebooks are metadata and do not count."""
     bits_per_weight_file: float = 0.0
     relative_error: float = 0.0
-    """Root of the summed squared error over the summed squared weights, over the matrices packed here."""
+    """Square root of summed squared error / summed squared weights, over the matrices packed in this conversion."""
     kept_unaligned: list[str] = field(default_factory=list)
-    """Matrices kept in F16 because their row length is no multiple of 64."""
+    """Matrices kept in F16 because their row length is not a multiple of 64."""
     warnings: list[str] = field(default_factory=list)
-    """What the source could not say exactly, such as an unknown pre-tokenizer, and what packing twice loses."""
+    """Warnings, for example about an unknown pre-tokenizer or about quantizing trits again."""
     file_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -43,13 +43,14 @@ class ConvertReport:
 def conversion_report(
     plan: ConversionPlan, output: Path, squares: tuple[float, float], seconds: float
 ) -> ConvertReport:
-    """Return the report of a conversion whose file is complete.
+    """Return the report of a completed conversion.
 
     Args:
-        plan: what was written.
+        plan: the plan of the file.
         output: the file.
-        squares: the sums of the squared errors and of the squared weights, over the matrices packed here.
-        seconds: how long the conversion took.
+        squares: the sums of the squared errors and of the squared weights, over the matrices packed in this
+            conversion.
+        seconds: duration of the conversion.
 
     """
     counts: Counter[str] = Counter()

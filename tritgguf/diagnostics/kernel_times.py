@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.threads.barrier import meet
+from cpu_kernels.threads.barrier import repeat_barrier
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.attend_layers import attend_layers
@@ -74,7 +74,7 @@ def prefill_times(
     bits: int,
     cache_type: str = DEFAULT_CACHE_TYPE,
 ) -> PromptTimes:
-    """Measure a prompt behind `depth` tokens by kernel, on as many threads as `thread_pool` has: means of repetitions."""
+    """Measure a prompt behind `depth` tokens by kernel, on as many threads as `thread_pool` has: mean seconds."""
     timing = TimingThreadPool(thread_pool.threads, isa=thread_pool.isa_name)
     prompt_pass = PromptPass(config, weights, bits=bits, exact=False)
     pool, tables = _filled_pool(config, depth + len(tokens), cache_type)
@@ -109,7 +109,7 @@ def launch_seconds(thread_pool: ThreadPool, launches: int, meetings: int, repeti
     for repetition in range(repetitions + 1):
         start = time.perf_counter()
         for _ in range(launches):
-            thread_pool.run(meet, counter, meetings)
+            thread_pool.run(repeat_barrier, counter, meetings)
         if repetition:  # the first time it may have been compiled
             times.append(time.perf_counter() - start)
     return statistics.median(times)
@@ -165,7 +165,7 @@ def decode_seconds(
         "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
         "down": _product(isa, *[layer.down for layer in layers]),
         "head": _product(isa, weights.head),
-        "launch": (meet, np.zeros(1, np.int64), 0),
+        "launch": (repeat_barrier, np.zeros(1, np.int64), 0),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
     for repetition in range(repetitions + 1):

@@ -1,1 +1,1 @@
-"""How close a packed model is to its source: logits, divergence, perplexity."""
+"""Compare a packed model with its source: logits, KL divergence, perplexity."""

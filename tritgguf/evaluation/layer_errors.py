@@ -1,4 +1,4 @@
-"""Where the error comes from: what each decoder block adds to it, and how much there is behind it."""
+"""Locate the error of a quantized model: the error of each decoder block, and the accumulated error after it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerError:
-    """One decoder block.
+    """The errors of one decoder block.
 
-    Errors are root mean squares over tokens, in relation to the original hidden state behind the block.
+    Errors are root mean squares over tokens, relative to the original hidden state after the block.
     """
 
     block: int
     own: float
-    """Of the quantized block, given the original model's hidden states."""
+    """Error of the quantized block for the original model's hidden states."""
     accumulated: float
-    """Of all blocks so far, quantized."""
+    """Error of all quantized blocks up to this one."""
 
 
 def layer_errors(
@@ -36,14 +36,14 @@ def layer_errors(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerError]:
-    """Return the errors of every block of a trit file; transformers computes both models, one block at a time.
+    """Return the errors of every block of a trit file. transformers computes both models, one block at a time.
 
     Args:
-        source: what the file was converted from.
+        source: the model that the file was converted from.
         file: the trit file.
         windows: token ids in windows of equal length.
-        threads: of torch.
-        progress: called with the blocks done and those in all.
+        threads: number of torch's threads; None keeps torch's setting.
+        progress: called with the number of blocks done and their total.
 
     Raises:
         TritGgufError: torch or transformers is missing, or cannot build the model.

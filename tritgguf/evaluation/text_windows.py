@@ -1,4 +1,4 @@
-"""A text as windows of tokens that do not see each other."""
+"""Split an evaluation text into independent windows of tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ WINDOW_TOKENS = 512
 
 
 def shipped_text() -> str:
-    """Return the text that `verify` reads when given none: prose, a recipe, a table, Python code."""
+    """Return the default text of `verify`: prose, a recipe, a table, Python code."""
     return resources.files("tritgguf").joinpath("data/verify_text.txt").read_text(encoding="utf-8")
 
 
 def split_windows(tokens: Sequence[int], *, count: int, window: int, bos: int | None) -> list[list[int]]:
-    """Cut the first `count` tokens of a text into windows of `window` tokens; the last one may be shorter.
+    """Split the first `count` tokens of a text into windows of `window` tokens; the last one may be shorter.
 
-    Every window starts with `bos`, if there is one, which counts as a token. A remainder that predicts no
-    token of the text is left out. Raises TritGgufError when nothing is left.
+    Every window starts with `bos` unless it is None; it counts as a token. A last window that predicts no token of the
+    text is dropped. Raises TritGgufError if no window is left.
     """
     start = [] if bos is None else [bos]
     windows: list[list[int]] = []
@@ -41,7 +41,7 @@ def split_windows(tokens: Sequence[int], *, count: int, window: int, bos: int | 
 
 
 def tokenized_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]:
-    """Return the first `tokens` tokens of a text as windows of up to 512, with the tokenizer of `file`."""
+    """Return the first `tokens` tokens of a text as windows of up to 512 tokens, with the tokenizer of `file`."""
     from tritgguf.tokenization.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(file.metadata, name=str(file.path))
@@ -55,7 +55,7 @@ def tokenized_windows(file: GgufFile, text: str, tokens: int) -> list[list[int]]
 
 
 def common_windows(files: Sequence[GgufFile], text: str, tokens: int) -> list[list[int]]:
-    """Return the windows of `tokenized_windows` that all files have in common; TritGgufError when theirs differ."""
+    """Return the windows of `tokenized_windows`, which must be equal for all files; else TritGgufError."""
     windows = tokenized_windows(files[0], text, tokens)
     for file in files[1:]:
         if tokenized_windows(file, text, tokens) != windows:

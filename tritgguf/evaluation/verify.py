@@ -1,17 +1,17 @@
-"""Is a trit file right? Two separate questions, answered on the same windows of text.
+"""Verify a trit file: two separate questions, answered on the same windows of text.
 
-*Runner*: do this package's kernels compute what the file says? The runner's logits stand against those of
-transformers, in float32, with the file's dequantized weights. Any difference is arithmetic. It is measured twice:
-with exact activations, where only the rounding of float32 is left, and with 16-bit ones; and how far the 8-bit ones
-that `run` takes for prompts are from these.
+*Runner*: do this package's kernels compute the file's model correctly? The runner's logits are compared with those of
+transformers in float32 with the file's dequantized weights, so any difference is arithmetic. It is measured with exact
+activations, where only float32 rounding is left, and with 16-bit activations. The 8-bit activations that `run` uses
+for prompts are compared with the 16-bit ones.
 
-*Quantization*: what did the conversion cost? The trit model stands against the source model. The trit model's
-logits are the runner's, for they are what a user gets; the source's are those of transformers in float32. They are
-computed once, however many files are compared with them.
+*Quantization*: how much quality did the conversion lose? The trit model is compared with the source model. The trit
+model's logits are the runner's, because users get these; the source's are those of transformers in float32. The
+source's logits are computed once for all files.
 
 Memory: one float32 copy of the model (the dequantized weights replace the source's in place) and the logits of two
-models for one window, 4 bytes for each token and vocabulary entry: twice 311 MB for 512 tokens of a vocabulary of
-151,936. The runner computes its 16-bit logits twice instead of keeping them until the weights are replaced.
+models for one window, 4 bytes per token and vocabulary entry: twice 311 MB for 512 tokens and a vocabulary of 151,936.
+The runner computes its 16-bit logits twice, so that they need not be stored until the weights are replaced.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tritgguf.reference.model import ReferenceModel
     from tritgguf.sources.source import Source
 
-_SIZES = {
+_DIMENSIONS = {
     "block_count": "layers",
     "embedding_length": "width",
     "feed_forward_length": "feed-forward width",
@@ -45,32 +45,32 @@ _SIZES = {
 
 Logits = Callable[[Sequence[int]], np.ndarray]
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the steps done and the steps in all."""
+"""Called with the stage, the number of steps done and their total."""
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` measured; the divergences are in nats."""
+    """Results of `verify`; KL divergences are in nats."""
 
     source: str
     file: Path
     tokens: int
     windows: int
     max_rel_logit_diff: float
-    """Runner with exact activations: the largest difference over the largest logit."""
+    """Runner with exact activations: the largest logit difference divided by the largest logit."""
     max_rel_logit_diff_int16: float
-    """The same with 16-bit activations, as `run` has them for generated tokens."""
+    """The same with 16-bit activations, which `run` uses for generated tokens."""
     kl_int8: float
-    """From 16-bit activations to 8-bit ones, as `run` has them for prompts: the mean divergence."""
+    """Mean KL divergence between 16-bit and 8-bit activations, which `run` uses for prompts."""
     kl_mean: float
     kl_p99: float
     top1_agreement: float
     perplexity: float
     perplexity_reference: float
     seconds: float
-    """Of the whole verification, with all its files."""
+    """Duration of the whole verification, for all files."""
     layers: list[LayerError] | None = None
-    """Where the error comes from, if that was asked for."""
+    """Errors of each decoder block, if requested."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
@@ -98,7 +98,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class _RunnerErrors:
-    """The measures of the runner in a `VerifyReport`, under the same names."""
+    """The runner's measures in a `VerifyReport`, with the same names."""
 
     max_rel_logit_diff: float
     max_rel_logit_diff_int16: float
@@ -118,16 +118,22 @@ def verify(
 ) -> VerifyReport:
     """Compare a trit GGUF file with the source it was converted from.
 
-    `source` is whatever `convert` takes: an HF folder, a stock GGUF file or a hub id. `text` is the text
-    itself; without it the text that ships with the package is read. Its first `tokens` tokens are evaluated
-    (fewer if it is shorter; the report says how many) in windows of up to 512 tokens that do not see each
-    other, each starting with the BOS token where the model uses one. Divergence and agreement count at every
-    position, perplexity at every position whose next token lies in the same window. `threads` counts for the
-    runner and for torch, `isa` names the runner's instruction set. `layers` asks for each block's error too, on the
-    windows of full length.
+    Args:
+        source: a Hugging Face folder, a hub id or a stock GGUF file, as for `convert`.
+        file: the trit file.
+        text: the text itself; None means the text that ships with the package.
+        tokens: number of tokens of the text to evaluate; fewer if the text is shorter. They are split into independent
+            windows of up to 512 tokens, each with a BOS token at the start if the model uses one. KL divergence and
+            agreement are measured at every position, perplexity at positions whose next token is in the same window.
+        layers: whether to measure the error of each decoder block too, on the windows of full length.
+        threads: number of threads, of the runner and of torch.
+        isa: the runner's instruction set.
+        progress: called with the stage, the number of steps done and their total.
 
-    Raises TritGgufError when torch or transformers is missing, when source and file do not belong together or
-    when the text is too short.
+    Raises:
+        TritGgufError: torch or transformers is missing, the file was not converted from the source, or the text is too
+            short.
+
     """
     (report,) = verify_files(
         source, [file], text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=progress
@@ -146,11 +152,10 @@ def verify_files(
     isa: str | None = None,
     progress: Progress | None = None,
 ) -> list[VerifyReport]:
-    """Compare several trit GGUF files with the source they were converted from, each as `verify` does.
+    """Compare several trit GGUF files with their common source; return one report per file, in order.
 
-    The source's logits are computed once for all of them. Returns one report for each file, in their order.
-
-    Raises TritGgufError as `verify` does, and when the files split the text into different tokens.
+    The source's logits are computed once for all files. Arguments and errors are those of `verify`; TritGgufError also
+    if the files tokenize the text differently.
     """
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.reference.model import ReferenceModel, require_torch
@@ -168,18 +173,18 @@ def verify_files(
     windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
 
     runner = _Runner(threads, isa)
-    of_files = [runner.logits_of(file, bits=16) for file in trit_files]
+    file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
     report("load source", 0, 1)
     reference = ReferenceModel.open(opened, threads=threads)
-    costs = _costs_of_quantization(reference, of_files, windows, report)
-    progresses = [report if len(trit_files) == 1 else _naming(report, file) for file in trit_files]
+    costs = _quantization_costs(reference, file_logits, windows, report)
+    progresses = [report if len(trit_files) == 1 else _with_file_name(report, file) for file in trit_files]
     errors = [
-        _errors_of_runner(reference, file, windows, runner, progress_of_file)
+        _runner_errors(reference, file, windows, runner, progress_of_file)
         for file, progress_of_file in zip(trit_files, progresses, strict=True)
     ]
     del reference
-    of_layers = [
-        _errors_of_layers(opened, file, windows, threads, progress_of_file) if layers else None
+    block_errors = [
+        _layer_errors(opened, file, windows, threads, progress_of_file) if layers else None
         for file, progress_of_file in zip(trit_files, progresses, strict=True)
     ]
     seconds = time.perf_counter() - start
@@ -194,19 +199,19 @@ def verify_files(
             seconds=seconds,
             layers=blocks,
         )
-        for file, cost, error, blocks in zip(trit_files, costs, errors, of_layers, strict=True)
+        for file, cost, error, blocks in zip(trit_files, costs, errors, block_errors, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class _Runner:
-    """The runner's threads and instruction set."""
+    """Computes logits with this package's kernels."""
 
     threads: int | None
     isa: str | None
 
     def logits_of(self, file: GgufFile, *, bits: int, exact: bool = False) -> Logits:
-        """Return a function from a window of tokens to logits, float32 [tokens, vocabulary]."""
+        """Return a function from a window of tokens to its logits, float32 [tokens, vocabulary]."""
         from tritgguf.generation.engine import Engine
         from tritgguf.generation.request import Request
         from tritgguf.runtime.model import Model
@@ -220,38 +225,38 @@ class _Runner:
         return logits
 
 
-def _naming(report: Progress, file: GgufFile) -> Progress:
-    """Return a progress callback whose stages name the file."""
+def _with_file_name(report: Progress, file: GgufFile) -> Progress:
+    """Return a progress callback that adds the file's name to the stage."""
     return lambda stage, done, total: report(f"{stage} of {file.path.name}", done, total)
 
 
-def _costs_of_quantization(
+def _quantization_costs(
     reference: ReferenceModel,
-    of_files: Sequence[Logits],
+    file_logits: Sequence[Logits],
     windows: Sequence[Sequence[int]],
     report: Progress,
 ) -> list[Comparison]:
-    """Compare the runner's logits of every file with those of the source, which `reference` has the weights of."""
-    parts: list[list[Comparison]] = [[] for _ in of_files]
+    """Compare the runner's logits of every file with those of `reference`, which holds the source's weights."""
+    parts: list[list[Comparison]] = [[] for _ in file_logits]
     for done, window in enumerate(windows):
         report("source", done, len(windows))
         expected = reference.logits(window)
-        for logits, comparisons in zip(of_files, parts, strict=True):
+        for logits, comparisons in zip(file_logits, parts, strict=True):
             comparisons.append(compare_logits(expected, logits(window), window[1:]))
     report("source", len(windows), len(windows))
     return [Comparison.concatenate(comparisons) for comparisons in parts]
 
 
-def _errors_of_runner(
+def _runner_errors(
     reference: ReferenceModel,
     file: GgufFile,
     windows: Sequence[Sequence[int]],
     runner: _Runner,
     report: Progress,
 ) -> _RunnerErrors:
-    """Compare the runner's logits with those of transformers; `reference` receives the file's dequantized weights."""
+    """Compare the runner's logits with those of `reference` after loading the file's dequantized weights into it."""
     reference.load_file(file, progress=partial(report, "load dequantized weights"))
-    of_prompts = []
+    prompt_comparisons = []
     exact_logits = runner.logits_of(file, bits=16, exact=True)
     logits, prompt_logits = (runner.logits_of(file, bits=bits) for bits in (16, 8))
     exact = int16 = largest = 0.0
@@ -260,19 +265,19 @@ def _errors_of_runner(
         expected = reference.logits(window)
         largest = max(largest, float(np.abs(expected).max()))
         exact = max(exact, largest_difference(expected, exact_logits(window)))
-        ours = logits(window)
-        int16 = max(int16, largest_difference(expected, ours))
-        del expected  # no more than two sets of logits are in memory
-        of_prompts.append(compare_logits(ours, prompt_logits(window), window[1:]))
-        del ours
+        found = logits(window)
+        int16 = max(int16, largest_difference(expected, found))
+        del expected  # at most two sets of logits are in memory
+        prompt_comparisons.append(compare_logits(found, prompt_logits(window), window[1:]))
+        del found
     report("dequantized", len(windows), len(windows))
-    return _RunnerErrors(exact / largest, int16 / largest, Comparison.concatenate(of_prompts).kl_mean)
+    return _RunnerErrors(exact / largest, int16 / largest, Comparison.concatenate(prompt_comparisons).kl_mean)
 
 
-def _errors_of_layers(
+def _layer_errors(
     source: Source, file: GgufFile, windows: Sequence[Sequence[int]], threads: int | None, report: Progress
 ) -> list[LayerError]:
-    """Return the error of every block, on the windows of full length."""
+    """Return the errors of every block, on the windows of full length."""
     from tritgguf.evaluation.layer_errors import layer_errors
 
     equally_long = [window for window in windows if len(window) == len(windows[0])]
@@ -280,12 +285,12 @@ def _errors_of_layers(
 
 
 def check_same_model(file: GgufFile, source: Source) -> None:
-    """Raise TritGgufError unless the file's tensors are the source's, name by name and shape by shape.
+    """Raise TritGgufError unless file and source have the same dimensions and tensors of the same names and shapes.
 
-    A head of its own on one side only is fine: it is a question of how the source was stored.
+    output.weight may be missing on one side, because tied embeddings can be stored with or without it.
     """
-    ours = _sizes(file.metadata)
-    theirs = _sizes({key: value.value for key, value in source.metadata.items()})
+    ours = _dimensions(file.metadata)
+    theirs = _dimensions({key: value.value for key, value in source.metadata.items()})
     differences = [f"{what} {ours[what]} against {theirs[what]}" for what in ours if ours[what] != theirs[what]]
     if not differences:
         shapes = {name: info.shape for name, info in file.tensors.items()}
@@ -302,7 +307,7 @@ def check_same_model(file: GgufFile, source: Source) -> None:
         )
 
 
-def _sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells two models apart at a glance, by its name in messages."""
+def _dimensions(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the architecture and dimensions of a model, by their names in messages."""
     arch = metadata.get("general.architecture")
-    return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}") for key, what in _SIZES.items()}}
+    return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}") for key, what in _DIMENSIONS.items()}}

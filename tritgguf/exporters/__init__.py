@@ -1,1 +1,1 @@
-"""From a packed file to what other programs load: Hugging Face folders and stock GGUF files."""
+"""Export a packed file for other programs: as a Hugging Face folder or a stock GGUF file."""

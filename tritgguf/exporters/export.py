@@ -1,4 +1,4 @@
-"""Trit file -> what other programs load: a Hugging Face folder, or a stock GGUF file."""
+"""Export a trit file for other programs: as a Hugging Face folder or a stock GGUF file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tritgguf.formats.gguf_writer import check_output
 from tritgguf.machine import peak_memory_bytes
 
 FORMATS = ("hf", *STOCK_TYPES)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
+_SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KEY_SOURCE = "general.source.repo_url"
 _HUB = "https://huggingface.co/"
@@ -27,14 +27,14 @@ _HUB = "https://huggingface.co/"
 
 @dataclass
 class ExportReport:
-    """What an export wrote."""
+    """Files, sizes and warnings of an export."""
 
     output: Path
     source: Path
     to: str
     weights: int = 0
     files: dict[str, int] = field(default_factory=dict)
-    """Size of each file in bytes by its name."""
+    """File name -> size in bytes."""
     output_bytes: int = 0
     source_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -57,43 +57,41 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExportReport:
-    """Write a trit file's model in a form that other programs load.
+    """Write a trit file's model in a format that other programs load.
 
     Args:
         file: a GGUF file that `convert` wrote.
         output: the folder (`hf`) or file to write; it appears only when it is complete.
         to: `hf` for a Hugging Face folder of float16 weights; `f16`, `bf16`, `q8_0` or `q4_0` for a stock GGUF file
             with its matrices in that type.
-        max_shard_size: weights in one safetensors file at most, in bytes or like "5GB" and "500MiB".
-        base_model: hub id of the model that the file was made from, for the model card; None for what the file says.
-        threads: processor cores to use; None for all.
-        overwrite: whether an existing file may be replaced. A folder never is.
-        progress: called after every tensor with its name, the bytes of the file done and those to do.
+        max_shard_size: maximum size of one safetensors file, in bytes or like "5GB" and "500MiB".
+        base_model: hub id of the source model for the model card; None means the one that the file names.
+        threads: processor cores to use; None means all.
+        overwrite: whether an existing file may be replaced; a folder is never replaced.
+        progress: called after every tensor with its name, the bytes of the file done and their total.
 
     Raises:
-        TritGgufError: bad input or no way to write the output; nothing is left behind.
+        TritGgufError: bad input, or the output cannot be written; no output is left.
 
     """
     started = time.perf_counter()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and _HUB_ID.fullmatch(base_model) is None:
-        raise TritGgufError(f"base model {base_model} is no hub id (organization/name)")
-    output, max_shard_bytes = Path(output), _size(max_shard_size)
+        raise TritGgufError(f"base model {base_model} is not a hub id (organization/name)")
+    output, max_shard_bytes = Path(output), _parse_size(max_shard_size)
     if to == "hf":
         durable_output.check_new_folder(output)
     else:
         check_output(output, overwrite)
-    opened = _open(file)
+    opened = _open_trit_file(file)
     report = ExportReport(output, opened.path, to)
     report.weights = sum(info.n_weights for info in opened.tensors.values())
-    on_tensor, thread_pool = _counter(opened, progress), ThreadPool(threads)
+    on_tensor, thread_pool = _progress_counter(opened, progress), ThreadPool(threads)
     if to == "hf":
-        base_model = base_model or _source_on_the_hub(opened)
+        base_model = base_model or _source_hub_id(opened)
         if base_model is None:
-            report.warnings.append(
-                f"{file} does not say which model it was made from; --base-model tells the model card"
-            )
+            report.warnings.append(f"{file} does not name its source model; give --base-model for the model card")
         report.files = export_folder(
             opened,
             output,
@@ -110,8 +108,8 @@ def export(
     return report
 
 
-def _counter(file: GgufFile, progress: Callable[[str, int, int], None] | None) -> Callable[[str], None]:
-    """Return a function that takes the name of a tensor that is done and calls `progress`."""
+def _progress_counter(file: GgufFile, progress: Callable[[str, int, int], None] | None) -> Callable[[str], None]:
+    """Return a function that counts a finished tensor by name and calls `progress`."""
     total, done = sum(info.n_bytes for info in file.tensors.values()), 0
 
     def count(name: str) -> None:
@@ -123,8 +121,8 @@ def _counter(file: GgufFile, progress: Callable[[str, int, int], None] | None) -
     return count
 
 
-def _open(path: str | Path) -> GgufFile:
-    """Open a trit file and check that each packed tensor has its codebook."""
+def _open_trit_file(path: str | Path) -> GgufFile:
+    """Open a trit file and check that each packed tensor has a codebook."""
     file = GgufFile(path)
     if trit_types.KEY_VERSION not in file.metadata:
         raise TritGgufError(f"{path}: holds no trits ({trit_types.KEY_VERSION} is missing); there is nothing to export")
@@ -134,20 +132,20 @@ def _open(path: str | Path) -> GgufFile:
     return file
 
 
-def _size(size: int | str) -> int:
-    """Return a size such as 5GB or 500MiB in bytes."""
-    match = _SIZE.fullmatch(str(size).strip())
+def _parse_size(size: int | str) -> int:
+    """Parse a size such as 5GB or 500MiB; return it in bytes."""
+    match = _SIZE_PATTERN.fullmatch(str(size).strip())
     count = 0.0
     if match is not None:
         number, prefix, binary = match.groups()
         count = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
     if count < 1:
-        raise TritGgufError(f"shard size {size} is no size; write it like 5GB or 500MiB")
+        raise TritGgufError(f"shard size {size} is not a size; write it like 5GB or 500MiB")
     return int(count)
 
 
-def _source_on_the_hub(file: GgufFile) -> str | None:
-    """Return the hub id of the model that a file was made from, if it says so."""
+def _source_hub_id(file: GgufFile) -> str | None:
+    """Return the hub id of the source model if the file names it, else None."""
     url = str(file.metadata.get(_KEY_SOURCE, ""))
     hub_id = url.removeprefix(_HUB).strip("/")
     return hub_id if url.startswith(_HUB) and _HUB_ID.fullmatch(hub_id) else None

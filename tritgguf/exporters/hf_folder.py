@@ -1,4 +1,4 @@
-"""Trit file -> a Hugging Face folder of float16 weights that stock transformers loads."""
+"""Export a trit file as a Hugging Face folder of float16 weights that stock transformers loads."""
 
 from __future__ import annotations
 
@@ -30,21 +30,19 @@ def export_folder(
     thread_pool: ThreadPool,
     on_tensor: Callable[[str], None],
 ) -> dict[str, int]:
-    """Write the folder and return its files' sizes in bytes by name; it appears only when it is complete.
+    """Write the folder and return file name -> size in bytes; the folder appears only when it is complete.
 
-    `on_tensor` is called with a tensor's GGUF name when it has been written. Raises TritGgufError for an output that
-    exists, for a file that is no complete model and for a weight that float16 cannot hold.
+    `on_tensor` is called with a tensor's GGUF name after it is written. Raises TritGgufError if the output exists, the
+    file is not a complete model, or float16 cannot hold a weight.
     """
     durable_output.check_new_folder(output)
-    config, arch = (
-        gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata)),
-        file.metadata["general.architecture"],
-    )
+    config = gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata))
+    arch = file.metadata["general.architecture"]
     gguf_names = {tensor_names.hf_tensor_name(arch, name): name for name in file.tensors if name != ROPE_FREQS}
     shards = safetensors_writer.plan_shards(
         {hf_name: file.tensors[name].shape for hf_name, name in gguf_names.items()}, max_shard_bytes
     )
-    texts = _texts(file, config)
+    texts = _config_files(file, config)
     if len(shards) > 1:
         texts[safetensors_writer.INDEX_NAME] = _json(safetensors_writer.index(shards))
     weight_bytes = sum(shard.n_bytes for shard in shards)
@@ -52,7 +50,7 @@ def export_folder(
     durable_output.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
 
     def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        yield from _halves(RowBlocks(file, gguf_names[hf_name], thread_pool), arch, config)
+        yield from _float16_blocks(RowBlocks(file, gguf_names[hf_name], thread_pool), arch, config)
         on_tensor(gguf_names[hf_name])
 
     with durable_output.new_folder(output) as folder:
@@ -63,17 +61,17 @@ def export_folder(
         return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-def _halves(rows: RowBlocks, arch: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield a tensor's float16 values with its rows in Hugging Face's order, some whole heads at a time."""
+def _float16_blocks(rows: RowBlocks, arch: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Yield a tensor's float16 weights with rows in Hugging Face's order, in blocks of whole heads."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for block in rows.decoded(multiple=head_dim):
         heads = len(block) // head_dim
         ordered = tensor_names.to_hf(arch, rows.name, block, heads, heads)
-        yield rows.narrow(ordered, GGMLQuantizationType.F16)
+        yield rows.to_type(ordered, GGMLQuantizationType.F16)
 
 
-def _texts(file: GgufFile, config: dict[str, Any]) -> dict[str, str]:
-    """Return the contents of the configuration's and the tokenizer's files by name."""
+def _config_files(file: GgufFile, config: dict[str, Any]) -> dict[str, str]:
+    """Return name -> content of the configuration and tokenizer files."""
     tokenizer = Tokenizer(file.metadata, name=str(file.path))
     return {
         "config.json": _json(config),

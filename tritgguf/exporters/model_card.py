@@ -1,4 +1,4 @@
-"""The README.md of an exported Hugging Face folder: what was done to the model, in figures taken from its file."""
+"""The model card (README.md) of an exported Hugging Face folder, with figures from the trit file."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tritgguf.formats.description import FileDescription, describe
 from tritgguf.text_format import format_bytes, one_line
 from tritgguf.version import __version__
 
-_PLAIN_YAML = re.compile(r"[A-Za-z][\w./+-]*")
+_UNQUOTED_YAML = re.compile(r"[A-Za-z][\w./+-]*")
 _TAGS = ("tritgguf", "balanced-ternary", "quantized")
 
 
 def model_card(path: Path, *, base_model: str | None, weight_bytes: int) -> str:
     """Return the card of the trit file at `path` exported to float16.
 
-    `base_model` is the hub id of its source, if it is known; `weight_bytes` the size of the exported weights. Raises
-    TritGgufError when the file cannot be read.
+    `base_model` is the hub id of its source, if known; `weight_bytes` is the size of the exported weights. Raises
+    TritGgufError if the file cannot be read.
     """
     file = describe(path)
-    name = f"{one_line(file.name)}, {_named_depths(file)}"
+    name = f"{one_line(file.name)}, {_describe_depths(file)}"
     facts = "\n".join(f"| {label} | {value} |" for label, value in _facts(file, base_model, weight_bytes))
     return f"""{_front_matter(file, base_model)}
 # {name}
 
 A language model whose matrices were quantized to balanced ternary numbers, exported by tritgguf {__version__}. The
 weights in this folder are the quantized ones, decoded and rounded to float16, so that stock `transformers` loads them;
-they take as much room as those of any float16 model.
+they take as much space as those of any float16 model.
 
 | | |
 |---|---|
@@ -48,8 +48,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Codec
 
-A weight is a level, which d balanced trits write, over the largest level, times the scale of its group. The scales come
-from a codebook that each matrix has of its own. The codec is by Eric Stentzel (Entrit Systems), "Balanced Ternary
+A weight is a level, stored as d balanced trits, divided by the largest level and multiplied by the scale of its group.
+The scales come from a codebook per matrix. The codec is by Eric Stentzel (Entrit Systems), "Balanced Ternary
 Post-Training Quantization for Large Language Models", 2026.
 """
 
@@ -77,20 +77,22 @@ def _front_matter(file: FileDescription, base_model: str | None) -> str:
 
 def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> list[tuple[str, str]]:
     """Return the rows of the table."""
-    packed = [kind for kind in file.types if kind.type in trit_types.TritType.__members__]
-    quantized = sum(kind.weights for kind in packed)
+    packed = [entry for entry in file.types if entry.type in trit_types.TritType.__members__]
+    quantized = sum(entry.weights for entry in packed)
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _cell(file.name)
     rows = [("Source model", source)]
-    for kind in sorted(packed, key=lambda kind: kind.type):
-        depth = trit_types.TritType[kind.type].depth
+    for entry in sorted(packed, key=lambda entry: entry.type):
+        depth = trit_types.TritType[entry.type].depth
         rows.append(
             (
                 f"Depth d={depth}",
-                f"{3**depth} levels per weight; matrices: {kind.tensors}, weights: {_count(kind.weights)}",
+                f"{3**depth} levels per weight; matrices: {entry.tensors}, weights: {_count(entry.weights)}",
             )
         )
     if quantized:
-        trits = sum(_nominal_bits(trit_types.TritType[kind.type].depth) * kind.weights for kind in packed) / quantized
+        trits = (
+            sum(_nominal_bits(trit_types.TritType[entry.type].depth) * entry.weights for entry in packed) / quantized
+        )
         rows += [
             ("Bits per weight", f"{trits:.2f} of information, over the quantized matrices only"),
             ("Bits per weight in the GGUF file", f"{file.bits_per_weight_quantized:.2f}, over the same matrices"),
@@ -105,17 +107,17 @@ def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> 
             f" (scale_depth={trit_types.SCALE_DEPTH})",
         ),
         ("Codec, encoder", f"{_cell(codec)}, {_cell(encoder)}"),
-        ("Quantized", f"{_count(quantized)} of {_count(file.weights)} weights: {_kept(file, quantized=True)}"),
-        ("Not quantized", _kept(file, quantized=False)),
+        ("Quantized", f"{_count(quantized)} of {_count(file.weights)} weights: {_tensor_kinds(file, quantized=True)}"),
+        ("Not quantized", _tensor_kinds(file, quantized=False)),
         ("Size of the weights here", f"{format_bytes(weight_bytes)}, float16"),
         ("Size of the packed GGUF file", format_bytes(file.file_bytes)),
     ]
 
 
-def _named_depths(file: FileDescription) -> str:
+def _describe_depths(file: FileDescription) -> str:
     """Return `uniform d=2`, or `mixed d=2, 3`."""
     depths = [
-        trit_types.TritType[kind.type].depth for kind in file.types if kind.type in trit_types.TritType.__members__
+        trit_types.TritType[entry.type].depth for entry in file.types if entry.type in trit_types.TritType.__members__
     ]
     if not depths:
         return "not quantized"
@@ -123,12 +125,12 @@ def _named_depths(file: FileDescription) -> str:
 
 
 def _nominal_bits(depth: int) -> float:
-    """Return the information of a weight: d trits, and its share of the group's scale."""
+    """Return the information per weight in bits: d trits and a share of the group's scale."""
     return (depth + trit_types.SCALE_DEPTH / trit_types.GROUP_SIZE) * math.log2(3)
 
 
-def _kept(file: FileDescription, *, quantized: bool) -> str:
-    """Return what kinds of tensors are quantized, or are not, by GGUF name without layer."""
+def _tensor_kinds(file: FileDescription, *, quantized: bool) -> str:
+    """Return the quantized or the unquantized tensors, as GGUF names without the block index."""
     kinds = dict.fromkeys(
         re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in file.tensors if (tensor.codebook is not None) == quantized
     )
@@ -144,11 +146,19 @@ def _texts(value: Any) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Return a text from the file for a table of Markdown."""
+    """Escape a text from the file for a Markdown table."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", one_line(str(value)))
 
 
 def _yaml(text: str) -> str:
-    """Return a text as a YAML scalar; a JSON string is one. Words such as `no` would be no text without quotes."""
-    is_plain = _PLAIN_YAML.fullmatch(text) and text.lower() not in ("yes", "no", "on", "off", "true", "false", "null")
+    """Return a text as a YAML scalar. A JSON string is valid YAML; unquoted words such as `no` would not be strings."""
+    is_plain = _UNQUOTED_YAML.fullmatch(text) and text.lower() not in (
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+    )
     return text if is_plain else json.dumps(text, ensure_ascii=False)

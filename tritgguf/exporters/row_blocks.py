@@ -1,4 +1,4 @@
-"""The tensors of a file a few rows at a time: decoded, and turned into a stock type. No tensor is ever whole."""
+"""Decode a file's tensors and convert them to a stock type, in blocks of rows to limit memory."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from tritgguf.formats.gguf_header import F16, F32
 
 _WEIGHTS_AT_ONCE = 1 << 22
 
-# The magnitude from which on a weight is infinite in a type: halfway between the largest number and what would be
-# the next. The largest weight of a block is its float16 scale times 127 (Q8_0) or 8 (Q4_0).
-_LARGEST_F16 = 65520.0
-_TOO_LARGE = {
-    GGMLQuantizationType.F16: _LARGEST_F16,
+# The smallest magnitude that overflows to infinity in a type: halfway between its largest number and the next one. The
+# largest weight of a block is its float16 scale times 127 (Q8_0) or 8 (Q4_0).
+_F16_OVERFLOW = 65520.0
+_OVERFLOW = {
+    GGMLQuantizationType.F16: _F16_OVERFLOW,
     GGMLQuantizationType.BF16: float(np.uint32(0x7F7F8000).view(np.float32)),
-    GGMLQuantizationType.Q8_0: 127 * _LARGEST_F16,
-    GGMLQuantizationType.Q4_0: 8 * _LARGEST_F16,
+    GGMLQuantizationType.Q8_0: 127 * _F16_OVERFLOW,
+    GGMLQuantizationType.Q4_0: 8 * _F16_OVERFLOW,
 }
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A tensor's rows in parts, decoded by the threads of a thread_pool."""
+    """Decodes a tensor in blocks of rows."""
 
     file: GgufFile
     name: str
     thread_pool: ThreadPool
 
     def decoded(self, multiple: int = 1) -> Iterator[np.ndarray]:
-        """Yield the weights: float32 [rows, row length], in blocks of a multiple of `multiple` rows but for the last.
+        """Yield the weights, float32 [rows, row length], in blocks of a multiple of `multiple` rows but for the last.
 
         A vector has rows of one weight.
         """
@@ -50,23 +50,23 @@ class RowBlocks:
             yield self._decode(raw[start : start + step])
         self.file.release(self.name)
 
-    def stored_as(self, kind: GGMLQuantizationType) -> Iterator[np.ndarray]:
-        """Yield the rows in a stock type: uint8 or float16, contiguous. Raises TritGgufError as `narrow` does."""
+    def stored_as(self, ggml_type: GGMLQuantizationType) -> Iterator[np.ndarray]:
+        """Yield blocks in a stock type, uint8 or float16, contiguous. Raises TritGgufError as `to_type` does."""
         for block in self.decoded():
-            yield self.narrow(block, kind)
+            yield self.to_type(block, ggml_type)
 
-    def narrow(self, block: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-        """Return float32 [rows, row length] in F16, BF16, Q8_0 or Q4_0, rounded to nearest.
+    def to_type(self, block: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
+        """Convert float32 [rows, row length] to F16, BF16, Q8_0 or Q4_0, rounded to nearest.
 
-        Raises TritGgufError for a weight that is NaN or too large: it is never cut off silently.
+        Raises TritGgufError for a weight that is NaN or too large: weights are never clipped silently.
         """
         largest = np.abs(block).max(initial=0.0)
-        if not largest < _TOO_LARGE[kind]:
+        if not largest < _OVERFLOW[ggml_type]:
             raise TritGgufError(
-                f"{self.file.path}: tensor {self.name} has a weight of {largest:.3g}, which {kind.name} cannot hold;"
-                " export --to bf16, which can, unless the file is damaged"
+                f"{self.file.path}: tensor {self.name} has a weight of {largest:.3g}, which {ggml_type.name} cannot"
+                " hold; export --to bf16, which can, unless the file is damaged"
             )
-        return quantize(block, kind)
+        return quantize(block, ggml_type)
 
     def _decode(self, raw: np.ndarray) -> np.ndarray:
         info = self.file.tensors[self.name]
@@ -78,7 +78,7 @@ class RowBlocks:
         return self.file.decode_rows(self.name, raw, self.thread_pool)
 
 
-def stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    """Return the bytes that a tensor takes in a stock type."""
-    block, size = GGML_QUANT_SIZES[kind]
+def stored_bytes(shape: tuple[int, ...], ggml_type: GGMLQuantizationType) -> int:
+    """Return the size of a tensor in a stock type, in bytes."""
+    block, size = GGML_QUANT_SIZES[ggml_type]
     return int(np.prod(shape, dtype=np.int64)) // block * size

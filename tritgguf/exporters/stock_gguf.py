@@ -1,4 +1,4 @@
-"""Trit file -> a stock GGUF file, which llama.cpp and what is built on it load."""
+"""Export a trit file as a stock GGUF file for llama.cpp and programs built on it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import TensorInfo
 from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 
-# Type of the matrices, and what general.file_type then says.
+# Format -> type of the matrices, and value of general.file_type.
 STOCK_TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-_COPIED_AT_ONCE = 1 << 26
+_COPY_BYTES = 1 << 26
 
 
 def export_file(
@@ -30,12 +30,12 @@ def export_file(
 ) -> list[PlannedTensor]:
     """Write the file and return its tensors; it appears only when it is complete.
 
-    `to` is a key of STOCK_TYPES; `on_tensor` is called with a tensor's name when it has been written. Only trit
-    tensors change their type: a layer's matrices take the one that `to` names, others F16. Raises TritGgufError for
-    an output that exists unless `overwrite`, and for a weight that the type cannot hold.
+    `to` is a key of STOCK_TYPES; `on_tensor` is called with a tensor's name after it is written. Only trit tensors
+    change their type: matrices of the layers get the type that `to` names, others F16. Raises TritGgufError if the
+    output exists and `overwrite` is false, or if the type cannot hold a weight.
     """
-    kind, file_type = STOCK_TYPES[to]
-    plan = [_plan(info, kind) for info in file.tensors.values()]
+    matrix_type, file_type = STOCK_TYPES[to]
+    plan = [_plan(info, matrix_type) for info in file.tensors.values()]
     with StreamingWriter(output, _metadata(file, file_type), plan, overwrite=overwrite) as writer:
         for planned in plan:
             writer.begin(planned)
@@ -49,16 +49,15 @@ def export_file(
     return plan
 
 
-def _plan(info: TensorInfo, kind: GGMLQuantizationType) -> PlannedTensor:
+def _plan(info: TensorInfo, matrix_type: GGMLQuantizationType) -> PlannedTensor:
     if not trit_types.is_trit_type(info.type_id):
         return PlannedTensor(info.name, info.shape, info.type_id, info.n_bytes)
-    if not quantized_tensor(info.name):
-        kind = GGMLQuantizationType.F16
-    return PlannedTensor(info.name, info.shape, int(kind), stored_bytes(info.shape, kind))
+    ggml_type = matrix_type if quantized_tensor(info.name) else GGMLQuantizationType.F16
+    return PlannedTensor(info.name, info.shape, int(ggml_type), stored_bytes(info.shape, ggml_type))
 
 
 def _metadata(file: GgufFile, file_type: LlamaFileType) -> dict[str, GGUFValue]:
-    """Return the file's keys but for those about trits, with the type of the file."""
+    """Return the file's keys without the trit keys, with the new file type."""
     metadata = file.stock_metadata()
     metadata["general.file_type"] = GGUFValue(int(file_type), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
@@ -67,6 +66,6 @@ def _metadata(file: GgufFile, file_type: LlamaFileType) -> dict[str, GGUFValue]:
 
 def _copy(writer: StreamingWriter, file: GgufFile, name: str) -> None:
     raw = file.raw(name)
-    for start in range(0, len(raw), _COPIED_AT_ONCE):
-        writer.write(raw[start : start + _COPIED_AT_ONCE])
+    for start in range(0, len(raw), _COPY_BYTES):
+        writer.write(raw[start : start + _COPY_BYTES])
     file.release(name)

@@ -1,1 +1,1 @@
-"""Files on the disk: GGUF, safetensors, imatrix; every byte is checked before it is used."""
+"""File formats: GGUF, safetensors, imatrix. Input is untrusted and checked before use."""

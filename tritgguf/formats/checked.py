@@ -1,4 +1,4 @@
-"""Values and JSON files from strangers, checked before they are used."""
+"""Checks of untrusted JSON files and of values read from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_COUNT = 1 << 31
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; TritGgufError when there is no such file or no object in it."""
+    """Return the object in a JSON file; TritGgufError if the file is missing, invalid or not an object."""
     check_inside(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -22,16 +22,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: is no valid JSON ({error}); fetch the file again") from error
+        raise DamagedFileError(f"{path}: is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: holds no JSON object; fetch the file again")
     return value
 
 
 def check_inside(path: Path) -> None:
-    """Raise TritGgufError when a file of a folder is a link to somewhere else, which no model's folder needs.
+    """Raise TritGgufError if a file is a symlink that leads out of its folder.
 
-    The hub's cache is the exception: what its folders `snapshots/COMMIT` show lies in `blobs` beside `snapshots`.
+    The exception is the hub's cache: files in `snapshots/COMMIT` are links to `blobs`, which is next to `snapshots`.
     """
     if not path.is_symlink():
         return
@@ -44,7 +44,7 @@ def check_inside(path: Path) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether a text from JSON can be written as UTF-8; half a surrogate pair cannot."""
+    """Tell whether a string from JSON can be encoded as UTF-8; half of a surrogate pair cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -55,19 +55,19 @@ def is_unicode(text: str) -> bool:
 def count_of(
     values: Mapping[str, Any], key: str, where: str, *, default: int | None = None, most: int = _MAX_COUNT
 ) -> int:
-    """Return a whole number from 1 to `most` out of a configuration; TritGgufError when it is none."""
+    """Return `values[key]`, or the default, as an integer from 1 to `most`; TritGgufError if it is not one."""
     value = values.get(key)
     if value is None:
         value = default
     if value is None:
         raise DamagedFileError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise DamagedFileError(f"{where}: {key} is {value!r}, which is no count from 1 to {most}")
+        raise DamagedFileError(f"{where}: {key} is {value!r}, which is not an integer from 1 to {most}")
     return value
 
 
 def positive_number(value: Any, key: str, where: str) -> float:
-    """Return a configuration's value as a float; TritGgufError unless it is a number above zero."""
+    """Return a value of a configuration as a float; TritGgufError unless it is a positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise DamagedFileError(f"{where}: {key} is {value!r}, which is no positive number")
+        raise DamagedFileError(f"{where}: {key} is {value!r}, which is not a positive number")
     return float(value)

@@ -1,4 +1,4 @@
-"""What is in a GGUF file: its keys, its tensors, its codebooks and its bits per weight."""
+"""Description of a GGUF file: metadata, tensors, codebooks and bits per weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tritgguf.formats.trit_types import checksum_key, codebook_key, is_trit_type
 
 @dataclass(frozen=True)
 class TensorDescription:
-    """One tensor; `shape` has the rows first, `codebook` is there for trit tensors (27 scales)."""
+    """One tensor; `shape` has the rows first, `codebook` has 27 scales for trit tensors and is None for others."""
 
     name: str
     type: str
@@ -22,7 +22,7 @@ class TensorDescription:
     bytes: int
     codebook: tuple[float, ...] | None
     xxh3: int | None = None
-    """Checksum of its bytes; None in files of earlier versions."""
+    """Checksum of the tensor's bytes; None in files of earlier versions."""
 
     @property
     def weights(self) -> int:
@@ -32,7 +32,7 @@ class TensorDescription:
 
 @dataclass(frozen=True)
 class TypeSummary:
-    """All tensors of one type together."""
+    """Totals of all tensors of one type."""
 
     type: str
     tensors: int
@@ -41,13 +41,13 @@ class TypeSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits in the file for each weight."""
+        """Bits per weight in the file."""
         return self.bytes * 8 / self.weights
 
 
 @dataclass(frozen=True)
 class FileDescription:
-    """A file; `metadata` holds every key but the codebooks, which stand with their tensors."""
+    """A file; `metadata` has every key except codebooks and checksums, which are in `tensors`."""
 
     path: Path
     name: str
@@ -63,12 +63,12 @@ class FileDescription:
 
     @property
     def bits_per_weight_file(self) -> float | None:
-        """Bits of the whole file for each weight in it; None for a file without tensors."""
+        """Size of the whole file in bits, divided by its weights; None for a file without tensors."""
         return self.file_bytes * 8 / self.weights if self.weights else None
 
     @property
     def bits_per_weight_quantized(self) -> float | None:
-        """Bits in the file for each weight of the trit tensors; None when there are none."""
+        """Bits per weight of the trit tensors; None if there are none."""
         trit = [tensor for tensor in self.tensors if tensor.codebook is not None]
         if not trit:
             return None
@@ -76,7 +76,7 @@ class FileDescription:
 
     @property
     def types(self) -> list[TypeSummary]:
-        """Return the tensors' types, those with the most bytes first."""
+        """Summaries of the tensor types, largest first."""
         groups: dict[str, list[TensorDescription]] = {}
         for tensor in self.tensors:
             groups.setdefault(tensor.type, []).append(tensor)
@@ -92,7 +92,7 @@ class FileDescription:
         return sorted(summaries, key=lambda summary: -summary.bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `inspect --json` prints: everything; NaN and infinity, which JSON lacks, as text."""
+        """Return everything, as `inspect --json` prints it; NaN and infinity become text, because JSON lacks them."""
         return {
             "path": str(self.path),
             "name": self.name,
@@ -108,10 +108,10 @@ class FileDescription:
 
 
 def describe(path: str | Path) -> FileDescription:
-    """Read and check a file's header; any GGUF file, with or without trit tensors. Raises TritGgufError."""
+    """Read and check the header of any GGUF file, with or without trit tensors. Raises TritGgufError."""
     file = GgufFile(path)
-    of_tensors = {key for name in file.tensors for key in (codebook_key(name), checksum_key(name))}
-    metadata = {key: value for key, value in file.metadata.items() if key not in of_tensors}
+    tensor_keys = {key for name in file.tensors for key in (codebook_key(name), checksum_key(name))}
+    metadata = {key: value for key, value in file.metadata.items() if key not in tensor_keys}
     return FileDescription(
         path=file.path,
         name=str(metadata.get("general.name", file.path.stem)),
@@ -134,7 +134,7 @@ def _describe_tensor(file: GgufFile, info: TensorInfo) -> TensorDescription:
 
 
 def abbreviate(value: Any, width: int = 70) -> str:
-    """Return a metadata value on one line, about `width` characters; of a long list its start and length."""
+    """Return a metadata value on one line of about `width` characters; a long list as its start and length."""
     if isinstance(value, list) and len(value) > 6:
         start = " ".join(", ".join(repr(element)[:20] for element in value[:3]).split())
         return f"[{start}, ...] ({len(value)} elements)"

@@ -1,4 +1,4 @@
-"""The number formats of checkpoints, and their exact float32 values."""
+"""The dtypes of checkpoints and their exact conversion to float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READABLE_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def to_float32(stored: np.ndarray) -> np.ndarray:
-    """Return float32, float16 or, as uint16, the bits of BF16 as float32 of the same shape; exact."""
+    """Convert float32, float16 or BF16 (its bits as uint16) to float32 of the same shape; exact."""
     if stored.dtype != np.uint16:
         return stored.astype(np.float32, copy=False)
     # BF16 is the upper half of a float32.
@@ -24,5 +24,5 @@ def to_float32(stored: np.ndarray) -> np.ndarray:
 
 
 def shortest_decimal(value: Any) -> Any:
-    """Return the shortest decimal that rounds to a float32 key's value, which is what the source said: 1e-05."""
+    """Return the shortest decimal that rounds to a float32 metadata value, such as 1e-05: the source's number."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

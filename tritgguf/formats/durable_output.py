@@ -1,4 +1,4 @@
-"""What every writer of output shares: is there room, one line for what the disk refuses, durable renames."""
+"""Shared by all writers of output: check of free space, one-line disk errors, durable renames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritgguf.errors import BadRequestError, TritGgufError
 
 
 def check_room(output: Path, needed: int) -> None:
-    """Raise TritGgufError unless `needed` bytes are free where `output` is to be written."""
+    """Raise TritGgufError unless `needed` bytes are free on the disk of `output`."""
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise TritGgufError(
@@ -22,7 +22,7 @@ def check_room(output: Path, needed: int) -> None:
 
 
 class DiskError(TritGgufError):
-    """The disk has refused to take what was written: no fault of the input."""
+    """Writing to the disk failed; the input is not the cause."""
 
 
 @contextmanager
@@ -31,12 +31,12 @@ def disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno == errno.ENOSPC else "choose another place"
+        remedy = "make room" if error.errno == errno.ENOSPC else "choose another location"
         raise DiskError(f"{output}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created or renamed in a folder durable, where the system lets a folder be synced."""
+    """Make created or renamed entries of a folder durable; does nothing if the system cannot sync folders."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -46,7 +46,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_new_folder(output: Path) -> None:
-    """Raise BadRequestError unless a folder may be made at `output`: what is there already is never replaced."""
+    """Raise BadRequestError unless a folder can be made at `output`; nothing that exists is ever replaced."""
     if os.path.lexists(output):
         raise BadRequestError(f"{output}: exists already, and no folder is ever replaced; name another one")
     if not output.parent.is_dir():
@@ -55,10 +55,10 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Make a folder that appears under its name only when the block has ended well, and is removed otherwise.
+    """Make a folder under a temporary name; rename it to `output` if the block succeeds, remove it otherwise.
 
-    Yields the folder under its temporary name, beside the output. The block syncs the files that it writes there.
-    Raises TritGgufError as `check_new_folder` does, and for what the disk refuses.
+    Yields the temporary folder, which is next to the output. The block must sync the files that it writes there.
+    Raises TritGgufError as `check_new_folder` does, and for disk errors.
     """
     check_new_folder(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")

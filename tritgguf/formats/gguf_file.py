@@ -1,10 +1,10 @@
-"""A GGUF file, memory-mapped and checked, and a writer that streams one.
+"""A GGUF file, memory-mapped and checked.
 
-The header is parsed here and not by gguf-py's reader for two reasons. A file is untrusted: every count, length,
-offset, type and shape is checked before anything uses it, and a bad one gives one clear line. And the reader of
-gguf-py builds an array per string, which takes 1.7 s for SmolLM2's vocabulary and 6.8 s for Qwen2.5's, where `run`
-has one second to the first token; here a value is decoded when somebody asks for it. Type tables, dequantization
-and the writer's encoding are gguf-py's.
+We parse the header ourselves instead of using gguf-py's reader, for two reasons. First, a file is untrusted: every
+count, length, offset, type and shape is checked before use, and a bad one gives a one-line error. Second, gguf-py's
+reader builds an array per string, which takes 1.7 s for SmolLM2's vocabulary and 6.8 s for Qwen2.5's, too long for
+`run`, whose first token is due within one second. Here, values are decoded on access. Type tables and dequantization
+are gguf-py's.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -32,9 +32,9 @@ _WEIGHTS_AT_ONCE = 1 << 22  # gguf-py's dequantization takes several times this 
 
 
 class GgufFile:
-    """A GGUF file, mapped read-only; every entry of its header is checked when it is opened.
+    """A GGUF file, memory-mapped read-only; opening it checks every entry of its header.
 
-    Raises TritGgufError, which names the file and what is wrong with it.
+    Raises TritGgufError, which names the file and the fault.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,8 +73,8 @@ class GgufFile:
         """Return a metadata value with its GGUF types, as gguf-py's writer takes it."""
         from gguf import GGUFValue, GGUFValueType
 
-        type_id, position = self._entries[key]
-        sub_type = struct.unpack_from("<I", self._map, position)[0] if type_id == ARRAY else None
+        type_id, offset = self._entries[key]
+        sub_type = struct.unpack_from("<I", self._map, offset)[0] if type_id == ARRAY else None
         return GGUFValue(
             value=self.metadata[key],
             type=GGUFValueType(type_id),
@@ -87,9 +87,9 @@ class GgufFile:
         return np.frombuffer(self._map, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
 
     def release(self, name: str) -> None:
-        """Let go of a tensor's resident pages, so that reading a file once does not fill memory with it.
+        """Drop a tensor's resident pages, so that reading a file once does not fill memory.
 
-        They come back from the file when they are read again. Does nothing where the system has no such advice.
+        They are read from the file again on the next access. Does nothing if the system lacks MADV_DONTNEED.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -107,19 +107,19 @@ class GgufFile:
             raise DamagedFileError(
                 f"{self.path}: tensor {name} has no codebook of 27 entries ({key}); convert the model again"
             )
-        is_numbers = all(type(value) in (int, float) for value in values)
+        has_numbers = all(type(value) in (int, float) for value in values)
         with np.errstate(over="ignore"):
-            codebook = np.array(values if is_numbers else np.nan, dtype=np.float32)
-        if not is_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
+            codebook = np.array(values if has_numbers else np.nan, dtype=np.float32)
+        if not has_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
             raise DamagedFileError(
-                f"{self.path}: tensor {name} has a codebook that is no list of scales; convert the model again"
+                f"{self.path}: tensor {name} has a codebook that is not a list of scales; convert the model again"
             )
         return codebook
 
     def decode_rows(self, name: str, rows: np.ndarray, thread_pool: ThreadPool | None = None) -> np.ndarray:
-        """Return some rows, uint8 [rows, bytes of a row], of a tensor in trits, F32 or F16 as float32 [rows, columns].
+        """Decode rows, uint8 [rows, bytes of a row], of a trit, F32 or F16 tensor to float32 [rows, columns].
 
-        F32 is returned as a view. `thread_pool` are the threads to use for trits; None for all cores.
+        F32 is returned as a view. `thread_pool` decodes trits; None uses all cores.
         """
         info = self.tensors[name]
         if trit_types.is_trit_type(info.type_id):
@@ -130,12 +130,12 @@ class GgufFile:
             return rows.view(np.float32)
         if info.type_id == F16:
             return rows.view(np.float16).astype(np.float32)
-        raise ValueError(f"{info.type_name} is not decoded row by row")
+        raise ValueError(f"{info.type_name} cannot be decoded row by row")
 
     def stock_metadata(self) -> dict[str, GGUFValue]:
-        """Return the keys that outlive a conversion: all but those of trits, the alignment and empty arrays.
+        """Return the keys that a conversion keeps: all except trit keys, the alignment and empty arrays.
 
-        The alignment is the writer's own affair; empty arrays say nothing, and gguf-py's writer has none.
+        The writer chooses its own alignment. gguf-py's writer cannot write empty arrays.
         """
         return {
             key: self.value(key)
@@ -152,7 +152,7 @@ class GgufFile:
         return self.read_rows(name, 0, info.n_weights // info.shape[-1]).reshape(info.shape)
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Return the rows from `first` to before `last`, as `read_float32` does: float32 [rows, row length]."""
+        """Return rows `first` to `last` (exclusive), dequantized as by `read_float32`: float32 [rows, row length]."""
         info = self.tensors[name]
         rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)[first:last]
         if trit_types.is_trit_type(info.type_id) or info.type_id in (F32, F16):

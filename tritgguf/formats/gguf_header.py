@@ -1,4 +1,4 @@
-"""The header of a GGUF file: parsed and checked before anything uses it."""
+"""Parsing and checking of a GGUF header."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAX_COUNT = 1 << 24
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `shape` in NumPy order (rows first, row length last), `offset` from the file's start."""
+    """A tensor's entry: `shape` in NumPy order (rows first, row length last), `offset` from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class TensorInfo:
 
 
 class Metadata(Mapping[str, Any]):
-    """Key-value pairs, decoded when asked for."""
+    """Key-value pairs, decoded on access."""
 
     def __init__(self, buffer: mmap.mmap, entries: dict[str, tuple[int, int]]) -> None:
         self._buffer = buffer
@@ -82,7 +82,7 @@ class Metadata(Mapping[str, Any]):
 
 
 class HeaderParser:
-    """One pass over the header: finds every key and tensor and checks all of it."""
+    """Parses and checks all keys and tensor entries of a header in one pass."""
 
     def __init__(self, buffer: mmap.mmap, path: Path) -> None:
         self.buffer = buffer
@@ -95,7 +95,7 @@ class HeaderParser:
         if version not in (2, 3):
             self._fail(f"GGUF version {version} is not supported (2 and 3 are)")
         if tensor_count > _MAX_COUNT or key_count > _MAX_COUNT:
-            self._fail("the header counts more entries than any model has; the file is damaged")
+            self._fail("the header claims more entries than any model has; the file is damaged")
         for _ in range(key_count):
             key = self._take_string()
             if key in self.entries:
@@ -156,7 +156,7 @@ class HeaderParser:
             self._fail(f"a metadata value has the unknown type {type_id}")
 
     def _skip_strings(self, count: int) -> None:
-        """Step over an array of strings; vocabularies make this the header's hot loop."""
+        """Skip an array of strings; this is the header's hot loop, because vocabularies are long."""
         if count > (self.size - self.position) // 8:
             self._fail("the file ends inside its header")
         position, end, buffer = self.position, self.size - 8, self.buffer
@@ -174,7 +174,7 @@ class HeaderParser:
         type_id, position = self.entries["general.alignment"]
         value = decode_value(self.buffer, type_id, position)[0] if type_id in _SCALARS else 0
         if not isinstance(value, int) or not 8 <= value <= 1 << 20 or value & (value - 1):
-            self._fail("general.alignment is no power of two from 8 to 1048576")
+            self._fail("general.alignment is not a power of two from 8 to 1048576")
         return value
 
     def _take_tensor(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -199,22 +199,22 @@ class HeaderParser:
         for length in shape:
             n_weights *= length
         if n_weights == 0 or shape[-1] % block_size:
-            self._fail(f"tensor {name} has a shape {shape} that its type cannot have")
+            self._fail(f"tensor {name} has a shape {shape} that its type does not allow")
         n_bytes = n_weights // block_size * block_bytes
         if offset + n_bytes > self.size:
-            self._fail(f"tensor {name} reaches beyond the end of the file, which is truncated")
+            self._fail(f"tensor {name} reaches beyond the end of the file; the file is truncated")
         return TensorInfo(name, shape, type_id, offset, n_bytes)
 
     def _check_overlap(self) -> None:
-        end, owner = 0, ""
+        end, previous = 0, ""
         for info in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
             if info.offset < end:
-                self._fail(f"tensors {owner} and {info.name} overlap")
-            end, owner = info.offset + info.n_bytes, info.name
+                self._fail(f"tensors {previous} and {info.name} overlap")
+            end, previous = info.offset + info.n_bytes, info.name
 
 
 def decode_value(buffer: mmap.mmap, type_id: int, position: int) -> tuple[Any, int]:
-    """Decode a value that HeaderParser has checked; return it and the position behind it."""
+    """Decode a value that HeaderParser has checked; return it and the offset of the byte after it."""
     if type_id in _SCALARS:
         return struct.unpack_from(_SCALARS[type_id], buffer, position)[0], position + _SCALAR_BYTES[type_id]
     if type_id == STRING:
@@ -234,12 +234,12 @@ def decode_value(buffer: mmap.mmap, type_id: int, position: int) -> tuple[Any, i
     return values, position
 
 
-_COMMON_TYPES = {F32: ("F32", 1, 4), F16: ("F16", 1, 2)}  # all that a trit file has, without importing gguf
+_COMMON_TYPES = {F32: ("F32", 1, 4), F16: ("F16", 1, 2)}  # the common case needs no import of gguf
 
 
 @functools.cache
 def stock_type(type_id: int) -> tuple[str, int, int] | None:
-    """Return name, weights per block and bytes per block of a ggml type, or None for an unknown id."""
+    """Return name, weights per block and bytes per block of an upstream ggml type; None for an unknown id."""
     if type_id in _COMMON_TYPES:
         return _COMMON_TYPES[type_id]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType

@@ -1,6 +1,6 @@
-"""Writing a GGUF tensor by tensor; what is known only at the end goes into the header then.
+"""Streaming GGUF writer: tensors one by one, then the header once more with the values known only at the end.
 
-On failure nothing is left behind but what can go on.
+A failure leaves only files from which the conversion can resume.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SYNC_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the file to be written: `shape` in NumPy order, `type_id` a ggml type, size in the file."""
+    """A tensor to write: `shape` in NumPy order, `type_id` a ggml type, `n_bytes` its size in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,12 +45,12 @@ class PlannedTensor:
 
 
 class StreamingWriter:
-    """Writes the header, then tensor after tensor in the planned order, then the header once more.
+    """Context manager that writes the header, the tensors in the planned order, then the header once more.
 
-    A context manager. The file grows as `OUTPUT.part`; it is synced and renamed only when every tensor is complete.
-    Without a journal it is removed if anything goes wrong. With one, an interruption or a full disk leaves both, and
-    with `resume` the writer goes on behind the tensors in `resumed`. Raises TritGgufError for an existing output, one
-    that another process writes, a folder that cannot be written to and a full disk.
+    The file grows as `OUTPUT.part`. It is synced and renamed when every tensor is complete. Without a journal, any
+    error removes it. With a journal, an interruption or a full disk keeps both files, and with `resume` the writer
+    continues after the tensors in `resumed`. Raises TritGgufError if the output exists, if another process is writing
+    it, if its folder is not writable and if the disk is full.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StreamingWriter:
         self._next = 0
 
     def __enter__(self) -> StreamingWriter:
-        """Write the header, with the metadata as it is now, and find what is there already."""
+        """Write the header with the current metadata, and find the tensors that exist already."""
         try:
             with disk_errors(self.output):
                 self._file = self._open()
@@ -101,9 +101,9 @@ class StreamingWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Finish the file; after an error, remove it, or keep it to be continued."""
+        """Finish the file; after an error, remove it or keep it for resuming."""
         try:
             if error is None:
                 with disk_errors(self.output):
@@ -119,7 +119,7 @@ class StreamingWriter:
             self._close()
 
     def begin(self, tensor: PlannedTensor) -> None:
-        """Start the next planned tensor; its bytes follow through `write`."""
+        """Start the next planned tensor; `write` then takes its bytes."""
         if self._remaining or self.tensors[self._next : self._next + 1] != [tensor]:
             raise ValueError(f"tensor {tensor.name} is not the next one of the plan")
         self._next += 1
@@ -127,7 +127,7 @@ class StreamingWriter:
         self._hash.reset()
 
     def write(self, data: np.ndarray) -> None:
-        """Write (a part of) the tensor that `begin` started: any contiguous array, as its bytes."""
+        """Write the bytes of an array, which is a part or all of the current tensor."""
         if data.nbytes > self._remaining or self._file is None:
             raise ValueError("more bytes than the plan has for this tensor")
         with disk_errors(self.output):
@@ -140,10 +140,10 @@ class StreamingWriter:
                 self._pad()
 
     def end(self, codebook: np.ndarray | None = None, squares: tuple[float, float] = (0.0, 0.0)) -> int:
-        """Complete the tensor that was begun, and return the checksum of its bytes.
+        """Complete the current tensor and return the checksum of its bytes.
 
-        Puts on the disk what has been written since the last time, if it is much or long ago. `codebook` and `squares`
-        are for the journal, see `WrittenTensor`.
+        Syncs the file if the last sync was long ago or many bytes ago. `codebook` and `squares` (squared error, squared
+        weights) go into the journal, see `WrittenTensor`.
         """
         assert self._file is not None
         if self._remaining:
@@ -158,7 +158,7 @@ class StreamingWriter:
         return checksum
 
     def read_back(self, index: int) -> np.ndarray:
-        """Return the bytes of a tensor that an earlier run has written, by its place in the plan: uint8 [n]."""
+        """Return the bytes of a tensor that an earlier run wrote, by its index in the plan: uint8 [n_bytes]."""
         tensor = self.tensors[index]
         start = self._header_end if index == 0 else self.resumed[index - 1].end
         with disk_errors(self.output), self._part.open("rb") as file:
@@ -166,7 +166,7 @@ class StreamingWriter:
             return np.frombuffer(file.read(tensor.n_bytes), np.uint8)
 
     def set_metadata(self, key: str, value: GGUFValue) -> None:
-        """Change a value that the header already has; it must take the same number of bytes."""
+        """Replace a metadata value of the header; the new value must have the same encoded size."""
         if key not in self._writer.kv_data[0]:
             raise ValueError(f"the header has no key {key}")
         self._writer.kv_data[0][key] = value
@@ -176,7 +176,7 @@ class StreamingWriter:
         return -(-self._header_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def _open(self) -> BinaryIO:
-        """Open and lock the unfinished file; the lock dies with the process."""
+        """Open and lock the unfinished file; the lock ends with the process."""
         while True:
             file = cast("BinaryIO", os.fdopen(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
             if sys.platform == "win32":
@@ -193,17 +193,17 @@ class StreamingWriter:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
                     return file
-            file.close()  # another process has finished and renamed this file in between
+            file.close()  # another process finished and renamed this file in the meantime
 
     def _begin(self, header: bytes) -> None:
-        """Write the header of a new file, or find the end of what an unfinished one has."""
+        """Write the header, and seek to the end of the tensors that an unfinished file has."""
         assert self._file is not None
         if self._journal is not None and self._resume:
             self.resumed = self._journal.read()
         names = [tensor.name for tensor in self.tensors[: len(self.resumed)]]
         end = self.resumed[-1].end if self.resumed else self._header_end
         if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
-            raise DamagedFileError(f"{self._part}: has not what its journal says; start over without --resume")
+            raise DamagedFileError(f"{self._part}: does not match its journal; start over without --resume")
         self._next = len(self.resumed)
         if not self.resumed:
             self._file.truncate(0)
@@ -217,7 +217,7 @@ class StreamingWriter:
             self._journal.begin()
 
     def _header(self) -> bytes:
-        """Return the header as it is now."""
+        """Return the encoded header with the current metadata."""
         buffer = io.BytesIO()
         self._writer.fout = [buffer]  # type: ignore[list-item]
         self._writer.state = WriterState.EMPTY
@@ -227,7 +227,7 @@ class StreamingWriter:
         return buffer.getvalue()
 
     def _sync(self) -> None:
-        """Put what was written on the disk, then into the journal."""
+        """Sync the file, then record its new tensors in the journal."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -254,14 +254,14 @@ class StreamingWriter:
         self._file = None
 
     def _close(self, *, keep: bool = False) -> None:
-        """Close the unfinished file, if it is still open, and remove it with its journal unless it is to be kept."""
+        """Close the unfinished file if it is open; remove it and its journal unless `keep`."""
         if self._file is None:
             return
         if not keep:
             self._part.unlink(missing_ok=True)
             if self._journal is not None:
                 self._journal.remove()
-        # What the disk refused to take is still buffered, and refused again here.
+        # After a failed write the data is still buffered, and closing fails again.
         with suppress(OSError):
             self._file.close()
         self._file = None
@@ -272,12 +272,12 @@ class StreamingWriter:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Tell whether an error has nothing to do with what is written: Ctrl-C, or what the disk refused."""
+    """Tell whether an error allows resuming: Ctrl-C, exit or a disk error."""
     return isinstance(error, (KeyboardInterrupt, SystemExit, DiskError))
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise BadRequestError unless a file may be written at `output`."""
+    """Raise BadRequestError unless a file can be written at `output`."""
     if output.is_dir():
         raise BadRequestError(f"{output}: is a folder; name a file")
     if output.exists() and not overwrite:

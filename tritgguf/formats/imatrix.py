@@ -1,8 +1,8 @@
-"""llama.cpp's importance matrices: for every column of a matrix, the mean square of the input that it is given.
+"""llama.cpp's importance matrices: the mean squared input of every column of a matrix.
 
-Two formats are read: the GGUF one, with tensors `NAME.in_sum2` (sums of squares) and `NAME.counts` (of how many
-inputs), and the older `.dat`, a list of names and mean squares times the number of calls. The GGUF one is written.
-Both as llama.cpp's tools/imatrix and llama-quantize have them.
+Two formats can be read: GGUF, with tensors `NAME.in_sum2` (sums of squares) and `NAME.counts` (number of inputs), and
+the older `.dat`, a list of names and mean squares times the number of calls. Only GGUF is written. Both formats are
+those of llama.cpp's tools/imatrix and llama-quantize.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
 
     Args:
         path: a GGUF or `.dat` file of llama.cpp's `imatrix` or of `tritgguf calibrate`.
-        columns: GGUF name -> columns of the matrices that may be asked for; others in the file are passed over.
+        columns: GGUF name -> columns of the matrices to read; other matrices in the file are ignored.
 
     Returns:
-        GGUF name -> float32 [columns], for the matrices that the file knows and has seen an input of.
+        GGUF name -> float32 [columns], for the matrices that the file contains with at least one input.
 
     Raises:
-        TritGgufError: the file is damaged, is of another kind or model, or knows none of the matrices.
+        TritGgufError: the file is damaged, is not an importance matrix, is of another model, or lacks all matrices.
 
     """
     path = Path(path)
@@ -54,12 +54,12 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
             )
         if not (np.isfinite(importance).all() and importance.min(initial=0) >= 0):
             raise DamagedFileError(
-                f"{path}: {name} has a mean square that is negative or no number; make the file again"
+                f"{path}: {name} has a mean square that is negative or not a number; make the file again"
             )
         found[name] = importance.astype(np.float32)
     if not found:
         raise DamagedFileError(
-            f"{path}: knows none of the model's matrices; this importance matrix is of another model"
+            f"{path}: contains none of the model's matrices; this importance matrix is of another model"
         )
     return found
 
@@ -67,7 +67,7 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
 def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
-        raise DamagedFileError(f"{path}: is a GGUF file, but no importance matrix (general.type is not imatrix)")
+        raise DamagedFileError(f"{path}: is a GGUF file, but not an importance matrix (general.type is not imatrix)")
     for name in columns:
         sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
         if sums is None and counts is None:
@@ -81,25 +81,27 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
         if count > 0:
             yield name, file.read_float32(sums.name).reshape(-1) / np.float64(count)
         elif not count <= 0:
-            raise DamagedFileError(f"{path}: {name}{_COUNTS} is no number; make the file again")
+            raise DamagedFileError(f"{path}: {name}{_COUNTS} is not a number; make the file again")
 
 
 def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
-    left = path.stat().st_size
+    remaining = path.stat().st_size
 
     with path.open("rb") as file:
 
         def take(size: int) -> bytes:
-            nonlocal left
-            if not 0 <= size <= left:
-                raise DamagedFileError(f"{path}: is no importance matrix, or cut short; fetch or make it again")
-            left -= size
+            nonlocal remaining
+            if not 0 <= size <= remaining:
+                raise DamagedFileError(f"{path}: is not an importance matrix, or is truncated; fetch or make it again")
+            remaining -= size
             return file.read(size)
 
         def number(most: int) -> int:
             (value,) = struct.unpack("<i", take(4))
             if not 0 <= value <= most:
-                raise DamagedFileError(f"{path}: is no importance matrix (a count of {value}); fetch or make it again")
+                raise DamagedFileError(
+                    f"{path}: is not an importance matrix (a count of {value}); fetch or make it again"
+                )
             return int(value)
 
         for _ in range(number(_MAX_ENTRIES)):
@@ -123,13 +125,13 @@ def write_importance(
     """Write an importance matrix that llama-quantize reads.
 
     Args:
-        path: the GGUF file; it appears only when it is complete.
+        path: the GGUF file; it appears when it is complete.
         sums: GGUF name -> sums of the squared inputs, [columns].
-        counts: GGUF name -> how many inputs they are of.
-        datasets: where the text came from.
+        counts: GGUF name -> number of inputs in the sums.
+        datasets: sources of the text.
         chunk_size: tokens in a window.
-        chunks: how many windows there were.
-        overwrite: whether a file of this name may be replaced.
+        chunks: number of windows.
+        overwrite: whether to replace an existing file.
 
     Raises:
         TritGgufError: the file exists or cannot be written.
@@ -143,7 +145,7 @@ def write_importance(
     try:
         with disk_errors(path):
             writer = GGUFWriter(part, arch="imatrix")
-            writer.kv_data[0].clear()  # an importance matrix has a type and no architecture
+            writer.kv_data[0].clear()  # an importance matrix has no architecture
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", list(datasets))
             writer.add_uint32("imatrix.chunk_count", chunks)

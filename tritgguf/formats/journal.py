@@ -1,8 +1,8 @@
-"""What of a file that is being written is on the disk already, so that a conversion that was killed can go on.
+"""Journal of a conversion: records which tensors are on the disk, so that a killed conversion can resume.
 
-Beside `OUT.part` lies `OUT.part.journal`: a line of JSON that says what is converted and how, then one for each tensor
-that is whole and synced. A line is written only after its tensor, so it is true whenever the machine stops; the last
-line may be torn, and then counts as not written.
+`OUT.part.journal` is next to `OUT.part`. Its first line of JSON describes the conversion; one line follows for each
+tensor that is complete and synced. A line is written only after its tensor is synced, so the journal is valid whenever
+the machine stops. An incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tritgguf.formats.durable_output import disk_errors, sync_folder
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor that is whole on the disk.
+    """A tensor that is complete on the disk.
 
     Attributes:
         name: its GGUF name.
-        end: where the file goes on behind it and its padding, in bytes from the file's start.
-        checksum: of its bytes.
-        codebook: 27 numbers, of a trit tensor.
-        squared_error, squared_weights: sums that the report adds up.
+        end: file offset of the first byte after the tensor and its padding.
+        checksum: XXH3 of its bytes.
+        codebook: 27 scales of a trit tensor; None for other types.
+        squared_error, squared_weights: sums for the report.
 
     """
 
@@ -40,12 +40,12 @@ class WrittenTensor:
 
 
 class JobLog:
-    """A file that gets a line of JSON whenever a piece of a job is done; the first line is the job itself.
+    """A log of JSON lines: the description of a job, then one line per completed step.
 
     Args:
-        path: the file.
-        output: what the job is for, which messages about the disk name.
-        job: what has to be the same for the job to go on, as JSON holds it.
+        path: the log file.
+        output: the job's output, which disk errors name.
+        job: JSON-serializable description; a job can resume only if it is unchanged.
 
     """
 
@@ -53,10 +53,10 @@ class JobLog:
         self.path = path
         self._output = output
         self._job = json.loads(json.dumps(job))
-        self._torn_at: int | None = None  # bytes, where a line begins that was not written whole
+        self._torn_at: int | None = None  # file offset of an incomplete last line
 
     def entries(self) -> list[Any]:
-        """Return what is done; nothing where there is no such file.
+        """Return the completed steps; none if there is no log file.
 
         Raises TritGgufError for the log of another job.
         """
@@ -66,7 +66,7 @@ class JobLog:
             return []
         except (OSError, UnicodeDecodeError) as error:
             raise self.misfit("cannot be read") from error
-        complete, torn = lines[:-1], lines[-1]  # behind the last line feed is nothing, or a torn line
+        complete, torn = lines[:-1], lines[-1]  # the last line has no line feed: it is empty or incomplete
         self._torn_at = self.path.stat().st_size - len(torn.encode()) if torn else None
         try:
             entries = [json.loads(line) for line in complete]
@@ -77,13 +77,13 @@ class JobLog:
         return entries[1:]
 
     def begin(self) -> None:
-        """Start a new log in the place of an old one."""
+        """Start a new log; replace an old one."""
         self._torn_at = None
         self._append([self._job], mode="w")
         sync_folder(self.path.parent)
 
     def append(self, entries: Sequence[Any]) -> None:
-        """Add what is done, and wait until it is on the disk."""
+        """Append completed steps and sync the log."""
         if self._torn_at is not None:
             with disk_errors(self._output):
                 os.truncate(self.path, self._torn_at)
@@ -91,7 +91,7 @@ class JobLog:
         self._append(entries, mode="a")
 
     def remove(self) -> None:
-        """Remove the log, if it is there."""
+        """Remove the log if it exists."""
         self.path.unlink(missing_ok=True)
 
     def _append(self, entries: Sequence[Any], *, mode: str) -> None:
@@ -101,7 +101,7 @@ class JobLog:
             os.fsync(file.fileno())
 
     def misfit(self, what: str) -> DamagedFileError:
-        """Return the error that the log, as `what` says, is none to go on from."""
+        """Return the error for a log that the job cannot resume from; `what` is the reason."""
         return DamagedFileError(f"{self.path}: the journal {what}; start over without --resume")
 
 
@@ -112,7 +112,7 @@ class Journal(JobLog):
         super().__init__(output.with_name(f"{output.name}.part.journal"), output, job)
 
     def read(self) -> list[WrittenTensor]:
-        """Return the tensors that are written; none where there is no journal.
+        """Return the written tensors; none if there is no journal.
 
         Raises TritGgufError for the journal of another job.
         """
@@ -122,5 +122,5 @@ class Journal(JobLog):
             raise self.misfit("is damaged") from error
 
     def add(self, tensors: Sequence[WrittenTensor]) -> None:
-        """Add tensors, which are on the disk."""
+        """Append tensors that are synced to the disk."""
         self.append([asdict(tensor) for tensor in tensors])

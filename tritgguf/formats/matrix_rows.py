@@ -1,4 +1,4 @@
-"""A source's matrix, some rows at a time: one that is too large to hold is never whole in memory."""
+"""Access to a source's matrix by rows, so that a large matrix is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_WEIGHTS_HELD = 1 << 26  # of a matrix that is read as a whole
-_WEIGHTS_AT_ONCE = 1 << 24  # of a larger one
+_MAX_WEIGHTS_IN_MEMORY = 1 << 26  # a larger matrix is read in blocks
+_WEIGHTS_PER_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """A matrix in the numbers that its source stores, read when they are asked for.
+    """A matrix in the dtype of its source, read on demand.
 
     Attributes:
         shape: rows and columns; a vector is a single row.
-        dtype: float32, float16, or uint16, which stands for the bits of bfloat16.
-        read: returns rows, [rows, columns] and contiguous, by the first one and the one behind the last.
-        multiple: how many rows belong together: `read` takes multiples of this, or the last row.
+        dtype: float32, float16, or uint16 for the bits of bfloat16.
+        read: returns rows `first` to `last` (exclusive): [rows, columns], contiguous.
+        multiple: `first` and `last` must be multiples of this; `last` may also be the number of rows.
 
     """
 
@@ -32,7 +32,7 @@ class MatrixRows:
 
     @classmethod
     def of(cls, weights: np.ndarray) -> MatrixRows:
-        """Return a matrix [rows, columns] that is in memory, to be read at once."""
+        """Wrap an array [rows, columns] in memory, to be read in one block."""
         rows, columns = weights.shape
         return cls((rows, columns), weights.dtype, lambda first, last: weights[first:last], rows)
 
@@ -41,13 +41,13 @@ class MatrixRows:
         return self.read(0, self.shape[0])
 
     def held(self) -> MatrixRows:
-        """Read the matrix as a whole, unless it is too large to be held."""
-        return MatrixRows.of(self.whole()) if math.prod(self.shape) <= _WEIGHTS_HELD else self
+        """Return the matrix read into memory, or unchanged if it is too large."""
+        return MatrixRows.of(self.whole()) if math.prod(self.shape) <= _MAX_WEIGHTS_IN_MEMORY else self
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield all rows in their order, in blocks; while the caller has one, a thread reads the next."""
+        """Yield all rows in order, in blocks; a thread reads the next block while the caller uses one."""
         rows, columns = self.shape
-        step = -(-max(1, _WEIGHTS_AT_ONCE // columns) // self.multiple) * self.multiple
+        step = -(-max(1, _WEIGHTS_PER_BLOCK // columns) // self.multiple) * self.multiple
         if step >= rows:
             yield self.whole()
             return
@@ -60,8 +60,8 @@ class MatrixRows:
                 yield block
                 del block
 
-    def parts_with(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield what has to be read to see some rows: the first row's number and the rows, in ascending order."""
-        for part in np.unique(rows // self.multiple).tolist():
-            first = part * self.multiple
+    def blocks_containing(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the blocks of `multiple` rows that contain the given rows: first row index and block, ascending."""
+        for block in np.unique(rows // self.multiple).tolist():
+            first = block * self.multiple
             yield first, self.read(first, min(first + self.multiple, self.shape[0]))

@@ -1,9 +1,8 @@
-"""Reading the files of a Hugging Face folder, which is untrusted: JSON, and weights in safetensors shards.
+"""Reading safetensors shards of an untrusted Hugging Face folder.
 
-Weights are never unpickled. The safetensors library checks each shard (header, shapes, types, offsets that
-cover the file exactly); the bytes are then read without it, because its NumPy interface knows no BF16, and
-with plain reads instead of a memory map, so that a checkpoint of many gigabytes does not count as memory in
-use.
+Pickled weights are never loaded. The safetensors library checks each shard: header, shapes, types, and offsets that
+cover the file exactly. We then read the bytes ourselves, because the library's NumPy interface lacks BF16. We use plain
+reads instead of a memory map, so that a large checkpoint does not count as memory in use.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` as safetensors names it, `offset` counted from the file's start."""
+    """A tensor's entry: `dtype` as safetensors names it, `offset` from the file's start."""
 
     path: Path
     name: str
@@ -38,15 +37,15 @@ class StoredTensor:
     n_bytes: int
 
     def read(self) -> np.ndarray:
-        """Return the tensor as float32 in its shape: a fresh array, exact."""
+        """Return the tensor as a new float32 array of its shape; exact."""
         return to_float32(self.read_stored())
 
     def read_stored(self) -> np.ndarray:
-        """Return the tensor of a dtype in READABLE_DTYPES as it is: float32, float16, or uint16, the bits of BF16."""
+        """Return the tensor in its own dtype: float32, float16, or uint16 for the bits of BF16."""
         return self.read_rows(0, self.shape[0])
 
     def read_rows(self, first: int, last: int) -> np.ndarray:
-        """Return, as `read_stored` does, the rows from `first` to before `last`; of a vector, elements."""
+        """Return rows (of a vector: elements) `first` to `last` (exclusive), in the dtype of `read_stored`."""
         stored = np.empty((last - first, *self.shape[1:]), READABLE_DTYPES[self.dtype])
         row_bytes = self.n_bytes // self.shape[0]
         self._read_into(stored.reshape(-1).view(np.uint8), first * row_bytes)
@@ -66,7 +65,7 @@ class StoredTensor:
         return True
 
     def _read_into(self, buffer: np.ndarray, start: int) -> None:
-        """Fill a uint8 buffer with the tensor's bytes from `start` on."""
+        """Fill a uint8 buffer with the tensor's bytes, starting at `start`."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset + start)
@@ -82,11 +81,11 @@ class StoredTensor:
 
 
 def open_shards(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder's safetensors files by its Hugging Face name.
+    """Return all tensors of a folder's safetensors files by their Hugging Face names.
 
-    Shards come in the order of their names and tensors in the order of theirs, as llama.cpp's converter has
-    them. Raises TritGgufError: no safetensors files, a missing, damaged or truncated shard, an index that
-    disagrees with the shards, a tensor that occurs twice.
+    Shards are sorted by name, and the tensors of a shard too, as in llama.cpp's converter. Raises TritGgufError for a
+    folder without safetensors files, a missing, damaged or truncated shard, an index that contradicts the shards and a
+    tensor that occurs twice.
     """
     tensors: dict[str, StoredTensor] = {}
     weight_map = None
@@ -126,7 +125,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _list_shards(folder: Path) -> list[str]:
-    """Return the shards of a folder without an index; all parts must be there."""
+    """Return the names of all shards of a folder without an index; TritGgufError if one is missing."""
     parts = [match for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))]
     if not parts:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
@@ -155,7 +154,7 @@ def _open_shard(path: Path) -> list[StoredTensor]:
         raise DamagedFileError(f"{path}: this shard is missing; fetch it")
     try:
         with safe_open(str(path), framework="np"):
-            pass  # opening is what checks it
+            pass  # opening checks it
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))

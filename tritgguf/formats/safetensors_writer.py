@@ -1,8 +1,8 @@
 """Writing float16 weights as safetensors shards, tensor by tensor.
 
-A file is the header's length (8 bytes, little-endian), the header (JSON, filled up with spaces to a multiple of 8),
-then the data of all tensors without gaps (https://github.com/huggingface/safetensors#format). The safetensors library
-would want each shard whole in memory.
+A file is the header's length (8 bytes, little-endian), the header (JSON, padded with spaces to a multiple of 8), then
+the data of all tensors without gaps (https://github.com/huggingface/safetensors#format). We do not use the safetensors
+library because it needs each shard in memory as a whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shard:
         return sum(map(half_bytes, self.shapes.values()))
 
     def header(self) -> bytes:
-        """Return what stands before the data."""
+        """Return the bytes before the data: length and JSON."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in self.shapes.items():
@@ -47,14 +47,14 @@ class Shard:
 
 
 def half_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of a float16 tensor."""
+    """Return the size of a float16 tensor in bytes."""
     return 2 * math.prod(shape)
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]], most_bytes: int) -> list[Shard]:
-    """Distribute tensors over shards of at most `most_bytes` of weights, in their order.
+    """Distribute tensors in order over shards of at most `most_bytes` bytes of weights.
 
-    A tensor that is larger has a shard of its own. The shards have the names that transformers looks for.
+    A larger tensor gets a shard of its own. The shards have the file names that transformers expects.
     """
     shards = [Shard()]
     for name, shape in shapes.items():
@@ -76,7 +76,7 @@ def index(shards: Iterable[Shard]) -> dict[str, Any]:
 
 
 def write_shard(folder: Path, shard: Shard, blocks: Callable[[str], Iterator[np.ndarray]]) -> None:
-    """Write a shard and sync it. `blocks` yields a tensor's float16 values by its name, in parts and in order."""
+    """Write a shard and sync it. `blocks` takes a tensor's name and yields its float16 values in order."""
     with (folder / shard.file_name).open("wb") as file:
         file.write(shard.header())
         for name, shape in shard.shapes.items():

@@ -1,6 +1,6 @@
-"""The four trit tensor types: their ids, their sizes and their registration with gguf-py.
+"""The four trit tensor types: ids, sizes and registration with gguf-py.
 
-`docs/format.md` is the specification; the numbers below are its section 1.
+The numbers are from section 1 of the specification, `docs/format.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK_BYTES = {1: 16, 2: 28, 3: 42, 4: 54}
 
 
 class TritType(enum.IntEnum):
-    """The ggml type ids of the trit tensors, far above every id that upstream or a fork uses."""
+    """The ggml type ids of trit tensors, far above the ids that upstream and its forks use."""
 
     TRIT1 = 10001
     TRIT2 = 10002
@@ -44,7 +44,7 @@ class TritType(enum.IntEnum):
 
     @classmethod
     def of_depth(cls, depth: int) -> TritType:
-        """Return the type of a depth from 1 to 4."""
+        """Return the type for a depth from 1 to 4."""
         return cls(_FIRST_TYPE_ID + depth - 1)
 
 
@@ -54,29 +54,29 @@ def is_trit_type(type_id: int) -> bool:
 
 
 def block_bytes(depth: int) -> int:
-    """Bytes of a block of 64 weights."""
+    """Return the bytes of a block of 64 weights."""
     return _BLOCK_BYTES[depth]
 
 
 def row_bytes(depth: int, columns: int) -> int:
-    """Bytes of one row of `columns` weights; `columns` is a multiple of 64."""
+    """Return the bytes of a row of `columns` weights; `columns` is a multiple of 64."""
     return columns // BLOCK_SIZE * _BLOCK_BYTES[depth]
 
 
 def checksum_key(tensor_name: str) -> str:
-    """The metadata key of a tensor's checksum: XXH3, 64 bits, of its bytes in the file."""
+    """Return the metadata key of a tensor's checksum: 64-bit XXH3 of its bytes in the file."""
     return f"trit.xxh3.{tensor_name}"
 
 
 def codebook_key(tensor_name: str) -> str:
-    """Return the metadata key under which a tensor's 27 scales are stored."""
+    """Return the metadata key of a tensor's codebook, its 27 scales."""
     return f"trit.codebook.{tensor_name}"
 
 
 def register_with_gguf() -> None:
-    """Teach gguf-py the four types, so that its reader, its dumper and its sizes know them.
+    """Register the four types with gguf-py, so that its reader, gguf-dump and its size table know them.
 
-    Upstream's enum is closed, so pseudo-members are added to its lookup tables. Safe to call twice.
+    An enum cannot be extended, so this adds pseudo-members to its lookup tables. Calling it twice is safe.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -92,9 +92,9 @@ def register_with_gguf() -> None:
 
 
 def register_when_gguf_is_imported() -> None:
-    """Call `register_with_gguf` now if gguf-py is imported already, or else as soon as it is.
+    """Call `register_with_gguf` now if gguf-py is imported, otherwise when it is.
 
-    Importing gguf-py takes 0.2 s, which a program that never uses it does not have to pay.
+    Importing gguf-py takes 0.2 s, so a program that does not use it should not import it.
     """
     if "gguf.constants" in sys.modules:
         register_with_gguf()
@@ -103,7 +103,7 @@ def register_when_gguf_is_imported() -> None:
 
 
 class _GgufFinder:
-    """An entry of sys.meta_path that lets Python import gguf.constants as ever, and registers the types after it."""
+    """An entry of sys.meta_path that lets Python import gguf.constants as usual and then registers the types."""
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -115,6 +115,8 @@ class EngineCore:
         most = len(request.tokens) - 1  # the last token is evaluated in any case: its logits are wanted
         if request.request.wanted != "tokens":
             most = min(most, request.request.first_output)
+        elif len(request.tokens) > request.prompt_length:  # preempted: generated tokens are computed as before
+            most = request.prompt_length
         wanted = request.tokens[:most]
         pages, length = self.prefix_cache.match(wanted)
         for other in self.running:

@@ -174,7 +174,7 @@ def load(
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.generation.engine import Engine
-    from tritgguf.runtime.kv_pool import CACHE_TYPES, DEFAULT_CACHE_TYPE, check_cache_fits
+    from tritgguf.runtime.kv_pool import CACHE_TYPES, DEFAULT_CACHE_TYPE, check_cache_fits, pages_for
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
@@ -187,8 +187,10 @@ def load(
     cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
     if context is not None and cache_type in CACHE_TYPES:
         check_cache_fits(model.config, context, cache_type, str(path))
-    engine = Engine(model, context=context or model.config.context_length, parallel=parallel, cache_type=cache_type)
-    model.compile(on_compilation or (lambda: None))
+    context = context or model.config.context_length
+    pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
+    engine = Engine(model, context=context, parallel=parallel, pages=pages, cache_type=cache_type)
+    model.compile(on_compilation or (lambda: None), batches=parallel > 1)
     return LoadedModel(
         path=Path(path),
         tokenizer=tokenizer,

@@ -19,6 +19,8 @@ import numpy as np
 
 from tritgguf.errors import BadRequestError, DamagedFileError
 
+_SET = 64  # logits whose maximum is taken at once
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -147,10 +149,13 @@ class Sampler:
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
     """Return the tokens of the `count` largest logits (0 or less: of all), largest first."""
-    if 0 < count < len(logits):
-        tokens = np.argpartition(logits, -count)[-count:]
-        return tokens[np.argsort(-logits[tokens])]
-    return np.argsort(-logits)
+    if not 0 < count < len(logits) // _SET:
+        order = np.argsort(-logits, kind="stable")
+        return order[:count] if count > 0 else order
+    # As many sets as tokens are wanted have a maximum of at least the threshold, and so do all wanted tokens.
+    maxima = logits[: len(logits) // _SET * _SET].reshape(_SET, -1).max(axis=0)
+    tokens = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
+    return tokens[np.argsort(-logits[tokens], kind="stable")[:count]]
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

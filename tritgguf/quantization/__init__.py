@@ -1,1 +1,1 @@
-"""One matrix to trits: encoders, codebooks and exact recovery."""
+"""Quantization of one matrix: encoders, codebooks and exact recovery."""

@@ -1,7 +1,7 @@
-"""A matrix as levels, scale indices and a codebook, whole or in parts: what encoders make.
+"""The output of encoders: levels, scale indices and a codebook, whole or in parts.
 
-Groups of 16 weights of a row share a scale, an entry of the matrix's 27-entry codebook; a weight is a level from
--h to h, h = (3**depth - 1) / 2, and decodes to scale / h * level (`docs/format.md` section 4).
+Groups of 16 weights in a row share a scale, which is an entry of the matrix's codebook of 27 scales. A weight is stored
+as a level from -h to h, h = (3**depth - 1) / 2, and decodes to scale / h * level (`docs/format.md` section 4).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantized matrix, not yet packed.
+    """A quantized matrix or block of rows before packing.
 
     Attributes:
         depth: trits per weight, 1 to 4.
@@ -42,7 +42,7 @@ class QuantizedMatrix:
         return pack.pack(self.levels, self.scale_indices, self.depth, thread_pool)
 
     def decoded(self) -> np.ndarray:
-        """Return the weights that the packed rows decode to, to the bit: float32 [rows, columns]."""
+        """Return the weights that the packed rows decode to, bit for bit: float32 [rows, columns]."""
         offset = level_offset(self.depth)
         steps = (self.codebook / np.float32(offset))[self.scale_indices]
         levels = self.levels.astype(np.float32).reshape(*steps.shape, -1)
@@ -53,11 +53,11 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """A quantized matrix in parts, which are made as they are taken.
+    """A quantized matrix as an iterator of row blocks, which are encoded on demand.
 
     Attributes:
-        codebook: float32 [27], that of every part.
-        parts: the matrix's rows, in their order; each part counts its own errors.
+        codebook: float32 [27], shared by all parts.
+        parts: blocks of rows in order; each part has its own error sums.
 
     """
 

@@ -1,11 +1,11 @@
-"""Exact recovery: dequantized halves -> depth, levels, scale indices and codebook, with no weight changed.
+"""Exact recovery of dequantized matrices: halves -> depth, levels, scale indices and codebook, without any change.
 
-Published checkpoints hold what a quantizer decoded, rounded to float16 or bfloat16. A matrix has an exact fit when
-levels and at most 27 scales exist that decode (`docs/format.md` section 4) and round to each of its numbers again.
-How it is found, and when there is none, is told in `docs/recovery.md`.
+Some published checkpoints contain the decoded weights of a ternary quantizer, rounded to float16 or bfloat16. A matrix
+has an exact fit if there are levels and at most 27 scales that decode (`docs/format.md` section 4) and round to exactly
+its weights. `docs/recovery.md` describes the method and when it fails.
 
-A half is a bit pattern, uint16, and so is a scale: that of a float32 number, as an integer (`encoding/recover.py`).
-Matrices come as checkpoints store them: float16, or uint16, which stands for the bits of bfloat16.
+A half is a float16 or bfloat16 number as its bit pattern, uint16. A scale is the bit pattern of a float32 number as an
+integer (`cpu_kernels/encoding/recover.py`). Matrices have dtype float16, or uint16 for the bits of bfloat16.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRow
 from tritgguf.quantization.scale_cover import NoCover, cover
 
 _SIGN = 0x8000
-_PROBES = 16  # groups that are looked at first: a matrix that never was quantized ends here
-_SAMPLE = 4096  # groups that the first codebook is made from
-_MISFITS = 4096  # groups that a codebook may miss before a better one is made
+_PROBES = 16  # groups to test first; they suffice to reject a matrix that was never quantized
+_SAMPLE = 4096  # groups for the first codebook
+_MISFITS = 4096  # misfits to collect before the codebook is updated
 _LARGEST_FINITE = 0x7F7FFFFF  # as a float32
 
 
 class HalfType(enum.Enum):
-    """How halves are to be read; its value is the dtype of the arrays that hold them."""
+    """The type of halves; its value is the dtype of arrays that store them."""
 
     FLOAT16 = np.dtype(np.float16)
     BFLOAT16 = np.dtype(np.uint16)
 
     @property
     def infinity(self) -> int:
-        """The bit pattern of infinity; those above it are NaN, all below are finite."""
+        """The bit pattern of infinity; larger patterns are NaN, smaller ones are finite."""
         return 0x7C00 if self is HalfType.FLOAT16 else 0x7F80
 
     def round(self, values: np.ndarray) -> np.ndarray:
-        """Round float32 numbers that are not NaN to halves, to nearest even: uint16 of the same shape."""
+        """Round float32 values (not NaN) to halves, ties to even: uint16 of the same shape."""
         if self is HalfType.FLOAT16:
             with np.errstate(over="ignore"):
                 return values.astype(np.float16).view(np.uint16)
@@ -53,7 +53,7 @@ class HalfType(enum.Enum):
         return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
     def widen(self, halves: np.ndarray) -> np.ndarray:
-        """Return the float32 numbers that halves, uint16, stand for."""
+        """Convert halves, uint16, to float32."""
         return to_float32(halves.view(self.value))
 
 
@@ -62,7 +62,7 @@ class NoFit:
     """A matrix has no exact fit.
 
     Attributes:
-        reason: why, as a sentence that goes on after "tensor NAME".
+        reason: why; it continues a message that begins with "tensor NAME".
 
     """
 
@@ -71,11 +71,11 @@ class NoFit:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a matrix decodes from.
+    """An exact fit of a matrix.
 
     Attributes:
-        depth: the least number of trits per weight that gives it.
-        codebook: float32 [27], ascending scales; entries that are not needed repeat the last one.
+        depth: the least depth that reproduces the matrix.
+        codebook: float32 [27], ascending scales; unused entries repeat the last one.
 
     """
 
@@ -85,8 +85,8 @@ class Fit:
     def encode(self, weights: np.ndarray, thread_pool: ThreadPool | None = None) -> QuantizedMatrix:
         """Encode the matrix that the fit was found for: float16 or the bits of bfloat16 [rows, columns].
 
-        Decoding it and rounding to halves gives every number again. The sign of a zero is not kept: the format has
-        no level for -0.0. Raises ValueError if a weight is another.
+        Decoding and rounding to halves reproduces every weight, except that -0.0 becomes 0.0: the format has no level
+        for it. Raises ValueError if the fit does not reproduce a weight.
         """
         half_type, groups = HalfType(weights.dtype), _groups(weights)
         offset = level_offset(self.depth)
@@ -96,7 +96,7 @@ class Fit:
         counts = np.sum([counts for counts, _ in results], axis=0)
         if sum(misfits for _, misfits in results):
             raise ValueError("is not the matrix that the fit was found for")
-        with np.errstate(invalid="ignore", over="ignore"):  # levels that do not occur may overflow
+        with np.errstate(invalid="ignore", over="ignore"):  # unused levels may overflow
             decoded = _decode(self.codebook, np.arange(81) - offset, offset)
             rounded = half_type.widen(half_type.round(decoded)).astype(np.float64)
             error = np.sum((rounded - decoded) ** 2 * counts, where=counts > 0)
@@ -106,12 +106,12 @@ class Fit:
         )
 
     def encode_rows(self, matrix: MatrixRows, thread_pool: ThreadPool | None = None) -> QuantizedRows:
-        """Encode the matrix as `encode` does, block by block; the parts raise ValueError as it does."""
+        """Encode the matrix block by block; the parts raise ValueError as `encode` does."""
         return QuantizedRows(self.codebook, (self.encode(block, thread_pool) for block in matrix.blocks()))
 
 
 def recover_matrix(weights: np.ndarray, thread_pool: ThreadPool | None = None) -> QuantizedMatrix | NoFit:
-    """Recover a dequantized matrix, as `find_fit` takes it, at the least depth that fits; or say why there is none."""
+    """Recover a dequantized matrix at the least depth that fits; takes and returns NoFit as `find_fit` does."""
     fit = find_fit(weights, thread_pool=thread_pool)
     return fit if isinstance(fit, NoFit) else fit.encode(weights, thread_pool)
 
@@ -119,11 +119,11 @@ def recover_matrix(weights: np.ndarray, thread_pool: ThreadPool | None = None) -
 def find_fit(
     weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], thread_pool: ThreadPool | None = None
 ) -> Fit | NoFit:
-    """Find the least depth, and a codebook for it, that give every weight of a matrix; or say why there is none.
+    """Find the least depth that reproduces every weight of a matrix, and its codebook; NoFit says why there is none.
 
     Args:
-        weights: [rows, columns], columns a multiple of 64: float16, or uint16, which stands for the bits of bfloat16.
-            Any other dtype has no fit: nothing was rounded to halves. `MatrixRows` are read once for every codebook.
+        weights: [rows, columns], columns a multiple of 64: float16, or uint16 for the bits of bfloat16. Other dtypes
+            have no fit. A `MatrixRows` is read once per codebook.
         deepest: the greatest depth to try.
         thread_pool: the threads to use; None for all cores.
 
@@ -140,81 +140,81 @@ def find_fit(
 
 
 def _groups(weights: np.ndarray) -> np.ndarray:
-    """Return halves [rows, groups, 16], read-only as those of a mapped file are: Numba would compile for either."""
+    """Return halves [rows, groups, 16], read-only like a mapped file, so that Numba compiles kernels only once."""
     halves = np.ascontiguousarray(weights).view(np.uint16).reshape(len(weights), -1, GROUP_SIZE)
     halves.flags.writeable = False
     return halves
 
 
 def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, thread_pool: ThreadPool) -> Fit | NoFit:
-    """Make a codebook for a few groups, look for groups that it misses, make one for these too, and so on.
+    """Find a codebook for a sample of groups, then add misfits of the matrix to the sample until there are none.
 
-    What the few groups do not allow, the matrix does not, so a matrix without a fit need not be read to its end.
+    If the sample has no codebook, the matrix has none, so a matrix without a fit is often rejected early.
     """
     count = math.prod(matrix.shape) // GROUP_SIZE
     constraints = _Constraints(half_type, depth)
-    numbers = _spread(count, _PROBES)
-    groups = _groups_with(matrix, numbers)
+    indices = _spread(count, _PROBES)
+    groups = _groups_with(matrix, indices)
     is_sampled = False
     while True:
-        refusal = constraints.add(groups, numbers, matrix.shape[1] // GROUP_SIZE)
-        if refusal is not None:
-            return refusal
+        no_fit = constraints.add(groups, indices, matrix.shape[1] // GROUP_SIZE)
+        if no_fit is not None:
+            return no_fit
         codebook = constraints.codebook()
         if isinstance(codebook, NoFit):
             return codebook
         if is_sampled:
             fit = Fit(depth, codebook)
-            numbers, groups = _misfits(matrix, fit, half_type, thread_pool)
-            if not numbers.size:
+            indices, groups = _misfits(matrix, fit, half_type, thread_pool)
+            if not indices.size:
                 return fit
         else:
-            numbers, is_sampled = _spread(count, _SAMPLE), True
-            groups = _groups_with(matrix, numbers)
+            indices, is_sampled = _spread(count, _SAMPLE), True
+            groups = _groups_with(matrix, indices)
 
 
-def _groups_with(matrix: MatrixRows, numbers: np.ndarray) -> np.ndarray:
-    """Return the groups that have these numbers, which ascend: uint16 [numbers, 16]."""
+def _groups_with(matrix: MatrixRows, indices: np.ndarray) -> np.ndarray:
+    """Return the groups with these indices, which ascend: uint16 [indices, 16]."""
     groups_per_row = matrix.shape[1] // GROUP_SIZE
     found = []
-    for first_row, part in matrix.parts_with(numbers // groups_per_row):
+    for first_row, part in matrix.blocks_containing(indices // groups_per_row):
         flat = _groups(part).reshape(-1, GROUP_SIZE)
-        places = numbers - first_row * groups_per_row
-        found.append(flat[places[(places >= 0) & (places < len(flat))]])
+        offsets = indices - first_row * groups_per_row
+        found.append(flat[offsets[(offsets >= 0) & (offsets < len(flat))]])
     return np.concatenate(found)
 
 
 def _misfits(
     matrix: MatrixRows, fit: Fit, half_type: HalfType, thread_pool: ThreadPool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of groups that no codebook entry gives, int64 [n], and these groups, uint16 [n, 16].
+    """Return the indices of groups that no codebook entry reproduces, int64 [n], and the groups, uint16 [n, 16].
 
-    There may be more of them: no block is read after the first `_MISFITS`.
+    The list may be incomplete: reading stops after the block in which the number of misfits reaches `_MISFITS`.
     """
     entries, _ = _decoding_tables(fit, half_type)
-    room = np.empty((thread_pool.threads, -(-_MISFITS // thread_pool.threads)), np.int64)
-    numbers, found = [np.empty(0, np.int64)], [np.empty((0, GROUP_SIZE), np.uint16)]
+    buffer = np.empty((thread_pool.threads, -(-_MISFITS // thread_pool.threads)), np.int64)
+    indices, found = [np.empty(0, np.int64)], [np.empty((0, GROUP_SIZE), np.uint16)]
     first = 0
     for block in matrix.blocks():
         groups = _groups(block)
-        counts = thread_pool.run(find_misfits, groups, entries, room)
-        places = np.concatenate([room[thread, :count] for thread, count in enumerate(counts)])
+        counts = thread_pool.run(find_misfits, groups, entries, buffer)
+        offsets = np.concatenate([buffer[thread, :count] for thread, count in enumerate(counts)])
         flat = groups.reshape(-1, GROUP_SIZE)
-        numbers.append(first + places)
-        found.append(flat[places])
+        indices.append(first + offsets)
+        found.append(flat[offsets])
         first += len(flat)
-        if sum(map(len, numbers)) >= _MISFITS:
+        if sum(map(len, indices)) >= _MISFITS:
             break
-    return np.concatenate(numbers), np.concatenate(found)
+    return np.concatenate(indices), np.concatenate(found)
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
-    """Return about `wanted` numbers below `count`, evenly spread, in ascending order."""
+    """Return about `wanted` evenly spaced indices below `count`, ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
 
 
 class _Constraints:
-    """Which scales the groups that were looked at allow, for one depth."""
+    """The scales that the sampled groups allow at one depth."""
 
     def __init__(self, half_type: HalfType, depth: int) -> None:
         self._half_type = half_type
@@ -222,8 +222,8 @@ class _Constraints:
         self._offset = level_offset(depth)
         self._sets: dict[bytes, np.ndarray] = {}
 
-    def add(self, groups: np.ndarray, numbers: np.ndarray, groups_per_row: int) -> NoFit | None:
-        """Add groups, uint16 [n, 16], which have these numbers in the matrix; NoFit if one allows no scale."""
+    def add(self, groups: np.ndarray, indices: np.ndarray, groups_per_row: int) -> NoFit | None:
+        """Add groups, uint16 [n, 16], with these indices in the matrix; return NoFit if one allows no scale."""
         magnitudes = np.sort(groups & np.uint16(_SIGN - 1), axis=1)
         if (magnitudes[:, -1] >= self._half_type.infinity).any():
             return NoFit("has a weight that is NaN or infinite")
@@ -233,42 +233,42 @@ class _Constraints:
         is_zero = patterns[:, -1] == 0
         is_impossible = (np.diff(ends, prepend=0) == 0) & ~is_zero
         if is_impossible.any():
-            row, group = divmod(int(numbers[first[is_impossible]].min()), groups_per_row)
+            row, group = divmod(int(indices[first[is_impossible]].min()), groups_per_row)
             columns = f"{GROUP_SIZE * group} to {GROUP_SIZE * group + GROUP_SIZE - 1}"
             return NoFit(
-                f"has a group of weights (row {row}, columns {columns}) that no scale gives at depth {self._depth}"
+                f"has a group of weights (row {row}, columns {columns}) that no scale reproduces at depth {self._depth}"
             )
         for part in itertools.compress(parts, ~is_zero):
             self._sets.setdefault(part.tobytes(), part)
         return None
 
     def _allowed(self, patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ranges of scales that groups of ascending magnitudes allow, and where each group's end."""
-        values, places = np.unique(patterns, return_inverse=True)
-        places = places.reshape(patterns.shape).astype(np.int32)
+        """Return the ranges of scales that groups of sorted magnitudes allow, int64 [n, 2], and each group's end."""
+        values, value_indices = np.unique(patterns, return_inverse=True)
+        value_indices = value_indices.reshape(patterns.shape).astype(np.int32)
         if values[0] == 0:
-            values, places = values[1:], places - 1
+            values, value_indices = values[1:], value_indices - 1
         lows = _first_scales(values, self._half_type, self._offset)
         highs = _first_scales(values + np.uint16(1), self._half_type, self._offset) - 1
         ends = np.empty(len(patterns), np.int64)
         ranges = np.empty((patterns.size * self._offset, 2), np.int64)
-        allowed_scales(places, lows, highs, ends, ranges)
+        allowed_scales(value_indices, lows, highs, ends, ranges)
         return ranges[: ends[-1]].copy(), ends
 
     def codebook(self) -> np.ndarray | NoFit:
-        """Return a codebook that gives all groups: float32 [27]."""
+        """Return a codebook that reproduces all sampled groups: float32 [27]."""
         found = cover(list(self._sets.values()), CODEBOOK_SIZE)
         if isinstance(found, NoCover):
             if found.proven:
                 return NoFit("needs more than 27 scales")
-            return NoFit("has groups that several scales give, and no 27 for all of them were found")
+            return NoFit("has groups that several scales reproduce, and no 27 scales for all groups were found")
         scales = [scale_range.middle for scale_range in found] or [0]
         scales += [scales[-1]] * (CODEBOOK_SIZE - len(scales))
         return np.array(scales, np.uint32).view(np.float32)
 
 
 def _first_scales(halves: np.ndarray, half_type: HalfType, offset: int) -> np.ndarray:
-    """Return the least scale that gives a half or more: int64 [halves, h], at the levels 1 to h; halves above zero."""
+    """Return the least scale at which each level 1 to h rounds to at least each half (> 0): int64 [halves, h]."""
     target = halves[:, np.newaxis]
     levels = np.arange(1, offset + 1)
 
@@ -276,7 +276,7 @@ def _first_scales(halves: np.ndarray, half_type: HalfType, offset: int) -> np.nd
         values = scales.astype(np.uint32).view(np.float32) / np.float32(offset) * levels.astype(np.float32)
         return half_type.round(values) >= target
 
-    # Halfway to the half below, rounding changes; the three roundings of `_decode` move that by a few scales at most.
+    # Rounding changes halfway to the half below; the three roundings of `_decode` shift this by a few scales at most.
     edge = (half_type.widen(halves) + half_type.widen(halves - np.uint16(1)).astype(np.float64)) / 2
     guess = (edge[:, np.newaxis] * offset / levels).astype(np.float32).view(np.uint32).astype(np.int64)
     low, high = np.maximum(guess - 8, 0), np.minimum(guess + 8, _LARGEST_FINITE)
@@ -291,11 +291,11 @@ def _first_scales(halves: np.ndarray, half_type: HalfType, offset: int) -> np.nd
 
 
 def _decoding_tables(fit: Fit, half_type: HalfType) -> tuple[np.ndarray, np.ndarray]:
-    """Return what each half is decoded from.
+    """Return, for each half, the codebook entries and levels that reproduce it.
 
     Returns:
-        uint32 [65536], the codebook entries that give a half, a bit each, and uint8 [27, 65536], the level + h at
-        which they do. Every entry gives zero, at level zero.
+        uint32 [65536], a bit mask of the codebook entries that reproduce a half, and uint8 [27, 65536], the level + h
+        at which they do. Every entry reproduces zero at level 0.
 
     """
     offset = level_offset(fit.depth)
@@ -304,7 +304,7 @@ def _decoding_tables(fit: Fit, half_type: HalfType) -> tuple[np.ndarray, np.ndar
     with np.errstate(over="ignore"):
         halves = half_type.round(_decode(fit.codebook, np.arange(offset + 1), offset))
     entry, level = np.nonzero((halves > 0) & (halves < half_type.infinity))
-    # Assigned backwards, the lowest of several levels that give the same half stays.
+    # Reversed, so that the lowest of several levels that reproduce a half is written last.
     entry, level = entry[::-1], level[::-1]
     for sign, half in (1, halves[entry, level]), (-1, halves[entry, level] | np.uint16(_SIGN)):
         np.bitwise_or.at(entries, half, np.uint32(1) << entry.astype(np.uint32))
@@ -314,5 +314,5 @@ def _decoding_tables(fit: Fit, half_type: HalfType) -> tuple[np.ndarray, np.ndar
 
 
 def _decode(codebook: np.ndarray, levels: np.ndarray, offset: int) -> np.ndarray:
-    """Return float32 [27, levels], decoded as `docs/format.md` section 4 demands."""
+    """Return float32 [27, levels], decoded as in `docs/format.md` section 4."""
     return (codebook / np.float32(offset))[:, np.newaxis] * levels.astype(np.float32)

@@ -1,7 +1,7 @@
-"""The encoder that tries all 27 scales of the codebook for every group, and what it takes for an error.
+"""The search encoder: it tries all 27 scales of the codebook for every group and keeps the one with the least error.
 
-The squared error of a weight counts with the importance of its column: the mean square of the input that it is
-multiplied with. Where that is not known, it counts with the weight's own size. `docs/quality.md` has the measurements.
+The squared error of a weight is multiplied by the importance of its column, the mean square of the column's input.
+Without an importance matrix, it is multiplied by the weight's magnitude. `docs/quality.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from tritgguf.quantization.codebooks import log_spaced_codebook
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 
 LOWEST_QUANTILE = 0.0005
-"""Of the groups' best scales, the codebook's lowest entry."""
+"""Quantile of the groups' ideal scales that becomes the lowest entry of the codebook."""
 _FRACTIONS_BY_DEPTH = {
     1: np.linspace(0.4, 1.1, 15, dtype=np.float32),
     2: np.linspace(0.4, 1.1, 15, dtype=np.float32),
     3: np.linspace(0.6, 1.05, 10, dtype=np.float32),
     4: np.linspace(0.6, 1.05, 10, dtype=np.float32),
 }
-_LEAST_IMPORTANCE = 1e-6  # of the mean: a column whose input was always zero still has a weight to keep
+_LEAST_IMPORTANCE = 1e-6  # relative to the mean; a column whose input was always zero is still quantized
 
 
 def quantize_searched(
     matrix: MatrixRows, depth: int, thread_pool: ThreadPool, *, importance: np.ndarray | None = None
 ) -> QuantizedRows:
-    """Quantize with the best scale of the codebook for every group.
+    """Quantize every group with the best scale of the codebook.
 
     Args:
-        matrix: columns a multiple of 64; it is read twice.
+        matrix: the number of columns is a multiple of 64; the matrix is read twice.
         depth: 1 to 4.
         thread_pool: the threads to use.
-        importance: float32 [columns], not negative: what squared errors count. None where it is not known: then they
-            count with the size of the weight instead.
+        importance: float32 [columns], nonnegative: factors of squared errors. None: the factors are the weights'
+            magnitudes.
 
     Raises:
         ValueError: a weight is NaN or infinite.
 
     """
     factors, emphasis = _factors(importance, matrix.shape[1]), importance is None
-    wanted = [_wanted_scales(to_float32(block), factors, emphasis, depth, thread_pool) for block in matrix.blocks()]
-    codebook = log_spaced_codebook(wanted, float(max(scales.max() for scales in wanted)), LOWEST_QUANTILE)
+    ideal = [_ideal_scales(to_float32(block), factors, emphasis, depth, thread_pool) for block in matrix.blocks()]
+    codebook = log_spaced_codebook(ideal, float(max(scales.max() for scales in ideal)), LOWEST_QUANTILE)
     offset = np.float32(level_offset(depth))
     steps = codebook / offset
 
@@ -65,21 +65,21 @@ def quantize_searched(
 
 def searched_codebook(weights: np.ndarray, importance: np.ndarray, depth: int, thread_pool: ThreadPool) -> np.ndarray:
     """Return the 27 scales, float32, that `quantize_searched` would choose for float32 weights [rows, columns]."""
-    scales = _wanted_scales(weights, _factors(importance, weights.shape[1]), False, depth, thread_pool)
+    scales = _ideal_scales(weights, _factors(importance, weights.shape[1]), False, depth, thread_pool)
     return log_spaced_codebook([scales], float(scales.max()), LOWEST_QUANTILE)
 
 
 def _factors(importance: np.ndarray | None, columns: int) -> np.ndarray:
-    """Return importance as the kernels take it: float32, with a mean of 1 and nothing near zero."""
+    """Return the kernels' error factors: importance scaled to a mean of 1 and bounded below, float32 [columns]."""
     if importance is None or not (mean := float(np.mean(importance, dtype=np.float64))) > 0:
         return np.ones(columns, np.float32)
     return np.maximum(importance / np.float32(mean), np.float32(_LEAST_IMPORTANCE)).astype(np.float32, copy=False)
 
 
-def _wanted_scales(
+def _ideal_scales(
     weights: np.ndarray, factors: np.ndarray, emphasis: bool, depth: int, thread_pool: ThreadPool
 ) -> np.ndarray:
-    """Return each group's best scale, whatever the codebook: float32 [rows, columns / 16]."""
+    """Return each group's best scale, not limited to a codebook: float32 [rows, columns / 16]."""
     if not np.isfinite(weights).all():
         raise ValueError("has a weight that is NaN or infinite")
     scales = np.zeros((len(weights), weights.shape[1] // GROUP_SIZE), np.float32)

@@ -1,7 +1,7 @@
-"""The encoder `v2`, that of the published codec: four candidate scales for every group.
+"""The encoder `v2` of the published codec: four candidate scales for every group.
 
-The codebook is log-spaced up to the largest magnitude. How its lowest entry is chosen is not public: `LOWEST_QUANTILE`
-says what is done here, and `docs/quality.md` what was measured for it.
+The codebook is log-spaced up to the largest magnitude. The published codec does not say how its lowest entry is chosen;
+we use `LOWEST_QUANTILE`, and `docs/quality.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from tritgguf.quantization.codebooks import log_spaced_codebook
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 
 LOWEST_QUANTILE = 0.005
-"""Of the groups' wanted scales, the lowest entry of the codebook."""
+"""Quantile of the groups' ideal scales that becomes the lowest entry of the codebook."""
 
 
 def quantize(weights: np.ndarray, depth: int, thread_pool: ThreadPool | None = None) -> QuantizedMatrix:
     """Quantize a matrix [rows, columns], columns a multiple of 64, at `depth` trits per weight.
 
-    `weights` are float32, float16, or uint16, which stands for the bits of bfloat16: as a checkpoint stores them.
-    Raises ValueError for NaN or infinite weights: no scale fits them.
+    `weights` are float32, float16, or uint16 for the bits of bfloat16. Raises ValueError for NaN or infinite weights.
     """
     (quantized,) = quantize_v2(MatrixRows.of(weights), depth, thread_pool or default_thread_pool()).parts
     return quantized
 
 
 def quantize_v2(matrix: MatrixRows, depth: int, thread_pool: ThreadPool) -> QuantizedRows:
-    """Quantize a matrix as `quantize` does, to the bit, in blocks of rows; raises as it does, before the first part.
+    """Quantize a matrix in blocks of rows, with the same result as `quantize`; raises before the first part.
 
-    The matrix is read twice; in between, its wanted scales are kept.
+    The matrix is read twice; its ideal scales stay in memory in between.
     """
     offset = np.float32(level_offset(depth))
-    wanted: list[np.ndarray] = []
+    ideal: list[np.ndarray] = []
     largest = np.float32(0)
     for block in matrix.blocks():
-        stored, kind = as_stored(block)
+        stored, dtype_id = as_stored(block)
         scales = np.empty((len(stored), stored.shape[1] // GROUP_SIZE), np.float32)
-        largest = np.max([largest, *thread_pool.run(best_candidates, stored, kind, offset, scales)])
+        largest = np.max([largest, *thread_pool.run(best_candidates, stored, dtype_id, offset, scales)])
         if np.isnan(largest):
             raise ValueError("has a weight that is NaN or infinite")
-        wanted.append(scales)
-    codebook = log_spaced_codebook(wanted, float(largest), LOWEST_QUANTILE)
+        ideal.append(scales)
+    codebook = log_spaced_codebook(ideal, float(largest), LOWEST_QUANTILE)
     # The nearest entry on the logarithmic scale changes at the geometric mean of its neighbours.
     thresholds = np.sqrt(codebook[1:].astype(np.float64) * codebook[:-1]).astype(np.float32)
     steps = codebook / offset
 
     def parts() -> Iterator[QuantizedMatrix]:
-        for block, scales in zip(matrix.blocks(), wanted, strict=True):
-            stored, kind = as_stored(block)
+        for block, scales in zip(matrix.blocks(), ideal, strict=True):
+            stored, dtype_id = as_stored(block)
             levels = np.empty(stored.shape, np.uint8)
             indices = np.empty(scales.shape, np.uint8)
-            sums = thread_pool.run(round_to_codebook, stored, kind, scales, thresholds, steps, offset, levels, indices)
+            sums = thread_pool.run(
+                round_to_codebook, stored, dtype_id, scales, thresholds, steps, offset, levels, indices
+            )
             error, power = np.sum(sums, axis=0)
             yield QuantizedMatrix(depth, levels, indices, codebook, float(error), float(power))
 

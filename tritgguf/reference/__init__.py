@@ -1,1 +1,1 @@
-"""The source model in transformers: the only home of transformers."""
+"""The source model, computed by transformers. Only this room imports transformers."""

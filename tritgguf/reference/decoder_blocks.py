@@ -1,11 +1,11 @@
-"""A source model in transformers, one decoder block in memory at a time.
+"""A source model in transformers, with one decoder block in memory at a time.
 
-Calibration sends text through the model block by block: what a block makes of the hidden states is all that the next
-one needs. The model is built on torch's meta device, where weights take no memory; a block's weights are read when it
-is opened and dropped when it is closed. transformers itself runs the block, as part of a model whose other blocks pass
-their input on, so masks, rotation and what else sets one family apart are its own.
+Calibration sends text through the model block by block, because the next block needs only the hidden states. The model
+is built on torch's meta device, where weights take no memory. A block's weights are read when it is opened and freed
+when it is closed. transformers runs the whole model with identity layers in place of all other blocks, so it applies
+the masks, rotary embeddings and other details of each family itself.
 
-torch and transformers are imported inside functions: only the `verify` extra brings them.
+torch and transformers are imported inside functions because only the `verify` extra installs them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
-from tritgguf.reference.known_inputs import Ending, Gathered, find_endings
+from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.model import head_counts, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from tritgguf.sources.source import Source
 
 _EMBEDDINGS = "token_embd.weight"
-_TOKENS_AT_ONCE = 4096
+_BATCH_TOKENS = 4096
 
-Visit = Callable[["Tensor"], None]
-"""Called with a matrix's inputs of some windows, float32 [windows, tokens, columns]."""
-Known = Mapping[Ending, "Tensor"]
-"""All inputs of the last matrix of a module, float32 [windows, tokens, columns]."""
+Observer = Callable[["Tensor"], None]
+"""Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
+CachedInputs = Mapping[OutputProjection, "Tensor"]
+"""Output projection -> its inputs for all windows, float32 [windows, tokens, columns]."""
 
 
-class _EnoughError(Exception):
-    """The rest of a forward pass is not needed."""
+class _StopForwardError(Exception):
+    """Raised by a hook to skip the rest of a forward pass."""
 
 
 class DecoderBlocks:
     """The decoder blocks of a source, in float32.
 
-    Raises TritGgufError when torch or transformers is missing or cannot build the model.
-    `threads` is how many threads torch computes with, here and while a block is open; None leaves it to torch.
+    `threads` is the number of torch's threads, in `embed` and while a block is open; None keeps torch's setting.
+    Raises TritGgufError if torch or transformers is missing or cannot build the model.
     """
 
     def __init__(self, source: Source, *, threads: int | None = None) -> None:
@@ -55,31 +55,31 @@ class DecoderBlocks:
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
-            self._module.model.layers[index] = _pass_on(layer)
+            self._module.model.layers[index] = _identity_layer(layer)
         self._module.model.norm = torch.nn.Identity()
 
     @property
     def count(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self._layers)
 
     def embed(self, windows: Sequence[Sequence[int]]) -> Tensor:
-        """Return what the first block is given: float32 [windows, tokens, width]; all windows are equally long."""
+        """Return the first block's input, float32 [windows, tokens, width], for windows of equal length."""
         import torch
 
         ids = np.asarray(windows)
-        wanted, places = np.unique(ids, return_inverse=True)
+        used, indices = np.unique(ids, return_inverse=True)
         embeddings = self._module.get_input_embeddings()
-        # The model's own module, with the rows that occur alone: some families scale what it returns.
-        embeddings.weight = torch.nn.Parameter(torch.from_numpy(self._rows(wanted)), requires_grad=False)
+        # Only rows of used tokens are loaded. The model's own module looks them up: some families scale its output.
+        embeddings.weight = torch.nn.Parameter(torch.from_numpy(self._embedding_rows(used)), requires_grad=False)
         embeddings.padding_idx = None
-        taken: list[Tensor] = []
-        look = _before(self._module.model.layers[0], lambda x: taken.append(x.clone()))
-        with torch_threads(self._threads), torch.inference_mode(), look:
-            for some in self.portions(torch.from_numpy(places.reshape(ids.shape))):
-                self._forward(embeddings(some))
+        captured: list[Tensor] = []
+        capture = _capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))
+        with torch_threads(self._threads), torch.inference_mode(), capture:
+            for batch in self.batches(torch.from_numpy(indices.reshape(ids.shape))):
+                self._forward(embeddings(batch))
         embeddings.to("meta")
-        return torch.cat(taken)
+        return torch.cat(captured)
 
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
@@ -93,13 +93,13 @@ class DecoderBlocks:
         for name in names:
             block.set(name, self._source.read(name))
             self._source.release(name)
-        passing_on = self._module.model.layers[index]
+        identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
             with torch_threads(self._threads):
                 yield block
         finally:
-            self._module.model.layers[index] = passing_on
+            self._module.model.layers[index] = identity
             self._layers[index] = layer.to("meta")
 
     def heads(self) -> tuple[int, int]:
@@ -112,43 +112,43 @@ class DecoderBlocks:
         return str(self._metadata["general.architecture"])
 
     def layer(self, index: int) -> Any:
-        """Return the module that is in the place of a block: itself where it is open."""
+        """Return the module at a block's position: the block itself if it is open, else an identity layer."""
         return self._module.model.layers[index]
 
     def run(self, hidden: Tensor, index: int, on_output: Callable[[Tensor], None] | None) -> None:
-        """Send hidden states [windows, tokens, width] through an open block, some windows at a time.
+        """Send hidden states [windows, tokens, width] through an open block, in batches of windows.
 
-        Without `on_output`, hooks see what they want to see and may end each pass by `_EnoughError`.
+        If `on_output` is None, only hooks use the pass, and they may end each batch with `_StopForwardError`.
         """
         layer = self.layer(index)
-        for some in self.portions(hidden):
+        for batch in self.batches(hidden):
             outputs: list[Tensor] = []
-            # Families that scale embeddings would scale these too: the block is given its input right at its door.
-            with _given(layer, some), _after(layer, outputs.append):
+            # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
+            with _replace_input(layer, batch), _capture_output(layer, outputs.append):
                 try:
-                    self._forward(some)
-                except _EnoughError:
+                    self._forward(batch)
+                except _StopForwardError:
                     continue
             if on_output is not None:
                 on_output(outputs[0])
 
     @staticmethod
-    def portions(windows: Tensor) -> Sequence[Tensor]:
-        """Return what goes through a block at once of something [windows, tokens, ...]."""
-        return windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
+    def batches(windows: Tensor) -> Sequence[Tensor]:
+        """Split a tensor [windows, tokens, ...] into batches of windows."""
+        return windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
 
     def _forward(self, embedded: Tensor) -> None:
         with silent_transformers():
             self._module.model(inputs_embeds=embedded, use_cache=False)
 
-    def _rows(self, wanted: np.ndarray) -> np.ndarray:
-        """Return rows of the embeddings by ascending numbers, float32, without holding the whole matrix."""
+    def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""
         from tritgguf.formats.dtypes import to_float32
 
         found, first = [], 0
         for rows in self._source.rows(_EMBEDDINGS).blocks():
-            here = wanted[(wanted >= first) & (wanted < first + len(rows))] - first
-            found.append(to_float32(rows[here]))
+            indices = tokens[(tokens >= first) & (tokens < first + len(rows))] - first
+            found.append(to_float32(rows[indices]))
             first += len(rows)
         self._source.release(_EMBEDDINGS)
         return np.concatenate(found)
@@ -158,8 +158,8 @@ class Block:
     """An open decoder block.
 
     Attributes:
-        matrices: GGUF name -> the parameter of each matrix that is packed, float32, in transformers' row order;
-            what is written into one counts from then on.
+        matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
+            into a parameter changes the block.
 
     """
 
@@ -169,36 +169,36 @@ class Block:
 
     def get(self, name: str) -> np.ndarray:
         """Return a copy of a weight in GGUF's row order, float32."""
-        return self.in_file_order(name, self._parameters[name].detach().numpy().copy())
+        return self.in_gguf_order(name, self._parameters[name].detach().numpy().copy())
 
     def set(self, name: str, weights: np.ndarray) -> None:
         """Replace a weight, given in GGUF's row order."""
-        np.copyto(self._parameters[name].detach().numpy(), self.in_module_order(name, weights))
+        np.copyto(self._parameters[name].detach().numpy(), self.in_hf_order(name, weights))
 
-    def in_module_order(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Return what belongs to the rows of a weight, in GGUF's order, in transformers' order."""
+    def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
         return to_hf(self._blocks.architecture, name, array, *self._blocks.heads())
 
-    def in_file_order(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Return what belongs to the rows of a weight, in transformers' order, in GGUF's order."""
+    def in_gguf_order(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Reorder the rows of an array, one per row of the weight, from transformers' order to GGUF's."""
         return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
 
     def forward(
-        self, hidden: Tensor, visits: Mapping[str, Visit] | None = None, *, known: Known | None = None
+        self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedInputs | None = None
     ) -> Tensor:
-        """Return what the block makes of hidden states, both float32 [windows, tokens, width].
+        """Return the block's output for hidden states, both float32 [windows, tokens, width].
 
-        `visits` and `known` are as in `inputs`.
+        `observers` and `cached` are as in `observe_inputs`.
         """
         import torch
 
-        outputs = Gathered(len(hidden))
-        with torch.inference_mode(), self._skipping(known), self._shown(visits or {}, None):
+        outputs = RowBuffer(len(hidden))
+        with torch.inference_mode(), self._replaying(cached), self._observing(observers or {}, None):
             self._blocks.run(hidden, self.index, outputs.add)
-        return outputs.whole
+        return outputs.rows
 
-    def differentiable(self, hidden: Tensor) -> Tensor:
-        """Return what the block makes of a few windows of hidden states, with what gradients need."""
+    def forward_with_gradients(self, hidden: Tensor) -> Tensor:
+        """Return the block's output for a few windows, as `forward` does, and record the graph for gradients."""
         import torch
 
         outputs: list[Tensor] = []
@@ -206,19 +206,19 @@ class Block:
         return torch.cat(outputs)
 
     def input_groups(self, hidden: Tensor) -> list[tuple[str, ...]]:
-        """Return the packed matrices in the order of their computation; those that share an input are together."""
+        """Return the names of the packed matrices in execution order, grouped by shared input."""
         import torch
 
         calls: list[tuple[int, str]] = []
-        kept = []  # so that no two inputs have one address
+        alive = []  # keeps the inputs alive, so that their ids stay unique
         hooks = []
         for name in self.matrices:
 
-            def note(module: Any, arguments: Any, name: str = name) -> None:
-                kept.append(arguments[0])
+            def record(module: Any, arguments: Any, name: str = name) -> None:
+                alive.append(arguments[0])
                 calls.append((id(arguments[0]), name))
 
-            hooks.append(self.linear(name).register_forward_pre_hook(note))
+            hooks.append(self.linear(name).register_forward_pre_hook(record))
         try:
             with torch.inference_mode():
                 self._blocks.run(hidden[:1], self.index, None)
@@ -226,28 +226,35 @@ class Block:
             for hook in hooks:
                 hook.remove()
         groups: dict[int, list[str]] = {}
-        for address, name in calls:
-            groups.setdefault(address, []).append(name)
+        for identity, name in calls:
+            groups.setdefault(identity, []).append(name)
         return [tuple(names) for names in groups.values()]
 
-    def inputs(self, hidden: Tensor, visits: Mapping[str, Visit], *, last: str, known: Known | None = None) -> None:
-        """Show the inputs of matrices to their visitors.
+    def observe_inputs(
+        self,
+        hidden: Tensor,
+        observers: Mapping[str, Observer],
+        *,
+        last: str,
+        cached: CachedInputs | None = None,
+    ) -> None:
+        """Call observers with the inputs of matrices.
 
         Args:
             hidden: float32 [windows, tokens, width].
-            visits: GGUF name of a packed matrix -> what to call with its inputs, some windows after the others.
-            last: the matrix behind whose visit the block is left.
-            known: of some of `endings`, the inputs that an earlier pass of the same hidden states has shown;
-                what else is in their modules is not computed.
+            observers: GGUF name of a packed matrix -> function to call with its inputs, batch by batch.
+            last: the matrix after whose observer the pass stops.
+            cached: inputs of some `output_projections`, from an earlier pass of the same hidden states. The rest of
+                their parent modules is skipped.
 
         """
         import torch
 
-        with torch.inference_mode(), self._skipping(known), self._shown(visits, last):
+        with torch.inference_mode(), self._replaying(cached), self._observing(observers, last):
             self._blocks.run(hidden, self.index, None)
 
-    def endings(self, hidden: Tensor) -> dict[str, Ending]:
-        """Return GGUF name -> the ending of each packed matrix whose product is what the module around it returns."""
+    def output_projections(self, hidden: Tensor) -> dict[str, OutputProjection]:
+        """Return GGUF name -> projection, of the packed matrices whose product is what their parent returns."""
         import torch
 
         def run() -> None:
@@ -255,27 +262,27 @@ class Block:
                 self._blocks.run(hidden[:1], self.index, None)
 
         layer = self._blocks.layer(self.index)
-        around = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
-        return find_endings({name: (self.linear(name), around[name]) for name in self.matrices}, run)
+        parents = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
+        return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
     @contextmanager
-    def _skipping(self, known: Known | None) -> Iterator[None]:
+    def _replaying(self, cached: CachedInputs | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for ending, inputs in (known or {}).items():
-                stack.enter_context(ending.alone(self._blocks.portions(inputs)))
+            for projection, inputs in (cached or {}).items():
+                stack.enter_context(projection.replay(self._blocks.batches(inputs)))
             yield
 
     @contextmanager
-    def _shown(self, visits: Mapping[str, Visit], last: str | None) -> Iterator[None]:
+    def _observing(self, observers: Mapping[str, Observer], last: str | None) -> Iterator[None]:
         hooks = []
-        for name, visit in visits.items():
+        for name, observer in observers.items():
 
-            def show(module: Any, arguments: Any, name: str = name, visit: Visit = visit) -> None:
-                visit(arguments[0])
+            def observe(module: Any, arguments: Any, name: str = name, observer: Observer = observer) -> None:
+                observer(arguments[0])
                 if name == last:
-                    raise _EnoughError
+                    raise _StopForwardError
 
-            hooks.append(self.linear(name).register_forward_pre_hook(show))
+            hooks.append(self.linear(name).register_forward_pre_hook(observe))
         try:
             yield
         finally:
@@ -283,33 +290,33 @@ class Block:
                 hook.remove()
 
     def linear(self, name: str) -> Any:
-        """Return the module that multiplies with a matrix."""
+        """Return the linear module of a matrix."""
         return self._blocks.layer(self.index).get_submodule(self._path(name))
 
     def _path(self, name: str) -> str:
-        """Return where in the layer a matrix is."""
+        """Return the path of a matrix's module within its layer."""
         return hf_tensor_name(self._blocks.architecture, name).removesuffix(".weight").split(".", 3)[3]
 
 
-def _pass_on(layer: Any) -> Any:
-    """Return a module that stands in for a decoder layer and returns its input."""
+def _identity_layer(layer: Any) -> Any:
+    """Return a module that replaces a decoder layer and returns its input."""
     import torch
 
-    class PassOn(torch.nn.Module):
+    class IdentityLayer(torch.nn.Module):
         def forward(self, hidden_states: Any, *arguments: Any, **settings: Any) -> Any:
             return hidden_states
 
-    module = PassOn()
+    module = IdentityLayer()
     module.attention_type = getattr(layer, "attention_type", None)
     return module
 
 
 @contextmanager
-def _before(module: Any, look: Callable[[Any], Any]) -> Iterator[None]:
-    """Show the hidden states that a layer is given."""
+def _capture_input(module: Any, capture: Callable[[Any], Any]) -> Iterator[None]:
+    """Call a function with the hidden states that a layer receives."""
 
     def hook(module: Any, arguments: Any, settings: Any) -> None:
-        look(arguments[0] if arguments else settings["hidden_states"])
+        capture(arguments[0] if arguments else settings["hidden_states"])
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -319,8 +326,8 @@ def _before(module: Any, look: Callable[[Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _given(module: Any, hidden: Any) -> Iterator[None]:
-    """Give a layer these hidden states instead of its own."""
+def _replace_input(module: Any, hidden: Any) -> Iterator[None]:
+    """Replace the hidden states that a layer receives."""
 
     def hook(module: Any, arguments: Any, settings: Any) -> Any:
         if arguments:
@@ -335,11 +342,11 @@ def _given(module: Any, hidden: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _after(module: Any, look: Callable[[Any], Any]) -> Iterator[None]:
-    """Show the hidden states that a layer returns."""
+def _capture_output(module: Any, capture: Callable[[Any], Any]) -> Iterator[None]:
+    """Call a function with the hidden states that a layer returns."""
 
     def hook(module: Any, arguments: Any, output: Any) -> None:
-        look(output[0] if isinstance(output, tuple) else output)
+        capture(output[0] if isinstance(output, tuple) else output)
 
     handle = module.register_forward_hook(hook)
     try:

@@ -1,10 +1,10 @@
-"""The same model in transformers and float32: what `verify` compares with.
+"""The model in transformers, in float32: the reference of `verify`.
 
-transformers computes every logit here; this module only gives it the weights. A Hugging Face folder is loaded
-by transformers alone, so that names, rope scaling and row order are checked against code that is not ours.
-For a stock GGUF file the model is built from its keys and filled with its dequantized tensors.
+transformers computes all logits; this module only supplies the weights. transformers loads a Hugging Face folder by
+itself, so that tensor names, rope scaling and row order are checked against independent code. For a stock GGUF file,
+the model is built from the metadata keys and filled with the dequantized tensors.
 
-torch and transformers are imported inside functions: only the `verify` extra brings them.
+torch and transformers are imported inside functions because only the `verify` extra installs them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def require_torch() -> None:
 class ReferenceModel:
     """A causal language model of transformers in float32, on the CPU.
 
-    `threads` is how many threads torch computes with; None leaves it to torch.
+    `threads` is the number of torch's threads; None keeps torch's setting.
     """
 
     def __init__(self, module: Any, *, threads: int | None = None) -> None:
@@ -55,7 +55,7 @@ class ReferenceModel:
 
     @classmethod
     def open(cls, source: Source, *, threads: int | None = None) -> ReferenceModel:
-        """Load a source with its own weights; TritGgufError when transformers cannot."""
+        """Load a source with its own weights; TritGgufError if transformers cannot load it."""
         from tritgguf.sources.hf_folder import HfFolderSource
 
         require_torch()
@@ -63,14 +63,14 @@ class ReferenceModel:
             return cls(_load_folder(source.folder), threads=threads)
         metadata = {key: value.value for key, value in source.metadata.items()}
         shapes = {tensor.name: tensor.shape for tensor in source.tensors}
-        model = cls(_empty_module(metadata, shapes, source.name), threads=threads)
+        model = cls(_uninitialized_module(metadata, shapes, source.name), threads=threads)
         model.load_tensors(metadata, list(shapes), source.read, source.name)
         if ROPE_FREQS in shapes:
-            slow_rotation(model.module, source.read(ROPE_FREQS))
+            apply_rope_factors(model.module, source.read(ROPE_FREQS))
         return model
 
     def load_file(self, file: GgufFile, *, progress: Callable[[int, int], None] | None = None) -> None:
-        """Replace every weight by the file's, dequantized, in place."""
+        """Replace every weight in place by the file's dequantized weight."""
         self.load_tensors(file.metadata, list(file.tensors), file.read_float32, str(file.path), progress=progress)
 
     def load_tensors(
@@ -82,12 +82,11 @@ class ReferenceModel:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Replace every weight by those of a GGUF model, in place.
+        """Replace every weight in place by that of a GGUF model.
 
-        `read` returns a tensor by its GGUF name, float32 in GGUF's row order. The model ends up with tied
-        embeddings exactly if there is no output.weight. The rope factors are left out: they are no weight of
-        a Hugging Face model, which has them from its config.
-        Raises TritGgufError for a tensor that the model lacks, lacks a value for, or has in another shape.
+        `read` returns a tensor by its GGUF name, float32 in GGUF's row order. If there is no output.weight, the
+        embeddings are tied. rope_freqs.weight is skipped: a Hugging Face model computes the factors from its config.
+        Raises TritGgufError if a tensor is unknown to the model, is missing, or has another shape.
         """
         arch = metadata["general.architecture"]
         heads, kv_heads = head_counts(metadata)
@@ -110,7 +109,7 @@ class ReferenceModel:
             raise DamagedFileError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
 
     def _set_head(self, tied: bool) -> None:
-        """Make the output head the embeddings themselves, or a matrix of its own."""
+        """Tie the output head to the embeddings, or give it its own matrix."""
         import torch
 
         head, embeddings = self.module.lm_head, self.module.get_input_embeddings()
@@ -120,21 +119,18 @@ class ReferenceModel:
             head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight), requires_grad=False)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return the logits behind every token of one sequence: float32 [n, vocabulary]."""
+        """Return the logits at every position of one sequence: float32 [n, vocabulary]."""
         import torch
 
         with silent_transformers(), torch_threads(self._threads), torch.inference_mode():
             return self.module(torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, stop_tokens: Collection[int] = ()) -> list[int]:
-        """Return the `count` most likely tokens after the prompt, one after the other.
-
-        There are fewer when a stop token comes, which is not among them.
-        """
+        """Return `count` tokens of greedy decoding after the prompt, or fewer: a stop token ends it and is left out."""
         import torch
         from transformers import GenerationConfig
 
-        # A fresh config: the checkpoint's own may hold a repetition penalty.
+        # A new config, because the checkpoint's own may set a repetition penalty.
         self.module.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=count, eos_token_id=sorted(stop_tokens) or None, pad_token_id=0
         )
@@ -152,7 +148,7 @@ def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _load_folder(folder: Path) -> Any:
-    """Load a Hugging Face folder; TritGgufError when transformers cannot or misses a weight."""
+    """Load a Hugging Face folder; TritGgufError if transformers cannot load it or a weight is missing."""
     import torch
     import transformers
 
@@ -167,31 +163,31 @@ def _load_folder(folder: Path) -> Any:
                 attn_implementation="eager",
                 output_loading_info=True,
             )
-        except Exception as error:  # transformers raises whatever its many parts raise
+        except Exception as error:  # transformers does not document what it raises
             raise DamagedFileError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
     if found["missing_keys"]:
         raise DamagedFileError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
     return module
 
 
-def slow_rotation(module: Any, factors: np.ndarray) -> None:
+def apply_rope_factors(module: Any, factors: np.ndarray) -> None:
     """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
     module.model.rotary_emb.inv_freq.numpy()[:] /= factors
 
 
-def _empty_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
-    """Return a module whose weights are memory that nobody has written to yet."""
+def _uninitialized_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """Return a module with uninitialized weights."""
     config = _config(metadata, shapes, where)
-    # On the meta device no weight is filled with random numbers, which would take longest of all.
+    # The meta device skips the random initialization of weights, which would take most of the time.
     module = _on_meta(config, attn_implementation="eager").to_empty(device="cpu")
     _restore_buffers(module, config)
     return module
 
 
 def meta_module(source: Source) -> Any:
-    """Return the model of a source with weights that take no memory, on torch's meta device; its rotation is real.
+    """Return the model of a source on torch's meta device, where weights take no memory, with real rotary frequencies.
 
-    Raises TritGgufError when transformers cannot build it.
+    Raises TritGgufError if transformers cannot build it.
     """
     from transformers import AutoConfig
 
@@ -201,7 +197,7 @@ def meta_module(source: Source) -> Any:
         with silent_transformers():
             try:
                 config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-            except Exception as error:  # transformers raises whatever its many parts raise
+            except Exception as error:  # transformers does not document what it raises
                 raise DamagedFileError(
                     f"{source.folder}: transformers cannot read its config ({_first_line(error)})"
                 ) from error
@@ -211,7 +207,7 @@ def meta_module(source: Source) -> Any:
     module = _on_meta(config)
     _restore_buffers(module, config)
     if not isinstance(source, HfFolderSource) and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
-        slow_rotation(module, source.read(ROPE_FREQS))  # a folder has them in its config
+        apply_rope_factors(module, source.read(ROPE_FREQS))  # a folder has the factors in its config
     return module.eval()
 
 
@@ -220,7 +216,7 @@ def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     import transformers
 
     entries = config_entries(metadata, shapes, where)
-    # Token ids that the class would make up may lie beyond the vocabulary.
+    # The default token ids of the config class may be outside the vocabulary.
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     return transformers.AutoConfig.for_model(model_type_of(metadata, where), **ids, **entries)
 
@@ -234,7 +230,7 @@ def _on_meta(config: Any, **settings: Any) -> Any:
 
 
 def _restore_buffers(module: Any, config: Any) -> None:
-    """Make again what no file has and the meta device loses: the rotation's frequencies, a scale of embeddings."""
+    """Recompute the buffers that the meta device discards: the rotary frequencies and the scale of embeddings."""
     import torch
 
     module.model.rotary_emb = type(module.model.rotary_emb)(config)

@@ -1,7 +1,7 @@
-"""Settings that torch and transformers keep for the whole process, changed for as long as we compute.
+"""Process-wide settings of torch and transformers, changed temporarily by context managers.
 
-Each is put back to what it was, also when several blocks of code, of one thread or of several, want it at once.
-torch and transformers are imported inside functions: only the `verify` extra brings them.
+Each setting is restored afterwards, even if contexts overlap, in one thread or in several.
+torch and transformers are imported inside functions because only the `verify` extra installs them.
 """
 
 from __future__ import annotations
@@ -16,65 +16,66 @@ from typing import Any
 
 
 class ProcessSetting:
-    """A setting of the process that blocks of code want, each with a value of its own.
+    """A process-wide setting that several contexts can change at once.
 
-    The block that came last gets its value; when all have ended, the setting is what it was before the first.
+    The value of the newest open context applies. When the last context ends, the original value is restored.
     """
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
         self._get, self._put = get, put
         self._lock = threading.Lock()
-        self._before: Any = None
-        self._wanted: dict[object, Any] = {}
+        self._original: Any = None
+        self._values: dict[object, Any] = {}
 
     @contextlib.contextmanager
-    def held(self, value: Any) -> Iterator[None]:
-        """Change the setting until the block ends."""
-        block = object()
+    def set_to(self, value: Any) -> Iterator[None]:
+        """Set the value until the context ends."""
+        context = object()
         with self._lock:
-            if not self._wanted:
-                self._before = self._get()
-            self._wanted[block] = value
+            if not self._values:
+                self._original = self._get()
+            self._values[context] = value
         try:
             with self._lock:
                 self._put(value)
             yield
         finally:
             with self._lock:
-                del self._wanted[block]
-                self._put(next(reversed(self._wanted.values()), self._before))
+                del self._values[context]
+                self._put(next(reversed(self._values.values()), self._original))
 
 
 @contextlib.contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch compute with this many threads; None leaves their number to it."""
-    with contextlib.nullcontext() if threads is None else _THREADS.held(threads):
+    """Set the number of torch's threads; None keeps torch's setting."""
+    with contextlib.nullcontext() if threads is None else _THREADS.set_to(threads):
         yield
 
 
 @contextlib.contextmanager
-def fast_products() -> Iterator[None]:
-    """Let torch multiply float32 matrices in bfloat16, with float32 sums, where the processor has instructions for it.
+def bfloat16_matmul() -> Iterator[None]:
+    """Let torch multiply float32 matrices in bfloat16 with float32 sums, if the processor has instructions for it.
 
-    That is several times faster, and moves the result of calibration by less than another text would
+    That is several times faster and changes the result of calibration less than another calibration text does
     (`docs/quality.md`).
     """
-    with _PRECISION.held("medium"):
+    with _MATMUL_PRECISION.set_to("medium"):
         yield
 
 
 @contextlib.contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars, warnings and log lines; exceptions pass."""
-    with _SPEECH.held(None):
+    """Suppress transformers' progress bars, warnings and log lines, but not its exceptions."""
+    with _VERBOSITY.set_to(None):
         yield
 
 
 def import_torch_with_huge_pages() -> None:
-    """Import torch, which allocates with huge pages then, unless the program uses it already or has said otherwise.
+    """Import torch and make it allocate with huge pages.
 
-    Page faults of large temporary tensors took half of the time of calibration without them. torch looks at the
-    environment once, at its first allocation, so nothing has to stay there.
+    Without them, page faults of large temporary tensors take half of calibration's time. torch reads the environment
+    variable once, at its first allocation, so the variable is removed afterwards. If torch is imported already or the
+    user has set the variable, nothing is changed.
     """
     variable = "THP_MEM_ALLOC_ENABLE"
     if "torch" in sys.modules or variable in os.environ:
@@ -114,8 +115,8 @@ def _put_precision(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
 
 
-def _get_speech() -> tuple[int, bool, warnings.catch_warnings[Any]]:
-    """Return transformers' verbosity, whether it shows progress bars, and what puts Python's warnings back."""
+def _get_verbosity() -> tuple[int, bool, warnings.catch_warnings[Any]]:
+    """Return transformers' log level, whether it shows progress bars, and the saved filters of Python's warnings."""
     from transformers.utils import logging
 
     filters = warnings.catch_warnings()
@@ -123,22 +124,22 @@ def _get_speech() -> tuple[int, bool, warnings.catch_warnings[Any]]:
     return logging.get_verbosity(), logging.is_progress_bar_enabled(), filters
 
 
-def _put_speech(speech: tuple[int, bool, warnings.catch_warnings[Any]] | None) -> None:
-    """Put back what `_get_speech` has returned; None stands for silence."""
+def _put_verbosity(verbosity: tuple[int, bool, warnings.catch_warnings[Any]] | None) -> None:
+    """Restore what `_get_verbosity` returned; None means silence."""
     from transformers.utils import logging
 
-    if speech is None:
+    if verbosity is None:
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
         warnings.simplefilter("ignore")
         return
-    verbosity, progress_bar, filters = speech
+    level, progress_bar, filters = verbosity
     filters.__exit__(None, None, None)
-    logging.set_verbosity(verbosity)
+    logging.set_verbosity(level)
     if progress_bar:
         logging.enable_progress_bar()
 
 
 _THREADS = ProcessSetting(_get_threads, _put_threads)
-_PRECISION = ProcessSetting(_get_precision, _put_precision)
-_SPEECH = ProcessSetting(_get_speech, _put_speech)
+_MATMUL_PRECISION = ProcessSetting(_get_precision, _put_precision)
+_VERBOSITY = ProcessSetting(_get_verbosity, _put_verbosity)

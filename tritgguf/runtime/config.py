@@ -21,8 +21,8 @@ from tritgguf.architectures.rope import (
     ROPE_FREQS,
     SLIDING_BASE_KEY,
     Rotation,
-    rotation_of_base,
-    rotation_of_keys,
+    rotation_from_base,
+    rotation_from_metadata,
 )
 from tritgguf.architectures.table import Architecture
 from tritgguf.errors import DamagedFileError
@@ -129,7 +129,7 @@ def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndar
     if key not in file.metadata:
         return np.zeros(layers, np.int64)
     window = count_of(file.metadata, key, str(file.path))
-    return np.array([window if architecture.slides(layer) else 0 for layer in range(layers)], np.int64)
+    return np.array([window if architecture.uses_sliding_window(layer) else 0 for layer in range(layers)], np.int64)
 
 
 def _rotations(
@@ -137,19 +137,21 @@ def _rotations(
 ) -> tuple[tuple[Rotation, ...], np.ndarray]:
     """Return a model's rotations, and which each layer has: int64 [layers]."""
     head_dim, layers = dimensions.head_dim, range(dimensions.layers)
-    rotation = rotation_of_keys(file.metadata, head_dim, str(file.path))
+    rotation = rotation_from_metadata(file.metadata, head_dim, str(file.path))
     if ROPE_FREQS in file.tensors:
         factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
         if not (factors > 0).all():
             raise DamagedFileError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
-        rotation = Rotation(rotation.frequencies / factors, rotation.length)
-    if architecture.unrotated_every:
+        rotation = Rotation(rotation.frequencies / factors, rotation.attention_factor)
+    if architecture.no_rope_layer_interval:
         still = Rotation(np.zeros(head_dim // 2))
-        return (rotation, still), np.array([int(not architecture.rotates(layer)) for layer in layers], np.int64)
+        return (rotation, still), np.array([int(not architecture.uses_rope(layer)) for layer in layers], np.int64)
     if architecture.sliding_rope:
         base = _number(file, f"{architecture.gguf_name}.{SLIDING_BASE_KEY}", DEFAULT_BASE)
-        sliding = rotation_of_base(base, head_dim)
-        return (rotation, sliding), np.array([int(architecture.slides(layer)) for layer in layers], np.int64)
+        sliding = rotation_from_base(base, head_dim)
+        return (rotation, sliding), np.array(
+            [int(architecture.uses_sliding_window(layer)) for layer in layers], np.int64
+        )
     return (rotation,), np.zeros(dimensions.layers, np.int64)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import VectorBuffers
 from cpu_kernels.transformer.attend_token import make_scratch
-from cpu_kernels.transformer.decode import Buffers, Head, Weights, decode
+from cpu_kernels.transformer.decode import Buffers, OutputHead, Weights, decode
 from cpu_kernels.transformer.decode_batch import BatchBuffers, decode_batch
 from cpu_kernels.transformer.gemv_batch import scratch_for
 from cpu_kernels.transformer.kv_pages import KeyValues
@@ -26,7 +26,7 @@ class DecodePass:
         self._embeddings, self._final_norm = weights.embeddings, weights.final_norm.copy()
         self._weights = _gathered(weights)
         head, sizes = weights.head, config.dimensions
-        self._head = Head(self._final_norm, head.addresses, head.matrix_rows, head.depths, head.steps)
+        self._head = OutputHead(self._final_norm, head.addresses, head.matrix_rows, head.depths, head.steps)
         self._buffers = _single_buffers(sizes, threads)
         self._scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self._batch_buffers = _batch_buffers(sizes, 0, threads)

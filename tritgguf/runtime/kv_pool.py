@@ -23,6 +23,7 @@ from tritgguf.runtime.rotations import RotationTables
 CACHE_TYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
 DEFAULT_CACHE_TYPE = "f16"
 _NO_PAGE = -1
+_SHARE_OF_FREE_MEMORY = 0.25
 
 
 class PoolExhaustedError(Exception):
@@ -48,6 +49,17 @@ def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: 
             f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
             " use a smaller one (-c)"
         )
+
+
+def pages_for(config: ModelConfig, context: int, sequences: int, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
+    """Return how many pages a pool should have: for all sequences at once, as far as memory allows.
+
+    A quarter of the free memory is allowed, but one sequence always fits. With a page besides for each sequence, one
+    that it shares can be copied. Pages that nobody needs at the moment keep the prefixes of earlier requests.
+    """
+    for_one, memory = pages_of(context) + 1, machine_memory_bytes()
+    allowed = for_one if memory is None else _SHARE_OF_FREE_MEMORY * memory[1] / page_bytes(config, cache_type)
+    return max(for_one, min(sequences * for_one, int(allowed)))
 
 
 class KVPool:

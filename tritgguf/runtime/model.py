@@ -88,20 +88,24 @@ class Model:
         cache_type = cache_type or ("f32" if self.exact else DEFAULT_CACHE_TYPE)
         return KVPool(self.config, pages=pages, sequences=sequences, context=context, cache_type=cache_type)
 
-    def compile(self, announce: Callable[[], None]) -> None:
+    def compile(self, announce: Callable[[], None], *, batches: bool = True) -> None:
         """Compile every kernel that the model needs, or load it from the cache.
 
         Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
-        compiled, which happens on a machine's first run and takes about half a minute.
+        compiled, which happens on a machine's first run and takes about half a minute. Without `batches`, what only
+        several outputs of a forward pass need is left out.
         """
-        thread_pool, pool = CompilingThreadPool(1, isa=self.thread_pool.isa_name), self.new_kv_pool(context=1)
-        token, logits = np.zeros(1, np.int64), np.zeros((1, self.config.vocab_size), np.float32)
+        compiler, pool = CompilingThreadPool(1, isa=self.thread_pool.isa_name), self.new_kv_pool(context=1)
+        token, logits = np.zeros(1, np.int64), np.zeros((2, self.config.vocab_size), np.float32)
+        hidden = np.zeros((2, self.config.dimensions.hidden), np.float32)
         with announcing_compilation(announce):
             arrays = pool.key_values(self._rotations)
-            self._prompt_pass.run(thread_pool, token, np.array([[0, 1, 0, 0]]), arrays)
-            self._decode_pass.run_one(thread_pool, 0, 0, 0, arrays, logits[0])
-            self._decode_pass.run(thread_pool, token, token, token, arrays)
-            self._multiply_head(np.zeros((1, self.config.dimensions.hidden), np.float32), logits, thread_pool)
+            self._prompt_pass.run(compiler, token, np.array([[0, 1, 0, 0]]), arrays)
+            self._decode_pass.run_one(compiler, 0, 0, 0, arrays, logits[0])
+            self._multiply_head(hidden[:1], logits[:1], compiler)
+            if batches:
+                self._decode_pass.run(compiler, token, token, token, arrays)
+                self._multiply_head(hidden, logits, compiler)
 
     def forward(
         self, batch: TokenBatch, kv: KVPool, logits: np.ndarray | None, hidden: np.ndarray | None = None
@@ -177,9 +181,9 @@ class Model:
     def _multiply_head(self, rows: np.ndarray, logits: np.ndarray, thread_pool: ThreadPool) -> None:
         """Multiply hidden states, float32 [rows, hidden], with the output matrix."""
         head = self._weights.head
-        if self.exact:
+        if self.exact or len(rows) == 1:
             for row, out in zip(rows, logits, strict=True):
-                head.multiply_vector(row, out, thread_pool, exact=True)
+                head.multiply_vector(row, out, thread_pool, exact=self.exact)
             return
         if len(self._outputs.x) < len(rows):
             self._outputs = Activations(len(rows), rows.shape[1])

@@ -31,5 +31,5 @@ class RotationTables:
     def _compute(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         places = np.arange(positions)
         angles = np.stack([np.outer(places, rotation.frequencies) for rotation in self._rotations])
-        lengths = np.array([rotation.length for rotation in self._rotations])[:, np.newaxis, np.newaxis]
+        lengths = np.array([rotation.attention_factor for rotation in self._rotations])[:, np.newaxis, np.newaxis]
         return (lengths * np.cos(angles)).astype(np.float32), (lengths * np.sin(angles)).astype(np.float32)

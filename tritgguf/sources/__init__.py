@@ -1,1 +1,1 @@
-"""What a conversion reads: Hugging Face folders, hub ids and GGUF files."""
+"""Sources of a conversion: Hugging Face folders, hub ids and GGUF files."""

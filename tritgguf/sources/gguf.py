@@ -1,4 +1,4 @@
-"""A GGUF file as a source."""
+"""A GGUF file as the source of a conversion."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from tritgguf.formats.gguf_file import GgufFile
 
-# `convert` writes these for what the new file holds.
-_KEYS_OF_THE_OUTPUT = ("general.file_type", "general.quantization_version")
+# These keys describe the tensor types; `convert` writes its own.
+_TYPE_KEYS = ("general.file_type", "general.quantization_version")
 
 
 class GgufSource:
-    """A GGUF file of an architecture in the table: a trit file, or of any types that gguf-py dequantizes."""
+    """A GGUF file of a supported architecture with trit tensors or any types that gguf-py can dequantize."""
 
     def __init__(self, path: Path) -> None:
         from tritgguf.formats.gguf_file import GgufFile
@@ -46,13 +46,13 @@ class GgufSource:
         self.metadata = _gguf_metadata(self._file)
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor dequantized: float32, contiguous; TritGgufError for a type that cannot be."""
+        """Return a tensor dequantized: float32, contiguous; TritGgufError if gguf-py cannot dequantize its type."""
         weights = np.ascontiguousarray(self._file.read_float32(name))
         self._file.release(name)
         return weights
 
     def rows(self, name: str) -> MatrixRows:
-        """Return a tensor's numbers as views of the file where they are F32, F16 or BF16; otherwise dequantized."""
+        """Return a tensor's rows: views of the file for F32, F16 and BF16, dequantized float32 for other types."""
         info = self._file.tensors[name]
         shape = (info.n_weights // info.shape[-1], info.shape[-1])
         is_readable = info.type_name in READABLE_DTYPES
@@ -62,20 +62,20 @@ class GgufSource:
             if not is_readable:
                 return self._file.read_rows(name, first, last)
             raw = self._file.raw(name).reshape(shape[0], -1)[first:last].reshape(-1)
-            raw[:: mmap.PAGESIZE].max()  # brings the pages in, so that whoever computes need not wait for the disk
+            raw[:: mmap.PAGESIZE].max()  # loads the pages now, so that computing threads do not wait for the disk
             return raw.view(dtype).reshape(-1, shape[1])
 
         return MatrixRows(shape, dtype, read, 1)
 
     def packed(self, name: str) -> PackedTensor | None:
-        """Return a trit tensor as views of the file; None for any other."""
+        """Return a trit tensor as views of the file; None for other types."""
         info = self._file.tensors[name]
         if not is_trit_type(info.type_id):
             return None
         return PackedTensor(TritType(info.type_id).depth, self._file.raw(name), self._file.codebook(name))
 
     def release(self, name: str) -> None:
-        """Let go of the pages of the file that a tensor lies in."""
+        """Drop the resident pages of a tensor."""
         self._file.release(name)
 
     def _check_tensors(self) -> Dimensions:
@@ -93,13 +93,13 @@ class GgufSource:
 
 
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
-    """Return a file's keys unchanged, and tokenizer.huggingface.json, made where the file has none.
+    """Return a file's keys without trit and type keys, and tokenizer.huggingface.json, made if the file lacks it.
 
-    The output has its own keys of trits and of its types.
+    Values are unchanged.
     """
     from gguf import GGUFValue, GGUFValueType
 
-    metadata = {key: value for key, value in file.stock_metadata().items() if key not in _KEYS_OF_THE_OUTPUT}
+    metadata = {key: value for key, value in file.stock_metadata().items() if key not in _TYPE_KEYS}
     if HUGGINGFACE_JSON_KEY not in metadata:
         text = tokenizer_json_from_gguf(file.metadata, where=str(file.path))
         metadata[HUGGINGFACE_JSON_KEY] = GGUFValue(value=text, type=GGUFValueType.STRING)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a source."""
+"""A Hugging Face folder as the source of a conversion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tritgguf.tokenization.hf_to_gguf import tokenizer_metadata
 if TYPE_CHECKING:
     from gguf import GGUFValue
 
-# Buffers that old checkpoints carry beside the weights; llama.cpp's converter passes over the same three.
+# Buffers that old checkpoints store with the weights; llama.cpp's converter skips the same three.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -54,21 +54,21 @@ class HfFolderSource:
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order.
 
-        Raises TritGgufError when the shard has been cut short or taken away since it was opened.
+        Raises TritGgufError if the shard was truncated or removed after it was opened.
         """
         shape = next(tensor.shape for tensor in self.tensors if tensor.name == name)
         return to_float32(self._rows[name].whole()).reshape(shape)
 
     def rows(self, name: str) -> MatrixRows:
-        """Return a tensor as it is stored: float32, float16 or the bits of bfloat16; raises as `read` does."""
+        """Return a tensor's rows in their own dtype: float32, float16 or the bits of bfloat16; raises as `read`."""
         return self._rows[name]
 
     def packed(self, name: str) -> PackedTensor | None:
-        """Return None: no folder holds trits."""
+        """Return None: a folder has no packed tensors."""
         return None
 
     def release(self, name: str) -> None:
-        """Do nothing: what was read belongs to its reader."""
+        """Do nothing: `read` and `rows` return copies."""
 
     def _add_rope_factors(self, where: Path) -> None:
         factors = hf_to_gguf.rope_factors(self.config, str(where))
@@ -79,7 +79,7 @@ class HfFolderSource:
             )
 
     def _rows_of(self, name: str, stored: StoredTensor) -> MatrixRows:
-        """Return a tensor with its rows in GGUF's order, which differs within a head only."""
+        """Return a tensor with its rows in GGUF's order, which permutes rows only within a head."""
         is_vector = len(stored.shape) == 1
         shape = (1, stored.shape[0]) if is_vector else (stored.shape[0], stored.shape[1])
         head_dim = self.dimensions.head_dim
@@ -92,7 +92,7 @@ class HfFolderSource:
         return MatrixRows(shape, READABLE_DTYPES[stored.dtype], read, 1 if is_vector else head_dim)
 
     def _select_tensors(self) -> dict[str, StoredTensor]:
-        """Return the tensors that go into the file by GGUF name, all of them checked against config.json."""
+        """Return the tensors to convert by GGUF name; check their names, dtypes and shapes against config.json."""
         selected: dict[str, StoredTensor] = {}
         for hf_name, stored in open_shards(self.folder).items():
             if hf_name.endswith(_BUFFERS):
@@ -110,7 +110,7 @@ class HfFolderSource:
         tied = hf_to_gguf.is_tied(self.config, self.architecture)
         head, embedding = selected.get("output.weight"), selected.get("token_embd.weight")
         if tied and head is not None and embedding is not None:
-            # Where the two differ in spite of what config.json says, transformers keeps both, and so do we.
+            # If the two differ although config.json says they are tied, transformers keeps both, and so do we.
             tied = head.equals(embedding)
             if tied:
                 del selected["output.weight"]
@@ -128,22 +128,22 @@ class HfFolderSource:
         tokenizer, warnings = tokenizer_metadata(
             self.folder,
             self.dimensions.vocabulary,
-            add_space_prefix_key=self.architecture.states_space_prefix,
+            add_space_prefix_key=self.architecture.writes_space_prefix,
         )
         self.warnings += warnings
         return {**general, **model, **tokenizer}
 
 
 def _general_metadata(folder: Path, arch: str, weights: int, hub_id: str | None) -> dict[str, GGUFValue]:
-    """Return the `general.*` keys (name, size, licence ...) that gguf-py finds in the folder."""
+    """Return the `general.*` keys (name, size, license ...) that gguf-py finds in the folder."""
     import gguf
 
     try:
         metadata = gguf.Metadata.load(model_path=folder, total_params=weights)
-    except Exception:  # a model card that gguf-py cannot read is no reason to refuse the weights
+    except Exception:  # gguf-py cannot read some model cards, whose weights are still valid
         metadata = gguf.Metadata()
     if hub_id is not None:
-        # The folder of a download is named by its commit.
+        # A download's folder is named after its commit, not after the model.
         fields = ("name", "organization", "basename", "finetune", "version", "size_label")
         for field, value in zip(fields, gguf.Metadata.get_model_id_components(hub_id, weights), strict=True):
             setattr(metadata, field, value)
@@ -157,7 +157,7 @@ def _general_metadata(folder: Path, arch: str, weights: int, hub_id: str | None)
 
 
 def _is_well_typed(value: GGUFValue) -> bool:
-    """Tell whether a value from a model card, which may be anything, is what its key's type says."""
+    """Tell whether a value from a model card, which can be anything, has the type of its key."""
     from gguf import GGUFValueType
 
     found = value.value

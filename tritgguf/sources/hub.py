@@ -7,12 +7,12 @@ from pathlib import Path
 from tritgguf.errors import BadRequestError, TritGgufError
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md"]
-# Subfolders and `consolidated` files hold the same weights again in their makers' own formats.
+# Subfolders and `consolidated` files repeat the weights in the vendors' own formats.
 _HUB_IGNORED = ["*/*", "consolidated*"]
 
 
 def download(hub_id: str, revision: str | None) -> Path:
-    """Bring a model of the hub into the local cache and return its folder."""
+    """Download a model into the local cache and return its folder; TritGgufError if that fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -36,7 +36,7 @@ def download(hub_id: str, revision: str | None) -> Path:
         raise BadRequestError(f"{hub_id}: the hub has no revision {revision} of this model") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise TritGgufError(f"{hub_id}: the hub cannot be reached; give a local folder or go online") from error
-    except Exception as error:  # which classes a transport raises depends on huggingface_hub's version
+    except Exception as error:  # the exception classes of transports depend on huggingface_hub's version
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TritGgufError(f"{hub_id}: the download from the hub failed ({first_line})") from error
     return Path(folder)

@@ -15,10 +15,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_source(location: str | Path, *, revision: str | None = None) -> Source:
-    """Open a folder, a GGUF file, or, where there is neither, an `organization/name` of the Hugging Face hub.
+    """Open a folder, a GGUF file, or, if neither exists, the hub model `organization/name`.
 
-    `revision` is a branch, tag or commit of the hub. Raises TritGgufError for everything that is wrong with
-    the source.
+    `revision` is a branch, tag or commit of the hub model. Raises TritGgufError for an invalid source.
     """
     path = Path(location)
     if path.is_dir():

@@ -1,8 +1,8 @@
-"""The sources of a conversion: a Hugging Face folder, a hub id, a GGUF file.
+"""The interface of a conversion's sources: a Hugging Face folder, a hub model, a GGUF file.
 
-Whatever the source, `convert` sees the same: metadata as llama.cpp's converter would write it, and tensors
-under GGUF names, read one at a time, as they are stored or as float32. Everything that can be wrong with a
-source short of its weights' values is found when it is opened, before a byte of output is written.
+All sources provide the same to `convert`: metadata as llama.cpp's converter writes it, and tensors under GGUF names,
+read one at a time, in their own dtype or as float32. Opening a source finds every fault except those of weight values,
+before any output is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that goes into the file: GGUF name, shape in NumPy order, bytes it takes in the source."""
+    """A tensor to convert: GGUF name, shape in NumPy order, bytes in the source."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor that the source holds in trits: packed rows, uint8, of a depth, and their scales, float32 [27]."""
+    """A trit tensor of the source: depth, packed rows (uint8) and codebook (float32 [27])."""
 
     depth: int
     data: np.ndarray
@@ -41,33 +41,33 @@ class PackedTensor:
 
 
 class Source(Protocol):
-    """What `convert` and `verify` read."""
+    """A source for `convert` and `verify`."""
 
     name: str
     """The path or hub id, for messages."""
     metadata: dict[str, GGUFValue]
-    """llama.cpp's keys in its order, then tokenizer.huggingface.json; none that describes tensor types."""
+    """llama.cpp's keys in its order, then tokenizer.huggingface.json; no keys that describe tensor types."""
     tensors: list[SourceTensor]
-    """In the order of the file; `output.weight` only where the head is not the embedding."""
+    """In file order; `output.weight` is missing if the head is tied to the embedding."""
     warnings: list[str]
-    """What the user should know although it stops nothing; a line each."""
+    """Warnings for the user, one line each."""
     files: list[Path]
-    """What is read; a change of one of them is a change of the source."""
+    """The files that are read; resuming checks that they are unchanged."""
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; nothing is kept."""
+        """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; not cached."""
 
     def rows(self, name: str) -> MatrixRows:
-        """Return it in the source's own numbers, to be read some rows at a time; a vector is a single row.
+        """Return a tensor for reading by rows, in the dtype of the source; a vector is a single row.
 
-        Of a type other than F32, F16 and BF16, float32. What is read may be a view of the source, until `release`.
+        Types other than F32, F16 and BF16 become float32. Rows may be views of the source, valid until `release`.
         """
 
     def packed(self, name: str) -> PackedTensor | None:
-        """Return a tensor that is in trits already, as views of the source; None for any other."""
+        """Return a trit tensor as views of the source; None for other types."""
 
     def release(self, name: str) -> None:
-        """Let go of the memory behind a tensor's views."""
+        """Release the memory behind a tensor's views."""
 
 
 def check_shapes(
@@ -78,9 +78,9 @@ def check_shapes(
     where: str,
     label: Callable[[str], str],
 ) -> None:
-    """Raise TritGgufError for a tensor that is missing, in excess or of another shape than the sizes demand.
+    """Raise TritGgufError for a tensor that is missing, unexpected or of the wrong shape.
 
-    `shapes` are those found, by GGUF name; `label` turns such a name into the one the source has.
+    `shapes` maps GGUF names to the shapes found; `label` maps a GGUF name to the source's name for messages.
     """
     expected = dimensions.shapes()
     if tied:
@@ -90,7 +90,7 @@ def check_shapes(
             raise DamagedFileError(f"{where}: tensor {label(name)} is missing")
         if shapes[name] != shape:
             raise DamagedFileError(
-                f"{where}: tensor {label(name)} has shape {shapes[name]}, but the config demands {shape}"
+                f"{where}: tensor {label(name)} has shape {shapes[name]}, but the config requires {shape}"
             )
     for name in shapes:
         if name not in expected:

@@ -1,1 +1,1 @@
-"""Tokenizers and chat templates, in both formats."""
+"""Tokenizers, their conversion between Hugging Face and GGUF, and chat templates."""

@@ -1,8 +1,8 @@
-"""A chat to a prompt, with the Jinja template that the model's file carries.
+"""Conversion of a chat into prompt tokens with the Jinja template of the model's file.
 
-Two things are untrusted here. The template comes with the file, so it runs in Jinja's sandbox, with bounds on time
-and memory, in a process of its own (`template_process`). And what a user types must not become control tokens:
-`<|im_end|>` in a message is text that talks about a token, not the end of a turn.
+Two inputs are untrusted. The template comes with the file, so it runs in Jinja's sandbox in a separate process, with
+limits on time and memory (`template_process`). And text in a message must not become control tokens: `<|im_end|>` in a
+message is plain text, not the end of a turn.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def render(
     eos_token: str,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return the prompt that a template makes of a chat, as transformers' `apply_chat_template` renders it.
+    """Return the prompt of a chat, as transformers' `apply_chat_template` renders it.
 
-    Raises BadRequestError with the template's own message when it refuses the chat, and DamagedFileError with what is
-    wrong with it.
+    Raises BadRequestError with the template's own message if it rejects the chat, and DamagedFileError if the template
+    is invalid.
     """
     values = {
         "messages": [dict(message) for message in messages],
@@ -55,9 +55,9 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Return a chat's tokens; only the template's own text becomes control tokens, never that of a message.
+    """Return a chat's tokens. Control tokens come only from the template's text, never from a message.
 
-    Starts with bos where the model wants it. Raises TritGgufError as `render` does.
+    The tokens start with bos if the model uses it. Raises TritGgufError as `render` does.
     """
     control = _control_pattern(tokenizer)
     shield = _shield(tokenizer, template, messages) if control else {}
@@ -82,7 +82,7 @@ def encode_chat(
 
 
 def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that matches the control tokens, with the white space that they take in."""
+    """Return a pattern for the control tokens, with the white space that they strip; None if there are none."""
     parts = []
     for token in sorted(tokenizer.added_tokens.values(), key=lambda token: -len(token.content)):
         if token.special and token.content:
@@ -92,26 +92,25 @@ def _control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def _shield(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> dict[str, str]:
-    """Return a private character for each control token that a message spells out, longest token first.
+    """Return a private-use character for each control token that occurs in a message, longest token first.
 
-    Templates look at their messages' contents (trim, split, search), so these are rendered as they are but
-    for the control tokens in them, for which a character stands that occurs nowhere else.
+    Templates process message contents (trim, split, search), so only the control tokens in them are replaced, each by a
+    character that occurs nowhere else.
     """
     contents = "\0".join(message["content"] for message in messages)
-    spelled = [text for text in sorted(tokenizer.control_texts, key=len, reverse=True) if text in contents]
-    if not spelled:
+    occurring = [text for text in sorted(tokenizer.control_texts, key=len, reverse=True) if text in contents]
+    if not occurring:
         return {}
     used = set(contents) | set(template)
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-    return {token_text: next(free) for token_text in spelled}
+    return {token_text: next(free) for token_text in occurring}
 
 
 def _segments(text: str, control: re.Pattern[str], marks: dict[str, str]) -> Iterator[str]:
-    """Cut a rendered prompt between control tokens so that marked text lies in segments without any.
+    """Split a rendered prompt at control tokens, so that segments with marks contain no control tokens.
 
-    A tokenizer splits at control tokens before all else, so the tokens are those of the uncut text. (Except
-    that one that puts a space in front of a text's first word alone also puts it in front of a marked
-    segment.)
+    A tokenizer splits at control tokens first, so the segments give the same tokens as the whole text. (One exception:
+    a tokenizer that puts a space only before the first word of a text also puts it before a segment with marks.)
     """
     start = end = 0
     for match in [*control.finditer(text), None]:

@@ -1,9 +1,8 @@
-"""GGUF's `tokenizer.ggml.*` keys -> the text of a tokenizer.json.
+"""Conversion of GGUF's `tokenizer.ggml.*` keys into the text of a tokenizer.json.
 
-Two kinds of tokenizer occur in the supported architectures. Byte-level BPE (`gpt2` in GGUF: Llama 3, Qwen2,
-SmolLM2) cuts text with a regular expression, which GGUF knows only by a name, `tokenizer.ggml.pre`.
-SentencePiece BPE (`llama`: Llama 2, TinyLlama, Mistral) has a score per token in GGUF and a list of merges in
-tokenizer.json.
+The supported architectures use two tokenizer types. Byte-level BPE (`gpt2` in GGUF: Llama 3, Qwen2, SmolLM2) splits
+text with a regular expression, which GGUF stores only as a name, `tokenizer.ggml.pre`. SentencePiece BPE (`llama`:
+Llama 2, TinyLlama, Mistral) has a score per token in GGUF and a list of merges in tokenizer.json.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 from gguf import TokenType
 
 from tritgguf.errors import DamagedFileError
-from tritgguf.tokenization.tokenizer import refused
+from tritgguf.tokenization.tokenizer import tokenizer_errors
 
-SPACE_SIGN = "\u2581"  # what SentencePiece writes for a space
+SPACE_SIGN = "\u2581"  # SentencePiece's character for a space
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -38,8 +37,8 @@ _TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What each name of tokenizer.ggml.pre stands for: the steps before BPE in tokenizer.json. The names with
-# ignore_merges take a piece of text that is a token as that token; smaug-bpe is llama-bpe without it.
+# tokenizer.ggml.pre -> the pre-tokenizer steps in tokenizer.json. With ignore_merges, a word that is in the vocabulary
+# becomes that token without merging; smaug-bpe is llama-bpe without ignore_merges.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
     "gpt-2": [_byte_level(use_regex=True)],
@@ -54,11 +53,10 @@ _OLD_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 
 def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF file") -> str:
-    """Return a tokenizer.json that splits text as llama.cpp does by these `tokenizer.ggml.*` keys.
+    """Return a tokenizer.json that tokenizes text as llama.cpp does with these `tokenizer.ggml.*` keys.
 
-    Raises TritGgufError for keys that are missing or contradict one another, and for a tokenizer.ggml.model
-    or .pre that the supported architectures do not have: a tokenizer that is nearly right would be worse than
-    none.
+    Raises TritGgufError for keys that are missing or contradictory, and for an unsupported tokenizer.ggml.model or
+    .pre: an almost correct tokenizer would be worse than none.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
@@ -68,8 +66,8 @@ def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF
     if len(types) != len(tokens):
         raise DamagedFileError(f"{where}: has {len(tokens)} tokens but {len(types)} token types")
     vocabulary: dict[str, int] = {}
-    for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind != TokenType.UNUSED:
+    for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        if token_type != TokenType.UNUSED:
             vocabulary.setdefault(token, token_id)
     added = [
         {
@@ -79,10 +77,10 @@ def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != TokenType.USER_DEFINED,
+            "special": token_type != TokenType.USER_DEFINED,
         }
-        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+        for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True))
+        if token_type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
         and token
         and vocabulary[token] == token_id
     ]
@@ -110,8 +108,8 @@ def _byte_level_parts(
     pre = _pre_name(metadata)
     if pre not in PRE_TOKENIZERS:
         raise DamagedFileError(
-            f"{where}: tokenizer.ggml.pre is {pre}, but only {', '.join(PRE_TOKENIZERS)} are known here;"
-            " convert the Hugging Face checkpoint instead, which brings its tokenizer.json"
+            f"{where}: tokenizer.ggml.pre is {pre}, but only {', '.join(PRE_TOKENIZERS)} are supported;"
+            " convert the Hugging Face checkpoint instead, which has a tokenizer.json"
         )
     merges = merge_pairs(_list_of(metadata, "tokenizer.ggml.merges", str, where), where)
     model = {"type": "BPE", "ignore_merges": pre in _IGNORE_MERGES, "vocab": vocabulary, "merges": merges}
@@ -134,16 +132,16 @@ def _sentencepiece_parts(
     if len(scores) != len(tokens):
         raise DamagedFileError(f"{where}: has {len(tokens)} tokens but {len(scores)} scores")
     add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    to_sign = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
-    from_sign = {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "}
+    space_to_sign = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
+    sign_to_space = {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "}
     prefix = [{"type": "Prepend", "prepend": SPACE_SIGN}] if add_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix else []
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, to_sign]},
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, space_to_sign]},
         "pre_tokenizer": None,
         "decoder": {
             "type": "Sequence",
-            "decoders": [from_sign, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+            "decoders": [sign_to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
         },
         "model": {
             "type": "BPE",
@@ -159,7 +157,7 @@ def _sentencepiece_parts(
 def _merges_from_scores(
     vocabulary: Mapping[str, int], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """Return every way to make a token of two others: highest score first, then longest left half."""
+    """Return all pairs of tokens that form a token: highest score first, then longest left part."""
     merges = []
     for token, token_id in vocabulary.items():
         if types[token_id] not in (TokenType.NORMAL, TokenType.USER_DEFINED):
@@ -174,20 +172,20 @@ def _merges_from_scores(
 def _post_processor(
     metadata: Mapping[str, Any], tokens: Sequence[str], model: str, where: str
 ) -> dict[str, Any] | None:
-    """Return the template that puts BOS before and EOS behind a text where llama.cpp would."""
-    begins_by_default = model == "llama" or _pre_name(metadata) in _IGNORE_MERGES
+    """Return the template that adds bos and eos to a text as llama.cpp does; None if it adds neither."""
+    adds_bos_by_default = model == "llama" or _pre_name(metadata) in _IGNORE_MERGES
     before: list[dict[str, Any]] = []
     after: list[dict[str, Any]] = []
     special: dict[str, Any] = {}
-    for name, place, default_id, wanted in (
-        ("bos", before, 1, metadata.get("tokenizer.ggml.add_bos_token", begins_by_default)),
+    for name, target, default_id, is_added in (
+        ("bos", before, 1, metadata.get("tokenizer.ggml.add_bos_token", adds_bos_by_default)),
         ("eos", after, 2, metadata.get("tokenizer.ggml.add_eos_token", False)),
     ):
-        if wanted is True:
+        if is_added is True:
             token_id = _special_id(metadata, name, default_id if model == "llama" else None, tokens, where)
             token = tokens[token_id]
             special[token] = {"id": token, "ids": [token_id], "tokens": [token]}
-            place.append({"SpecialToken": {"id": token, "type_id": 0}})
+            target.append({"SpecialToken": {"id": token, "type_id": 0}})
     if not special:
         return None
     first, second = ([*before, {"Sequence": {"id": name, "type_id": 0}}, *after] for name in ("A", "B"))
@@ -203,19 +201,19 @@ def _special_id(metadata: Mapping[str, Any], name: str, default: int | None, tok
     key = f"tokenizer.ggml.{name}_token_id"
     token_id = metadata.get(key, default)
     if type(token_id) is not int or not 0 <= token_id < len(tokens):
-        raise DamagedFileError(f"{where}: {key} is {token_id}, which is no token")
+        raise DamagedFileError(f"{where}: {key} is {token_id}, which is not a token id")
     return token_id
 
 
 def merge_pairs(merges: Any, where: str) -> list[tuple[str, str]]:
-    """Return merges as pairs; files before 2024 have them as `left right`."""
+    """Return merges as pairs; files before 2024 have strings `left right`."""
     if not isinstance(merges, list):
         raise DamagedFileError(f"{where}: has no list of merges")
     pairs = []
     for merge in merges:
         parts = merge.split(" ", 1) if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise DamagedFileError(f"{where}: the merge {merge!r} is no pair of tokens")
+            raise DamagedFileError(f"{where}: the merge {merge!r} is not a pair of tokens")
         pairs.append((parts[0], parts[1]))
     return pairs
 
@@ -223,19 +221,19 @@ def merge_pairs(merges: Any, where: str) -> list[tuple[str, str]]:
 def _list_of(
     metadata: Mapping[str, Any],
     key: str,
-    kind: type | tuple[type, ...],
+    element_type: type | tuple[type, ...],
     where: str,
     default: list[Any] | None = None,
 ) -> list[Any]:
     values = metadata.get(key, default)
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise DamagedFileError(f"{where}: {key} is missing or of another type than it should be")
+    if not isinstance(values, list) or not all(isinstance(value, element_type) for value in values):
+        raise DamagedFileError(f"{where}: {key} is missing or has the wrong type")
     return values
 
 
 def check_loads(text: str, where: str) -> None:
-    """Raise TritGgufError unless the `tokenizers` library, which `run` uses, accepts a tokenizer.json."""
+    """Raise TritGgufError unless the `tokenizers` library, which `run` uses, loads a tokenizer.json."""
     from tokenizers import Tokenizer
 
-    with refused(f"{where}: makes no valid tokenizer"):
+    with tokenizer_errors(f"{where}: the tokenizer is not valid"):
         Tokenizer.from_str(text)

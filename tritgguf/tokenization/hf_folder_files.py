@@ -1,4 +1,4 @@
-"""The JSON files of a tokenizer in a Hugging Face folder, from GGUF keys."""
+"""Tokenizer and generation JSON files of a Hugging Face folder, made from GGUF keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import tokenizers
 from tritgguf.formats.dtypes import shortest_decimal
 from tritgguf.tokenization.tokenizer import Tokenizer
 
-# Hugging Face name -> the key's part of GGUF.
+# Hugging Face name -> its name in GGUF keys.
 _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# generation_config.json's name -> the key's part of GGUF.
+# Name in generation_config.json -> its name in GGUF keys.
 _SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -23,7 +23,7 @@ _SAMPLING = {
 
 
 def generation_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the generation_config.json: the tokens that `run` stops at, and the sampling that the file recommends."""
+    """Return generation_config.json: the stop tokens of `run` and the sampling options that the file recommends."""
     ids = special_ids(metadata)
     stops = sorted(tokenizer.stop_tokens, key=lambda token: (token != tokenizer.eos_id, token))
     config: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
@@ -37,10 +37,10 @@ def generation_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict
 
 
 def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Return the tokenizer_config.json that goes with tokenizer.huggingface.json; `context` is in tokens."""
+    """Return tokenizer_config.json for the key tokenizer.huggingface.json; `context` is in tokens."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # A token that is not mentioned may get its class's default.
+        # transformers may give a missing token a default, so every token is stated.
         **{f"{name}_token": None for name in _SPECIAL_TOKENS},
         **special_tokens(metadata),
         "model_max_length": context,
@@ -49,10 +49,10 @@ def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any
     ids = special_ids(metadata)
     encoded = tokenizers.Tokenizer.from_str(metadata["tokenizer.huggingface.json"]).encode("a").ids
     for name, found in (("bos", encoded[:1]), ("eos", encoded[-1:])):
-        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token")
-        # Where tokenizer.json does it by itself, the key would only make transformers replace its post-processor.
-        if isinstance(wanted, bool) and not (wanted and found == [ids.get(name)]):
-            config[f"add_{name}_token"] = wanted
+        is_added = metadata.get(f"tokenizer.ggml.add_{name}_token")
+        # If tokenizer.json adds the token itself, the entry would make transformers replace the post-processor.
+        if isinstance(is_added, bool) and not (is_added and found == [ids.get(name)]):
+            config[f"add_{name}_token"] = is_added
     if isinstance(prefix := metadata.get("tokenizer.ggml.add_space_prefix"), bool):
         config["add_prefix_space"] = prefix
     if template := _chat_template(metadata):
@@ -61,19 +61,19 @@ def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special_tokens_map.json: `bos_token` and its like -> the token's text."""
+    """Return special_tokens_map.json: `bos_token`, `eos_token`, ... -> the token's text."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     return {f"{name}_token": tokens[token] for name, token in special_ids(metadata).items() if token < len(tokens)}
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Return `bos`, `eos`, `unk` and `pad` -> token id, for those that the file names."""
+    """Return `bos`, `eos`, `unk`, `pad` -> token id, for those that the file has."""
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
     return {name: token for name, token in ids.items() if type(token) is int and token >= 0}
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-    """Return the chat template, or the list of several named ones."""
+    """Return the chat template, or a list if there are several named ones; None if there is none."""
     template = metadata.get("tokenizer.chat_template")
     names = metadata.get("tokenizer.chat_templates")
     if not names or not isinstance(names, list):

@@ -1,7 +1,7 @@
-"""The tokenizer of a Hugging Face folder -> GGUF's `tokenizer.*` keys.
+"""Conversion of the tokenizer of a Hugging Face folder into GGUF's `tokenizer.*` keys.
 
-Keys, their order and the rules for token types are those of llama.cpp's convert_hf_to_gguf.py.
-`tokenizer_json` goes the other way and describes the two kinds of tokenizer.
+The keys, their order and the rules for token types are those of llama.cpp's convert_hf_to_gguf.py. `gguf_to_hf`
+converts in the other direction and describes the two tokenizer types.
 """
 
 from __future__ import annotations
@@ -34,22 +34,21 @@ __all__ = ["HUGGINGFACE_JSON_KEY", "tokenizer_json_from_gguf", "tokenizer_metada
 HUGGINGFACE_JSON_KEY = "tokenizer.huggingface.json"
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Tokens that some models add without marking them special although they are.
+# Control tokens that some models do not mark as special.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
-# SmolLM2 (and Granite) begin without a BOS token; llama.cpp's converter tells them by the size of their
-# vocabulary.
+# SmolLM2 and Granite do not use a bos token; llama.cpp's converter recognizes them by their vocabulary size.
 _VOCABULARY_WITHOUT_BOS = 49152
 
 
 @contextmanager
 def _quiet_gguf() -> Iterator[None]:
-    """Keep gguf-py from printing the oddities that it reports by logging: none of them is for the user to act on."""
-    logger, silence = logging.getLogger("gguf"), logging.NullHandler()
-    logger.addHandler(silence)
+    """Suppress gguf-py's log messages, which the user can do nothing about."""
+    logger, handler = logging.getLogger("gguf"), logging.NullHandler()
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(silence)
+        logger.removeHandler(handler)
 
 
 @_quiet_gguf()
@@ -58,10 +57,10 @@ def tokenizer_metadata(
 ) -> tuple[dict[str, GGUFValue], list[str]]:
     """Return the `tokenizer.*` keys of a Hugging Face folder, and warnings.
 
-    `vocabulary` is the number of rows of the embedding: ids without a token become unused tokens `[PAD<id>]`.
-    `add_space_prefix_key` tells whether tokenizer_config.json's add_prefix_space has a key (architecture
-    `llama`). Without tokenizer.json, one is made from tokenizer.model. Raises TritGgufError when there is
-    neither, when one is damaged, and for a kind of tokenizer that the architectures do not have.
+    `vocabulary` is the number of rows of the embedding; ids without a token become unused tokens `[PAD<id>]`.
+    `add_space_prefix_key`: whether to write add_prefix_space of tokenizer_config.json (architecture `llama`). If
+    tokenizer.json is missing, it is made from tokenizer.model. Raises TritGgufError if both are missing, if a file is
+    damaged and if the tokenizer type is not supported.
     """
     json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     tokenizer = read_json(json_path) if json_path.is_file() else None
@@ -90,7 +89,7 @@ def tokenizer_metadata(
     for key, value in metadata.items():
         texts = value.value if isinstance(value.value, list) else [value.value]
         if not is_unicode("".join(text for text in texts if isinstance(text, str))):
-            raise DamagedFileError(f"{folder}: {key} would hold half of a surrogate pair, which is no character")
+            raise DamagedFileError(f"{folder}: {key} would contain half of a surrogate pair, which is not a character")
     if tokenizer is None:
         text = tokenizer_json_from_gguf({key: value.value for key, value in metadata.items()}, where=where)
     else:
@@ -101,11 +100,11 @@ def tokenizer_metadata(
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
-    """Tell SentencePiece BPE from byte-level BPE; TritGgufError for anything else."""
+    """Return True for SentencePiece BPE, False for byte-level BPE; TritGgufError for other types."""
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        kind = model.get("type") if isinstance(model, dict) else None
-        raise DamagedFileError(f"{where}: a tokenizer of kind {kind} is not supported (BPE is)")
+        model_type = model.get("type") if isinstance(model, dict) else None
+        raise DamagedFileError(f"{where}: a tokenizer of type {model_type} is not supported (BPE is)")
     if model.get("byte_fallback"):
         return True
     if "ByteLevel" not in (step[0] for step in _signature(tokenizer.get("pre_tokenizer"))):
@@ -116,11 +115,11 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
 
 
 def _added_tokens(tokenizer: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> dict[int, Any]:
-    """Return id -> entry of the tokens added to the model's own, from tokenizer.json if there is one."""
+    """Return id -> entry of the added tokens, from tokenizer.json if it exists, else from tokenizer_config.json."""
     if tokenizer is not None:
         entries = tokenizer.get("added_tokens") or []
         if not isinstance(entries, list):
-            raise DamagedFileError(f"{where}: added_tokens is no list")
+            raise DamagedFileError(f"{where}: added_tokens is not a list")
     else:
         decoder = config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict) or not all(
@@ -137,7 +136,7 @@ def _added_tokens(tokenizer: Mapping[str, Any] | None, config: Mapping[str, Any]
 
 
 def _added_type(entry: Mapping[str, Any]) -> tuple[str, int]:
-    """Return an added token's text and type. A user-defined one is found in plain text: plain spaces."""
+    """Return an added token's text and type. User-defined tokens match plain text, so their spaces are plain."""
     text = entry["content"]
     if entry.get("special") or _LOOKS_SPECIAL.fullmatch(text):
         return text, TokenType.CONTROL
@@ -158,7 +157,7 @@ def _add_byte_level(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary
         types[token_id] = TokenType.NORMAL
     for token_id, entry in _added_tokens(tokenizer, {}, where).items():
         tokens[_check_id(token_id, vocabulary, where)], types[token_id] = _added_type(entry)
-    pre = _recognise_pre_tokenizer(tokenizer)
+    pre = _recognize_pre_tokenizer(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre or "default")
     writer.add_token_list(tokens)
@@ -166,8 +165,8 @@ def _add_byte_level(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary
     if pre is not None:
         return []
     warning = (
-        f"{where}: its pre-tokenizer has no name known here, so tokenizer.ggml.pre is `default`;"
-        " tokenizer.huggingface.json is right all the same, but llama.cpp may split text elsewhere"
+        f"{where}: its pre-tokenizer is unknown, so tokenizer.ggml.pre is `default`;"
+        " tokenizer.huggingface.json is correct, but llama.cpp may split text differently"
     )
     return [warning]
 
@@ -185,8 +184,8 @@ def _add_sentencepiece(
         raise DamagedFileError(f"{where}: has {len(pieces)} tokens, more than config.json's vocab_size of {vocabulary}")
     pieces += [Piece(f"[PAD{token_id}]", -10000.0, TokenType.UNUSED) for token_id in range(len(pieces), vocabulary)]
     for token_id, entry in _added_tokens(tokenizer, config, where).items():
-        text, kind = _added_type(entry)
-        pieces[_check_id(token_id, vocabulary, where)] = Piece(text, -1000.0, kind)
+        text, token_type = _added_type(entry)
+        pieces[_check_id(token_id, vocabulary, where)] = Piece(text, -1000.0, token_type)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.text for piece in pieces])
@@ -195,10 +194,10 @@ def _add_sentencepiece(
 
 
 def _pieces_from_json(tokenizer: Mapping[str, Any], vocabulary: int, where: str) -> list[Piece]:
-    """Return the pieces that SentencePiece's own file would hold.
+    """Return the pieces of the tokenizer.model that corresponds to a tokenizer.json.
 
-    It scores the n-th merged token with -n, which is the order of tokenizer.json's merges; what no merge
-    makes (single characters, bytes) never competes for one, so its score does not matter.
+    SentencePiece gives the n-th merged token the score -n, in the order of the merges of tokenizer.json. Tokens that no
+    merge forms (single characters, bytes) never compete, so their scores do not matter.
     """
     model = tokenizer["model"]
     merges = merge_pairs(model.get("merges"), where)
@@ -216,37 +215,37 @@ def _pieces_from_json(tokenizer: Mapping[str, Any], vocabulary: int, where: str)
 
 
 def _add_special(writer: GGUFWriter, folder: Path, vocabulary: int, *, load_merges: bool) -> None:
-    """Add merges, special tokens' ids, add_bos_token and the like, and the chat template, as gguf-py does."""
+    """Add merges, special token ids, add_bos_token etc. and the chat template with gguf-py."""
     try:
         SpecialVocab(folder, load_merges=load_merges, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
         names = writer.kv_data[0].get("tokenizer.chat_templates")
         if names is not None:
-            names.value.sort()  # they come from a set
-    except Exception as error:  # it trusts the files' structure, so anything may come
+            names.value.sort()  # gguf-py collects them in a set
+    except Exception as error:  # gguf-py does not check the files, so any exception is possible
         raise DamagedFileError(f"{folder}: the tokenizer's JSON files are damaged ({error!r})") from error
 
 
 def _signature(pre_tokenizer: Any, nesting: int = 0) -> list[tuple[Any, ...]]:
-    """Return what decides where a pre-tokenizer cuts: one tuple per step, nested sequences flattened."""
+    """Return what determines a pre-tokenizer's splits: one tuple per step, nested sequences flattened."""
     if not isinstance(pre_tokenizer, dict):
         return []
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence" and nesting < 4 and isinstance(steps := pre_tokenizer.get("pretokenizers"), list):
+    step_type = pre_tokenizer.get("type")
+    if step_type == "Sequence" and nesting < 4 and isinstance(steps := pre_tokenizer.get("pretokenizers"), list):
         return [part for step in steps for part in _signature(step, nesting + 1)]
-    if kind == "Split" and isinstance(pattern := pre_tokenizer.get("pattern"), dict):
-        return [(kind, pattern.get("Regex"))]
-    if kind == "Digits":
-        return [(kind, bool(pre_tokenizer.get("individual_digits")))]
-    if kind == "ByteLevel":
-        return [(kind, bool(pre_tokenizer.get("use_regex", True)))]
-    return [(kind,)]
+    if step_type == "Split" and isinstance(pattern := pre_tokenizer.get("pattern"), dict):
+        return [(step_type, pattern.get("Regex"))]
+    if step_type == "Digits":
+        return [(step_type, bool(pre_tokenizer.get("individual_digits")))]
+    if step_type == "ByteLevel":
+        return [(step_type, bool(pre_tokenizer.get("use_regex", True)))]
+    return [(step_type,)]
 
 
-def _recognise_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
-    """Return the name for tokenizer.ggml.pre, or None.
+def _recognize_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return the name for tokenizer.ggml.pre, or None if the pre-tokenizer is unknown.
 
-    llama.cpp's converter hashes the ids of a test text, which knows only the vocabularies it has seen; the
-    steps themselves are as good a sign and hold for every fine-tune.
+    llama.cpp's converter compares a hash of a test text's token ids, which works only for known vocabularies. We
+    compare the steps themselves, which works for every fine-tune.
     """
     signature = _signature(tokenizer.get("pre_tokenizer"))
     for name, steps in PRE_TOKENIZERS.items():

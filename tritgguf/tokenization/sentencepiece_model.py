@@ -1,8 +1,7 @@
-"""Reading `tokenizer.model`, SentencePiece's protocol buffer, as far as GGUF needs it.
+"""Reading the parts of `tokenizer.model`, SentencePiece's protocol buffer, that GGUF needs.
 
-Field numbers are those of sentencepiece_model.proto:
-ModelProto {1: pieces, 2: trainer_spec}, SentencePiece {1: piece, 2: score, 3: type}, TrainerSpec {3:
-model_type}.
+Field numbers, from sentencepiece_model.proto:
+ModelProto {1: pieces, 2: trainer_spec}, SentencePiece {1: piece, 2: score, 3: type}, TrainerSpec {3: model_type}.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 class Piece(NamedTuple):
-    """A token: its text, its score (higher merges first), its type (numbered as in GGUF's token_type)."""
+    """A token: text, score (higher scores merge first) and type (as in GGUF's token_type)."""
 
     text: str
     score: float
@@ -30,26 +29,26 @@ class Piece(NamedTuple):
 def read_pieces(path: Path) -> list[Piece]:
     """Return the pieces of a SentencePiece BPE model in the order of their ids.
 
-    Raises TritGgufError when the file is no such model, is cut short, or is of another kind (unigram).
+    Raises TritGgufError if the file is not a SentencePiece model, is truncated or has another model type (unigram).
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     pieces: list[Piece] = []
-    kind: int | bytes = 1  # unigram, the default
+    model_type: int | bytes = 1  # unigram, the default
     try:
         for field, value in _fields(data):
             if field == 1:
                 pieces.append(_piece(_expect_bytes(value)))
             elif field == 2:
-                kind = dict(_fields(_expect_bytes(value))).get(3, kind)
+                model_type = dict(_fields(_expect_bytes(value))).get(3, model_type)
     except (ValueError, IndexError, TypeError, struct.error) as error:
         raise DamagedFileError(
-            f"{path}: is no SentencePiece model ({error}); a tokenizer.json would do instead"
+            f"{path}: is not a SentencePiece model ({error}); provide a tokenizer.json instead"
         ) from error
-    if not pieces or kind != _BPE:
-        raise DamagedFileError(f"{path}: is no SentencePiece model of kind BPE; a tokenizer.json would do instead")
+    if not pieces or model_type != _BPE:
+        raise DamagedFileError(f"{path}: is not a SentencePiece model of type BPE; provide a tokenizer.json instead")
     return pieces
 
 
@@ -67,12 +66,12 @@ def _piece(data: bytes) -> Piece:
 
 def _expect_bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise ValueError("a number where bytes belong")
+        raise ValueError("a number instead of bytes")
     return value
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a message: an int for a varint, else the bytes."""
+    """Yield (field number, value) of a message; the value is an int for a varint, otherwise bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

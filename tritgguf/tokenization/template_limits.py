@@ -1,9 +1,9 @@
-"""Bounds on what a chat template of a stranger may use: attributes, numbers, time and memory.
+"""Limits for untrusted chat templates: attributes, size of numbers, time and memory.
 
-Jinja's sandbox keeps a template from the interpreter's insides and from changing what it is given. It does not keep it
-from counting to ten thousand million, or from making a string of that length. Real templates take milliseconds.
+Jinja's sandbox blocks access to interpreter internals and changes of the arguments. It does not limit the number of
+loop iterations or the length of strings. Real templates take milliseconds.
 
-Time and memory are bounded for a whole process, so this is for the one that does nothing but render
+Limits on time and memory apply to the whole process, so only the process that renders templates uses them
 (`template_worker`).
 """
 
@@ -23,21 +23,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_CHARACTERS = 10_000_000
 _MOST_BYTES = 1 << 28
-_MOST_BITS = 4096  # of one number: an operation on large ones cannot be interrupted
+_MOST_BITS = 4096  # of one number; operations on huge numbers cannot be interrupted
 _GRACE_SECONDS = 1.0
 
 
-class TakesTooLongError(SecurityError):
-    """The clock has stopped a template."""
+class TemplateTimeoutError(SecurityError):
+    """A template exceeded its time limit."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with numbers that stay small. Render inside `limited`."""
+    """Jinja's sandbox with a limit on the size of numbers. Render inside `resource_limits`."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator whose result could be a huge number."""
+        """Compute `*` or `**`; SecurityError if the result could be huge."""
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _MOST_BITS:
@@ -46,24 +46,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Stop what takes longer than `seconds`, or too much memory where the system can tell.
+def resource_limits(seconds: float) -> Iterator[None]:
+    """Raise an error in the block after `seconds`, or if it allocates too much memory (Linux).
 
-    The process ends where its clock cannot raise an error: on Windows, and in the middle of one long operation.
+    If the timer cannot raise an error (on Windows, or during one long operation), the process exits.
     """
-    with ExitStack() as bounds:
+    with ExitStack() as limits:
         faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
-        bounds.callback(faulthandler.cancel_dump_traceback_later)
+        limits.callback(faulthandler.cancel_dump_traceback_later)
         if hasattr(signal, "setitimer"):
-            bounds.enter_context(_time_bound(seconds))
-        bounds.enter_context(_memory_bound())
+            limits.enter_context(_time_limit(seconds))
+        limits.enter_context(_memory_limit())
         yield
 
 
 @contextmanager
-def _time_bound(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TakesTooLongError(f"it takes more than {seconds:g} seconds")
+        raise TemplateTimeoutError(f"it takes more than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -75,8 +75,8 @@ def _time_bound(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_bound() -> Iterator[None]:
-    """Let the process have so much more address space than it has now; beyond, Python raises MemoryError."""
+def _memory_limit() -> Iterator[None]:
+    """Limit the growth of the address space to `_MOST_BYTES`; beyond that, Python raises MemoryError."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         yield

@@ -1,9 +1,9 @@
-"""The child process that renders chat templates, as its parent sees it.
+"""The parent's side of the child process that renders chat templates.
 
-What a stranger's template may take of time and memory can be bounded for a whole process only. So a process of its own
-renders, and no other thread of the program is bounded with it. It is started for the first chat, answers one request
-after the other, and is replaced when it ends. It gets texts through a pipe and sends texts back; it ends with the pipe,
-so also when the program is killed.
+Time and memory can be limited only for a whole process. So untrusted templates are rendered in a child process, and the
+limits do not affect the program's other threads. The child starts with the first chat, answers one request at a time
+and is replaced if it ends. Requests and answers go through pipes. The child ends when its pipe closes, so it also ends
+when the program is killed.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from typing import Any
 from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 
 MOST_SECONDS = 5.0
-_START_SECONDS = 60.0  # what a machine under load may need to start Python
+_START_SECONDS = 60.0  # enough to start Python on a machine under load
 _CODE = "import sys; sys.path[:] = {path!r}; from tritgguf.tokenization.template_worker import main; main()"
 _REMEDY = "--raw gives the model your text as it is"
 
 
 class Renderer:
-    """Renders templates in a child process, which it starts when it needs one; safe to be used by several threads."""
+    """Renders templates in a child process, which it starts on demand; thread-safe."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the child, unless it runs or another thread is about to see to it; does not wait until it is ready."""
+        """Start the child unless it runs or another thread is using it; does not wait until it is ready."""
         if self._lock.acquire(blocking=False):
             try:
-                with contextlib.suppress(TritGgufError):  # who renders will be told
+                with contextlib.suppress(TritGgufError):  # `render` will report it
                     self._running()
             finally:
                 self._lock.release()
 
     def render(self, template: str, values: Mapping[str, Any]) -> str:
-        """Return the text that a template makes of values that JSON can hold; other threads wait meanwhile.
+        """Return the rendered template; `values` must be JSON-serializable. Other threads wait meanwhile.
 
         Raises:
-            BadRequestError: the template refuses these values, or JSON cannot hold them.
-            DamagedFileError: the template is wrong, or takes more time or memory than it may.
-            TritGgufError: no process can be started.
+            BadRequestError: the template rejects the values, or they are not JSON-serializable.
+            DamagedFileError: the template is invalid or exceeds its limits on time or memory.
+            TritGgufError: the child cannot be started.
 
         """
         seconds = MOST_SECONDS
@@ -62,11 +62,11 @@ class Renderer:
             return str(answer["text"])
         if "memory" in answer:
             raise DamagedFileError(f"the chat template takes too much memory; {_REMEDY}")
-        kind = BadRequestError if "refused" in answer else DamagedFileError
-        raise kind(f"the chat template fails ({answer.get('refused') or answer['failed']}); {_REMEDY}")
+        error_class = BadRequestError if "refused" in answer else DamagedFileError
+        raise error_class(f"the chat template fails ({answer.get('refused') or answer['failed']}); {_REMEDY}")
 
     def stop(self) -> None:
-        """End the child, whatever it is doing."""
+        """Kill the child."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -76,22 +76,22 @@ class Renderer:
             process.wait()
 
     def forget(self) -> None:
-        """Leave the child to the process that this one was forked from."""
-        self._lock = threading.Lock()  # a thread that is not here may hold the other one
+        """After a fork, drop the child, which belongs to the parent process."""
+        self._lock = threading.Lock()  # the old lock may be held by a thread that does not exist in this process
         process, self._process = self._process, None
         if process is not None:
-            process.returncode = 0  # it is no child of this process, which is not to wait for it
+            process.returncode = 0  # it is not a child of this process, so do not wait for it
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
 
     def _answer(self, request: bytes, seconds: float) -> dict[str, Any]:
         with self._lock:
-            for _ in range(2):  # a child may have been killed for reasons of others, before or now
+            for _ in range(2):  # retry once: something else may have killed the child
                 process, started = self._running(), time.monotonic()
                 try:
                     line = _exchange(process, request, seconds)
-                except BaseException:  # Ctrl-C, say: its answer would be taken for that to the next request
+                except BaseException:  # such as Ctrl-C: a late answer would be taken as that of the next request
                     self.stop()
                     raise
                 if line.endswith(b"\n"):
@@ -105,7 +105,7 @@ class Renderer:
             return {"failed": f"the process that renders it ends with code {process.returncode}"}
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """Return the child, a new one if there is none or it has ended."""
+        """Return the child; start a new one if it has ended."""
         if self._process is None or self._process.poll() is not None:
             self.stop()
             self._process = _start()
@@ -113,8 +113,8 @@ class Renderer:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """Start a child that finds modules where this process does."""
-    if not sys.executable or getattr(sys, "frozen", False):  # a frozen program would start itself again and again
+    """Start a child with the module search path of this process."""
+    if not sys.executable or getattr(sys, "frozen", False):  # a frozen program would start itself endlessly
         raise TritGgufError(f"chat templates need a Python interpreter to render them; {_REMEDY}")
     code = _CODE.format(path=[entry for entry in sys.path if isinstance(entry, str)])
     options = ["-E"] if sys.flags.ignore_environment else []
@@ -124,7 +124,7 @@ def _start() -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # `forget` must not write what another thread has left in a buffer
+            bufsize=0,  # otherwise `forget` could write what another thread left in a buffer
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
     except OSError as error:
@@ -135,14 +135,14 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
-    """Send a line to a child and return its answer, which has no line end when the child has ended before.
+    """Send a line to a child and return its answer, which lacks the line feed if the child ended early.
 
-    The child bounds its own time; one that neither answers nor ends is killed.
+    The child limits its own time; if it neither answers nor ends, it is killed.
     """
     assert process.stdin is not None and process.stdout is not None
-    watch = threading.Timer(_START_SECONDS + seconds, process.kill)
-    watch.daemon = True
-    watch.start()
+    watchdog = threading.Timer(_START_SECONDS + seconds, process.kill)
+    watchdog.daemon = True
+    watchdog.start()
     answer = bytearray()
     try:
         rest = memoryview(request)
@@ -150,10 +150,10 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) 
             rest = rest[process.stdin.write(rest) :]
         while not answer.endswith(b"\n") and (piece := process.stdout.read(1 << 20)):
             answer += piece
-    except OSError:  # nobody reads any more
+    except OSError:  # the child has ended
         pass
     finally:
-        watch.cancel()
+        watchdog.cancel()
     return bytes(answer)
 
 
@@ -164,10 +164,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def start_renderer() -> None:
-    """Start the process that renders chat templates, so that it is ready when the first chat comes; returns at once."""
+    """Start the rendering process early, so that it is ready for the first chat; does not wait."""
     _renderer.start()
 
 
 def render_in_child(template: str, values: Mapping[str, Any]) -> str:
-    """Render a template in the process's one child; see `Renderer.render`."""
+    """Render a template in this process's shared child; see `Renderer.render`."""
     return _renderer.render(template, values)

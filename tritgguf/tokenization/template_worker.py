@@ -1,16 +1,16 @@
 """The process that renders chat templates: it reads requests and writes answers, a line of JSON each.
 
-It is started by `template_process`, does nothing else, and ends with its input. A request has the arguments of
-`chat_template.render` and `seconds`, the time that it may take. An answer has one of
+`template_process` starts it; it ends when its input ends. A request has the arguments of `chat_template.render` and
+`seconds`, the time limit. An answer has one of
 
     text: the prompt,
-    refused: why the template does not want this chat, in its own words,
-    failed: what is wrong with the template,
-    memory: true, when it takes too much;
+    refused: the message with which the template rejects the chat,
+    failed: the error in the template,
+    memory: true, if it exceeded the memory limit;
 
-and `last`: whether the process ends now, because after such a failure a fresh one is better.
+and `last`: whether the process ends after this failure and must be replaced.
 
-This module imports as little as it can: the first prompt waits for it.
+This module imports as little as possible, because the first prompt waits for it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,22 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from tritgguf.tokenization.template_limits import MOST_CHARACTERS, BoundedEnvironment, TakesTooLongError, limited
+from tritgguf.tokenization.template_limits import (
+    MOST_CHARACTERS,
+    BoundedEnvironment,
+    TemplateTimeoutError,
+    resource_limits,
+)
 
 
 class _RefusedError(TemplateError):
-    """The template has called `raise_exception`."""
+    """The template called `raise_exception`."""
 
 
 class _GenerationTag(Extension):
-    """Lets `{% generation %}`, which marks the answers for training, stand for what it contains."""
+    """Renders the content of `{% generation %}` blocks, which mark answers for training."""
 
-    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
+    tags = {"generation"}  # noqa: RUF012 (declared so in the base class)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """Return the block's body."""
@@ -47,7 +52,7 @@ class _GenerationTag(Extension):
 
 def main() -> None:
     """Answer requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program in front, which may go on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which may continue
     for line in iter(sys.stdin.buffer.readline, b""):
         reply = answer(json.loads(line))
         sys.stdout.buffer.write(json.dumps(reply).encode("ascii") + b"\n")
@@ -61,17 +66,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(request)
     template, seconds = values.pop("template"), values.pop("seconds")
     try:
-        with limited(seconds):  # compiling too: Jinja computes constants then
+        with resource_limits(seconds):  # includes compiling, because Jinja evaluates constants then
             text = _compile(template).render(tools=None, documents=None, **values)
         if len(text) > MOST_CHARACTERS:
             raise TemplateError(f"it makes a text of more than {MOST_CHARACTERS} characters")
         return {"text": text, "last": False}
     except MemoryError:
         return {"memory": True, "last": True}
-    except Exception as error:  # a template is a program of somebody else: anything may come
-        kind = "refused" if isinstance(error, _RefusedError) else "failed"
+    except Exception as error:  # a template is untrusted code: any exception is possible
+        field = "refused" if isinstance(error, _RefusedError) else "failed"
         reason = " ".join(str(error).split()) or type(error).__name__
-        return {kind: reason, "last": isinstance(error, TakesTooLongError)}
+        return {field: reason, "last": isinstance(error, TemplateTimeoutError)}
 
 
 @lru_cache(maxsize=8)
@@ -86,7 +91,7 @@ def _compile(template: str) -> Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Replace Jinja's filter, which escapes HTML."""
+    """Convert to JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

@@ -1,7 +1,6 @@
-"""Text to tokens and back, with the Hugging Face tokenizer that the GGUF file carries.
+"""Encoding and decoding of text with the Hugging Face tokenizer in a GGUF file.
 
-Which token starts a text and which end it comes from the `tokenizer.ggml.*` keys, read as llama.cpp reads
-them.
+The bos token and the stop tokens come from the `tokenizer.ggml.*` keys, read as llama.cpp reads them.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from tritgguf.errors import DamagedFileError
 
 KEY_HUGGINGFACE = "tokenizer.huggingface.json"
 
-# Tokens that end a text by their name, whatever the file's keys say (llama.cpp keeps the same list, because
-# many files name only one of the tokens that their model ends with). Those of the last two lines are what a
-# code model writes between files.
+# Tokens that end a text because of their names, in addition to those in the file's keys. llama.cpp has the same list,
+# because many files name only one of their model's stop tokens. The last two lines are separators between files, which
+# code models write.
 _STOP_TOKEN_NAMES = """
     <|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|endoftext|>
     <|end_of_text|> <end_of_turn> <turn|> <|tool_response> <end_of_utterance> <EOT> _<EOT> [EOT] [EOS]
@@ -28,14 +27,14 @@ _STOP_TOKEN_NAMES = """
     <|file_sep|>
 """
 
-# Byte-pair pre-tokenizers whose models start every text with the bos token when the file does not say.
+# Byte-level BPE pre-tokenizers whose models use a bos token if the file does not say.
 _BOS_PRE_TOKENIZERS = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken chameleon"
 _MAX_TOKENS = 1 << 31
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turn what the `tokenizers` library raises into a TritGgufError: bare exceptions, and panics of its Rust core."""
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn exceptions and Rust panics of the `tokenizers` library into TritGgufError."""
     try:
         yield
     except BaseException as error:
@@ -47,9 +46,9 @@ def refused(what: str) -> Iterator[None]:
 class Tokenizer:
     """The tokenizer of a GGUF file.
 
-    `bos_token` and `eos_token` are the tokens' texts ("" where there is none), `stop_tokens` the ids that end
-    a text, `control_texts` the texts of the tokens that only a chat template may write. Raises TritGgufError
-    when the file carries no Hugging Face tokenizer or a damaged one.
+    `bos_token` and `eos_token` are the tokens' texts ("" if there is none), `stop_tokens` the ids that end a text,
+    `control_texts` the texts of control tokens, which only a chat template may write. Raises TritGgufError if the
+    file's Hugging Face tokenizer is missing or damaged.
     """
 
     def __init__(self, metadata: Mapping[str, Any], *, name: str = "the file") -> None:
@@ -75,11 +74,11 @@ class Tokenizer:
             raise DamagedFileError(
                 f"{self._name} carries no tokenizer ({KEY_HUGGINGFACE}); write it with `tritgguf convert`"
             )
-        with refused(f"{self._name}: the tokenizer cannot be read"):
+        with tokenizer_errors(f"{self._name}: the tokenizer cannot be read"):
             return tokenizers.Tokenizer.from_str(serialized)
 
-    def _token_id(self, metadata: Mapping[str, Any], kind: str) -> int | None:
-        token = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    def _token_id(self, metadata: Mapping[str, Any], name: str) -> int | None:
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(token, int) and 0 <= token < _MAX_TOKENS and self._tokenizer.id_to_token(token) is not None:
             return token
         return None
@@ -88,12 +87,12 @@ class Tokenizer:
         return "" if token is None else self._tokenizer.id_to_token(token) or ""
 
     def _stop_tokens(self, metadata: Mapping[str, Any]) -> frozenset[int]:
-        from_keys = (self._token_id(metadata, kind) for kind in ("eos", "eot", "eom"))
-        # Only added tokens count: a vocabulary of source code may hold `</s>` as a piece of ordinary text.
+        from_keys = (self._token_id(metadata, name) for name in ("eos", "eot", "eom"))
+        # Only added tokens count: a vocabulary of source code may contain `</s>` as ordinary text.
         by_name = {token.content: token_id for token_id, token in self.added_tokens.items()}
         stops = {token for token in from_keys if token is not None}
         stops.update(by_name[text] for text in _STOP_TOKEN_NAMES.split() if text in by_name)
-        # In models that end with <|return|> or <|flush|>, <|end|> only closes one part of the answer.
+        # In models that stop at <|return|> or <|flush|>, <|end|> only ends one part of the answer.
         if by_name.keys() & {"<|return|>", "<|flush|>"} and by_name.keys() & {"<|call|>", "<|calls|>"}:
             stops.discard(by_name.get("<|end|>", -1))
         return frozenset(stops)
@@ -101,38 +100,38 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the tokens of a text.
 
-        `add_special` puts the bos token in front, where the model wants one and the text does not start with
-        it. `parse_special` lets the text of a control token, such as `<|im_end|>`, become that token; without
-        it, it stays plain text. Bytes that were no UTF-8 on the way in become replacement characters.
+        `add_special` prepends the bos token if the model uses one and the text does not start with it.
+        `parse_special` turns the text of a control token, such as `<|im_end|>`, into that token; otherwise it stays
+        plain text. Surrogate escapes, which stand for invalid UTF-8 bytes, become replacement characters.
         """
         if not text.isascii():
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        with self._setting_options, refused(f"{self._name}: the tokenizer cannot read this text"):
+        with self._setting_options, tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
             self._tokenizer.encode_special_tokens = not parse_special
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         return self.with_bos(tokens) if add_special else tokens
 
     def with_bos(self, tokens: list[int]) -> list[int]:
-        """Return the tokens with bos in front, where the model wants one and there is none yet."""
+        """Return the tokens with bos prepended if the model uses one and it is missing."""
         if self.add_bos and self.bos_id is not None and tokens[:1] != [self.bos_id]:
             return [self.bos_id, *tokens]
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of the tokens, without the control tokens among them."""
+        """Return the text of the tokens, without control tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def has_text(self, token: int) -> bool:
-        """Tell whether a token stands for text: neither a control token nor beyond the vocabulary."""
+        """Tell whether a token has text: it is in the vocabulary and is not a control token."""
         added = self.added_tokens.get(token)
         return self._tokenizer.id_to_token(token) is not None and not (added and added.special)
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:
-    """Tell whether texts start with bos: by the file's key, else by the kind of tokenizer."""
-    stated = metadata.get("tokenizer.ggml.add_bos_token")
-    if isinstance(stated, bool):
-        return stated
+    """Tell whether texts start with bos: from the file's key, otherwise from the tokenizer type."""
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    if isinstance(add_bos, bool):
+        return add_bos
     if metadata.get("tokenizer.ggml.model") == "gpt2":
         return metadata.get("tokenizer.ggml.pre") in _BOS_PRE_TOKENIZERS.split()
     return metadata.get("tokenizer.ggml.model") == "llama"

@@ -1,4 +1,4 @@
-"""The encoder v2 against its description, candidate by candidate and level by level."""
+"""The encoder v2 against its specification, candidate by candidate and level by level."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gaussian(rows: int, columns: int, seed: int = 0, size: float = 1.0) -> np.nd
 
 
 def decoded(matrix: QuantizedMatrix) -> np.ndarray:
-    """Return what the packed form of a matrix decodes to."""
+    """Pack and dequantize a matrix."""
     return dequantize(matrix.pack(THREAD_POOL), matrix.codebook, matrix.depth)
 
 
@@ -36,9 +36,9 @@ def squared_error(weights: np.ndarray, matrix: QuantizedMatrix) -> float:
 
 
 def assert_levels_are_nearest(weights: np.ndarray, matrix: QuantizedMatrix) -> None:
-    """Assert that every level is the integer next to weight / step, cut off at h.
+    """Assert that every level is the integer nearest to weight / step, clipped to h.
 
-    Where the quotient is within float32 rounding of halfway between two integers, either of them is right.
+    If the quotient is halfway between two integers, within float32 rounding, both are accepted.
     """
     h = naive.largest_level(matrix.depth)
     steps = matrix.codebook / np.float32(h)
@@ -48,8 +48,8 @@ def assert_levels_are_nearest(weights: np.ndarray, matrix: QuantizedMatrix) -> N
     assert (distance <= 0.5 + 1e-6 * h).all()
 
 
-def assert_follows_description(weights: np.ndarray, matrix: QuantizedMatrix, scales: np.ndarray) -> None:
-    """Assert everything that follows from the groups' wanted scales."""
+def assert_follows_specification(weights: np.ndarray, matrix: QuantizedMatrix, scales: np.ndarray) -> None:
+    """Assert that codebook, scale indices and levels follow from the groups' scales before rounding."""
     largest = float(np.abs(weights).max())
     expected = naive.log_spaced_codebook(scales, largest, v2.LOWEST_QUANTILE)
     np.testing.assert_allclose(matrix.codebook, expected, rtol=1e-6)
@@ -70,19 +70,19 @@ def assert_follows_description(weights: np.ndarray, matrix: QuantizedMatrix, sca
     size=st.sampled_from([1e-6, 0.02, 1.0, 1e4]),
     kind=st.sampled_from(["gaussian", "heavy tails", "sparse"]),
 )
-def test_follows_the_description(depth: int, shape: tuple[int, int], seed: int, size: float, kind: str) -> None:
+def test_follows_the_specification(depth: int, shape: tuple[int, int], seed: int, size: float, kind: str) -> None:
     weights = gaussian(*shape, seed=seed, size=size)
     if kind == "heavy tails":
         weights **= 3
     elif kind == "sparse":
         weights[np.random.default_rng(seed).random(shape) < 0.6] = 0
     scales, margins = naive.wanted_scales(weights, depth)
-    # Where two candidates' errors are equal to float32 accuracy, the kernel may take either.
+    # If the errors of two candidates are equal within float32 accuracy, the kernel may choose either.
     assume(margins.min() > 1e-4)
     kernel_scales = np.empty_like(scales)
     THREAD_POOL.run(best_candidates, *as_stored(weights), np.float32(naive.largest_level(depth)), kernel_scales)
     np.testing.assert_array_equal(kernel_scales, scales)
-    assert_follows_description(weights, quantize(weights, depth), scales)
+    assert_follows_specification(weights, quantize(weights, depth), scales)
 
 
 @depths
@@ -102,14 +102,15 @@ def test_halves_give_what_their_float32_gives(
 
 
 @given(shape=shapes, seed=st.integers(0, 2**32 - 1))
-def test_the_largest_magnitude_is_found_on_the_way(shape: tuple[int, int], seed: int) -> None:
+def test_the_largest_magnitude_is_returned(shape: tuple[int, int], seed: int) -> None:
     weights = gaussian(*shape, seed=seed)
     scales = np.empty((shape[0], shape[1] // 16), np.float32)
     assert max(THREAD_POOL.run(best_candidates, *as_stored(weights), np.float32(4), scales)) == np.abs(weights).max()
 
 
 def test_first_of_equal_candidates_wins() -> None:
-    # Depth 1, six zeros, nine ones and a four: the scale 1 misses the four by 3, the scale 4 nine ones by 1 each.
+    # Depth 1, six zeros, nine ones and a four: scale 1 has an error of 3 at the four, scale 4 of 1 at each one. Both
+    # squared errors are 9.
     group = np.array([0] * 6 + [1] * 9 + [4], np.float32)
     scales = np.empty((1, 4), np.float32)
     best_candidates(*as_stored(np.tile(group, (1, 4))), np.float32(1), scales, 0, 1)
@@ -137,16 +138,16 @@ def test_lowest_entry_is_a_quantile_of_the_wanted_scales(depth: int) -> None:
 
 
 @depths
-def test_many_groups_follow_the_description(depth: int) -> None:
+def test_many_groups_follow_the_specification(depth: int) -> None:
     weights = gaussian(16, 512, seed=7, size=0.02)
     scales, margins = naive.wanted_scales(weights, depth)
     assert margins.min() > 1e-5
-    assert_follows_description(weights, quantize(weights, depth), scales)
+    assert_follows_specification(weights, quantize(weights, depth), scales)
 
 
 @depths
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_change_a_bit(depth: int, threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(depth: int, threads: int) -> None:
     weights = gaussian(7, 128)
     one, many = (
         quantize(weights, depth, thread_pool=ThreadPool(1)),
@@ -214,7 +215,7 @@ def test_an_outlier_does_not_harm_other_groups(depth: int) -> None:
     others = np.ones(weights.shape, bool)
     others[3, 96:112] = False
     error, power = ((values[others].astype(np.float64) ** 2).sum() for values in (weights - decoded(matrix), weights))
-    # The codebook now spans three decades more with as many entries: a scale is off by up to a sixth.
+    # The codebook now spans three more decades with the same number of entries: a scale's error is up to a sixth.
     assert np.sqrt(error / power) < np.sqrt(clean.squared_error / clean.squared_weights) + 0.08
 
 
@@ -265,7 +266,7 @@ def test_quantizing_again_loses_no_more(depth: int, shape: tuple[int, int], seed
 
 @depths
 def test_a_grid_is_reproduced(depth: int) -> None:
-    # Weights that are levels of one scale, the largest level in every group: nothing is to be lost.
+    # The weights are levels of one scale, and every group has the largest level: quantization is lossless.
     h = naive.largest_level(depth)
     levels = np.random.default_rng(depth).integers(-h, h + 1, (4, 128))
     levels[:, ::16] = h

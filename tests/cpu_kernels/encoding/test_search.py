@@ -1,4 +1,4 @@
-"""The search over every scale, against the plain formula."""
+"""The exhaustive scale search against the formula in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_problem(shape: tuple[int, int], seed: int) -> tuple[np.ndarray, np.nd
 def weighted_errors(
     weights: np.ndarray, importance: np.ndarray, emphasis: bool, steps: np.ndarray, offset: int
 ) -> np.ndarray:
-    """Return each group's error with its own step, float64 [rows, groups], by the formula."""
+    """Return each group's weighted squared error with its step, float64 [rows, groups]."""
     groups = weights.astype(np.float64).reshape(len(weights), -1, GROUP_SIZE)
     squares = groups**2
     factors = np.sqrt(squares + squares.mean(-1, keepdims=True) / 2) if emphasis else np.ones(1)
@@ -80,7 +80,7 @@ def test_no_fraction_is_better_than_the_chosen_one(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     weights, importance = random_problem((7, 20), 1)
     steps = np.geomspace(0.01, 1, 27).astype(np.float32)
     found = []

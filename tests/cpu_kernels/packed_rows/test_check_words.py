@@ -1,4 +1,4 @@
-"""Which words no encoder writes, against the format's own words."""
+"""Validation of packed words and of float weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ depths = pytest.mark.parametrize("depth", DEPTHS)
 
 @depths
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_what_is_packed_is_right(depth: int, rows: int, blocks: int, seed: int) -> None:
+def test_packed_rows_are_valid(depth: int, rows: int, blocks: int, seed: int) -> None:
     packed = pack(*random_levels(depth, rows, 64 * blocks, seed), depth)
     assert first_damaged_row(packed.view(np.uint16), depth) == -1
 
@@ -51,6 +51,6 @@ def test_first_not_finite(dtype: str, bits: str, exponent: int, size: int, data:
     weights = np.random.default_rng(size).standard_normal(size).astype(dtype)
     weights[::7] = np.finfo(dtype).max
     assert first_not_finite(weights.view(bits), exponent) == -1
-    place = data.draw(st.integers(0, size - 1))
-    weights[place :: data.draw(st.integers(1, 500))] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, -np.nan]))
-    assert first_not_finite(weights.view(bits), exponent) == place
+    index = data.draw(st.integers(0, size - 1))
+    weights[index :: data.draw(st.integers(1, 500))] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, -np.nan]))
+    assert first_not_finite(weights.view(bits), exponent) == index

@@ -1,4 +1,4 @@
-"""Packing and unpacking against the format's own words, and decoding to the bit."""
+"""Packing and unpacking against the format's specification, and bit-exact dequantization."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_rows_stand_alone(depth: int) -> None:
 
 @depths
 def test_every_code_of_a_word_survives(depth: int) -> None:
-    # The first word of a group holds ten trits: as levels, and below its last digit what other words share.
+    # The first word of a group has ten trits: some levels, then for some depths a part of another weight.
     digits = {1: 8, 2: 5, 3: 3, 4: 2}[depth]
     codes = np.arange((3**depth) ** digits)
     levels = np.zeros((len(codes), 64), np.uint8)
-    for place in range(digits):
-        levels[:, place] = codes // (3**depth) ** (digits - 1 - place) % 3**depth
+    for digit in range(digits):
+        levels[:, digit] = codes // (3**depth) ** (digits - 1 - digit) % 3**depth
     unpacked, _ = unpack(pack(levels, np.zeros((len(codes), 4), np.uint8), depth), depth)
     np.testing.assert_array_equal(unpacked, levels)
 

@@ -1,4 +1,4 @@
-"""The choice of the instruction set, and that the portable variant is vector code elsewhere too."""
+"""The choice of the instruction set, and vectorization of the portable variant on Arm."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 
-def forget_the_processor() -> None:
-    """Let the next question about it be answered anew."""
+def clear_caches() -> None:
+    """Clear the cached features and self-test results."""
     instruction_set.supported.cache_clear()
     instruction_set._works.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def nothing_named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
-    forget_the_processor()
+    clear_caches()
     yield
-    forget_the_processor()
+    clear_caches()
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
-    """Let LLVM report a processor with these features only, on which everything works that is not in `failures`."""
+def fake_processor(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
+    """Make LLVM report only these features; variants pass their self-test unless `failures` lists them."""
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
     monkeypatch.setattr(self_test, "failure", (failures or {}).get)
-    forget_the_processor()
+    clear_caches()
 
 
 def test_this_processor_has_the_portable_variant() -> None:
@@ -57,7 +57,7 @@ def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*_AVX2, *_AVX512[:-1]), AVX512_NO_VNNI),
         ((*_AVX2, *_AVX512), AVX512),
     ):
-        pretend(monkeypatch, *features)
+        fake_processor(monkeypatch, *features)
         assert instruction_set.choose() == best
         assert instruction_set.supported() == sorted(instruction_set.supported())
 
@@ -69,7 +69,7 @@ def test_a_feature_that_is_off_does_not_count(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, *_AVX2)
+    fake_processor(monkeypatch, *_AVX2)
     for name, isa in (("portable", PORTABLE), ("avx2", AVX2), ("", AVX2)):
         monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, name)
         assert instruction_set.choose() == isa
@@ -80,7 +80,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, *_AVX2)
+    fake_processor(monkeypatch, *_AVX2)
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, "nonsense")
     assert instruction_set.choose("portable") == PORTABLE
     with pytest.raises(ValueError, match="instruction set avx512 is not available here; choose from portable, avx2"):
@@ -92,20 +92,20 @@ def test_a_name_wins_over_the_environment_variable(monkeypatch: pytest.MonkeyPat
 def test_a_variant_that_fails_its_test_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pretend(monkeypatch, *_AVX2, *_AVX512, failures={AVX512: "cannot be compiled: no such intrinsic"})
+    fake_processor(monkeypatch, *_AVX2, *_AVX512, failures={AVX512: "cannot be compiled: no such intrinsic"})
     assert instruction_set.choose() == AVX512_NO_VNNI
     assert caplog.messages == [
         "note: instruction set avx512 cannot be compiled: no such intrinsic; trying another",
     ]
     with pytest.raises(ValueError, match="instruction set avx512 cannot be compiled: no such intrinsic; choose"):
         instruction_set.choose("avx512")
-    # Generic code is the last resort; nothing is left to try where it fails.
-    pretend(monkeypatch, failures={PORTABLE: "computes wrong integers here"})
+    # The portable variant is the last resort, so it is chosen even if it fails.
+    fake_processor(monkeypatch, failures={PORTABLE: "computes wrong integers here"})
     assert instruction_set.choose() == PORTABLE
 
 
-def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    pretend(monkeypatch, *_AVX2, failures={AVX2: "computes wrong integers here"})
+def test_a_failure_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    fake_processor(monkeypatch, *_AVX2, failures={AVX2: "computes wrong integers here"})
     assert [instruction_set.choose() for _ in range(3)] == [PORTABLE] * 3
     assert len(caplog.messages) == 1
 
@@ -123,7 +123,7 @@ def test_threads_take_the_chosen_variant(variant: str) -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_portable_is_vector_code_on_arm(depth: int) -> None:
     def emit(vectors: Vectors, words: Value, activations: Value, groups: Value, first_group: Value, out: Value) -> None:
-        """Emit one vector step of 16 groups, the heart of every product."""
+        """Emit one vector step of 16 groups, the inner loop of every product."""
         zero = vectors.constant(I32, 0, 16)
         step = GroupLanes(vectors, words, activations, groups, first_group, zero)
         indices = EXTRACT[depth](step)
@@ -132,10 +132,10 @@ def test_portable_is_vector_code_on_arm(depth: int) -> None:
 
     instructions = re.findall(r"^\t(\w+)\t(\S+)", arm_assembly(emit, 5), re.MULTILINE)
     on_vectors = Counter(name for name, target in instructions if re.match(r"v\d+\.", target))
-    # 8 steps of 32 lanes: digits by unsigned, products by signed widening multiplies of 8 lanes at a time.
+    # 8 steps of 32 lanes, 8 lanes per instruction: digits are unsigned, products signed widening multiplies.
     assert on_vectors["umull"] + on_vectors["umull2"] >= 8 * 8
     assert on_vectors["smull"] + on_vectors["smull2"] + on_vectors["smlal"] + on_vectors["smlal2"] >= 8 * 8
-    # No digit has been turned into a 32-bit multiply, and none has been taken to a scalar register.
+    # No digit uses a 32-bit multiply or a scalar register.
     assert not any(name == "mul" and target.endswith(".4s,") for name, target in instructions)
     assert on_vectors["umov"] + on_vectors["smov"] == 0
     assert not any(name in ("umov", "smov", "umulh") for name, _ in instructions)

@@ -1,4 +1,4 @@
-"""The self-test of an instruction-set variant: it passes here, and it notices what is wrong."""
+"""The self-test of an instruction-set variant: it passes here, and it detects wrong operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpu_kernels.simd.vectors import Vectors
 
 @pytest.fixture
 def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the operations anew, keep nothing."""
+    """Compile the operations without any cache."""
     monkeypatch.setattr(self_test, "failure", self_test.failure.__wrapped__)
     monkeypatch.setattr(self_test, "_run", numba.njit(self_test._run.py_func))
 
@@ -34,7 +34,7 @@ def test_a_wrong_operation_is_noticed(operation: str, variant: str, monkeypatch:
 
 
 @pytest.mark.usefixtures("uncached")
-def test_what_cannot_be_compiled_is_noticed(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compilation_error_is_noticed(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_such_intrinsic(self: Vectors, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
         return self.call("llvm.x86.avx512.vpdpwssd.512", accumulator.type, accumulator)
 

@@ -1,4 +1,4 @@
-"""The threads that kernels run on, and the barrier at which they meet."""
+"""The thread pool, the barrier, and the number of cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from llvmlite.binding import ExecutionEngine
 
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.threads.cores import physical_cores, processor_share
+from cpu_kernels.threads.cores import cpu_quota, physical_cores
 from cpu_kernels.threads.thread_pool import CompilingThreadPool, ThreadPool, announcing_compilation, default_thread_pool
 
 
@@ -57,7 +57,7 @@ def test_errors_are_raised_when_all_have_returned(failing: int) -> None:
 
 
 def fake_system(root: Path, siblings: list[str], groups: str = "", limits: dict[str, str] | None = None) -> Path:
-    """Write what Linux says below /sys and /proc: siblings of each logical processor, and control groups."""
+    """Write a fake /sys and /proc: the thread siblings of each logical processor, and the control groups."""
     for cpu, text in enumerate(siblings):
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         folder.mkdir(parents=True)
@@ -127,20 +127,20 @@ CONTROL_GROUPS = {
 
 @pytest.mark.parametrize("case", CONTROL_GROUPS)
 def test_control_groups_limit_the_threads(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups, limits, share = CONTROL_GROUPS[case]
+    groups, limits, quota = CONTROL_GROUPS[case]
     root = fake_system(tmp_path, ["0", "1", "2", "3"], groups, limits)
-    assert processor_share(root) == share
+    assert cpu_quota(root) == quota
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
-    assert physical_cores(root) == max(1, int(min(4, share)))
+    assert physical_cores(root) == max(1, int(min(4, quota)))
 
 
 def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
-    assert processor_share(tmp_path) == math.inf
+    assert cpu_quota(tmp_path) == math.inf
 
 
 @numba.njit(nogil=True)
 def _exchange(counter: Any, slots: Any, rounds: int, thread: int, threads: int) -> int:
-    """Write a number, meet, and read everyone's, again and again; return how often one was not there yet."""
+    """Repeatedly write a number, wait, and read all threads' numbers; return how many were not yet written."""
     missed = 0
     for number in range(1, rounds + 1):
         slots[thread] = number
@@ -153,7 +153,7 @@ def _exchange(counter: Any, slots: Any, rounds: int, thread: int, threads: int) 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_barrier(threads: int) -> None:
-    # Four threads are more than small machines have, so that some must wait for their turn.
+    # Small machines have fewer than four cores, so some threads have to yield.
     thread_pool, counter = ThreadPool(threads), np.zeros(1, np.int64)
     for _ in range(3):
         assert thread_pool.run(_exchange, counter, np.zeros(threads, np.int64), 200) == [0] * threads

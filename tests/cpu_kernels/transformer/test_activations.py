@@ -1,4 +1,4 @@
-"""Quantized activations, norms and gates against float64."""
+"""Quantization of activations, norms and gated activations against float64."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_quantization(integers_of: Integers, bits: int, tokens: int, columns: in
     integers, step_sizes = integers_of(x)
     expected, expected_sizes = naive.quantize_activations(x, bits)
     np.testing.assert_allclose(step_sizes, expected_sizes, rtol=1e-6)
-    # The kernel's float32 quotient may fall on the other side of a tie, which costs no accuracy.
+    # The kernel's float32 quotient may round a near tie to the other side, which costs no accuracy.
     exact = x.astype(np.float64) / np.repeat(expected_sizes, 16, axis=1)
     assert np.abs(integers - exact).max() < 0.51
     assert np.mean(integers != expected) < 0.01
@@ -102,8 +102,8 @@ def test_extreme_vectors(integers_of: Integers, value: float, zero: bool) -> Non
 
 @both_layouts
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_so(integers_of: Integers, value: float) -> None:
-    """A result that has lost its meaning must not look like one."""
+def test_nan_and_infinity_give_a_non_finite_scale(integers_of: Integers, value: float) -> None:
+    """An invalid input must not give a result that looks valid."""
     x = vectors(1, 128)
     x[0, 20] = value
     step_sizes = integers_of(x)[1][0]
@@ -134,11 +134,11 @@ def test_first_tokens_are_a_view(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_remainder(tokens: int) -> None:
+def test_quantization_error(tokens: int) -> None:
     x = vectors(tokens, 192)
     batch = batch_of(x)
     restored = np.zeros(x.shape)
-    for part in (batch, batch.remainder(THREAD_POOL)):
+    for part in (batch, batch.quantization_error(THREAD_POOL)):
         integers, step_sizes = batch_integers(part)
         restored += integers * np.repeat(step_sizes.astype(np.float64), 16, axis=1)
     largest = np.repeat(np.abs(x).reshape(tokens, -1, 16).max(axis=2), 16, axis=1)
@@ -168,7 +168,7 @@ def test_normalize(tokens: int, columns: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("normalizes_output", [False, True])
 @pytest.mark.parametrize("normalizes_stream", [False, True])
-def test_advance(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
+def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
     stream, residual = vectors(1, 96, seed=1)[0], vectors(1, 96, seed=2)[0]
     weights = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
     output_norm = weights[0] if normalizes_output else NO_NORM
@@ -195,7 +195,7 @@ def test_normalize_extreme_vectors(value: float) -> None:
 
 @pytest.mark.parametrize("gelu", [False, True])
 @tokens_and_columns
-def test_gate(tokens: int, columns: int, gelu: bool) -> None:
+def test_swiglu(tokens: int, columns: int, gelu: bool) -> None:
     gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
     x = gate.astype(np.float64)
     inner = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3) if gelu else x
@@ -210,16 +210,16 @@ def test_gate(tokens: int, columns: int, gelu: bool) -> None:
     np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
         np.testing.assert_array_equal(part, again)
-    unkept = Batch(tokens, columns)
-    THREAD_POOL.run(swiglu_batch, both, gelu, False, *unkept.buffers)
-    assert not unkept.x.any()
-    for part, again in zip(unkept.buffers[1:], batch.buffers[1:], strict=True):
+    without_x = Batch(tokens, columns)
+    THREAD_POOL.run(swiglu_batch, both, gelu, False, *without_x.buffers)
+    assert not without_x.x.any()
+    for part, again in zip(without_x.buffers[1:], batch.buffers[1:], strict=True):
         np.testing.assert_array_equal(part, again)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
-def test_gate_of_extreme_vectors(value: float, gelu: bool) -> None:
+def test_swiglu_of_extreme_vectors(value: float, gelu: bool) -> None:
     out = np.empty(64, np.float32)
     swiglu(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
     np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

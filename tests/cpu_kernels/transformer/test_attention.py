@@ -1,4 +1,4 @@
-"""Rotation, the key-value cache and grouped-query attention against float64."""
+"""RoPE, the KV cache and grouped-query attention against float64."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ interleavings = pytest.mark.parametrize("interleaved", [True, False])
 cache_types = pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 
 
-def rules(
+def layer_options(
     dim: int, *, interleaved: bool = False, window: int = 0, softcap: float = 0.0, together: bool = False
 ) -> LayerOptions:
-    """Return the rules of a model of one layer and one rotation."""
+    """Return the options of a model with one layer and one rotation table."""
     return LayerOptions(
         epsilon=np.float32(EPSILON),
         residual_scale=np.float32(1),
@@ -53,7 +53,7 @@ def random_layer(kv_heads: int, positions: int, dim: int, dtype: type, filled: i
 
 
 def segments(tokens: int, position: int) -> np.ndarray:
-    """Return the one segment of a prompt in sequence 0."""
+    """Return the segments of a prompt in sequence 0: a single one."""
     return np.array([[0, tokens, 0, position]])
 
 
@@ -77,11 +77,11 @@ def expected_attention(
 
 @interleavings
 def test_rotate(interleaved: bool) -> None:
-    head, turns = random(DIM), angles(CONTEXT, DIM)[7]
-    cosines, sines = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+    head, position_angles = random(DIM), angles(CONTEXT, DIM)[7]
+    cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
     out = np.zeros_like(head)
     rotate(head, cosines, sines, interleaved, out)
-    np.testing.assert_allclose(out, naive.rotate(head, turns, interleaved), atol=1e-6)
+    np.testing.assert_allclose(out, naive.rotate(head, position_angles, interleaved), atol=1e-6)
     rotate(head, cosines, sines, interleaved, head)
     np.testing.assert_array_equal(head, out)
 
@@ -95,18 +95,18 @@ def test_rotate_and_store(
 ) -> None:
     qkv = random(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     bias = random(qkv.shape[1], seed=1) if biased else np.zeros(qkv.shape[1], np.float32)
-    turns = angles(CONTEXT, DIM)
+    position_angles = angles(CONTEXT, DIM)
     layer = random_layer(KV_HEADS, CONTEXT, DIM, dtype, 0)
-    kv, model_rules = layer.key_values(), rules(DIM, interleaved=interleaved)
+    kv, options = layer.key_values(), layer_options(DIM, interleaved=interleaved)
     heads = (qkv + bias).astype(np.float64).reshape(tokens, -1, DIM)
-    places = np.zeros(tokens, np.int64), np.arange(position, position + tokens)
-    ThreadPool(threads).run(rotate_and_store, qkv, bias, NO_NORM, model_rules, 0, kv, HEADS, *places)
+    token_positions = np.zeros(tokens, np.int64), np.arange(position, position + tokens)
+    ThreadPool(threads).run(rotate_and_store, qkv, bias, NO_NORM, options, 0, kv, HEADS, *token_positions)
     rounding = 2**-10 if dtype is np.uint16 else 1e-5
     for t in range(tokens):
-        turned = np.array([naive.rotate(head, turns[position + t], interleaved) for head in heads[t]])
-        np.testing.assert_allclose(qkv[t].reshape(-1, DIM)[:HEADS], turned[:HEADS], atol=1e-5)
+        rotated = np.array([naive.rotate(head, position_angles[position + t], interleaved) for head in heads[t]])
+        np.testing.assert_allclose(qkv[t].reshape(-1, DIM)[:HEADS], rotated[:HEADS], atol=1e-5)
         stored = layer.keys[:, position + t], layer.values[:, position + t]
-        np.testing.assert_allclose(stored[0], turned[HEADS : HEADS + KV_HEADS], rtol=rounding, atol=1e-5)
+        np.testing.assert_allclose(stored[0], rotated[HEADS : HEADS + KV_HEADS], rtol=rounding, atol=1e-5)
         np.testing.assert_allclose(stored[1], heads[t, HEADS + KV_HEADS :], rtol=rounding, atol=1e-6)
     for stored_part in (layer.keys, layer.values):
         assert np.isnan(stored_part[:, :position]).all()
@@ -123,32 +123,32 @@ def test_attend(
     variant: str, dtype: type, tokens: int, position: int, threads: int, kv_heads: int, dim: int, size: float
 ) -> None:
     qkv = random(tokens, (HEADS + 2 * kv_heads) * dim) * np.float32(size)
-    # What lies beyond the last token's own place must not matter, to the last bit.
+    # Positions after the last token are NaN and must not change a bit.
     layer = random_layer(kv_heads, 320, dim, dtype, position + tokens)
     out = np.full((tokens, HEADS * dim), np.nan, np.float32)
     kv = layer.key_values()
-    ThreadPool(threads).run(attend, chosen(), qkv, rules(dim), 0, kv, segments(tokens, position), HEADS, out)
+    ThreadPool(threads).run(attend, chosen(), qkv, layer_options(dim), 0, kv, segments(tokens, position), HEADS, out)
     expected = expected_attention(layer, qkv.reshape(tokens, -1, dim)[:, :HEADS], position)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * size)
 
 
 def test_no_token_sees_a_later_one(variant: str) -> None:
-    """Changing all later places changes no bit of what a token sees."""
+    """Changing all later positions does not change a bit of a token's result."""
     tokens, dim = 90, 32
     qkv = random(tokens, HEADS * dim)
     layer = random_layer(KV_HEADS, 96, dim, np.float32, 96)
     before, after = np.zeros((2, tokens, HEADS * dim), np.float32)
-    kv, model_rules = layer.key_values(), rules(dim)
-    for place in (0, 1, 31, 32, 50, 63, 64, 88):
-        ThreadPool(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, before)
+    kv, options = layer.key_values(), layer_options(dim)
+    for position in (0, 1, 31, 32, 50, 63, 64, 88):
+        ThreadPool(1).run(attend, chosen(), qkv, options, 0, kv, segments(tokens, 0), HEADS, before)
         keys, values = layer.read(0), layer.read(1)
-        keys[:, :, place + 1 : tokens] += 3
-        values[:, :, place + 1 :] *= -2
+        keys[:, :, position + 1 : tokens] += 3
+        values[:, :, position + 1 :] *= -2
         layer.write(0, keys)
         layer.write(1, values)
-        ThreadPool(1).run(attend, chosen(), qkv, model_rules, 0, kv, segments(tokens, 0), HEADS, after)
-        np.testing.assert_array_equal(after[: place + 1], before[: place + 1])
-        assert (after[place + 1 :] != before[place + 1 :]).any(axis=1).all()
+        ThreadPool(1).run(attend, chosen(), qkv, options, 0, kv, segments(tokens, 0), HEADS, after)
+        np.testing.assert_array_equal(after[: position + 1], before[: position + 1])
+        assert (after[position + 1 :] != before[position + 1 :]).any(axis=1).all()
 
 
 def attend_to_last(
@@ -157,18 +157,18 @@ def attend_to_last(
     bias: np.ndarray,
     position: int,
     heads: int,
-    model_rules: LayerOptions,
+    options: LayerOptions,
     threads: int,
     norm: np.ndarray = NO_NORM,
 ) -> np.ndarray:
-    """Store one token and attend with it as decode does; return [heads * dim]."""
+    """Store one token and compute its attention as decode does; return [heads * dim]."""
     kv, scratch = layer.key_values(), layer.scratch(heads, threads)
     qkv = qkv.copy()
     for thread in range(threads):
-        attend_token(chosen(), kv, scratch, 0, qkv, bias, norm, model_rules, 0, position, thread, threads)
+        attend_token(chosen(), kv, scratch, 0, qkv, bias, norm, options, 0, position, thread, threads)
     outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
     for thread in range(threads):
-        merge_splits(chosen(), scratch, 0, model_rules.windows[0], position, layer.dim, outs[thread], thread)
+        merge_splits(chosen(), scratch, 0, options.windows[0], position, layer.dim, outs[thread], thread)
         np.testing.assert_array_equal(outs[thread], outs[0])
     return outs[0]
 
@@ -182,39 +182,43 @@ def test_one_token(
 ) -> None:
     qkv, bias = random((heads + 2 * kv_heads) * dim), random((heads + 2 * kv_heads) * dim, seed=1)
     layer = random_layer(kv_heads, position + 1, dim, dtype, position)
-    out = attend_to_last(layer, qkv, bias, position, heads, rules(dim, interleaved=interleaved), 1)
+    out = attend_to_last(layer, qkv, bias, position, heads, layer_options(dim, interleaved=interleaved), 1)
     biased = (qkv.astype(np.float64) + bias).reshape(-1, dim)
-    turned = np.array([naive.rotate(head, angles(position + 1, dim)[position], interleaved) for head in biased])
+    rotated = np.array([naive.rotate(head, angles(position + 1, dim)[position], interleaved) for head in biased])
     rounding = 2**-10 if dtype is np.uint16 else 1e-5
-    stored = turned[heads : heads + kv_heads], biased[heads + kv_heads :]
+    stored = rotated[heads : heads + kv_heads], biased[heads + kv_heads :]
     np.testing.assert_allclose(layer.keys[:, position], stored[0], rtol=rounding, atol=1e-5)
     np.testing.assert_allclose(layer.values[:, position], stored[1], rtol=rounding, atol=1e-5)
-    expected = expected_attention(layer, turned[np.newaxis, :heads], position)
+    expected = expected_attention(layer, rotated[np.newaxis, :heads], position)
     np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
     assert np.isnan(layer.keys[:, position + 1 :]).all()
 
 
 @pytest.mark.parametrize("window", [1, 31, 32, 33, 100, 300, 5000])
 @pytest.mark.parametrize("position", [0, 31, 32, 99, 310])
-def test_a_window_hides_what_is_before_it(variant: str, window: int, position: int) -> None:
+def test_window(variant: str, window: int, position: int) -> None:
     heads, kv_heads, dim, tokens = 4, 2, 32, 70
     qkv = random(tokens, (heads + 2 * kv_heads) * dim)
     layer = random_layer(kv_heads, 400, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
     kv = layer.key_values()
-    THREAD_POOL.run(attend, chosen(), qkv, rules(dim, window=window), 0, kv, segments(tokens, position), heads, out)
+    THREAD_POOL.run(
+        attend, chosen(), qkv, layer_options(dim, window=window), 0, kv, segments(tokens, position), heads, out
+    )
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, window), rtol=0, atol=2e-5)
 
     bias = np.zeros(qkv.shape[1], np.float32)
-    one = attend_to_last(layer, qkv[0], bias, position, heads, rules(dim, window=window), 2)
-    turned = np.array([naive.rotate(head, angles(400, dim)[position], False) for head in queries[0].astype(np.float64)])
-    expected = expected_attention(layer, turned[np.newaxis], position, window)
+    one = attend_to_last(layer, qkv[0], bias, position, heads, layer_options(dim, window=window), 2)
+    rotated = np.array(
+        [naive.rotate(head, angles(400, dim)[position], False) for head in queries[0].astype(np.float64)]
+    )
+    expected = expected_attention(layer, rotated[np.newaxis], position, window)
     np.testing.assert_allclose(one, expected[0], rtol=0, atol=1e-5)
 
 
-def test_no_bit_of_what_a_window_hides_matters() -> None:
-    """Beyond the window there may be anything: it is not even read as a number that is multiplied with zero."""
+def test_positions_outside_the_window_change_no_bit() -> None:
+    """Positions outside the window may have any value: they are not even multiplied with zero."""
     dim, position, window = 32, 700, 100
     qkv, bias = random(3 * dim), np.zeros(3 * dim, np.float32)
     plain, hidden = (random_layer(1, position + 1, dim, np.float32, position) for _ in range(2))
@@ -223,19 +227,21 @@ def test_no_bit_of_what_a_window_hides_matters() -> None:
     values[:, :, : position - window + 1] = 1e30
     hidden.write(0, keys)
     hidden.write(1, values)
-    model_rules = rules(dim, window=window)
-    expected = attend_to_last(plain, qkv, bias, position, 1, model_rules, 1)
-    np.testing.assert_array_equal(attend_to_last(hidden, qkv, bias, position, 1, model_rules, 1), expected)
+    options = layer_options(dim, window=window)
+    expected = attend_to_last(plain, qkv, bias, position, 1, options, 1)
+    np.testing.assert_array_equal(attend_to_last(hidden, qkv, bias, position, 1, options, 1), expected)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
-def test_scores_are_bent(softcap: float) -> None:
+def test_softcap(softcap: float) -> None:
     heads, kv_heads, dim, tokens, position = 4, 2, 32, 5, 300
     qkv = 10 * random(tokens, (heads + 2 * kv_heads) * dim)
     layer = random_layer(kv_heads, 320, dim, np.float32, position + tokens)
     out = np.full((tokens, heads * dim), np.nan, np.float32)
     kv = layer.key_values()
-    THREAD_POOL.run(attend, chosen(), qkv, rules(dim, softcap=softcap), 0, kv, segments(tokens, position), heads, out)
+    THREAD_POOL.run(
+        attend, chosen(), qkv, layer_options(dim, softcap=softcap), 0, kv, segments(tokens, position), heads, out
+    )
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, 0, softcap), rtol=0, atol=1e-4)
     assert np.abs(out - expected_attention(layer, queries, position)).max() > 1e-3
@@ -252,27 +258,29 @@ def test_queries_and_keys_are_normalized_before_they_are_rotated(together: bool,
     for first, last in itertools.pairwise(split):
         biased[first:last] = naive.root_mean_square_norm(biased[first:last], norm[first:last], EPSILON)
     by_head = biased.reshape(-1, dim)
-    turned = np.array([naive.rotate(head, angles(64, dim)[position], interleaved) for head in by_head])
+    rotated = np.array([naive.rotate(head, angles(64, dim)[position], interleaved) for head in by_head])
     layer = random_layer(kv_heads, 64, dim, np.float32, position)
-    model_rules = rules(dim, interleaved=interleaved, together=together)
-    out = attend_to_last(layer, qkv, bias, position, heads, model_rules, 2, norm)
-    np.testing.assert_allclose(layer.keys[:, position], turned[heads : heads + kv_heads], rtol=0, atol=1e-5)
-    expected = expected_attention(layer, turned[np.newaxis, :heads], position)
+    options = layer_options(dim, interleaved=interleaved, together=together)
+    out = attend_to_last(layer, qkv, bias, position, heads, options, 2, norm)
+    np.testing.assert_allclose(layer.keys[:, position], rotated[heads : heads + kv_heads], rtol=0, atol=1e-5)
+    expected = expected_attention(layer, rotated[np.newaxis, :heads], position)
     np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
 
     rows = qkv[np.newaxis].copy()
     layer = random_layer(kv_heads, 64, dim, np.float32, position)
-    places = np.zeros(1, np.int64), np.array([position])
-    THREAD_POOL.run(rotate_and_store, rows, bias, norm, model_rules, 0, layer.key_values(), heads, *places)
-    np.testing.assert_allclose(rows[0].reshape(-1, dim)[:heads], turned[:heads], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(layer.keys[:, position], turned[heads : heads + kv_heads], rtol=0, atol=1e-5)
+    token_positions = np.zeros(1, np.int64), np.array([position])
+    THREAD_POOL.run(rotate_and_store, rows, bias, norm, options, 0, layer.key_values(), heads, *token_positions)
+    np.testing.assert_allclose(rows[0].reshape(-1, dim)[:heads], rotated[:heads], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer.keys[:, position], rotated[heads : heads + kv_heads], rtol=0, atol=1e-5)
 
 
 @given(position=st.integers(0, 3000), threads=st.integers(2, 9))
-def test_threads_do_not_change_a_bit(position: int, threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(position: int, threads: int) -> None:
     qkv, bias = random(5 * 32), np.zeros(5 * 32, np.float32)
     expected, out = (
-        attend_to_last(random_layer(1, position + 1, 32, np.uint16, position), qkv, bias, position, 3, rules(32), count)
+        attend_to_last(
+            random_layer(1, position + 1, 32, np.uint16, position), qkv, bias, position, 3, layer_options(32), count
+        )
         for count in (1, threads)
     )
     np.testing.assert_array_equal(out, expected)
@@ -292,7 +300,7 @@ def test_attend_layers(threads: int) -> None:
     layers = random_layers(3, KV_HEADS, CONTEXT, DIM, np.uint16, 10)
     qkv = random((HEADS + 2 * KV_HEADS) * DIM)
     out = np.zeros((threads, HEADS * DIM), np.float32)
-    one = rules(DIM)
+    one = layer_options(DIM)
     three = one._replace(windows=np.zeros(3, np.int64), rotations=np.zeros(3, np.int64))
     bias, norms, counter = np.zeros_like(qkv), np.empty((3, 0), np.float32), np.zeros(1, np.int64)
     ThreadPool(threads).run(
@@ -307,27 +315,27 @@ def test_attend_layers(threads: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e15])
-def test_attention_to_one_place_is_its_value(variant: str, size: float) -> None:
+def test_attention_to_one_position_is_its_value(variant: str, size: float) -> None:
     qkv = random(1, (HEADS + 2 * KV_HEADS) * DIM) * np.float32(size)
     layer = random_layer(KV_HEADS, CONTEXT, DIM, np.float32, 1)
     layer.write(0, layer.read(0) * np.float32(size))
     out = np.zeros((1, HEADS * DIM), np.float32)
-    THREAD_POOL.run(attend, chosen(), qkv, rules(DIM), 0, layer.key_values(), segments(1, 0), HEADS, out)
+    THREAD_POOL.run(attend, chosen(), qkv, layer_options(DIM), 0, layer.key_values(), segments(1, 0), HEADS, out)
     expected = np.repeat(layer.values[:, :1], HEADS // KV_HEADS, axis=1)
     np.testing.assert_array_equal(out.reshape(KV_HEADS, -1, DIM), expected)
 
 
-def test_every_place_counts(variant: str) -> None:
-    """With equal scores, attention is the mean of all values: no place is left out or counted twice."""
-    places, dim = 777, 32
-    layer = random_layer(1, places, dim, np.float32, places)
+def test_every_position_counts_once(variant: str) -> None:
+    """With equal scores, attention is the mean of all values: no position is omitted or counted twice."""
+    count, dim = 777, 32
+    layer = random_layer(1, count, dim, np.float32, count)
     layer.write(0, np.zeros_like(layer.read(0)))
     values = layer.read(1)
-    values[:, :, :places] = np.arange(places, dtype=np.float32)[:, np.newaxis]
+    values[:, :, :count] = np.arange(count, dtype=np.float32)[:, np.newaxis]
     layer.write(1, values)
     out = np.zeros((1, dim), np.float32)
-    where = segments(1, places - 1)
-    THREAD_POOL.run(attend, chosen(), random(1, 3 * dim), rules(dim), 0, layer.key_values(), where, 1, out)
-    np.testing.assert_allclose(out, (places - 1) / 2, rtol=1e-6)
+    where = segments(1, count - 1)
+    THREAD_POOL.run(attend, chosen(), random(1, 3 * dim), layer_options(dim), 0, layer.key_values(), where, 1, out)
+    np.testing.assert_allclose(out, (count - 1) / 2, rtol=1e-6)
     counts = Counter(np.round(out[0], 3).tolist())
     assert len(counts) == 1

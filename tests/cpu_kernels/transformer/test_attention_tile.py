@@ -1,4 +1,4 @@
-"""The vector operations of attention: products, powers of two, float16, and that they are vector code elsewhere too."""
+"""The vector operations of attention: products, powers of two, float16, and their vectorization on Arm."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cpu_kernels.transformer.attention_tile import (
     add_product,
     emit_product,
     largest_of,
-    most_rows,
+    max_rows,
     powers_of_two,
-    sum_columns,
+    product_columns,
 )
 from cpu_kernels.transformer.kv_pages import store_narrowed
 
@@ -56,18 +56,18 @@ def narrow_all(values: np.ndarray, out: np.ndarray) -> None:
 @pytest.mark.parametrize("inner", [0, 1, 33])
 def test_products(variant: str, dtype: type, inner: int) -> None:
     isa = chosen()
-    for rows in range(1, most_rows(len(isa)) + 1):
+    for rows in range(1, max_rows(len(isa)) + 1):
         generator = np.random.default_rng((rows, inner))
         left = generator.standard_normal((rows, inner)).astype(np.float32)
         right: np.ndarray = generator.standard_normal((inner, PANEL)).astype(dtype)
-        out = generator.standard_normal((rows, sum_columns(len(isa)) + 3)).astype(np.float32)
+        out = generator.standard_normal((rows, product_columns(len(isa)) + 3)).astype(np.float32)
         expected = out.astype(np.float64)
-        expected[:, :-3] += left.astype(np.float64) @ right[:, : sum_columns(len(isa))].astype(np.float64)
+        expected[:, :-3] += left.astype(np.float64) @ right[:, : product_columns(len(isa))].astype(np.float64)
         product(isa, left, right.view(np.uint16) if dtype is np.float16 else right, out)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
-def test_a_product_without_rows_or_with_too_many_is_none(variant: str) -> None:
+def test_a_product_with_no_rows_or_too_many_does_nothing(variant: str) -> None:
     isa = chosen()
     for rows in (0, 9):
         left, right, out = np.ones((rows, 4), np.float32), np.ones((4, PANEL), np.float32), np.zeros((rows, PANEL))
@@ -106,18 +106,18 @@ def test_exact_powers_of_two(variant: str) -> None:
     np.testing.assert_array_equal(powers, np.exp2(x.astype(np.float64)).astype(np.float32))
 
 
-@pytest.mark.parametrize("place", [0, 1, 15, 16, 31, 32, 63])
-def test_largest(variant: str, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 15, 16, 31, 32, 63])
+def test_largest(variant: str, index: int) -> None:
     values = -np.random.default_rng(0).random(64).astype(np.float32) - 2
-    values[63 - place] = -np.inf
-    values[place] = -1
+    values[63 - index] = -np.inf
+    values[index] = -1
     assert largest(chosen(), values) == -1
     assert largest(chosen(), np.full(32, -np.inf, np.float32)) == -np.inf
 
 
 def test_float16_rounds_to_nearest_even_and_saturates() -> None:
     generator = np.random.default_rng(0)
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # every finite one
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all finite ones
     ties = (halves[1:] + halves[:-1]) / 2
     x = np.concatenate([halves, ties, np.nextafter(ties, np.float32(0)), generator.standard_normal(1000) * 100])
     x = np.concatenate([x, -x]).astype(np.float32)
@@ -135,7 +135,7 @@ def test_float16_rounds_to_nearest_even_and_saturates() -> None:
 
 @pytest.mark.parametrize("element", [HALF, FLOAT, None])
 def test_portable_is_vector_code_on_arm(element: ir.Type | None) -> None:
-    """A product of 6 rows with `element`, or a power of two."""
+    """Compile a product of 6 rows with `element`, or a power of two for None."""
 
     def emit(
         vectors: Vectors, left: ir.Value, stride: ir.Value, right: ir.Value, inner: ir.Value, *out: ir.Value
@@ -146,12 +146,12 @@ def test_portable_is_vector_code_on_arm(element: ir.Type | None) -> None:
             emit_product(vectors, element, 6, (left, stride), right, inner, out)
 
     found = Counter(re.findall(r"^\t(\w+)\t", arm_assembly(emit, 6), re.MULTILINE))
-    assert found["bl"] == 0  # nothing is left to a library
-    assert found["fmadd"] == 0  # nor to scalar registers
+    assert found["bl"] == 0  # no library calls
+    assert found["fmadd"] == 0  # no scalar operations
     if element is None:
         assert found["fmla"] >= 6 * PANEL // 4
         assert found["frintx"] == PANEL // 4
     else:
-        # Six rows of 16 columns, and the columns widened once.
-        assert found["fmla"] >= 6 * sum_columns(PORTABLE) // 4
-        assert found["fcvtl"] + found["fcvtl2"] == (sum_columns(PORTABLE) // 4 if element is HALF else 0)
+        # Six rows of 16 columns; the columns are widened once.
+        assert found["fmla"] >= 6 * product_columns(PORTABLE) // 4
+        assert found["fcvtl"] + found["fcvtl2"] == (product_columns(PORTABLE) // 4 if element is HALF else 0)

@@ -23,11 +23,11 @@ from tritgguf.formats.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
 bit_counts = pytest.mark.parametrize("bits", [16, 8])
-TOKENS = (1, 5, 6, 7, 19)  # the kernel takes six at a time
+TOKENS = (1, 5, 6, 7, 19)  # the kernel multiplies six at a time
 
 
 def multiply(matrices: list[Matrix], batch: Batch, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
-    """Multiply; rows before and after the output must stay as they are."""
+    """Multiply a batch, and check that the rows before and after the output are not changed."""
     projection = Projection(matrices)
     tokens = len(batch.x)
     around = np.full((tokens + 2, projection.rows), np.nan, np.float32)
@@ -41,7 +41,7 @@ def expected_product(matrices: list[tuple[Matrix, np.ndarray]], batch: Batch) ->
 
 
 def one_by_one(matrices: list[Matrix], x: np.ndarray) -> np.ndarray:
-    """Multiply every vector of a batch by itself, with the decode kernel."""
+    """Multiply each vector of a batch alone, with the decode kernel."""
     projection = Projection(matrices)
     out = np.zeros((len(x), projection.rows), np.float32)
     for token in range(len(x)):
@@ -72,12 +72,12 @@ def test_rows_around_a_tile(depth: int, rows: int, bits: int) -> None:
 @depths
 @bit_counts
 def test_integer_sums_are_exact(variant: str, depth: int, bits: int) -> None:
-    """Every vector has one group that is not zero, so each result is rounded once and known to the bit."""
+    """Every vector has one non-zero group, so each result is rounded once and its bits are known."""
     matrix, _ = trit_matrix(depth, 20, 192)
     x = np.zeros((12, 192), np.float32)
     for group in range(12):
         x[group, 16 * group : 16 * group + 16] = vectors(1, 16, seed=group)[0]
-    x[:2] = np.abs(x[:2]).max() * np.sign(x[:2])  # the largest sums that there are
+    x[:2] = np.abs(x[:2]).max() * np.sign(x[:2])  # the largest possible sums
     batch = batch_of(x, bits)
     integers, step_sizes = batch_integers(batch)
     result = multiply([matrix], batch)
@@ -88,7 +88,7 @@ def test_integer_sums_are_exact(variant: str, depth: int, bits: int) -> None:
 
 @depths
 @bit_counts
-def test_damaged_rows_multiply_as_they_decode(depth: int, bits: int) -> None:
+def test_damaged_rows_multiply_as_dequantized(depth: int, bits: int) -> None:
     matrix, batch = damaged_matrix(depth), batch_of(vectors(3, 192), bits)
     assert_close(multiply([matrix[0]], batch), expected_product([matrix], batch))
 
@@ -112,7 +112,7 @@ def test_a_block_that_is_not_full_changes_no_bit(variant: str, depth: int, bits:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_matrices_side_by_side_on_threads(threads: int) -> None:
+def test_several_matrices_on_threads(threads: int) -> None:
     matrices = [trit_matrix(depth, rows, 128) for depth, rows in ((3, 7), (1, 1), (2, 40), (4, 16))]
     matrices.insert(2, half_matrix(5, 128))
     batch = batch_of(vectors(6, 128))
@@ -127,8 +127,8 @@ def test_matrices_side_by_side_on_threads(threads: int) -> None:
         start += matrix.rows
 
 
-def test_a_used_batch_leaves_nothing_behind() -> None:
-    """A smaller batch in the buffers of a larger one gives what it gives in its own."""
+def test_a_reused_batch_gives_the_same_result() -> None:
+    """A smaller batch in the buffers of a larger one gives the same result as in its own buffers."""
     matrix, x = trit_matrix(2, 8, 64)[0], vectors(11, 64)
     large = batch_of(vectors(16, 64, seed=1))
     view = large.first(11)
@@ -140,7 +140,7 @@ def test_a_used_batch_leaves_nothing_behind() -> None:
 @depths
 @pytest.mark.parametrize("columns", [64, 576])
 def test_exact_products(variant: str, depth: int, columns: int) -> None:
-    """With what quantization left out, the product is that of the vectors themselves."""
+    """With the quantization error, the product is that of the unquantized vectors."""
     matrices = [trit_matrix(depth, 20, columns), half_matrix(3, columns), trit_matrix(depth, 7, columns, seed=1)]
     x = vectors(9, columns)
     batch, out = batch_of(x), np.full((9, 30), np.nan, np.float32)

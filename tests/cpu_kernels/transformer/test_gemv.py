@@ -28,11 +28,11 @@ from cpu_kernels.transformer.projection import Matrix, Projection
 from tritgguf.formats.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
-COLUMNS = (64, 128, 192, 256, 320, 448, 576, 1536)  # 4, 8 and 12 groups beside whole steps of 16
+COLUMNS = (64, 128, 192, 256, 320, 448, 576, 1536)  # whole steps of 16 groups, and remainders of 4, 8 and 12
 
 
 def multiply(matrices: list[Matrix], x: np.ndarray, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
-    """Multiply a vector [columns]; what lies before and after the output must stay as it is."""
+    """Multiply a vector [columns], and check that the memory before and after the output is not changed."""
     projection = Projection(matrices)
     around = np.full(projection.rows + 32, np.nan, np.float32)
     projection.multiply_vector(x, around[16:-16], thread_pool)
@@ -54,7 +54,7 @@ def test_trit_matrix(variant: str, depth: int) -> None:
 
 @depths
 def test_integer_sums_are_exact(variant: str, depth: int) -> None:
-    """A vector with one group that is not zero leaves a single rounding: the result is known to the bit."""
+    """A vector with one non-zero group gives a result that is rounded once, so its bits are known."""
     matrix, _ = trit_matrix(depth, 33, 448)
     for group in range(448 // 16):
         x = np.zeros(448, np.float32)
@@ -65,8 +65,8 @@ def test_integer_sums_are_exact(variant: str, depth: int) -> None:
 
 
 @depths
-def test_damaged_rows_multiply_as_they_decode(variant: str, depth: int) -> None:
-    # Words that no packer writes must give the same digits in every decoder, and none out of range.
+def test_damaged_rows_multiply_as_dequantized(variant: str, depth: int) -> None:
+    # Invalid words must give the same digits in every decoder, and no digit out of range.
     matrix, x = damaged_matrix(depth), vectors(1, 192)[0]
     assert_close(multiply([matrix[0]], x), expected_product([matrix], x))
 
@@ -80,13 +80,13 @@ def test_half_matrix(variant: str, columns: int) -> None:
 def test_half_matrix_of_extreme_halves(variant: str) -> None:
     halves = np.array([[65504, 6e-8, -6e-5, 0.0], [-65504, 1.0, 2.0**-14, -0.0]], np.float16)
     matrix = Matrix(halves.reshape(-1).view(np.uint8), 2, 4, depth=0)
-    for place in range(4):
+    for column in range(4):
         x = np.zeros(4, np.float32)
-        x[place] = 1.0
-        np.testing.assert_array_equal(multiply([matrix], x), halves[:, place].astype(np.float32))
+        x[column] = 1.0
+        np.testing.assert_array_equal(multiply([matrix], x), halves[:, column].astype(np.float32))
 
 
-def test_matrices_side_by_side(variant: str) -> None:
+def test_several_matrices(variant: str) -> None:
     matrices = [trit_matrix(depth, rows, 320) for depth, rows in ((3, 7), (1, 1), (2, 40), (4, 16))]
     matrices.insert(2, half_matrix(5, 320))
     x = vectors(1, 320)[0]
@@ -100,7 +100,7 @@ def test_matrices_side_by_side(variant: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_do_not_change_a_bit(threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     matrices = [trit_matrix(2, 5, 192)[0], half_matrix(1, 192)[0], trit_matrix(3, 4, 192)[0]]
     x = vectors(1, 192)[0]
     np.testing.assert_array_equal(multiply(matrices, x, ThreadPool(threads)), multiply(matrices, x, ThreadPool(1)))
@@ -137,8 +137,8 @@ def test_a_codebook_of_zeros_gives_zeros(variant: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page with mprotect")
-def test_nothing_is_read_behind_the_last_row(variant: str) -> None:
-    """The last tensor of a file may end where its pages end; reading on would kill the process."""
+def test_nothing_is_read_after_the_last_row(variant: str) -> None:
+    """The last tensor of a mapped file may end at a page border; reading further would crash the process."""
     page = mmap.PAGESIZE
     pages = mmap.mmap(-1, 3 * page)
     memory = np.frombuffer(pages, np.uint8)

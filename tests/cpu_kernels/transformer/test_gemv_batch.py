@@ -1,4 +1,4 @@
-"""Matrix times a few vectors, in every instruction-set variant: to the bit what each vector gives by itself."""
+"""Matrix times a few vectors, in every instruction-set variant: bit-identical to each vector alone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tritgguf.formats.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
 COUNTS = (1, 2, 3, 5, 8, 16, 17)
-COLUMNS = (64, 128, 192, 256, 576, 1472, 1536)  # 4, 8 and 12 groups beside whole steps and panels of steps
+COLUMNS = (64, 128, 192, 256, 576, 1472, 1536)  # whole steps and panels, and remainders of 4, 8 and 12 groups
 
 
 def activations_of(x: np.ndarray) -> Activations:
-    """Return float32 [vectors, columns] as the decode kernels take them."""
+    """Quantize float32 [vectors, columns] for the decode kernels."""
     result = Activations(*x.shape)
     result.x[:] = x
     for index in range(len(x)):
@@ -40,7 +40,7 @@ def activations_of(x: np.ndarray) -> Activations:
 
 
 def multiply(matrices: list[Matrix], x: np.ndarray, thread_pool: ThreadPool = THREAD_POOL) -> np.ndarray:
-    """Multiply vectors [vectors, columns]; what lies around the output must stay as it is."""
+    """Multiply vectors [vectors, columns], and check that the memory around the output is not changed."""
     projection = Projection(matrices)
     around = np.full((len(x) + 2, projection.rows + 32), np.nan, np.float32)
     out = around[1:-1, 16:-16]
@@ -52,7 +52,7 @@ def multiply(matrices: list[Matrix], x: np.ndarray, thread_pool: ThreadPool = TH
 
 
 def one_by_one(matrices: list[Matrix], x: np.ndarray) -> np.ndarray:
-    """Multiply every vector by itself, with `gemv`."""
+    """Multiply each vector alone, with `gemv`."""
     projection = Projection(matrices)
     out = np.zeros((len(x), projection.rows), np.float32)
     for index in range(len(x)):
@@ -71,7 +71,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @depths
-def test_as_each_vector_by_itself(variant: str, depth: int) -> None:
+def test_result_equals_that_of_each_vector_alone(variant: str, depth: int) -> None:
     for count, columns in zip(COUNTS, COLUMNS, strict=True):
         matrix, x = trit_matrix(depth, 21, columns), vectors(count, columns)
         result = multiply([matrix[0]], x)
@@ -114,7 +114,7 @@ def test_damaged_rows(variant: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_matrices_side_by_side_on_threads(threads: int) -> None:
+def test_several_matrices_on_threads(threads: int) -> None:
     parts = ((3, 7), (1, 1), (2, 40), (4, 16))
     matrices = [trit_matrix(depth, rows, 320)[0] for depth, rows in parts]
     matrices.insert(2, half_matrix(5, 320)[0])
@@ -135,7 +135,7 @@ def test_extreme_activations(variant: str, depth: int, value: float) -> None:
         assert_same_bits(result, one_by_one([matrix], x))
 
 
-def test_infinite_and_undefined_activations_stay_with_their_vector(variant: str) -> None:
+def test_nan_and_infinity_affect_only_their_vector(variant: str) -> None:
     x = vectors(4, 192)
     x[1, 5], x[2, 6] = np.inf, np.nan
     matrix = half_matrix(9, 192)[0]
@@ -154,7 +154,7 @@ def test_a_scratch_may_be_shared_and_larger(variant: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page with mprotect")
-def test_nothing_is_read_behind_the_last_row(variant: str) -> None:
+def test_nothing_is_read_after_the_last_row(variant: str) -> None:
     page = mmap.PAGESIZE
     pages = mmap.mmap(-1, 3 * page)
     memory = np.frombuffer(pages, np.uint8)

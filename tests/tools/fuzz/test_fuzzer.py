@@ -1,4 +1,4 @@
-"""The fuzzer: that it notices what it is for, repeats a case, and that every target gets through a few cases."""
+"""The fuzzer: it notices every kind of finding, repeats a case, and runs a few cases of every target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def findings(run: Callable[[random.Random], object], *, cases: int = 5, first: i
 
 
 def only_the_third(action: Callable[[], object]) -> Callable[[random.Random], object]:
-    """Return a target that does something in its third case alone."""
+    """Return a target that does something in its third case only."""
     third = random.Random("1 2").random()
     return lambda chance: action() if chance.random() == third else None
 
@@ -67,7 +67,7 @@ def test_a_hang_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_read_outside_of_the_memory_is_a_crash() -> None:
-    """The page behind a guarded buffer ends the process, so that a kernel cannot read on unnoticed."""
+    """Reading past the end of a guarded buffer crashes the process."""
     import ctypes
 
     import numpy as np
@@ -117,7 +117,7 @@ def test_mutations_change_something_and_repeat_themselves() -> None:
 
 @pytest.mark.slow
 def test_every_target_gets_through() -> None:
-    """In a process of its own: what is forked from one with torch's threads would wait for them."""
+    """In a separate process: a fork of one with torch's threads would wait for them."""
     pytest.importorskip("torch")
     command = [sys.executable, "-m", fuzzer.__name__, "--cases", "20", "--seed", "7", "--json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)

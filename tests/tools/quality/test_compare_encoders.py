@@ -1,4 +1,4 @@
-"""The pieces of tools/quality/compare_encoders.py: texts, llama.cpp's types, rows, table and chart."""
+"""The parts of tools/quality/compare_encoders.py: texts, llama.cpp's types, rows, table and chart."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_trit_row_is_measured_on_the_file(
     tiny_trit_file: Callable[..., GgufFile],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What `convert` is asked for, and that the file it writes is what is compared."""
+    """The arguments of `convert`, and that the file that it writes is compared."""
     asked: dict[str, Any] = {}
     loaded: list[int] = []
     measurement = compare_encoders.Measurement("smollm2", smollm2_folder.parent, None, tmp_path)

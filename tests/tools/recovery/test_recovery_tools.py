@@ -1,4 +1,4 @@
-"""The tools behind docs/recovery.md: what they count, and that they notice."""
+"""The tools of docs/recovery.md: their counts, and that they detect differences."""
 
 from __future__ import annotations
 

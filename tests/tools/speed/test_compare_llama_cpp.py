@@ -1,4 +1,4 @@
-"""The choice of ratios, turns and the command of the comparison with llama.cpp, without building or timing anything."""
+"""The comparison with llama.cpp: choice of ratios, turns and the command, without building or timing anything."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_groups_share_a_numerator_and_conversions_come_first() -> None:
 
 
 class ScriptedComparison:
-    """Measures what it was told, and keeps what it was asked for."""
+    """Returns given measurements, and records the calls."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

@@ -1,4 +1,4 @@
-"""How much other programs take, and waiting for them."""
+"""The share of other programs, and waiting for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, bounds, JSON and tables of the comparison, and its chart."""
+"""The comparison's names, bounds, JSON, tables and chart."""
 
 from __future__ import annotations
 

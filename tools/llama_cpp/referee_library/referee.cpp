@@ -1,5 +1,5 @@
-// What tools/llama_cpp/referee.py asks llama.cpp, behind a handful of functions that ctypes can call: no structure
-// crosses the border, so that a new version of llama.cpp fails at compile time and not at run time.
+// The functions of llama.cpp that tools/llama_cpp/referee.py needs, as C functions for ctypes. They pass no structures,
+// so an incompatible version of llama.cpp fails at compile time and not at run time.
 
 #include "llama.h"
 
@@ -22,7 +22,7 @@ struct referee {
 
 static void log_nothing(ggml_log_level, const char *, void *) {}
 
-// Copies a text as far as there is room, and returns its whole length.
+// Copies as much of a text as fits, and returns its whole length.
 static int32_t give(const std::string & text, char * output, int32_t capacity) {
     const size_t room = static_cast<size_t>(capacity);
     std::memcpy(output, text.data(), text.size() < room ? text.size() : room);
@@ -41,8 +41,8 @@ void referee_close(referee * self) {
     delete self;
 }
 
-// Opens a GGUF file; `positions` 0 opens the vocabulary alone. `exact` keeps keys and values in F32 and computes
-// attention step by step. Returns null when llama.cpp refuses the file.
+// Opens a GGUF file; `positions` 0 opens only the vocabulary. `exact` keeps keys and values in F32 and attention unfused.
+// Returns null if llama.cpp refuses the file.
 referee * referee_open(const char * path, int32_t positions, int32_t threads, bool exact) {
     llama_log_set(log_nothing, nullptr);
     llama_backend_init();
@@ -76,19 +76,19 @@ bool referee_ends_text(const referee * self, int32_t token) {
     return llama_vocab_is_eog(self->vocabulary, token);
 }
 
-// Returns the number of tokens, or its negative when `capacity` is too small.
+// Returns the number of tokens, or its negative if `capacity` is too small.
 int32_t referee_tokenize(const referee * self, const char * text, int32_t length, bool add_special,
                          bool parse_special, int32_t * tokens, int32_t capacity) {
     return llama_tokenize(self->vocabulary, text, length, tokens, capacity, add_special, parse_special);
 }
 
-// Returns the length of the text without control tokens, or its negative when `capacity` is too small.
+// Returns the length of the text without control tokens, or its negative if `capacity` is too small.
 int32_t referee_detokenize(const referee * self, const int32_t * tokens, int32_t count, char * text,
                            int32_t capacity) {
     return llama_detokenize(self->vocabulary, tokens, count, text, capacity, false, false);
 }
 
-// Forgets everything before `position`, appends `count` tokens there, and writes the logits [count, vocabulary] of
+// Keeps the tokens before `position`, appends `count` tokens there, and writes the logits [count, vocabulary] of
 // all of them. Returns what llama_decode returned, 0 for success.
 int32_t referee_logits(referee * self, const int32_t * tokens, int32_t count, int32_t position, float * logits) {
     llama_memory_seq_rm(llama_get_memory(self->context), 0, position, -1);
@@ -112,7 +112,7 @@ int32_t referee_logits(referee * self, const int32_t * tokens, int32_t count, in
 }
 
 // Renders a chat template with the variables of a JSON object. Writes a JSON list of [text, whether it came from the
-// variables], or a JSON string with what went wrong, and returns the length of either.
+// variables], or a JSON string with the error message, and returns the length of either.
 int32_t referee_render(const char * chat_template, const char * variables, char * output, int32_t capacity) {
     try {
         jinja::lexer lexer;

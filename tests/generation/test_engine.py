@@ -1,0 +1,202 @@
+"""The engine: what a request gets does not depend on the others, to the last bit of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.engine import Engine
+from tritgguf.generation.request import Request, RunningRequest
+from tritgguf.generation.scheduler import Budget
+from tritgguf.runtime.model import Model
+
+CONTEXT = 640
+# Prompts have long common prefixes, which end inside and at the borders of pages of 256 tokens.
+COMMON = np.random.default_rng(7).integers(0, 440, 600).tolist()
+
+
+class Recorder:
+    """Takes the likeliest token and keeps all logits that it has seen."""
+
+    def __init__(self) -> None:
+        self.logits: list[np.ndarray] = []
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        pass
+
+    def sample(self, logits: np.ndarray) -> int:
+        self.logits.append(logits.copy())
+        return int(logits.argmax())
+
+
+def prompt(shared: int, own: int, seed: int) -> list[int]:
+    """Return a prompt of so many common tokens, then others that no other seed has in this place."""
+    return [*COMMON[:shared], *(440 + seed % 8 if k == 0 else (seed * 31 + k * 7) % 440 for k in range(own))]
+
+
+def answer(model: Model, tokens: Sequence[int], count: int) -> tuple[list[int], list[np.ndarray]]:
+    """Return the tokens and the logits that a prompt gets alone, in an engine of its own."""
+    engine, recorder = Engine(model, context=CONTEXT, parallel=1), Recorder()
+    request = engine.submit(Request(list(tokens), sampler=recorder, max_tokens=count, cache_prompt=False))
+    return list(engine.tokens(request)), recorder.logits
+
+
+@pytest.fixture(scope="module")
+def model(tiny_trit_file: Callable[..., GgufFile]) -> Model:
+    return Model(tiny_trit_file("qwen2", 2), threads=2)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> Callable[[tuple[int, int, int], int], tuple[list[int], list[np.ndarray]]]:
+    """Return a function from a prompt's description and a number of tokens to what it gets alone; kept."""
+    known: dict[tuple[int, int, int], tuple[list[int], list[np.ndarray]]] = {}
+
+    def get(description: tuple[int, int, int], count: int) -> tuple[list[int], list[np.ndarray]]:
+        if description not in known or len(known[description][0]) < count:
+            known[description] = answer(model, prompt(*description), count)
+        tokens, logits = known[description]
+        return tokens[:count], logits[:count]
+
+    return get
+
+
+DESCRIPTIONS = st.tuples(
+    st.sampled_from([0, 3, 31, 200, 255, 256, 257, 400, 512]), st.integers(1, 40), st.integers(0, 7)
+)
+ARRIVALS = st.lists(
+    st.tuples(st.integers(0, 12), DESCRIPTIONS, st.integers(1, 12), st.one_of(st.none(), st.integers(0, 25))),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=25)
+@given(
+    arrivals=ARRIVALS,
+    parallel=st.integers(1, 5),
+    spare_pages=st.integers(0, 6),
+    budget=st.builds(Budget, st.integers(5, 300), st.integers(1, 64), st.integers(1, 64)),
+)
+def test_a_request_gets_what_it_gets_alone(
+    model: Model,
+    alone: Callable[[tuple[int, int, int], int], tuple[list[int], list[np.ndarray]]],
+    arrivals: list[tuple[int, tuple[int, int, int], int, int | None]],
+    parallel: int,
+    spare_pages: int,
+    budget: Budget,
+) -> None:
+    """Requests arrive while others run, share prefixes, give way where pages are few, and are cancelled."""
+    engine = Engine(model, context=CONTEXT, parallel=parallel, pages=4 + spare_pages, budget=budget)
+    running: list[tuple[RunningRequest, Recorder, tuple[int, int, int], int, int | None]] = []
+    step = 0
+    waiting = sorted(arrivals, key=lambda arrival: arrival[0])
+    while waiting or engine.has_work:
+        while waiting and waiting[0][0] <= step:
+            _, description, count, cancelled_after = waiting.pop(0)
+            recorder = Recorder()
+            request = engine.submit(Request(prompt(*description), sampler=recorder, max_tokens=count))
+            end = None if cancelled_after is None else step + cancelled_after
+            running.append((request, recorder, description, count, end))
+        engine.step()
+        engine.check()
+        step += 1
+        for request, _, _, _, end in running:
+            if end is not None and step >= end:
+                engine.cancel(request)
+        assert step < 5000
+    for request, recorder, description, count, _ in running:
+        tokens, logits = alone(description, count)
+        found = request.tokens[request.prompt_length :]
+        if not request.cancelled:
+            assert len(found) == count
+        assert found == tokens[: len(found)]
+        for ours, expected in zip(recorder.logits, logits, strict=False):
+            np.testing.assert_array_equal(ours, expected)
+    engine.clear_prefix_cache()
+    engine.check()
+    assert engine.pool.free_pages == 4 + spare_pages
+    assert engine.pool.free_sequences == parallel
+
+
+def test_only_new_tokens_are_evaluated(model: Model) -> None:
+    """A second request with the same system prompt, and a chat's second turn."""
+    engine = Engine(model, context=CONTEXT, parallel=2)
+
+    def ask(tokens: list[int], count: int) -> RunningRequest:
+        request = engine.submit(Request(tokens, sampler=Recorder(), max_tokens=count))
+        assert len(list(engine.tokens(request))) == count
+        return request
+
+    first = ask([*COMMON[:500], 441, 442], 5)
+    assert (first.cached, first.evaluated_prompt_tokens) == (0, 502)
+    second = ask([*COMMON[:500], 443, 444, 445], 5)
+    assert (second.cached, second.evaluated_prompt_tokens) == (500, 3)
+    turn = ask([*first.tokens, 446, 447], 5)
+    # The last token of an answer was never evaluated.
+    assert (turn.cached, turn.evaluated_prompt_tokens) == (len(first.tokens) - 1, 3)
+    engine.check()
+
+
+def test_requests_that_come_together_share_what_they_have_in_common(model: Model) -> None:
+    engine = Engine(model, context=CONTEXT, parallel=4)
+    requests = [engine.submit(Request([*COMMON[:500], 440 + n], sampler=Recorder(), max_tokens=3)) for n in range(4)]
+    while engine.step():
+        engine.check()
+    assert sum(request.evaluated_prompt_tokens for request in requests) == 501 + 3
+    assert [len(request.tokens) for request in requests] == [504] * 4
+
+
+def test_a_long_prompt_does_not_stall_answers(model: Model) -> None:
+    """Every pass gives each running answer a token, however long the prompts are that arrive meanwhile."""
+    engine = Engine(model, context=CONTEXT, parallel=3, budget=Budget(512, 128, 16))
+    short = engine.submit(Request([1, 2, 3], sampler=Recorder(), max_tokens=40))
+    engine.step()
+    engine.submit(Request(COMMON[:600], sampler=Recorder(), max_tokens=1))
+    for expected in range(2, 36):
+        engine.step()
+        assert len(short.generated) == expected
+
+
+def test_giving_way_changes_nothing(model: Model) -> None:
+    """Two answers that outgrow the pool: one waits, and goes on with the same bits."""
+    prompts = [[*COMMON[:250], 441], [*COMMON[250:500], 442]]
+    expected = [answer(model, tokens, 60) for tokens in prompts]
+    engine = Engine(model, context=CONTEXT, parallel=2, pages=4)
+    recorders = [Recorder(), Recorder()]
+    requests = [
+        engine.submit(Request(tokens, sampler=recorder, max_tokens=300))
+        for tokens, recorder in zip(prompts, recorders, strict=True)
+    ]
+    gave_way = False
+    while engine.step():
+        engine.check()
+        gave_way |= any(request.sequence is None and not request.ended for request in requests)
+    assert gave_way
+    for request, recorder, (tokens, logits) in zip(requests, recorders, expected, strict=True):
+        assert request.tokens[251:311] == tokens
+        for ours, alone in zip(recorder.logits[:60], logits, strict=True):
+            np.testing.assert_array_equal(ours, alone)
+
+
+def test_an_error_ends_its_request_alone(model: Model) -> None:
+    class Refusing(Recorder):
+        def sample(self, logits: np.ndarray) -> int:
+            raise ArithmeticError("no")
+
+    engine = Engine(model, context=CONTEXT, parallel=2)
+    bad = engine.submit(Request([1, 2], sampler=Refusing(), max_tokens=3))
+    good = engine.submit(Request([1, 2, 3], sampler=Recorder(), max_tokens=3))
+    assert len(list(engine.tokens(good))) == 3
+    with pytest.raises(ArithmeticError, match="no"):
+        list(engine.tokens(bad))
+    engine.check()
+
+
+def test_a_pool_that_is_too_small_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="smaller than a single request"):
+        Engine(model, context=CONTEXT, pages=3)
