@@ -27,6 +27,8 @@ from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
 
 _MOST_VECTORS = 16  # for which a row is unpacked once
 _AT_ONCE = 4
+_HALF_VECTORS = 8  # whose columns stay in the first-level cache while some rows of float16 pass
+_HALF_ROWS = 64  # of float16, which stay in the second-level cache while all vectors pass
 _ALIGNMENT = 64
 # Where things lie in the scratch, in bytes
 _LEVELS = 0
@@ -135,14 +137,14 @@ def _trit_rows_batch(isa, address, depth, row_bytes, table, groups, y, first, la
 
 
 @numba.njit(cache=True)
-def _dot_half_rows(isa, row, row_bytes, rows, x, base):
-    """Multiply up to 8 rows of float16 with up to 16 vectors."""
+def _dot_half_rows(isa, row, row_bytes, rows, x, base, arranged):
+    """Multiply some rows of float16 with some vectors, which lie at `arranged`, too."""
     columns, stride = x.shape[1], x.strides[0]
     bytes_of_sum = columns // BLOCK * LANES * 4
     for number in range(SUMS):
         for v in range(0, len(x), _AT_ONCE):
             left, own = len(x) - v, x[v].ctypes.data
-            some = base + _VECTORS + (v * SUMS + number * min(left, _AT_ONCE)) * bytes_of_sum
+            some = arranged + (v * SUMS + number * min(left, _AT_ONCE)) * bytes_of_sum
             out = (base + _TOTALS + v * ROWS * 64, base + _OTHERS + v * ROWS * 64, base + _TAILS + v * ROWS * 4)
             if left >= 4:
                 dot_halves(isa, C4, number, row, row_bytes, rows, own, stride, columns, some, out)
@@ -165,15 +167,18 @@ def _half_rows_batch(isa, address, x, y, first, last, scratch):
     for v in range(0, len(x), _AT_ONCE):
         some = base + _VECTORS + v * vector_bytes
         arrange_floats(x[v].ctypes.data, x.strides[0], columns, min(_AT_ONCE, len(x) - v), some)
-    for start in range(first, last, ROWS):
-        rows = min(ROWS, last - start)
-        row = address + start * row_bytes
-        _dot_half_rows(isa, row, row_bytes, rows, x, base)
-        ends = (base + _TOTALS, base + _TOTALS_OF_8, base + _TOTALS_OF_4)
-        sum_lanes(isa, ends, 0, base + _RESULTS, (len(x) * ROWS + 15) // 16)
-        for v in range(len(x)):
-            for r in range(rows):
-                y[v, start + r] = results[v * ROWS + r] + tails[v * ROWS + r]
+    ends = (base + _TOTALS, base + _TOTALS_OF_8, base + _TOTALS_OF_4)
+    for block in range(first, last, _HALF_ROWS):
+        for v in range(0, len(x), _HALF_VECTORS):
+            vectors = min(_HALF_VECTORS, len(x) - v)
+            for start in range(block, min(block + _HALF_ROWS, last), ROWS):
+                rows = min(ROWS, last - start)
+                row = address + start * row_bytes
+                _dot_half_rows(isa, row, row_bytes, rows, x[v : v + vectors], base, base + _VECTORS + v * vector_bytes)
+                sum_lanes(isa, ends, 0, base + _RESULTS, (vectors * ROWS + 15) // 16)
+                for w in range(vectors):
+                    for r in range(rows):
+                        y[v + w, start + r] = results[w * ROWS + r] + tails[w * ROWS + r]
 
 
 @numba.njit(cache=True)

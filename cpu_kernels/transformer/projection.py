@@ -25,6 +25,7 @@ from cpu_kernels.transformer.activations import (
     quantize_row,
     quantize_vectors,
 )
+from cpu_kernels.transformer.aligned import aligned_zeros
 from cpu_kernels.transformer.gemm import half_gemm, trit_gemm
 from cpu_kernels.transformer.gemv import HALVES, gemv
 from cpu_kernels.transformer.gemv_batch import gemv_batch, scratch_for
@@ -41,10 +42,10 @@ class Activations:
 
     def __init__(self, vectors: int, columns: int) -> None:
         groups = columns // GROUP_SIZE
-        self.x = np.zeros((vectors, columns), np.float32)
-        self.pairs = np.zeros((vectors, PAIRS, groups, 2), np.int16)
-        self.offsets = np.zeros((vectors, 4, groups), np.int32)
-        self.scales = np.zeros((vectors, groups), np.float32)
+        self.x = aligned_zeros((vectors, columns), np.float32)
+        self.pairs = aligned_zeros((vectors, PAIRS, groups, 2), np.int16)
+        self.offsets = aligned_zeros((vectors, 4, groups), np.int32)
+        self.scales = aligned_zeros((vectors, groups), np.float32)
 
     @property
     def buffers(self) -> VectorBuffers:
@@ -79,11 +80,11 @@ class Batch:
     def __init__(self, tokens: int, columns: int, *, bits: int = 16) -> None:
         """Allocate zeros; `bits` are those of the integers, 16 or 8."""
         groups, blocks = columns // GROUP_SIZE, -(-tokens // BLOCK_TOKENS)
-        self.x = np.zeros((tokens, columns), np.float32)
+        self.x = aligned_zeros((tokens, columns), np.float32)
         shape = (blocks, groups, GROUP_SIZE * bits // 32, BLOCK_TOKENS, 32 // bits)
-        self.integers = np.zeros(shape, np.dtype(f"int{bits}"))
-        self.offsets = np.zeros((blocks, 4, groups, BLOCK_TOKENS), np.int32)
-        self.scales = np.zeros((blocks, groups, BLOCK_TOKENS), np.float32)
+        self.integers = aligned_zeros(shape, np.dtype(f"int{bits}"))
+        self.offsets = aligned_zeros((blocks, 4, groups, BLOCK_TOKENS), np.int32)
+        self.scales = aligned_zeros((blocks, groups, BLOCK_TOKENS), np.float32)
 
     @property
     def buffers(self) -> VectorBuffers:

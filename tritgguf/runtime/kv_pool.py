@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.transformer.aligned import aligned_zeros
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, padded_dimension, page_elements
 from tritgguf.errors import BadRequestError
 from tritgguf.machine import machine_memory_bytes
@@ -246,7 +247,7 @@ class KVPool:
     def _take_page(self) -> int:
         page = self._free_pages[-1]
         if page not in self._storage:
-            self._storage[page] = np.zeros(self._elements, self.element.dtype)
+            self._storage[page] = aligned_zeros((self._elements,), self.element.dtype)
         self._free_pages.pop()  # not before: there may be no memory for it
         self.references[page] = 1
         return page
