@@ -12,7 +12,10 @@ from sequences import open_sequence
 
 from tritgguf.errors import BadRequestError, ContextFullError
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.generate import generate
 from tritgguf.generation.loaded_model import LoadedModel, load
+from tritgguf.generation.request import Request
+from tritgguf.generation.sampling import Sampler, SamplingOptions
 
 Files = Callable[..., GgufFile]
 TOKENS = [5, 401, 17, 17, 300, 0, 447, 62, 128, 33, 254]
@@ -103,6 +106,23 @@ def test_a_stored_beginning_does_not_change_a_bit(model: LoadedModel, start: int
         found = ask()
         for found_one, expected_one in zip(found, expected, strict=True):
             np.testing.assert_equal(found_one, expected_one)
+    model.engine.check()
+
+
+def test_generated_tokens_that_are_stored_do_not_change_a_bit(model: LoadedModel) -> None:
+    """Logits are those of a prompt, whatever was generated before; a chat goes on from its answer all the same."""
+    model.engine.clear_prefix_cache()
+    options: dict[str, Any] = {"raw": True, "max_tokens": 20, "temperature": 0}
+    answer = generate(model, "The dog", **options)
+    tokens = [*answer.prompt_tokens, *answer.tokens]
+    found, embedding = model.logits(tokens, first=len(tokens) - 2), model.embed(tokens)
+    request = model.engine.submit(Request([*tokens, 5], Sampler(SamplingOptions()), max_tokens=1))
+    list(model.engine.tokens(request))
+    assert request.cached >= len(tokens) - 1
+    model.engine.clear_prefix_cache()
+    np.testing.assert_array_equal(found, model.logits(tokens, first=len(tokens) - 2))
+    model.engine.clear_prefix_cache()
+    np.testing.assert_array_equal(embedding, model.embed(tokens))
     model.engine.check()
 
 

@@ -27,7 +27,7 @@ class CachedPool:
 
     def start(self, tokens: list[int]) -> tuple[int, int]:
         """Return a sequence of some tokens, and how many of them were in the cache."""
-        pages, length = self.cache.match(tokens)
+        pages, length, _ = self.cache.match(tokens)
         sequence = self.pool.allocate(pages, length)
         self.cache.evict(self.pool.missing_pages(sequence, len(tokens) - length) - self.pool.free_pages)
         self.pool.reserve(sequence, len(tokens) - length)
@@ -55,7 +55,7 @@ class CachedPool:
 
     def held(self, tokens: list[int]) -> int:
         """Return how many tokens are in the cache, and check that their pages have their keys."""
-        pages, length = self.cache.match(tokens)
+        pages, length, _ = self.cache.match(tokens)
         assert len(pages) == pages_of(length)
         assert self.stored(pages, length) == tokens[:length]
         return length
@@ -248,7 +248,7 @@ def test_clearing_does_not_touch_what_a_sequence_holds() -> None:
     sequence, _ = pool.start(text)
     pool.cache.clear()
     assert pool.stored(pool.pool.pages(sequence), 300) == text
-    assert pool.cache.match(text) == ([], 0)
+    assert pool.cache.match(text) == ([], 0, 0)
     pool.check()
     pool.end(sequence, text)
     assert pool.held(text) == 300
@@ -259,3 +259,16 @@ def test_common_length(left: list[int], right: list[int]) -> None:
     length = common_length(left, right)
     assert left[:length] == right[:length]
     assert left[length : length + 1] != right[length : length + 1] or length == len(left) == len(right)
+
+
+def test_only_what_was_computed_as_a_prompt_is_found_on_demand() -> None:
+    """The rest of a text was generated: it is found, but not by a request for the keys and values of a prompt."""
+    pool = CachedPool()
+    text = list(range(300))
+    sequence, _ = pool.start(text)
+    pool.cache.insert(text, pool.pool.pages(sequence), prompt_tokens=280)
+    assert pool.cache.match([*text, 7])[1:] == (300, 280)
+    assert pool.cache.match([*text, 7], prompt_only=True)[1:] == (280, 280)
+    assert pool.cache.match(text[:100], prompt_only=True)[1:] == (100, 100)
+    pool.pool.free(sequence)
+    pool.check()

@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from tritgguf.generation.prefix_cache import PrefixCache, common_length
+from tritgguf.generation.prefix_cache import Prefix, PrefixCache, common_length
 from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.result import FinishReason
 from tritgguf.generation.scheduler import Budget, Chunk, plan
@@ -63,7 +63,7 @@ class EngineCore:
             self.running.remove(request)
             if request.request.cache_prompt and request.error is None:
                 pages = self._pool.pages(_sequence_of(request))
-                self.prefix_cache.insert(request.tokens[: request.evaluated], pages)
+                self.prefix_cache.insert(request.tokens[: request.evaluated], pages, request.computed_as_prompt)
             self._free(request)
 
     def _free(self, request: RunningRequest) -> None:
@@ -97,7 +97,7 @@ class EngineCore:
 
     def _start(self, request: RunningRequest) -> bool:
         """Give a request a sequence that begins with what is stored of its prefix; False without room for the rest."""
-        pages, length = self._longest_prefix(request)
+        pages, length, computed_as_prompt = self._longest_prefix(request)
         sequence = self._pool.allocate(pages, length)
         missing = self._pool.missing_pages(sequence, len(request.tokens) - length)
         self.prefix_cache.evict(missing - self._pool.free_pages)
@@ -105,25 +105,33 @@ class EngineCore:
             self._pool.free(sequence)
             return False
         request.sequence, request.evaluated = sequence, length
+        # What follows on keys and values of another kind is not what a prompt alone would give.
+        request.computed_as_prompt = request.prompt_length if computed_as_prompt == length else computed_as_prompt
         request.cached = max(request.cached, min(length, request.prompt_length))
         return True
 
-    def _longest_prefix(self, request: RunningRequest) -> tuple[list[int], int]:
-        """Return the pages of the longest stored prefix, in the cache or of a running request, and its length."""
+    def _longest_prefix(self, request: RunningRequest) -> Prefix:
+        """Return the longest stored prefix, in the cache or of a running request.
+
+        Generated tokens have other activations than prompts. A prompt takes over what was computed of either, so that
+        a chat goes on from its answers; logits and hidden states are always those of a prompt.
+        """
         if not request.request.cache_prompt:
-            return [], 0
+            return Prefix([], 0, 0)
+        prompt_only = request.request.wanted != "tokens"
         most = len(request.tokens) - 1  # the last token is evaluated in any case: its logits are wanted
         if request.request.wanted != "tokens":
             most = min(most, request.request.first_output)
         elif len(request.tokens) > request.prompt_length:  # preempted: generated tokens are computed as before
             most = request.prompt_length
         wanted = request.tokens[:most]
-        pages, length = self.prefix_cache.match(wanted)
+        best = self.prefix_cache.match(wanted, prompt_only=prompt_only)
         for other in self.running:
-            common = common_length(other.tokens[: other.evaluated], wanted)
-            if common > length and other.request.cache_prompt:
-                pages, length = self._pool.pages(_sequence_of(other)), common
-        return pages, length
+            stored = min(other.evaluated, other.computed_as_prompt) if prompt_only else other.evaluated
+            common = common_length(other.tokens[:stored], wanted)
+            if common > best.length and other.request.cache_prompt:
+                best = Prefix(self._pool.pages(_sequence_of(other)), common, min(common, other.computed_as_prompt))
+        return best
 
     # -- room
 

@@ -9,9 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cpu_kernels.transformer.kv_pages import PAGE
 from tritgguf.runtime.kv_pool import KVPool
+
+
+class Prefix(NamedTuple):
+    """Stored keys and values of the first tokens of a text.
+
+    Attributes:
+        pages: where they are.
+        length: how many tokens.
+        prompt_tokens: how many of them, from the first on, were computed as a prompt.
+
+    """
+
+    pages: list[int]
+    length: int
+    prompt_tokens: int
 
 
 @dataclass(eq=False)
@@ -20,6 +36,7 @@ class _Node:
     page: int
     parent: _Node | None
     last_use: int = 0
+    prompt_tokens: int = 0  # of its tokens, from the first on, computed as a prompt
     children: list[_Node] = field(default_factory=list)
 
 
@@ -31,25 +48,36 @@ class PrefixCache:
         self._root = _Node((), -1, None)
         self._clock = 0
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """Return the pages of the longest beginning of `tokens` that is held, and how many tokens it has."""
+    def match(self, tokens: Sequence[int], *, prompt_only: bool = False) -> Prefix:
+        """Return the longest prefix of `tokens` that is held; with `prompt_only`, of those computed as a prompt."""
         self._clock += 1
         pages: list[int] = []
-        node, length = self._root, 0
+        node, length, prompt_tokens = self._root, 0, 0
         while length < len(tokens):
             child, common = _closest(node.children, tokens[length : length + PAGE])
             if child is None:
                 break
+            computed_as_prompt = min(common, child.prompt_tokens)
+            if prompt_only:
+                common = computed_as_prompt
+            if not common:
+                break
             child.last_use = self._clock
             pages.append(child.page)
+            if prompt_tokens == length:
+                prompt_tokens += computed_as_prompt
             length += common
             if common < PAGE:
                 break
             node = child
-        return pages, length
+        return Prefix(pages, length, prompt_tokens)
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Hold the pages of a sequence: page k has the keys and values of tokens[256 k : 256 (k + 1)]."""
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], prompt_tokens: int | None = None) -> None:
+        """Hold the pages of a sequence: page k has the keys and values of tokens[256 k : 256 (k + 1)].
+
+        `prompt_tokens` says how many of the tokens were computed as a prompt; None: all.
+        """
+        left = len(tokens) if prompt_tokens is None else prompt_tokens
         self._clock += 1
         node = self._root
         for place, page in enumerate(pages):
@@ -63,13 +91,14 @@ class PrefixCache:
                 self._pool.retain(page)
                 self._pool.release(child.page)
                 child.tokens, child.page, child.last_use = chunk, page, self._clock
+                child.prompt_tokens = max(0, min(left, len(chunk)))
             else:
                 self._pool.retain(page)
-                child = _Node(chunk, page, node, self._clock)
+                child = _Node(chunk, page, node, self._clock, max(0, min(left, len(chunk))))
                 node.children.append(child)
             if len(chunk) < PAGE:
                 return
-            node = child
+            node, left = child, left - PAGE
 
     def evict(self, pages: int) -> None:
         """Let go of least recently used pages until so many more are free, or none is held that nobody else holds."""

@@ -57,6 +57,7 @@ class RunningRequest:
         tokens: the prompt's, then the generated ones.
         evaluated: how many of them have their keys and values stored.
         cached: how many of the prompt's were taken over from an earlier request.
+        computed_as_prompt: how many tokens, from the first on, have keys and values that were computed as a prompt's.
         sequence: its number in the `KVPool`; None while it waits.
         cancelled: whether nobody wants it any more; any thread may say so.
         generated: tokens that nobody has fetched yet.
@@ -68,6 +69,7 @@ class RunningRequest:
     tokens: list[int]
     evaluated: int = 0
     cached: int = 0
+    computed_as_prompt: int = 0
     evaluated_prompt_tokens: int = 0
     decoded_tokens: int = 0
     prompt_seconds: float = 0.0
