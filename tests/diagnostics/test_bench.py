@@ -147,7 +147,7 @@ def test_the_command(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "pp6",
         "tg3",
         "share of the read bandwidth",
-        "launching and meeting",
+        "thread launch and barriers",
         "trit_gemm",
         "gate, up",
     ):

@@ -12,8 +12,8 @@ from tritgguf.diagnostics import kernel_times
 from tritgguf.diagnostics.kernel_times import (
     REST,
     KernelTime,
+    barriers_per_token,
     launch_seconds,
-    meetings_per_token,
     prefill_times,
     shares,
 )
@@ -47,13 +47,13 @@ def test_empty_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("threads", "waits"), [(1, False), (2, True), (3, True)])
-def test_meetings_of_a_token(tiny_trit_file: Callable[..., GgufFile], threads: int, waits: bool) -> None:
+def test_barriers_of_a_token(tiny_trit_file: Callable[..., GgufFile], threads: int, waits: bool) -> None:
     file = tiny_trit_file()
     config = ModelConfig.from_file(file)
-    meetings = meetings_per_token(config, ModelWeights(file, config), threads)
+    barriers = barriers_per_token(config, ModelWeights(file, config), threads)
     # At least once after q, k, v, after attention, after gate and up and after down, and never twice in a row.
     layers = config.dimensions.layers
-    assert (4 * layers <= meetings <= 8 * layers) if waits else meetings == 0
+    assert (4 * layers <= barriers <= 8 * layers) if waits else barriers == 0
 
 
 def test_launches_of_a_prompt(tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_launches_of_a_prompt(tiny_trit_file: Callable[..., GgufFile], monkeypat
     config = ModelConfig.from_file(file)
     launches = []
 
-    def launch_seconds(thread_pool: ThreadPool, count: int, meetings: int, repetitions: int) -> float:
+    def launch_seconds(thread_pool: ThreadPool, count: int, barriers: int, repetitions: int) -> float:
         launches.append(count)
         return 0.5
 

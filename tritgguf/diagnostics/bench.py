@@ -144,7 +144,7 @@ class BenchReport:
                 ("share of the read bandwidth", f"{rates['share_of_read_bandwidth']:.0%}"),
             ]
             if self.launch_share is not None:
-                rows.append(("launching and meeting of threads, of a token", f"{self.launch_share:.1%}"))
+                rows.append(("thread launch and barriers, of a token", f"{self.launch_share:.1%}"))
             tables.append((f"decode: {self.decode.test if self.decode else ''}", ("", ">"), rows))
         for title, kernels in (("one prompt", self.prefill_kernels), ("one token", self.decode_kernels)):
             if kernels:
@@ -200,8 +200,8 @@ def bench(
     if prefill is not None and by_kernel:
         prompt_times = prefill_times(config, weights, thread_pool, prompt, depth, repetitions, prefill_bits, cache_type)
     if decode is not None and by_kernel:
-        places = depth + (generated_tokens + 1) // 2
-        seconds = decode_seconds(config, weights, thread_pool, places, repetitions, cache_type)
+        positions = depth + (generated_tokens + 1) // 2
+        seconds = decode_seconds(config, weights, thread_pool, positions, repetitions, cache_type)
         decode_kernels = shares(seconds, 1 / decode.mean)
     return BenchReport(
         **_facts(file, model),

@@ -1,4 +1,4 @@
-"""Which parts of the forward pass a benchmark's time goes to, and what launching and meeting cost."""
+"""How a benchmark's time divides among the kernels, and what thread launches and barriers cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class KernelTime:
 
 
 class TimingThreadPool(ThreadPool):
-    """A thread_pool that keeps the time of every kernel, by name, and counts the launches."""
+    """A thread pool that adds up the time of every kernel by name and counts launches."""
 
     def __init__(self, threads: int | None, *, isa: str | None = None) -> None:
         super().__init__(threads, isa=isa)
@@ -98,18 +98,18 @@ def prefill_times(
     return PromptTimes(seconds, launching * repetitions / total)
 
 
-def launch_seconds(thread_pool: ThreadPool, launches: int, meetings: int, repetitions: int) -> float:
-    """Return the seconds of `launches` kernels that do nothing but let the threads meet `meetings` times in each.
+def launch_seconds(thread_pool: ThreadPool, launches: int, barriers: int, repetitions: int) -> float:
+    """Return the seconds of `launches` kernels that do nothing but pass `barriers` barriers each.
 
-    Threads that arrive with nothing done arrive together: what is measured is the cost of launching and meeting, not
-    the time that one thread waits for another one's larger share of the work. Median of the repetitions.
+    The threads have no work, so they arrive together: this is the cost of launches and barriers alone, without the time
+    that a thread waits for a larger share of the work. Median of the repetitions.
     """
     counter = np.zeros(1, np.int64)
     times = []
     for repetition in range(repetitions + 1):
         start = time.perf_counter()
         for _ in range(launches):
-            thread_pool.run(repeat_barrier, counter, meetings)
+            thread_pool.run(repeat_barrier, counter, barriers)
         if repetition:  # the first time it may have been compiled
             times.append(time.perf_counter() - start)
     return statistics.median(times)
@@ -118,34 +118,34 @@ def launch_seconds(thread_pool: ThreadPool, launches: int, meetings: int, repeti
 def decode_launch_seconds(
     config: ModelConfig, weights: ModelWeights, thread_pool: ThreadPool, repetitions: int = 100
 ) -> float:
-    """Return the seconds that one launch and all meetings of a token take by themselves."""
-    return launch_seconds(thread_pool, 1, meetings_per_token(config, weights, thread_pool.threads), repetitions)
+    """Return the seconds that one launch and all barriers of a token take by themselves."""
+    return launch_seconds(thread_pool, 1, barriers_per_token(config, weights, thread_pool.threads), repetitions)
 
 
-def meetings_per_token(config: ModelConfig, weights: ModelWeights, threads: int) -> int:
+def barriers_per_token(config: ModelConfig, weights: ModelWeights, threads: int) -> int:
     """Return how often the threads wait for one another in a token; a single one never does."""
 
-    class MeetingThreadPool(ThreadPool):
-        meetings = 0
+    class BarrierCounter(ThreadPool):
+        barriers = 0
 
         def run(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
             results = super().run(kernel, *arguments)
             counter = arguments[-1]  # every thread adds 1 to it whenever it arrives
-            self.meetings += int(counter[0]) // self.threads
+            self.barriers += int(counter[0]) // self.threads
             return results
 
-    thread_pool = MeetingThreadPool(threads)
+    thread_pool = BarrierCounter(threads)
     logits = np.zeros(config.vocab_size, np.float32)
     pool, tables = _filled_pool(config, 1, DEFAULT_CACHE_TYPE)
     DecodePass(config, weights, threads).run_one(thread_pool, 0, 0, 0, pool.key_values(tables), logits)
-    return thread_pool.meetings
+    return thread_pool.barriers
 
 
 def decode_seconds(
     config: ModelConfig,
     weights: ModelWeights,
     thread_pool: ThreadPool,
-    places: int,
+    positions: int,
     repetitions: int,
     cache_type: str = DEFAULT_CACHE_TYPE,
 ) -> dict[str, float]:
@@ -157,10 +157,10 @@ def decode_seconds(
     """
     layers = weights.layers
     isa = thread_pool.isa
-    pool, tables = _filled_pool(config, places, cache_type)  # whose pages live as long as it does
+    pool, tables = _filled_pool(config, positions, cache_type)  # keeps its pages alive
     parts: dict[str, tuple[Any, ...]] = {
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
-        "attention": _attention(isa, config, layers, thread_pool, places - 1, pool.key_values(tables)),
+        "attention": _attention(isa, config, layers, thread_pool, positions - 1, pool.key_values(tables)),
         "attention output": _product(isa, *[layer.output for layer in layers]),
         "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
         "down": _product(isa, *[layer.down for layer in layers]),

@@ -48,7 +48,7 @@ class ModelConfig:
     logit_scale: float
     """What logits are multiplied with."""
     logit_softcap: float
-    """The bound c that logits are bent to by c tanh(logit / c); 0 for none."""
+    """Softcap c of the logits: c tanh(logit / c); 0 for none."""
 
     @property
     def vocab_size(self) -> int:
@@ -124,7 +124,7 @@ def _number(file: GgufFile, key: str, default: float | None = None) -> float:
 
 
 def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndarray:
-    """Return how many places each layer's tokens see, 0 for all: int64 [layers]."""
+    """Return how many positions each layer's tokens see, 0 for all: int64 [layers]."""
     key = f"{architecture.gguf_name}.{keys.WINDOW_KEY}"
     if key not in file.metadata:
         return np.zeros(layers, np.int64)

@@ -29,7 +29,6 @@ class RotationTables:
             self.cosines, self.sines = self._compute(max(positions, 2 * self.cosines.shape[1]))
 
     def _compute(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
-        places = np.arange(positions)
-        angles = np.stack([np.outer(places, rotation.frequencies) for rotation in self._rotations])
+        angles = np.stack([np.outer(np.arange(positions), rotation.frequencies) for rotation in self._rotations])
         lengths = np.array([rotation.attention_factor for rotation in self._rotations])[:, np.newaxis, np.newaxis]
         return (lengths * np.cos(angles)).astype(np.float32), (lengths * np.sin(angles)).astype(np.float32)

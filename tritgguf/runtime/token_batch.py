@@ -17,7 +17,7 @@ class TokenBatch:
 
     Attributes:
         tokens: int64 [n].
-        positions: int64 [n], places in their sequences, from 0.
+        positions: int64 [n], in their sequences, from 0.
         sequences: int64 [n], numbers that `KVPool.allocate` gave.
         prompt_tokens: how many of them belong to prompts.
         outputs: int64 [m], increasing: the tokens whose logits are wanted.
