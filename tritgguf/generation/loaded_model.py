@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tritgguf.generation.engine import Engine
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedModel:
     """A model ready to generate; all of it may be used from several threads at once.
 
@@ -58,7 +58,7 @@ class LoadedModel:
             TritGgufError: no tokens, more than the context holds, or one that does not exist; `first` is none of them.
 
         """
-        return self._outputs(self._tokens(tokens), "logits", first)
+        return self._outputs(self._tokens(tokens), "logits", operator.index(first))
 
     def embed(
         self, text: Sequence[int] | str, *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True
