@@ -9,8 +9,10 @@ slows everything down a hundredfold as soon as another program needs a core.
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from numba.core.event import Listener, install_listener
 from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.cores import physical_cores
 
+_POOLS: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
+
 
 class ThreadPool:
     """A fixed number of threads, including the caller's, and the instruction set of the kernels that they run.
@@ -33,7 +37,13 @@ class ThreadPool:
     def __init__(self, threads: int | None = None, *, isa: str | None = None) -> None:
         """Use `threads` threads; None takes one per physical core. `isa` is the name for `instruction_set.choose`."""
         self.threads = physical_cores() if threads is None else max(1, threads)
-        self.isa_name, self._lock = isa, threading.Lock()
+        self.isa_name = isa
+        self._start()
+        _POOLS.add(self)
+
+    def _start(self) -> None:
+        """Make the lock and the other threads, which the system starts with their first kernel."""
+        self._lock = threading.Lock()
         self._others = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
     @functools.cached_property
@@ -56,6 +66,16 @@ class ThreadPool:
             finally:
                 results = [other.result() for other in others]
         return [first, *results]
+
+
+def _start_after_fork() -> None:
+    """Give pools new threads in a forked process, which has only the thread that forked."""
+    for pool in _POOLS:
+        pool._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_after_fork)
 
 
 @contextmanager

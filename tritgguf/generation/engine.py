@@ -6,6 +6,7 @@ thread of its own, and nothing runs while nobody waits. One thread at a time own
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ class Engine:
         self._submitted: deque[RunningRequest] = deque()
         self._stepping = threading.Lock()  # held by the thread that owns the core, the model and the pool
         self._progress = threading.Condition()
+        self._owner: int | None = None  # the thread that runs a forward pass
+        self._process = os.getpid()
 
     def submit(self, request: Request) -> RunningRequest:
         """Queue a request.
@@ -65,6 +68,10 @@ class Engine:
         """
         if not request.prompt:
             raise BadRequestError("the prompt is empty; give the model something to continue")
+        if not (_is_whole(request.first_output) and (request.max_tokens is None or _is_whole(request.max_tokens))):
+            raise BadRequestError("the first output and the largest number of tokens must be whole numbers")
+        if not all(map(_is_whole, request.prompt)):
+            raise BadRequestError("a prompt consists of token ids, which are whole numbers")
         if len(request.prompt) > self.context:
             raise ContextFullError(
                 f"the prompt has {len(request.prompt)} tokens, the context holds {self.context}; shorten it or raise -c"
@@ -101,7 +108,11 @@ class Engine:
 
     def outputs(self, request: RunningRequest) -> np.ndarray:
         """Return a request's logits or hidden states, float32 [tokens, width]; raises the error that has ended it."""
-        self._run_until(lambda: request.ended)
+        try:
+            self._run_until(lambda: request.ended)
+        except BaseException:  # Ctrl-C, for example: nobody wants the outputs any more
+            self.cancel(request)
+            raise
         if request.error is not None:
             raise request.error
         if request.outputs is None:
@@ -110,6 +121,7 @@ class Engine:
 
     def step(self) -> bool:
         """Run one forward pass; return whether there was anything to do."""
+        self._check_owner()
         with interrupts_deferred(), self._stepping:
             did = self._step()
         self._announce()
@@ -141,11 +153,23 @@ class Engine:
             self._core.waiting.append(self._submitted.popleft())
 
     def _step(self) -> bool:
-        self._take_submitted()
-        return self._core.step()
+        self._owner = threading.get_ident()
+        try:
+            self._take_submitted()
+            return self._core.step()
+        finally:
+            self._owner = None
+
+    def _check_owner(self) -> None:
+        """Raise RuntimeError where waiting for a forward pass would never end."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a sampler cannot wait for the engine that calls it")
+        if self._process != os.getpid() and self._stepping.locked():
+            raise RuntimeError("the process was forked during a forward pass; load the model again")
 
     def _run_until(self, ready: Callable[[], bool]) -> None:
         """Run forward passes, or wait while another thread does, until `ready`."""
+        self._check_owner()
         while not ready():
             with interrupts_deferred():  # Ctrl-C just behind `acquire` would leave the lock taken
                 did = self._try_step(ready)
@@ -164,3 +188,8 @@ class Engine:
         finally:
             self._stepping.release()
             self._announce()
+
+
+def _is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number, of NumPy perhaps, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 
@@ -50,8 +51,7 @@ class EngineCore:
             for chunk in chunks:
                 chunk.request.error = error
         else:
-            for chunk, rows in zip(chunks, outputs, strict=True):
-                self._deliver(chunk, rows, start)
+            self._deliver_all(chunks, outputs, start)
         self.remove_ended()
         return True
 
@@ -79,7 +79,12 @@ class EngineCore:
                 return
             if self._should_wait(request):
                 continue
-            if not self._start(request):
+            try:
+                has_room = self._start(request)
+            except Exception as error:  # no memory for a page, for example
+                request.error = error
+                continue
+            if not has_room:
                 return
             self.waiting.remove(request)
             self.running.append(request)
@@ -137,7 +142,13 @@ class EngineCore:
 
     def _reserve(self, chunks: list[Chunk]) -> list[Chunk]:
         """Make room for every chunk's tokens; requests that were admitted last give way where there is none."""
-        kept = [chunk for chunk in chunks if chunk.request in self.running and self._make_room(chunk)]
+        kept = list[Chunk]()
+        for chunk in chunks:
+            try:
+                if chunk.request in self.running and self._make_room(chunk):
+                    kept.append(chunk)
+            except Exception as error:  # no memory for a page, for example
+                chunk.request.error = error
         return [chunk for chunk in kept if chunk.request in self.running]
 
     def _make_room(self, chunk: Chunk) -> bool:
@@ -194,6 +205,19 @@ class EngineCore:
 
     # -- delivery
 
+    def _deliver_all(self, chunks: list[Chunk], outputs: list[np.ndarray], start: float) -> None:
+        """Deliver every chunk; an error ends its own request, and what is more than an error is raised at the end."""
+        escaped: BaseException | None = None
+        for chunk, rows in zip(chunks, outputs, strict=True):
+            try:
+                self._deliver(chunk, rows, start)
+            except BaseException as error:
+                chunk.request.error = error
+                if not isinstance(error, Exception):
+                    escaped = error
+        if escaped is not None:
+            raise escaped
+
     def _deliver(self, chunk: Chunk, rows: np.ndarray, start: float) -> None:
         """Note what a chunk's evaluation has given: outputs, or the next token, and the time that the pass took."""
         request = chunk.request
@@ -203,10 +227,7 @@ class EngineCore:
             if request.evaluated == len(request.tokens):
                 request.finish_reason = "length"
         elif len(rows):
-            try:
-                self._sample(request, rows[0])
-            except Exception as error:
-                request.error = error
+            self._sample(request, rows[0])
         seconds = time.perf_counter() - start
         if chunk.is_prompt:
             request.evaluated_prompt_tokens += chunk.tokens
@@ -235,7 +256,9 @@ class EngineCore:
             return
         if not generated:
             sampler.accept(request.request.prompt)
-        token = sampler.sample(logits)
+        token = operator.index(sampler.sample(logits))
+        if not 0 <= token < len(logits):
+            raise ValueError(f"the sampler chose token {token}, and the model has {len(logits)}")
         sampler.accept([token])
         if token in request.request.stop_tokens:
             request.finish_reason = "stop"
