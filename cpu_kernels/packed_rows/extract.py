@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from cpu_kernels.simd.vectors import I16, I32, I64, Vectors, vector
+from cpu_kernels.simd.vectors import I8, I16, I32, I64, Vectors, vector
 
 
 class Step(ABC):
@@ -42,6 +42,11 @@ class Step(ABC):
     @abstractmethod
     def lane_factors(self, factors: Sequence[int]) -> Sequence[int]:
         """Return the factors of the lanes, given those of groups 0, 1 ... that share a word."""
+
+    def join_pairs(self, even: ir.Value, odd: ir.Value) -> ir.Value:
+        """Join pairs 2 j and 2 j + 1 to 8-bit lanes: weights 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of each group."""
+        joined = self.vectors.builder.or_(even, self.vectors.shift_left(odd, 8))
+        return self.vectors.builder.bitcast(joined, vector(I8, 4 * self.lanes))
 
     @abstractmethod
     def use_levels(self, pair: int, levels: ir.Value) -> None:
@@ -113,8 +118,8 @@ class PackedGroups(Step):
 class GroupLanes(PackedGroups):
     """Neighbouring groups of one row whose levels are multiplied with activations in registers.
 
-    `quantize_row` lays out the activations as pairs: vector j has elements j and j + 8 of every group in neighbouring
-    16-bit lanes.
+    `quantize_row` lays out the activations in planes: of 16 bits, plane j has elements j and j + 8 of every group in
+    neighbouring lanes; of 8 bits, elements 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
 
     Attributes:
         sums: the groups' integer dot products so far, <lanes x i32>.
@@ -122,35 +127,69 @@ class GroupLanes(PackedGroups):
     """
 
     def __init__(
-        self, vectors: Vectors, row: ir.Value, pairs: ir.Value, groups: ir.Value, first_group: ir.Value, sums: ir.Value
+        self,
+        vectors: Vectors,
+        row: ir.Value,
+        integers: ir.Value,
+        bits: int,
+        groups: ir.Value,
+        first_group: ir.Value,
+        sums: ir.Value,
     ) -> None:
-        """Start at group `first_group`; `row` and `pairs`, int16 [8, groups, 2], are addresses."""
+        """Start at group `first_group` of `row` and of `integers`, both addresses; these have 8 or 16 `bits`."""
         super().__init__(vectors, sums.type.count, row, groups, first_group)
-        self._pairs = pairs
+        self._integers, self._bits = integers, bits
+        self._even: ir.Value | None = None
         self.sums = sums
 
-    def use_levels(self, pair: int, levels: ir.Value) -> None:
-        """Multiply the levels with activations `pair` and `pair + 8` of each group, and add the products to `sums`."""
+    def _plane_of_vector(self, number: int) -> ir.Value:
+        """Return where the groups' activations of a plane lie."""
         builder = self.vectors.builder
-        plane = builder.mul(self._groups, I64(4 * pair))
-        offset = builder.add(plane, builder.mul(self._first_group, I64(4)))
-        x = self.vectors.load(builder.add(self._pairs, offset), I16, 2 * self.lanes)
-        self.sums = self.vectors.dot_pairs(self.sums, levels, x)
+        plane = builder.mul(self._groups, I64(4 * number))
+        return builder.add(self._integers, builder.add(plane, builder.mul(self._first_group, I64(4))))
+
+    def use_levels(self, pair: int, levels: ir.Value) -> None:
+        """Multiply the levels with the activations of the same elements, and add the products to `sums`."""
+        if self._bits == 16:
+            x = self.vectors.load(self._plane_of_vector(pair), I16, 2 * self.lanes)
+            self.sums = self.vectors.dot_pairs(self.sums, levels, x)
+        elif pair % 2 == 0:
+            self._even = levels
+        else:
+            x = self.vectors.load(self._plane_of_vector(pair // 2), I8, 4 * self.lanes)
+            self.sums = self.vectors.dot_quads(self.sums, self.join_pairs(self._even, levels), x)
 
 
 class StoredGroups(PackedGroups):
-    """Neighbouring groups of one row whose levels are stored, int16 [8, lanes, 2], to multiply them several times."""
+    """Neighbouring groups of one row whose levels are stored, to multiply them several times.
+
+    They are stored as the activations of `GroupLanes` lie: int16 [8, lanes, 2] or uint8 [4, lanes, 4].
+    """
 
     def __init__(
-        self, vectors: Vectors, lanes: int, row: ir.Value, groups: ir.Value, first_group: ir.Value, target: ir.Value
+        self,
+        vectors: Vectors,
+        lanes: int,
+        row: ir.Value,
+        groups: ir.Value,
+        first_group: ir.Value,
+        target: ir.Value,
+        bits: int,
     ) -> None:
-        """Store at address `target`; the other arguments are as in `PackedGroups`."""
+        """Store levels of 8 or 16 `bits` at address `target`; the other arguments are as in `PackedGroups`."""
         super().__init__(vectors, lanes, row, groups, first_group)
-        self._target = target
+        self._target, self._bits = target, bits
+        self._even: ir.Value | None = None
 
     def use_levels(self, pair: int, levels: ir.Value) -> None:
-        """Store the levels."""
-        self.vectors.store(levels, self._target, 4 * self.lanes * pair)
+        """Store the levels; of 8 bits, two pairs at a time."""
+        plane_bytes = 4 * self.lanes
+        if self._bits == 16:
+            self.vectors.store(levels, self._target, plane_bytes * pair)
+        elif pair % 2 == 0:
+            self._even = levels
+        else:
+            self.vectors.store(self.join_pairs(self._even, levels), self._target, plane_bytes * (pair // 2))
 
 
 class RowLanes(Step):
@@ -180,7 +219,7 @@ class RowLanes(Step):
         self._transposed, self._groups = transposed, groups
         self._block, self._group_in_block = block, group_in_block
         self._tile, self._bits = tile, bits
-        self._even = None
+        self._even: ir.Value | None = None
 
     def _words(self, start: ir.Value, words_per_block: int, index: int, count: int) -> ir.Value:
         """Load `count` words per row from word `index` of the block, in the plane that starts at word `start`."""
@@ -206,15 +245,13 @@ class RowLanes(Step):
 
     def use_levels(self, pair: int, levels: ir.Value) -> None:
         """Store the levels; a tile of 8-bit levels stores two pairs at a time."""
-        builder = self.vectors.builder
         row_bytes = 4 * self.lanes
         if self._bits == 16:
             self.vectors.store(levels, self._tile, pair * row_bytes)
         elif pair % 2 == 0:
             self._even = levels
         else:
-            odd = builder.shl(levels, self.vectors.constant(I16, 8, 2 * self.lanes))
-            self.vectors.store(builder.or_(self._even, odd), self._tile, pair // 2 * row_bytes)
+            self.vectors.store(self.join_pairs(self._even, levels), self._tile, pair // 2 * row_bytes)
 
 
 def depth_1(step: Step) -> ir.Value:

@@ -92,24 +92,25 @@ def _groups(x):
 
 
 @numba.njit(cache=True)
-def quantize_row(x, pairs, offsets, scales):
-    """Quantize one vector to int16.
+def quantize_row(x, integers, offsets, scales):
+    """Quantize one vector.
 
     Args:
         x: float32 [columns].
-        pairs: int16 [8, groups, 2], out: plane j has elements j and j + 8 of every group.
+        integers: int16 [8, groups, 2], out: plane j has elements j and j + 8 of every group; or int8 [4, groups, 4]:
+            elements 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
         offsets: int32 [4, groups], out: -h * sum of the group's integers, for each depth.
         scales: float32 [groups], out: the value of one integer step.
 
     """
-    _quantize(_groups(x), pairs.transpose(1, 0, 2), offsets, scales)
+    _quantize(_groups(x), integers.transpose(1, 0, 2), offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)
-def quantize_vectors(x, pairs, offsets, scales, thread, threads):
+def quantize_vectors(x, integers, offsets, scales, thread, threads):
     """Quantize a thread's share of several vectors, float32 [vectors, columns], each as `quantize_row` does."""
     for v in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
-        quantize_row(x[v], pairs[v], offsets[v], scales[v])
+        quantize_row(x[v], integers[v], offsets[v], scales[v])
 
 
 @numba.njit(cache=True)

@@ -1,8 +1,9 @@
 """The inner loops of `gemv_batch`: a few rows times a few vectors, in registers.
 
-A row is unpacked once for all vectors. Its levels, as pairs of int16, and the steps of its groups go into a buffer that
-stays in the first-level cache, in the order in which they are multiplied. What is then computed for a row and a vector
-is what `gemv` computes, addition for addition, so that a result does not depend on its neighbours in the batch.
+A row is unpacked once for all vectors. Its levels and the steps of its groups go into a buffer that stays in the
+first-level cache, in the order in which they are multiplied. Levels come as the integers of the vectors do, in units of
+4 bytes: pairs of int16, or quads of 8 bits. What is then computed for a row and a vector is what `gemv` computes,
+addition for addition, so that a result does not depend on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from numba.extending import intrinsic
 from cpu_kernels.packed_rows.extract import EXTRACT, StoredGroups
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, PAIRS, WORDS_PER_BLOCK
 from cpu_kernels.simd.variants import AVX512_NO_VNNI, PORTABLE
-from cpu_kernels.simd.vectors import FLOAT, I16, I32, I64, Vectors, vector
+from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
 
 LANES = 16  # groups of a step; the groups behind the last whole step come as 8 and as 4
 PANEL_STEPS = 6  # steps that are unpacked at once
 ROWS = 4  # rows that are unpacked at once
-STEP_BYTES = 4 * PAIRS * LANES  # of the unpacked levels of a step
+STEP_BYTES = 4 * PAIRS * LANES  # of the unpacked levels of a step, at most: those of 8 bits take half
 ROW_BYTES = STEP_BYTES * (PANEL_STEPS + 1)  # one step more: 8 and 4 groups
 ROW_SCALES_BYTES = 4 * LANES * (PANEL_STEPS + 1)
 C1, C2, C3, C4 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4)  # a number of vectors as a type, see `instruction_set`
 _REST_LANES = (8, 4)
-GROUP_BYTES = 4 * (PAIRS + 2)  # of one group of a vector: pairs, offset and scale
+
+
+def units_of_group(bits: int) -> int:
+    """Return how many units of 4 bytes the integers of a group take: 8 pairs of 16 bits, or 4 quads of 8."""
+    return GROUP_SIZE * bits // 32
 
 
 def tile_rows(isa: int) -> int:
@@ -49,29 +54,34 @@ def _rests(builder: ir.IRBuilder, rest: ir.Value, emit: Callable[[int, ir.Value]
 
 
 @intrinsic
-def unpack_panel(typing_context, isa, depth, row, groups, first_group, steps, rest, table, levels, scales, ahead):
+def unpack_panel(
+    typing_context, isa, depth, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead
+):
     """Emit the unpacking of some steps of one packed row; addresses and numbers as integers.
 
     Args:
         isa, depth: as types.
+        integers: those of the vectors; only their type counts.
         row, groups: where the row lies, and its length.
         first_group, steps, rest: the steps to unpack, and how many groups behind them (0, 4, 8 or 12).
         table: float32 [32], the scales of the row's matrix.
-        levels: int16 [steps, 8, 16, 2], then [8, 8, 2] and [8, 4, 2] for the rest, out.
+        levels: int16 [steps, 8, 16, 2], then [8, 8, 2] and [8, 4, 2] for the rest, out; or uint8 [steps, 4, 16, 4],
+            then [4, 8, 4] and [4, 4, 4].
         scales: float32 [steps, 16], then [8] and [4], out.
         ahead: how many bytes ahead of the row memory is asked for.
 
     """
+    bits = integers.dtype.bitwidth
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
-        row, groups, first_group, steps, rest, address, levels, scales, ahead = arguments[2:]
+        row, groups, first_group, steps, rest, address, levels, scales, ahead = arguments[3:]
         table = [vectors.load(address, FLOAT, 16), vectors.load(address, FLOAT, 16, offset=64)]
 
         def emit(lanes: int, group: ir.Value) -> None:
             place = builder.mul(group, I64(4))
-            target = builder.add(levels, builder.mul(group, I64(4 * PAIRS)))
-            step = StoredGroups(vectors, lanes, row, groups, builder.add(first_group, group), target)
+            target = builder.add(levels, builder.mul(group, I64(4 * units_of_group(bits))))
+            step = StoredGroups(vectors, lanes, row, groups, builder.add(first_group, group), target, bits)
             found = vectors.lookup(table, address, EXTRACT[depth.count](step))
             vectors.store(found, builder.add(scales, place))
 
@@ -87,37 +97,40 @@ def unpack_panel(typing_context, isa, depth, row, groups, first_group, steps, re
         _rests(builder, rest, lambda lanes, before: emit(lanes, builder.add(done, before)))
         return context.get_dummy_value()
 
-    return types.void(isa, depth, *[types.intp] * 9), generate
+    return types.void(isa, depth, integers, *[types.intp] * 9), generate
 
 
 @intrinsic
-def arrange_vectors(typing_context, pairs, offsets, scales, strides, groups, count, out):
+def arrange_vectors(typing_context, integers, offsets, scales, strides, groups, count, out):
     """Emit a copy of some vectors in the order in which `dot_panel` reads them; addresses and numbers as integers.
 
     Args:
-        pairs, offsets, scales: where the first vector's lie.
+        integers: of the first vector, as an array.
+        offsets, scales: where the first vector's lie.
         strides: from vector to vector of each, in bytes.
         groups: of a vector.
         count: how many vectors.
-        out: for every step and each of its pairs, then for its offsets and its scales: [count, 16 lanes]; then the
+        out: for every step and each of its units, then for its offsets and its scales: [count, 16 lanes]; then the
             same of 8 and of 4 lanes for the groups behind the last step.
 
     """
+    units = units_of_group(integers.dtype.bitwidth)
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, PORTABLE)
-        *bases, strides, groups, count, out = arguments
+        integers_array, *bases, strides, groups, count, out = arguments
+        first = builder.ptrtoint(context.make_array(integers)(context, builder, integers_array).data, I64)
         strides = cgutils.unpack_tuple(builder, strides)
         plane = builder.mul(groups, I64(4))
-        sources = [(bases[0], strides[0], pair) for pair in range(PAIRS)]
-        sources += [(bases[1], strides[1], 0), (bases[2], strides[2], 0)]
+        sources = [(first, strides[0], unit) for unit in range(units)]
+        sources += [(bases[0], strides[1], 0), (bases[1], strides[2], 0)]
 
         def copy(lanes: int, group: ir.Value) -> None:
-            target = builder.add(out, builder.mul(builder.mul(group, count), I64(GROUP_BYTES)))
+            target = builder.add(out, builder.mul(builder.mul(group, count), I64(4 * (units + 2))))
             with cgutils.for_range(builder, count) as each:
-                for number, (base, stride, pair) in enumerate(sources):
+                for number, (base, stride, unit) in enumerate(sources):
                     source = builder.add(base, builder.mul(each.index, stride))
-                    source = builder.add(builder.add(source, builder.mul(group, I64(4))), builder.mul(plane, I64(pair)))
+                    source = builder.add(builder.add(source, builder.mul(group, I64(4))), builder.mul(plane, I64(unit)))
                     row = builder.add(builder.mul(count, I64(number)), each.index)
                     end = builder.add(target, builder.mul(row, I64(4 * lanes)))
                     vectors.store(vectors.load(source, I32, lanes), end)
@@ -129,24 +142,34 @@ def arrange_vectors(typing_context, pairs, offsets, scales, strides, groups, cou
         _rests(builder, rest, lambda lanes, before: copy(lanes, builder.add(done, before)))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3, types.UniTuple(types.intp, 3), *[types.intp] * 3), generate
+    strides_type = types.UniTuple(types.intp, 3)
+    return types.void(integers, *[types.intp] * 2, strides_type, *[types.intp] * 3), generate
 
 
 class _Tile:
     """Emits a few unpacked rows times a few vectors: one step of some lanes at a time."""
 
     def __init__(
-        self, vectors: Vectors, levels: ir.Value, scales: ir.Value, activations: ir.Value, rows: int, count: int
+        self,
+        vectors: Vectors,
+        bits: int,
+        levels: ir.Value,
+        scales: ir.Value,
+        activations: ir.Value,
+        rows: int,
+        count: int,
     ) -> None:
-        self._vectors, self._rows, self._count = vectors, rows, count
+        self._vectors, self._bits, self._rows, self._count = vectors, bits, rows, count
         self._levels, self._scales, self._activations = levels, scales, activations
 
     def add(self, group: ir.Value, lanes: int, part: int, parts: int, totals: Sequence[ir.Value]) -> None:
         """Add one part of the parts of a step, from `group` on, to the totals of each row and vector."""
         vectors, builder, rows, count = self._vectors, self._vectors.builder, range(self._rows), range(self._count)
-        levels = builder.add(self._levels, builder.mul(group, I64(4 * PAIRS)))
+        element, units = ir.IntType(self._bits), units_of_group(self._bits)
+        dot = vectors.dot_pairs if self._bits == 16 else vectors.dot_quads
+        levels = builder.add(self._levels, builder.mul(group, I64(4 * units)))
         scales = builder.add(self._scales, builder.mul(group, I64(4)))
-        activations = builder.add(self._activations, builder.mul(group, I64(GROUP_BYTES * self._count)))
+        activations = builder.add(self._activations, builder.mul(group, I64(4 * (units + 2) * self._count)))
         lane, width = 4 * part * lanes, 4 * lanes * parts
 
         def load(number: int, c: int, element: ir.Type) -> ir.Value:
@@ -158,27 +181,29 @@ class _Tile:
             value.align = 4
             return value
 
-        sums = [load(PAIRS, c, I32) for _ in rows for c in count]
-        for pair in range(PAIRS):
-            weights = [vectors.load(levels, I16, 2 * lanes, ROW_BYTES * r + width * pair + lane) for r in rows]
+        sums = [load(units, c, I32) for _ in rows for c in count]
+        weight_lanes = lanes * 32 // self._bits
+        for unit in range(units):
+            weights = [vectors.load(levels, element, weight_lanes, ROW_BYTES * r + width * unit + lane) for r in rows]
             for c in count:
-                x = load(pair, c, I16)
+                x = load(unit, c, element)
                 for r in rows:
                     at = r * self._count + c
-                    sums[at] = vectors.keep(vectors.dot_pairs(sums[at], weights[r], x))
+                    sums[at] = vectors.keep(dot(sums[at], weights[r], x))
         steps = [vectors.load(scales, FLOAT, lanes, ROW_SCALES_BYTES * r + lane) for r in rows]
-        units = [load(PAIRS + 1, c, FLOAT) for c in count]
-        for (step, unit), integer, total in zip(itertools.product(steps, units), sums, totals, strict=True):
-            sum_ = vectors.fma(vectors.to_float(integer), builder.fmul(step, unit), load_total(total))
+        factors = [load(units + 1, c, FLOAT) for c in count]
+        for (step, factor), integer, total in zip(itertools.product(steps, factors), sums, totals, strict=True):
+            sum_ = vectors.fma(vectors.to_float(integer), builder.fmul(step, factor), load_total(total))
             builder.store(sum_, total).align = 4
 
 
 @intrinsic
-def dot_panel(typing_context, isa, chunk, levels, scales, activations, steps, rest, totals, rows, add):
+def dot_panel(typing_context, isa, chunk, integers, levels, scales, activations, steps, rest, totals, rows, add):
     """Emit unpacked rows times a few vectors; addresses and numbers as integers.
 
     Args:
         isa, chunk: the instruction set and the number of vectors, as types.
+        integers: those of the vectors; only their type counts.
         levels, scales: as `unpack_panel` leaves them, for each row, ROW_BYTES and ROW_SCALES_BYTES apart.
         activations: as `arrange_vectors` leaves them, from the panel's first group on.
         steps, rest: as in `unpack_panel`.
@@ -187,17 +212,18 @@ def dot_panel(typing_context, isa, chunk, levels, scales, activations, steps, re
         add: whether to add to the totals of 16 lanes.
 
     """
+    bits = integers.dtype.bitwidth
 
     def generate(context, builder, signature, arguments):
         vectors, count, tile = Vectors(builder, isa.count), chunk.count, tile_rows(isa.count)
-        levels, scales, activations, steps, rest, totals, rows, add = arguments[2:]
+        levels, scales, activations, steps, rest, totals, rows, add = arguments[3:]
         totals = cgutils.unpack_tuple(builder, totals)
         tiles = builder.udiv(builder.add(rows, I64(tile - 1)), I64(tile))
         with cgutils.for_range(builder, tiles) as loop:
             first = builder.mul(loop.index, I64(tile))
             own_levels = builder.add(levels, builder.mul(first, I64(ROW_BYTES)))
             own_scales = builder.add(scales, builder.mul(first, I64(ROW_SCALES_BYTES)))
-            emitter = _Tile(vectors, own_levels, own_scales, activations, tile, count)
+            emitter = _Tile(vectors, bits, own_levels, own_scales, activations, tile, count)
             own_totals = {
                 lanes: builder.add(address, builder.mul(first, I64(4 * lanes)))
                 for lanes, address in zip((LANES, *_REST_LANES), totals, strict=True)
@@ -214,7 +240,7 @@ def dot_panel(typing_context, isa, chunk, levels, scales, activations, steps, re
         return context.get_dummy_value()
 
     ends = types.UniTuple(types.intp, 3)
-    return types.void(isa, chunk, *[types.intp] * 5, ends, types.intp, types.boolean), generate
+    return types.void(isa, chunk, integers, *[types.intp] * 5, ends, types.intp, types.boolean), generate
 
 
 def _places(

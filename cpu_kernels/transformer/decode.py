@@ -65,8 +65,8 @@ class Buffers(NamedTuple):
 @numba.njit(cache=True)
 def row_of(vectors, index):
     """Return the arrays of one vector of several, see `VectorBuffers`."""
-    x, pairs, offsets, scales = vectors
-    return x[index], pairs[index], offsets[index], scales[index]
+    x, integers, offsets, scales = vectors
+    return x[index], integers[index], offsets[index], scales[index]
 
 
 @numba.njit(cache=True)

@@ -1,9 +1,9 @@
 """Batched decode: several tokens through all layers in one compiled function, which all threads run.
 
-The tokens may belong to different sequences or be consecutive tokens of one. Each result is bit-identical to that of
-`decode` for the token alone: the same functions compute it, and the matrix kernel adds in the order of `gemv`. Threads
-divide norms, quantization and rotation by tokens, matrices by rows, and attention by heads and splits. Nothing is
-allocated.
+The tokens may belong to different sequences or be consecutive tokens of one. The type of the buffers says whether
+activations have 16 or 8 bits. Each result is bit-identical to that of the token alone, with 16 bits also to that of
+`decode`: the same functions compute it, and the matrix kernel adds in the order of `gemv`. Threads divide norms,
+quantization and rotation by tokens, matrices by rows, and attention by heads and splits. Nothing is allocated.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _add_normalize_quantize(buffers, output_norm, norm, options, thread, threads
     """Add a layer's output to the residual stream, normalize and quantize it: a thread's share of the tokens."""
     tokens = len(buffers.stream)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        x, pairs, offsets, scales = row_of(buffers.hidden, t)
+        x, integers, offsets, scales = row_of(buffers.hidden, t)
         add_and_rms_norm(
             buffers.stream[t], buffers.residual[t], output_norm, options.residual_scale, norm, options.epsilon, x
         )
-        quantize_row(x, pairs, offsets, scales)
+        quantize_row(x, integers, offsets, scales)
 
 
 @numba.njit(cache=True)
@@ -74,9 +74,9 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
     wait_for_all(counter, threads)
     head_dim = 2 * kv.cosines.shape[2]
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        x, pairs, offsets, scales = row_of(buffers.attended, t)
+        x, integers, offsets, scales = row_of(buffers.attended, t)
         merge_splits(isa, scratch, t, window, positions[t], head_dim, x, thread)
-        quantize_row(x, pairs, offsets, scales)
+        quantize_row(x, integers, offsets, scales)
     wait_for_all(counter, threads)
 
 
@@ -104,11 +104,11 @@ def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
     _multiply(isa, weights, layer, GATE, buffers.hidden, gate_bias, buffers.gate, buffers, first, last, thread)
     _multiply(isa, weights, layer, UP, buffers.hidden, up_bias, buffers.up, buffers, first, last, thread)
     for t in range(len(buffers.gate)):
-        x, pairs, offsets, scales = row_of(buffers.gated, t)
+        x, integers, offsets, scales = row_of(buffers.gated, t)
         swiglu(buffers.gate[t, first:last], buffers.up[t, first:last], options.gelu, x[first:last])
         quantize_row(
             x[first:last],
-            pairs[:, first_group:last_group],
+            integers[:, first_group:last_group],
             offsets[:, first_group:last_group],
             scales[first_group:last_group],
         )

@@ -20,12 +20,17 @@ _PREFETCH_BYTES = 8192
 
 
 @intrinsic
-def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scales, steps, groups):
-    """Emit the dot product of one packed row and a quantized vector, float32; arrays are given as addresses."""
+def _trit_row_dot(typing_context, depth, isa, words, integers, offsets, scales, steps, groups):
+    """Emit the dot product of one packed row and a quantized vector, float32.
+
+    Arrays are given as addresses, but for the integers of the vector, whose type says how many bits they have.
+    """
+    bits = integers.dtype.bitwidth
 
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
-        words, activations, offsets, scales, steps, groups = arguments[2:]
+        words, integers_array, offsets, scales, steps, groups = arguments[2:]
+        x = builder.ptrtoint(context.make_array(integers)(context, builder, integers_array).data, I64)
         table = [vectors.load(steps, FLOAT, 16), vectors.load(steps, FLOAT, 16, offset=64)]
         accumulators = {lanes: cgutils.alloca_once(builder, vector(FLOAT, lanes)) for lanes in _LANES}
         for lanes, accumulator in accumulators.items():
@@ -34,7 +39,7 @@ def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scale
         def emit(first_group: ir.Value, lanes: int) -> None:
             byte_offset = builder.mul(first_group, I64(4))
             sums = vectors.load(builder.add(offsets, byte_offset), I32, lanes)
-            step = GroupLanes(vectors, words, activations, groups, first_group, sums)
+            step = GroupLanes(vectors, words, x, bits, groups, first_group, sums)
             indices = EXTRACT[depth.count](step)
             weight_steps = vectors.lookup(table, steps, indices)
             scale = builder.fmul(weight_steps, vectors.load(builder.add(scales, byte_offset), FLOAT, lanes))
@@ -56,7 +61,7 @@ def _trit_row_dot(typing_context, depth, isa, words, activations, offsets, scale
             total = builder.fadd(total, vectors.sum(builder.load(accumulator)))
         return total
 
-    arguments = (depth, isa, *[types.intp] * 6)
+    arguments = (depth, isa, types.intp, integers, *[types.intp] * 4)
     return types.float32(*arguments), generate
 
 
@@ -108,12 +113,12 @@ def _half_row_dot(typing_context, isa, row, x, columns):
 
 
 @numba.njit(cache=True)
-def _trit_rows(depth, isa, address, row_bytes, pairs, sums, scales, steps, y, first, last):
+def _trit_rows(depth, isa, address, row_bytes, integers, sums, scales, steps, y, first, last):
     """Compute rows `first` to before `last` of one packed matrix."""
     row = address + first * row_bytes
-    x, offsets, units, table = pairs.ctypes.data, sums.ctypes.data, scales.ctypes.data, steps.ctypes.data
+    offsets, units, table = sums.ctypes.data, scales.ctypes.data, steps.ctypes.data
     for r in range(first, last):
-        y[r] = _trit_row_dot(depth, isa, row, x, offsets, units, table, len(scales))
+        y[r] = _trit_row_dot(depth, isa, row, integers, offsets, units, table, len(scales))
         row += row_bytes
 
 
@@ -135,23 +140,23 @@ def multiply_rows(isa, address, depth, steps, activations, y, first, last):
         address: address of the matrix's first row.
         depth: HALVES or a depth.
         steps: float32 [32], codebook / h, padded.
-        activations: x, pairs, offsets and scales, see `quantize_row`.
+        activations: x, integers, offsets and scales, see `quantize_row`.
         y: float32 [rows of the matrix], out.
         first, last: the rows to compute.
 
     """
-    x, pairs, offsets, scales = activations
+    x, integers, offsets, scales = activations
     blocks = len(scales) // 4
     if depth == HALVES:
         half_rows(isa, address, x, y, first, last)
     elif depth == 1:
-        _trit_rows(D1, isa, address, blocks * 16, pairs, offsets[0], scales, steps, y, first, last)
+        _trit_rows(D1, isa, address, blocks * 16, integers, offsets[0], scales, steps, y, first, last)
     elif depth == 2:
-        _trit_rows(D2, isa, address, blocks * 28, pairs, offsets[1], scales, steps, y, first, last)
+        _trit_rows(D2, isa, address, blocks * 28, integers, offsets[1], scales, steps, y, first, last)
     elif depth == 3:
-        _trit_rows(D3, isa, address, blocks * 42, pairs, offsets[2], scales, steps, y, first, last)
+        _trit_rows(D3, isa, address, blocks * 42, integers, offsets[2], scales, steps, y, first, last)
     else:
-        _trit_rows(D4, isa, address, blocks * 54, pairs, offsets[3], scales, steps, y, first, last)
+        _trit_rows(D4, isa, address, blocks * 54, integers, offsets[3], scales, steps, y, first, last)
 
 
 @numba.njit(cache=True, nogil=True)

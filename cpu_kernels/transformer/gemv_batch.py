@@ -11,7 +11,6 @@ from cpu_kernels.transformer.batch_dot import (
     C2,
     C3,
     C4,
-    GROUP_BYTES,
     LANES,
     PANEL_STEPS,
     ROW_BYTES,
@@ -55,55 +54,62 @@ def scratch_for(threads: int, columns: int) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _unpack_rows(isa, depth, row, row_bytes, rows, groups, first_group, steps, rest, table, base):
+def _unpack_rows(isa, depth, integers, row, row_bytes, rows, groups, first_group, steps, rest, table, base):
     """Unpack one panel of some rows into the scratch."""
     ahead = ROWS * row_bytes
     for r in range(rows):
         levels, scales = base + _LEVELS + r * ROW_BYTES, base + _SCALES + r * ROW_SCALES_BYTES
         if depth == 1:
-            unpack_panel(isa, D1, row, groups, first_group, steps, rest, table, levels, scales, ahead)
+            unpack_panel(isa, D1, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
         elif depth == 2:
-            unpack_panel(isa, D2, row, groups, first_group, steps, rest, table, levels, scales, ahead)
+            unpack_panel(isa, D2, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
         elif depth == 3:
-            unpack_panel(isa, D3, row, groups, first_group, steps, rest, table, levels, scales, ahead)
+            unpack_panel(isa, D3, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
         else:
-            unpack_panel(isa, D4, row, groups, first_group, steps, rest, table, levels, scales, ahead)
+            unpack_panel(isa, D4, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
         row += row_bytes
 
 
 @numba.njit(cache=True)
-def _arrange(depth, pairs, offsets, units, base):
+def _group_bytes(integers):
+    """Return how many bytes one group of a vector takes in the scratch: integers [..., units, groups, lanes]."""
+    return 4 * (integers.shape[-3] + 2)  # with offset and scale
+
+
+@numba.njit(cache=True)
+def _arrange(depth, integers, offsets, units, base):
     """Copy up to 16 vectors into the scratch, four by four."""
     groups = units.shape[1]
     own_offsets = offsets[:, depth - 1]
-    strides = pairs.strides[0], own_offsets.strides[0], units.strides[0]
+    strides = integers.strides[0], own_offsets.strides[0], units.strides[0]
     for v in range(0, len(units), _AT_ONCE):
-        out = base + _VECTORS + v * groups * GROUP_BYTES
-        own = pairs[v].ctypes.data, own_offsets[v].ctypes.data, units[v].ctypes.data
+        out = base + _VECTORS + v * groups * _group_bytes(integers)
+        own = integers[v], own_offsets[v].ctypes.data, units[v].ctypes.data
         arrange_vectors(*own, strides, groups, min(_AT_ONCE, len(units) - v), out)
 
 
 @numba.njit(cache=True)
-def _dot_vectors(isa, vectors, groups, first_group, steps, rest, rows, base):
-    """Multiply the unpacked panel with up to 16 vectors."""
+def _dot_vectors(isa, integers, groups, first_group, steps, rest, rows, base):
+    """Multiply the unpacked panel with up to 16 vectors in the scratch, whose `integers` say how many and of what."""
+    vectors = len(integers)
     levels, scales = base + _LEVELS, base + _SCALES
     add = first_group > 0
     for v in range(0, vectors, _AT_ONCE):
         left = vectors - v
-        x = base + _VECTORS + (v * groups + min(left, _AT_ONCE) * first_group) * GROUP_BYTES
+        x = base + _VECTORS + (v * groups + min(left, _AT_ONCE) * first_group) * _group_bytes(integers)
         totals = (
             base + _TOTALS + v * ROWS * 64,
             base + _TOTALS_OF_8 + v * ROWS * 32,
             base + _TOTALS_OF_4 + v * ROWS * 16,
         )
         if left >= 4:
-            dot_panel(isa, C4, levels, scales, x, steps, rest, totals, rows, add)
+            dot_panel(isa, C4, integers, levels, scales, x, steps, rest, totals, rows, add)
         elif left == 3:
-            dot_panel(isa, C3, levels, scales, x, steps, rest, totals, rows, add)
+            dot_panel(isa, C3, integers, levels, scales, x, steps, rest, totals, rows, add)
         elif left == 2:
-            dot_panel(isa, C2, levels, scales, x, steps, rest, totals, rows, add)
+            dot_panel(isa, C2, integers, levels, scales, x, steps, rest, totals, rows, add)
         else:
-            dot_panel(isa, C1, levels, scales, x, steps, rest, totals, rows, add)
+            dot_panel(isa, C1, integers, levels, scales, x, steps, rest, totals, rows, add)
 
 
 @numba.njit(cache=True)
@@ -113,7 +119,7 @@ def _aligned(scratch):
 
 
 @numba.njit(cache=True)
-def _trit_rows_batch(isa, address, depth, row_bytes, table, groups, y, first, last, scratch):
+def _trit_rows_batch(isa, address, depth, row_bytes, table, integers, groups, y, first, last, scratch):
     """Compute rows `first` to `last` of one packed matrix times the vectors in the scratch, up to 16."""
     shift = _aligned(scratch)
     base = scratch.ctypes.data + shift
@@ -126,10 +132,9 @@ def _trit_rows_batch(isa, address, depth, row_bytes, table, groups, y, first, la
         for step in range(0, max(steps, 1), PANEL_STEPS):
             some = min(PANEL_STEPS, steps - step)
             own_rest = rest if step + some == steps else 0
-            _unpack_rows(
-                isa, depth, row, row_bytes, rows, groups, step * LANES, some, own_rest, table.ctypes.data, base
-            )
-            _dot_vectors(isa, len(y), groups, step * LANES, some, own_rest, rows, base)
+            place = step * LANES, some, own_rest
+            _unpack_rows(isa, depth, integers, row, row_bytes, rows, groups, *place, table.ctypes.data, base)
+            _dot_vectors(isa, integers, groups, *place, rows, base)
         sum_lanes(isa, totals, rest, base + _RESULTS, (len(y) * ROWS + 15) // 16)
         for v in range(len(y)):
             for r in range(rows):
@@ -211,20 +216,20 @@ def multiply_rows_batch(isa, address, depth, steps, activations, y, first, last,
         scratch: one thread's row of `scratch_for`.
 
     """
-    x, pairs, offsets, units = activations
+    x, integers, offsets, units = activations
     groups = units.shape[1]
     if depth == HALVES:
         multiply_half_rows(isa, address, x, y, first, last, scratch)
         return
     if len(x) == 1:
-        multiply_rows(isa, address, depth, steps, (x[0], pairs[0], offsets[0], units[0]), y[0], first, last)
+        multiply_rows(isa, address, depth, steps, (x[0], integers[0], offsets[0], units[0]), y[0], first, last)
         return
     row_bytes = groups // 4 * (16 if depth == 1 else 28 if depth == 2 else 42 if depth == 3 else 54)
     base = scratch.ctypes.data + _aligned(scratch)
     for v in range(0, len(x), _MOST_VECTORS):
         some = slice(v, min(v + _MOST_VECTORS, len(x)))
-        _arrange(depth, pairs[some], offsets[some], units[some], base)
-        _trit_rows_batch(isa, address, depth, row_bytes, steps, groups, y[some], first, last, scratch)
+        _arrange(depth, integers[some], offsets[some], units[some], base)
+        _trit_rows_batch(isa, address, depth, row_bytes, steps, integers[some], groups, y[some], first, last, scratch)
 
 
 @numba.njit(cache=True, nogil=True)

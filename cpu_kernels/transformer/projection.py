@@ -12,7 +12,6 @@ from cpu_kernels.packed_rows.layout import (
     BLOCK_TOKENS,
     CODEBOOK_SIZE,
     GROUP_SIZE,
-    PAIRS,
     TABLE_SIZE,
     WORDS_PER_BLOCK,
     level_offset,
@@ -36,26 +35,27 @@ class Activations:
 
     Attributes:
         x: float32 [vectors, columns].
-        pairs, offsets, scales: [vectors, ...], see `quantize_row`.
+        integers, offsets, scales: [vectors, ...], see `quantize_row`.
 
     """
 
-    def __init__(self, vectors: int, columns: int) -> None:
+    def __init__(self, vectors: int, columns: int, *, bits: int = 16) -> None:
+        """Allocate zeros; `bits` are those of the integers, 16 or 8."""
         groups = columns // GROUP_SIZE
         self.x = aligned_zeros((vectors, columns), np.float32)
-        self.pairs = aligned_zeros((vectors, PAIRS, groups, 2), np.int16)
+        self.integers = aligned_zeros((vectors, GROUP_SIZE * bits // 32, groups, 32 // bits), np.dtype(f"int{bits}"))
         self.offsets = aligned_zeros((vectors, 4, groups), np.int32)
         self.scales = aligned_zeros((vectors, groups), np.float32)
 
     @property
     def buffers(self) -> VectorBuffers:
         """All four arrays, in the order in which kernels take them."""
-        return self.x, self.pairs, self.offsets, self.scales
+        return self.x, self.integers, self.offsets, self.scales
 
     def first(self, vectors: int) -> Activations:
         """Return the first vectors, as a view."""
         view = Activations.__new__(Activations)
-        view.x, view.pairs = self.x[:vectors], self.pairs[:vectors]
+        view.x, view.integers = self.x[:vectors], self.integers[:vectors]
         view.offsets, view.scales = self.offsets[:vectors], self.scales[:vectors]
         return view
 
@@ -65,7 +65,7 @@ class Activations:
 
     def vector(self, index: int) -> VectorBuffers:
         """Return views of one vector's arrays."""
-        return self.x[index], self.pairs[index], self.offsets[index], self.scales[index]
+        return self.x[index], self.integers[index], self.offsets[index], self.scales[index]
 
 
 class Batch:
@@ -214,10 +214,10 @@ class Projection:
     def multiply_vectors(
         self, activations: Activations, out: np.ndarray, thread_pool: ThreadPool, scratch: np.ndarray | None = None
     ) -> None:
-        """Multiply quantized vectors; each result is bit-identical to that of `multiply_vector`.
+        """Multiply quantized vectors; with 16 bits, each result is bit-identical to that of `multiply_vector`.
 
         Args:
-            activations: any number of quantized vectors.
+            activations: any number of quantized vectors, of 16 or 8 bits; none changes another's result.
             out: float32 [vectors, rows of all matrices]; any row stride.
             thread_pool: the threads to use.
             scratch: the result of `scratch_for` for at least these threads and columns; None allocates it at the first

@@ -108,6 +108,12 @@ def test_no_room_at_all(tiny_trit_file: Files, options: Any) -> None:
         load(tiny_trit_file().path, **options)
 
 
+@pytest.mark.parametrize("name", ["prefill_bits", "decode_bits"])
+def test_numbers_of_bits_that_do_not_exist(tiny_trit_file: Files, name: str) -> None:
+    with pytest.raises(BadRequestError, match=f": {name} must be 8 or 16, not 4$"):
+        load(tiny_trit_file().path, **{name: 4})  # type: ignore[arg-type]
+
+
 # -- options by keyword
 
 

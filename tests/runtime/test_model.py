@@ -72,7 +72,7 @@ def test_logits_at_other_depths(tiny_trit_file: Files, depth: int) -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-biases", "unaligned"])
-@pytest.mark.parametrize("options", [{}, {"prefill_bits": 16}, {"cache_type": "f32"}])
+@pytest.mark.parametrize("options", [{}, {"prefill_bits": 16}, {"decode_bits": 8}, {"cache_type": "f32"}])
 def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, options: dict[str, Any]) -> None:
     """Eight-bit activations of a prompt and a cache of halves move logits by a hundredth at most, and do move them."""
     file = tiny_trit_file(variant)
@@ -85,6 +85,18 @@ def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, option
     assert difference < bound * largest
     precise = precise_model(file, context=32)
     assert not np.array_equal(precise.forward(TOKENS[:-1], all_logits=True), found[0])
+
+
+def test_generated_tokens_of_fewer_bits(tiny_trit_file: Files) -> None:
+    """A generated token has 8 bits like one of a prompt, whose sums have another order; the head has 16 for both."""
+    model = open_sequence(tiny_trit_file(), context=32, cache_type="f32", decode_bits=8)
+    found = {}
+    for generated in (True, False):
+        model.truncate(0)
+        found[generated] = model.forward(TOKENS[:1], generated=generated)
+    assert np.abs(found[True] - found[False]).max() < 1e-4 * np.abs(found[False]).max()
+    wide = open_sequence(tiny_trit_file(), context=32, cache_type="f32").forward(TOKENS[:1])
+    assert np.abs(found[True] - wide).max() > 1e-4 * np.abs(wide).max()
 
 
 def test_exact_logits(tiny_trit_file: Files) -> None:

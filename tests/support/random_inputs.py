@@ -65,13 +65,16 @@ def batch_integers(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return integers[:tokens].astype(np.int64), step_sizes[:tokens]
 
 
-def vector_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def vector_integers(x: np.ndarray, bits: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Quantize one vector, float32 [columns], for the decode kernels; return integers and step sizes, [1, ...]."""
-    vector = Activations(1, len(x)).vector(0)
+    vector = Activations(1, len(x), bits=bits).vector(0)
     vector[0][:] = x
     quantize_row(*vector)
-    _, pairs, _, step_sizes = vector
-    return pairs.transpose(1, 2, 0).reshape(1, -1).astype(np.int64), step_sizes[np.newaxis]
+    _, integers, _, step_sizes = vector
+    # A unit is elements j, j + 8, or of 8 bits 2 j, 2 j + 1, 2 j + 8, 2 j + 9.
+    units, groups, unit_size = integers.shape
+    in_order = integers.reshape(units, groups, 2, unit_size // 2).transpose(1, 2, 0, 3)
+    return in_order.reshape(1, -1).astype(np.int64), step_sizes[np.newaxis]
 
 
 def products(

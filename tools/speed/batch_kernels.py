@@ -3,10 +3,10 @@
     python -m tools.speed.batch_kernels [--depth 2] [--threads 2] [--turns 7]
 
 For the shapes of a 1.5B model (or `--shape ROWSxCOLUMNS`): milliseconds of `gemv` with one vector, and what batches of
-1 to 16 vectors take as a multiple of it, with activations of 16 bits (`gemv_batch`) and of 8 (`trit_gemm`); of the
-head of halves with float32. "speed-up" is over so many calls of `gemv`. Matrices are repeated until they fill no cache;
-times are medians over turns in which every call has its own, so that other programs disturb all of them alike.
-TRITGGUF_ISA chooses the instruction set.
+1 to 16 vectors take as a multiple of it, with activations of 16 and of 8 bits (`gemv_batch`) and as a prompt of 8 bits
+(`trit_gemm`); of the head of halves with float32. "speed-up" is over so many calls of `gemv`. Matrices are repeated
+until they fill no cache; times are medians over turns in which every call has its own, so that other programs disturb
+all of them alike. TRITGGUF_ISA chooses the instruction set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd import instruction_set, variants
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
 
 COUNTS = (1, 2, 4, 8, 16)
@@ -70,18 +69,16 @@ def measure(matrix: Matrix, name: str, thread_pool: ThreadPool, turns: int) -> N
     out = np.zeros((max(COUNTS), matrix.rows), np.float32)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
     for count in COUNTS:
-        activations = Activations(count, matrix.columns)
-        activations.x[:] = x[:count]
-        for index in range(count):
-            quantize_row(*activations.vector(index))
-        batch = Batch(count, matrix.columns, bits=8)
-        batch.x[:] = x[:count]
-        batch.quantize(thread_pool)
-        calls["16 bits" if matrix.depth else "float32", count] = _vectors(
-            projection, activations, out[:count], thread_pool
-        )
+        for kind, bits in (("16 bits", 16), ("8 bits", 8)) if matrix.depth else (("float32", 16),):
+            activations = Activations(count, matrix.columns, bits=bits)
+            activations.x[:] = x[:count]
+            activations.quantize(thread_pool)
+            calls[kind, count] = _vectors(projection, activations, out[:count], thread_pool)
         if matrix.depth:
-            calls["8 bits", count] = _batch(projection, batch, out[:count], thread_pool)
+            batch = Batch(count, matrix.columns, bits=8)
+            batch.x[:] = x[:count]
+            batch.quantize(thread_pool)
+            calls["prompt", count] = _batch(projection, batch, out[:count], thread_pool)
     times = medians(calls, turns)
     kinds = dict.fromkeys(kind for kind, _ in calls)
     alone = times[next(iter(kinds)), 1]  # which goes to `gemv`

@@ -20,23 +20,23 @@ from tritgguf.runtime.weights import ModelWeights
 class DecodePass:
     """Runs generated tokens; buffers for a single one are allocated here, those for several when they are needed."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, threads: int) -> None:
-        """Gather addresses and buffers for this many threads."""
-        self._config, self._threads = config, threads
+    def __init__(self, config: ModelConfig, weights: ModelWeights, threads: int, *, bits: int = 16) -> None:
+        """Gather addresses and buffers for this many threads; `bits` are those of `run`'s activations, 16 or 8."""
+        self._config, self._threads, self._bits = config, threads, bits
         self._embeddings, self._final_norm = weights.embeddings, weights.final_norm.copy()
         self._weights = _gathered(weights)
         head, sizes = weights.head, config.dimensions
         self._head = OutputHead(self._final_norm, head.addresses, head.matrix_rows, head.depths, head.steps)
         self._buffers = _single_buffers(sizes, threads)
         self._scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
-        self._batch_buffers = _batch_buffers(sizes, 0, threads)
+        self._batch_buffers = _batch_buffers(sizes, 0, threads, bits)
         self._batch_scratch = make_scratch(0, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self._counter = np.zeros(1, np.int64)
 
     def run_one(
         self, thread_pool: ThreadPool, token: int, sequence: int, position: int, kv: KeyValues, logits: np.ndarray
     ) -> None:
-        """Run one token and write its logits, float32 [vocabulary]."""
+        """Run one token with 16-bit activations and write its logits, float32 [vocabulary]."""
         self._buffers.own_stream[:] = self._embeddings[token]
         if self._config.embedding_scale != 1:
             self._buffers.own_stream[:] *= self._config.embedding_scale
@@ -56,7 +56,7 @@ class DecodePass:
         count, sizes = len(tokens), self._config.dimensions
         if len(self._batch_buffers.stream) < count:
             room = 1 << (count - 1).bit_length()
-            self._batch_buffers = _batch_buffers(sizes, room, self._threads)
+            self._batch_buffers = _batch_buffers(sizes, room, self._threads, self._bits)
             self._batch_scratch = make_scratch(room, sizes.heads, sizes.kv_heads, sizes.head_dim, self._threads)
         buffers = _first(self._batch_buffers, count)
         buffers.stream[:] = self._embeddings[tokens]
@@ -105,17 +105,17 @@ def _single_buffers(sizes: Dimensions, threads: int) -> Buffers:
     )
 
 
-def _batch_buffers(sizes: Dimensions, tokens: int, threads: int) -> BatchBuffers:
+def _batch_buffers(sizes: Dimensions, tokens: int, threads: int, bits: int) -> BatchBuffers:
     head_columns = sizes.heads * sizes.head_dim
     return BatchBuffers(
         stream=np.zeros((tokens, sizes.hidden), np.float32),
         residual=np.zeros((tokens, sizes.hidden), np.float32),
-        hidden=Activations(tokens, sizes.hidden).buffers,
-        attended=Activations(tokens, head_columns).buffers,
+        hidden=Activations(tokens, sizes.hidden, bits=bits).buffers,
+        attended=Activations(tokens, head_columns, bits=bits).buffers,
         qkv=np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32),
         gate=np.zeros((tokens, sizes.feed_forward), np.float32),
         up=np.zeros((tokens, sizes.feed_forward), np.float32),
-        gated=Activations(tokens, sizes.feed_forward).buffers,
+        gated=Activations(tokens, sizes.feed_forward, bits=bits).buffers,
         own_rows=scratch_for(threads, max(sizes.hidden, head_columns, sizes.feed_forward)),
     )
 
@@ -124,8 +124,8 @@ def _first(buffers: BatchBuffers, tokens: int) -> BatchBuffers:
     """Return the buffers of the first tokens, as views."""
 
     def cut(vectors: VectorBuffers) -> VectorBuffers:
-        x, pairs, offsets, scales = vectors
-        return x[:tokens], pairs[:tokens], offsets[:tokens], scales[:tokens]
+        x, integers, offsets, scales = vectors
+        return x[:tokens], integers[:tokens], offsets[:tokens], scales[:tokens]
 
     return BatchBuffers(
         buffers.stream[:tokens],

@@ -55,10 +55,13 @@ class Model:
         """Map the weights of `file`.
 
         `threads` None takes the physical cores. `prefill_bits` are those of the activations of prompts, 8 or 16.
-        `decode_bits` are those of generated tokens: 16, or 8 to compute them as prompts are, which is faster for many
-        sequences at once and slower for one. `exact` multiplies all activations with 31 bits, at a fraction of the
-        speed. `isa` names the instruction set; None takes the best that works here.
+        `decode_bits` are those of generated tokens: 16, or 8, which is less accurate, and faster for several sequences
+        at once. `exact` multiplies all activations with 31 bits, at a fraction of the speed. `isa` names the
+        instruction set; None takes the best that works here. Other numbers of bits raise BadRequestError.
         """
+        for name, bits in (("prefill_bits", prefill_bits), ("decode_bits", decode_bits)):
+            if bits not in (8, 16):
+                raise BadRequestError(f"{file.path}: {name} must be 8 or 16, not {bits}")
         self.thread_pool = ThreadPool(threads, isa=isa)
         try:
             _ = self.thread_pool.isa
@@ -71,7 +74,7 @@ class Model:
         self._rotations = RotationTables(self.config.rotations)
         bits = 16 if exact else prefill_bits
         self._prompt_pass = PromptPass(self.config, self._weights, bits=bits, exact=exact)
-        self._decode_pass = DecodePass(self.config, self._weights, self.thread_pool.threads)
+        self._decode_pass = DecodePass(self.config, self._weights, self.thread_pool.threads, bits=decode_bits)
         self._outputs = Activations(0, self.config.dimensions.hidden)
         self._one_at_a_time = threading.Lock()  # the passes share their buffers
 
@@ -101,10 +104,12 @@ class Model:
         with announcing_compilation(announce):
             arrays = pool.key_values(self._rotations)
             self._prompt_pass.run(compiler, token, np.array([[0, 1, 0, 0]]), arrays)
-            self._decode_pass.run_one(compiler, 0, 0, 0, arrays, logits[0])
+            if self._decode_bits == 16:
+                self._decode_pass.run_one(compiler, 0, 0, 0, arrays, logits[0])
+            if self._decode_bits == 8 or batches:
+                self._decode_pass.run(compiler, token, token, token, arrays)
             self._multiply_head(hidden[:1], logits[:1], compiler)
             if batches:
-                self._decode_pass.run(compiler, token, token, token, arrays)
                 self._multiply_head(hidden, logits, compiler)
 
     def forward(
@@ -144,11 +149,12 @@ class Model:
 
     def _is_single(self, batch: TokenBatch) -> bool:
         """Tell whether a batch is one generated token with 16-bit activations."""
-        return len(batch.tokens) == len(batch.outputs) == 1 and not self._computed_as_prompt(batch)
+        one = len(batch.tokens) == len(batch.outputs) == 1
+        return one and self._decode_bits == 16 and not self._computed_as_prompt(batch)
 
     def _computed_as_prompt(self, batch: TokenBatch) -> int:
         """Return how many tokens, from the first on, are computed with the activations of prompts."""
-        return len(batch.tokens) if self.exact or self._decode_bits == 8 else batch.prompt_tokens
+        return len(batch.tokens) if self.exact else batch.prompt_tokens
 
     def _run(self, batch: TokenBatch, arrays: KeyValues, logits: np.ndarray | None, hidden: np.ndarray | None) -> None:
         """Run prompts and generated tokens piece by piece; write logits and hidden states of the outputs."""

@@ -125,7 +125,7 @@ def test_portable_is_vector_code_on_arm(depth: int) -> None:
     def emit(vectors: Vectors, words: Value, activations: Value, groups: Value, first_group: Value, out: Value) -> None:
         """Emit one vector step of 16 groups, the inner loop of every product."""
         zero = vectors.constant(I32, 0, 16)
-        step = GroupLanes(vectors, words, activations, groups, first_group, zero)
+        step = GroupLanes(vectors, words, activations, 16, groups, first_group, zero)
         indices = EXTRACT[depth](step)
         vectors.store(step.sums, out)
         vectors.store(indices, out, offset=64)

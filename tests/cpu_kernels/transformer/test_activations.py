@@ -38,10 +38,17 @@ def of_small_batch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return batch_integers(batch_of(x, bits=8))
 
 
+def of_small_vectors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = [vector_integers(row, bits=8) for row in x]
+    return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+
 both_layouts = pytest.mark.parametrize("integers_of", [of_batch, of_vectors])
 
 
-@pytest.mark.parametrize(("integers_of", "bits"), [(of_batch, 16), (of_vectors, 16), (of_small_batch, 8)])
+@pytest.mark.parametrize(
+    ("integers_of", "bits"), [(of_batch, 16), (of_vectors, 16), (of_small_batch, 8), (of_small_vectors, 8)]
+)
 @tokens_and_columns
 def test_quantization(integers_of: Integers, bits: int, tokens: int, columns: int) -> None:
     x = vectors(tokens, columns)
@@ -58,6 +65,8 @@ def test_quantization(integers_of: Integers, bits: int, tokens: int, columns: in
 def test_both_layouts_hold_the_same_integers() -> None:
     x = vectors(11, 192)
     for batch, alone in zip(of_batch(x), of_vectors(x), strict=True):
+        np.testing.assert_array_equal(batch, alone)
+    for batch, alone in zip(of_small_batch(x), of_small_vectors(x), strict=True):
         np.testing.assert_array_equal(batch, alone)
 
 
