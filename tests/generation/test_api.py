@@ -76,10 +76,8 @@ def test_a_path_instead_of_a_model(tiny_trit_file: Files, tiny: LoadedModel) -> 
         ("Hi", {"stop": 5}),
         ("Hi", {"stop": [None]}),
         ("Hi", {"max_tokens": 1.5}),
-        ("Hi", {"max_tokens": None}),
         ("Hi", {"temperature": "hot"}),
         ("Hi", {"top_k": 1.5}),
-        ("Hi", {"seed": None}),
         ("Hi", {"temperature": -1}),
         ("Hi", {"stream": True, "on_text": print}),
         (["Hi"], {"stream": True}),
@@ -332,3 +330,9 @@ def test_a_chat_that_is_dropped_leaves_nothing() -> None:
     del chat
     gc.collect()
     assert is_idle(model)
+
+
+def test_none_stands_for_the_default() -> None:
+    nothing: Any = {"max_tokens": None, "stop": None, "seed": None, "top_k": None, "sampling": None}
+    answer = generate(scripted("Red."), "Hi", temperature=0, **nothing)
+    assert (answer.text, answer.finish_reason) == ("Red.", "stop")

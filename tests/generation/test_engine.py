@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tritgguf.errors import BadRequestError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request, RunningRequest
@@ -183,18 +188,116 @@ def test_giving_way_changes_nothing(model: Model) -> None:
             np.testing.assert_array_equal(ours, alone)
 
 
-def test_an_error_ends_its_request_alone(model: Model) -> None:
-    class Refusing(Recorder):
-        def sample(self, logits: np.ndarray) -> int:
-            raise ArithmeticError("no")
+class Failing(Recorder):
+    """Fails at its k-th token: raises an error, or returns what is no token."""
 
-    engine = Engine(model, context=CONTEXT, parallel=2)
-    bad = engine.submit(Request([1, 2], sampler=Refusing(), max_tokens=3))
-    good = engine.submit(Request([1, 2, 3], sampler=Recorder(), max_tokens=3))
-    assert len(list(engine.tokens(good))) == 3
-    with pytest.raises(ArithmeticError, match="no"):
-        list(engine.tokens(bad))
+    def __init__(self, call: int, what: BaseException | object) -> None:
+        super().__init__()
+        self._calls_left, self._what = call, what
+
+    def sample(self, logits: np.ndarray) -> int:
+        self._calls_left -= 1
+        if self._calls_left:
+            return super().sample(logits)
+        if isinstance(self._what, BaseException):
+            raise self._what
+        return self._what  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("what", [ArithmeticError("no"), KeyboardInterrupt(), -1, 448, 2**70, None, "a", 5.5])
+def test_a_sampler_that_fails_ends_its_request_alone(
+    model: Model,
+    alone: Callable[[tuple[int, int, int], int], tuple[list[int], list[np.ndarray]]],
+    call: int,
+    what: object,
+) -> None:
+    engine, descriptions = Engine(model, context=CONTEXT, parallel=3), [(3, 5, 1), (31, 7, 2)]
+    bad = engine.submit(Request([1, 2], sampler=Failing(call, what), max_tokens=6))
+    others = [engine.submit(Request(prompt(*one), sampler=Recorder(), max_tokens=6)) for one in descriptions]
+    interrupted = 0
+    while engine.has_work:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == isinstance(what, KeyboardInterrupt)
+    assert bad.error is not None and len(bad.tokens) == 2 + call - 1
+    for request, description in zip(others, descriptions, strict=True):
+        assert request.tokens[request.prompt_length :] == alone(description, 6)[0]
     engine.check()
+
+
+def test_no_memory_for_a_page_ends_its_request_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, context=CONTEXT, parallel=2)
+    first = engine.submit(Request([1, 2, 3], sampler=Recorder(), max_tokens=8))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("tritgguf.runtime.kv_pool.aligned_zeros", lambda *arguments: (_ for _ in ()).throw(MemoryError))
+        second = engine.submit(Request([4, 5, 6], sampler=Recorder(), max_tokens=8))
+        engine.step()
+        engine.step()
+    assert isinstance(second.error, MemoryError)
+    assert len(list(engine.tokens(first))) == 8
+    engine.check()
+
+
+def test_a_sampler_cannot_wait_for_its_own_engine(model: Model) -> None:
+    engine = Engine(model, context=CONTEXT, parallel=2)
+
+    class Waiting(Recorder):
+        def sample(self, logits: np.ndarray) -> int:
+            return next(engine.tokens(engine.submit(Request([1], sampler=Recorder(), max_tokens=1))))
+
+    request = engine.submit(Request([1, 2], sampler=Waiting(), max_tokens=1))
+    with pytest.raises(RuntimeError, match="cannot wait for the engine that calls it"):
+        list(engine.tokens(request))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request([1.5, 2]),  # type: ignore[list-item]
+        Request([True, 2]),
+        Request([1, 2], max_tokens=1.5),  # type: ignore[arg-type]
+        Request([1, 2], wanted="logits", first_output=1.0),  # type: ignore[arg-type]
+    ],
+)
+def test_values_that_are_no_whole_numbers_are_refused_at_once(model: Model, request_: Request) -> None:
+    engine = Engine(model, context=CONTEXT)
+    with pytest.raises(BadRequestError, match="whole numbers"):
+        engine.submit(request_)
+    assert not engine.has_work
+
+
+def test_ctrl_c_while_logits_are_computed_ends_their_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, context=CONTEXT)
+    request = engine.submit(Request(COMMON[:300], wanted="logits"))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.outputs(request)
+    engine.check()
+    assert not engine.has_work
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_on(model: Model) -> None:
+    engine = Engine(model, context=CONTEXT)
+    expected = engine.outputs(engine.submit(Request([1, 2, 3], wanted="logits", cache_prompt=False)))
+    child = os.fork()
+    if not child:  # in the child nothing but the exit code leads out
+        with contextlib.suppress(BaseException):
+            found = engine.outputs(engine.submit(Request([1, 2, 3], wanted="logits", cache_prompt=False)))
+            os._exit(0 if np.array_equal(found, expected) else 1)
+        os._exit(2)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[1] == 0
 
 
 def test_a_pool_that_is_too_small_is_refused(model: Model) -> None:

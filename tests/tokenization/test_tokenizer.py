@@ -293,3 +293,12 @@ def test_threads_that_parse_control_tokens_do_not_disturb_those_that_do_not() ->
             assert all(threads.map(encode_often, [False, True] * 4))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_lone_surrogates_become_replacement_characters() -> None:
+    tokens = tokenizer()
+    for text in ("a \ud800 b", "\udfff", "\ud83d\ude00\ud800"):
+        encoded = tokens.encode(text, add_special=False, parse_special=False)
+        assert encoded == tokens.encode(
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), add_special=False, parse_special=False
+        )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     class _Keywords(SamplingKeywords, total=False):
         system: str | None
         raw: bool
-        max_tokens: int
-        stop: str | Sequence[str]
+        max_tokens: int | None
+        stop: str | Sequence[str] | None
         sampling: SamplingOptions | None
 
     class _KeywordsOfOne(_Keywords, total=False):
@@ -70,8 +70,8 @@ def generate(
     messages: Sequence[Message] | None = None,
     system: str | None = None,
     raw: bool = False,
-    max_tokens: int = UNLIMITED,
-    stop: str | Sequence[str] = (),
+    max_tokens: int | None = UNLIMITED,
+    stop: str | Sequence[str] | None = (),
     stream: bool = False,
     sampling: SamplingOptions | None = None,
     on_text: Callable[[str], None] | None = None,

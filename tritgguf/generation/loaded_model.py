@@ -19,6 +19,7 @@ from tritgguf.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tritgguf.generation.engine import Engine
+    from tritgguf.runtime.model import Model
 
 
 @dataclass(eq=False)
@@ -35,7 +36,7 @@ class LoadedModel:
 
     path: Path
     tokenizer: Tokenizer
-    chat_template: str | None
+    chat_template: str | None = field(repr=False)
     load_seconds: float
     engine: Engine = field(repr=False)
 
@@ -177,8 +178,7 @@ def load(
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
-    from tritgguf.generation.engine import Engine
-    from tritgguf.runtime.kv_pool import CACHE_TYPES, DEFAULT_CACHE_TYPE, check_cache_fits, pages_for
+    from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
@@ -189,13 +189,8 @@ def load(
     tokenizer = Tokenizer(file.metadata, name=str(path))
     bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
     model = Model(file, threads=threads, exact=exact, isa=isa, **bits)
-    cache_type = cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE)
-    if context is not None and cache_type in CACHE_TYPES:
-        check_cache_fits(model.config, context, cache_type, str(path))
-    context = context or model.config.context_length
-    pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
-    engine = Engine(model, context=context, parallel=parallel, pages=pages, cache_type=cache_type)
-    model.compile(on_compilation or (lambda: None), batches=parallel > 1)
+    engine = _make_engine(model, path, context, parallel, cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE))
+    start += _compile(model, on_compilation, batches=parallel > 1)
     return LoadedModel(
         path=Path(path),
         tokenizer=tokenizer,
@@ -203,6 +198,30 @@ def load(
         load_seconds=time.perf_counter() - start,
         engine=engine,
     )
+
+
+def _make_engine(model: Model, path: str | Path, context: int | None, parallel: int, cache_type: str) -> Engine:
+    from tritgguf.generation.engine import Engine
+    from tritgguf.runtime.kv_pool import CACHE_TYPES, check_cache_fits, pages_for
+
+    if context is not None and cache_type in CACHE_TYPES:
+        check_cache_fits(model.config, context, cache_type, str(path))
+    context = context or model.config.context_length
+    pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
+    return Engine(model, context=context, parallel=parallel, pages=pages, cache_type=cache_type)
+
+
+def _compile(model: Model, on_compilation: Callable[[], None] | None, *, batches: bool) -> float:
+    """Make the kernels ready; return the seconds that it took if some had to be compiled, else 0."""
+    start, compiled = time.perf_counter(), list[bool]()
+
+    def announce() -> None:
+        compiled.append(True)
+        if on_compilation is not None:
+            on_compilation()
+
+    model.compile(announce, batches=batches)
+    return time.perf_counter() - start if compiled else 0.0
 
 
 def loaded(model: LoadedModel | str | Path) -> LoadedModel:

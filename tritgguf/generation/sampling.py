@@ -70,12 +70,18 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
-    """Return sampling options with some of them replaced by name; BadRequestError for a name that is none."""
+    """Return sampling options with some of them replaced by name; None stands for the default.
+
+    Raises BadRequestError for a name that is none of theirs.
+    """
     names = [field.name for field in fields(SamplingOptions)]
     for name in options:
         if name not in names:
             raise BadRequestError(f"there is no option {name}; the sampling options are {', '.join(names)}")
-    return replace(sampling or SamplingOptions(), **options)
+    if not isinstance(sampling, SamplingOptions | None):
+        raise BadRequestError(f"sampling must be SamplingOptions, not {sampling!r:.60}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(sampling or SamplingOptions(), **given)
 
 
 def _require(condition: bool, option: str, expected: str, value: Any) -> None:

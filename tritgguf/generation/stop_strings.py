@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from tritgguf.errors import BadRequestError
 
 
-def stop_list(stop: str | Sequence[str]) -> list[str]:
-    """Return one stop string or several as a list; BadRequestError for anything else."""
+def stop_list(stop: str | Sequence[str] | None) -> list[str]:
+    """Return one stop string, several or none as a list; BadRequestError for anything else."""
+    if stop is None:
+        return []
     stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
     for text in stops:
         if not isinstance(text, str):

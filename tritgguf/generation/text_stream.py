@@ -30,7 +30,7 @@ class TextStream(Iterator[str]):
         prompt_tokens: list[int],
         sampler: Sampler,
         *,
-        max_tokens: int = UNLIMITED,
+        max_tokens: int | None = UNLIMITED,
         stop: Sequence[str] = (),
         continues_prompt: bool = False,
         on_end: Callable[[Generation], None] | None = None,
@@ -41,7 +41,7 @@ class TextStream(Iterator[str]):
             model: what generates.
             prompt_tokens: the prompt, at least one token.
             sampler: chooses tokens.
-            max_tokens: how many at most; UNLIMITED for as many as the context holds.
+            max_tokens: how many at most; UNLIMITED or None for as many as the context holds.
             stop: texts that end the generation and are not part of it.
             continues_prompt: whether the text goes on where the prompt ends, in the middle of a sentence perhaps.
             on_end: called once with the result when the stream ends, however it ends.
@@ -51,6 +51,7 @@ class TextStream(Iterator[str]):
                 `max_tokens` is no whole number.
 
         """
+        max_tokens = UNLIMITED if max_tokens is None else max_tokens
         _check_count(max_tokens)
         _check_vocabulary(model, prompt_tokens)
         self._model, self._sampler, self._on_end = model, sampler, on_end

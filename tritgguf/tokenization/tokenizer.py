@@ -105,7 +105,7 @@ class Tokenizer:
         plain text. Surrogate escapes, which stand for invalid UTF-8 bytes, become replacement characters.
         """
         if not text.isascii():
-            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            text = _without_surrogates(text)
         with self._setting_options, tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
             self._tokenizer.encode_special_tokens = not parse_special
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -135,3 +135,11 @@ def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     if metadata.get("tokenizer.ggml.model") == "gpt2":
         return metadata.get("tokenizer.ggml.pre") in _BOS_PRE_TOKENIZERS.split()
     return metadata.get("tokenizer.ggml.model") == "llama"
+
+
+def _without_surrogates(text: str) -> str:
+    """Return a text that can be encoded: bytes that were invalid UTF-8, and lone surrogates, become U+FFFD."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
