@@ -22,11 +22,10 @@ from cpu_kernels.simd.variants import AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
 
 LANES = 16  # groups of a step; the groups behind the last whole step come as 8 and as 4
-PANEL_STEPS = 6  # steps that are unpacked at once
+PANEL_STEPS = {16: 6, 8: 12}  # steps that are unpacked at once, for each number of bits
 ROWS = 4  # rows that are unpacked at once
-STEP_BYTES = 4 * PAIRS * LANES  # of the unpacked levels of a step, at most: those of 8 bits take half
-ROW_BYTES = STEP_BYTES * (PANEL_STEPS + 1)  # one step more: 8 and 4 groups
-ROW_SCALES_BYTES = 4 * LANES * (PANEL_STEPS + 1)
+ROW_BYTES = 4 * PAIRS * LANES * (PANEL_STEPS[16] + 1)  # of unpacked levels; one step more: 8 and 4 groups
+ROW_SCALES_BYTES = 4 * LANES * (PANEL_STEPS[8] + 1)
 C1, C2, C3, C4 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4)  # a number of vectors as a type, see `instruction_set`
 _REST_LANES = (8, 4)
 

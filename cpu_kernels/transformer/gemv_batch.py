@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4
+from cpu_kernels.packed_rows.layout import PAIRS
 from cpu_kernels.transformer.batch_dot import (
     C1,
     C2,
@@ -24,6 +25,7 @@ from cpu_kernels.transformer.batch_dot import (
 from cpu_kernels.transformer.batch_dot_halves import BLOCK, SUMS, arrange_floats, dot_halves
 from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
 
+_STEPS, _STEPS_OF_8_BITS = PANEL_STEPS[16], PANEL_STEPS[8]
 _MOST_VECTORS = 16  # for which a row is unpacked once
 _AT_ONCE = 4
 _HALF_VECTORS = 8  # whose columns stay in the first-level cache while some rows of float16 pass
@@ -126,11 +128,12 @@ def _trit_rows_batch(isa, address, depth, row_bytes, table, integers, groups, y,
     results = scratch[(shift + _RESULTS) // 4 :]
     steps, rest = groups // LANES, groups % LANES
     totals = (base + _TOTALS, base + _TOTALS_OF_8, base + _TOTALS_OF_4)
+    at_once = _STEPS if integers.shape[1] == PAIRS else _STEPS_OF_8_BITS
     for start in range(first, last, ROWS):
         rows = min(ROWS, last - start)
         row = address + start * row_bytes
-        for step in range(0, max(steps, 1), PANEL_STEPS):
-            some = min(PANEL_STEPS, steps - step)
+        for step in range(0, max(steps, 1), at_once):
+            some = min(at_once, steps - step)
             own_rest = rest if step + some == steps else 0
             place = step * LANES, some, own_rest
             _unpack_rows(isa, depth, integers, row, row_bytes, rows, groups, *place, table.ctypes.data, base)
