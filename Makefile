@@ -42,5 +42,5 @@ clean:
 .venv/stamp: pyproject.toml constraints.txt
 	@echo 'setting up .venv (torch and transformers included, for verify and the tests)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verify,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,judges]'
 	@touch $@
