@@ -101,9 +101,15 @@ def test_run_json(capsys: Capture, model: Any) -> None:
 
 
 def test_the_prompt_from_a_file(model: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_bytes(b"Hi \xff\n\n")
+    (tmp_path / "prompt.txt").write_text("Hi \u00e9\n\n", encoding="utf-16")
     assert app.main(["run", "model.gguf", "--raw", "-f", str(tmp_path / "prompt.txt")]) == 0
-    assert model.model.calls[0] == encode(model.tokenizer, "Hi \ufffd\n")
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi \u00e9\n")
+
+
+def test_a_prompt_that_is_no_text(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"Hi \xff\n")
+    line = fails(capsys, "run", "model.gguf", "-f", str(tmp_path / "prompt.txt"))
+    assert "prompt.txt: is not UTF-8 text: byte 0xFF at offset 3" in line
 
 
 def test_the_system_message(model: Any) -> None:

@@ -163,19 +163,21 @@ def _answer(
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
     """Return the prompt from the options or a pipe; None if stdin is a terminal."""
+    from tritgguf.formats.text_file import read_text
+
     if prompt is not None and file is not None:
         raise TritGgufError("give the prompt with either -p or -f, not with both")
     if prompt is not None:
         return prompt
     if file is not None:
-        data = file.read_bytes()
+        text = read_text(file)
     elif sys.stdin.isatty():
         return None
     else:
-        data = sys.stdin.buffer.read()
-        if not data:
+        text = read_text("-")
+        if not text:
             raise TritGgufError("there is no prompt on standard input; give one with -p or -f")
-    return data.decode("utf-8", errors="replace").removesuffix("\n")
+    return text.removesuffix("\n")
 
 
 def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
