@@ -45,11 +45,12 @@ class TextStream(Iterator[str]):
             on_end: called once with the result when the stream ends, however it ends.
 
         Raises:
-            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist;
-                `max_tokens` is anything else.
+            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist, or the
+                logit bias has; `max_tokens` is anything else.
 
         """
         _check_vocabulary(model, prompt_tokens)
+        sampler.options.check_vocabulary(model.engine.model.config.vocab_size)
         self._model, self._sampler, self._on_end = model, sampler, on_end
         self._decoder = StreamDecoder(model.tokenizer, prompt_tokens if continues_prompt else ())
         self._stops = StopStrings(stop)
