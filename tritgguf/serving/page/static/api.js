@@ -68,9 +68,10 @@ async function reach(path, options) {
 async function refusal(response) {
   const error = await response.json().then((body) => body.error ?? {}).catch(() => ({}));
   const said = sentence(error.message);
-  if (response.status === 401 || response.status === 403) {
+  if (response.status === 401) {
     return new ServerError("key", "The server wants another API key. Enter it in the settings.");
   }
+  if (error.code === "shutting_down") return new ServerError("gone", "The server is shutting down.");
   if (response.status === 503 || response.status === 429) {
     const seconds = Number(response.headers.get("Retry-After"));
     const when = seconds > 0 ? `in ${seconds} ${seconds === 1 ? "second" : "seconds"}` : "in a moment";

@@ -1,5 +1,6 @@
 // The page: which conversation is open, and what the buttons do.
 
+import { speedOf } from "./answer.js";
 import { Answering } from "./answering.js";
 import { ServerError, fetchProperties } from "./api.js";
 import { Conversations, openStorage, titleFrom } from "./conversations.js";
@@ -13,9 +14,9 @@ import { setUpThemeSwitch } from "./theme_switch.js";
 const SAVING_PAUSE = 1000; // milliseconds between two savings of a growing answer
 const NOTICE_TIME = 8000;
 const SUGGESTIONS = [
-  "Explain balanced ternary in a few sentences.",
-  "Write a Python function that reverses the words of a sentence.",
-  "Give me three names for a quiet café.",
+  "What is balanced ternary?",
+  "Reverse a sentence in Python",
+  "Find a name for a quiet café",
 ];
 
 const byId = (id) => document.getElementById(id);
@@ -76,6 +77,7 @@ function answer() {
   announce("The model is answering.");
   if (location.hash.slice(1) !== current.id) history.replaceState(null, "", `#${current.id}`);
   answering.start(current, settings);
+  save(current);
   show();
 }
 
@@ -98,8 +100,11 @@ function editMessage(index, text) {
   message.focus();
 }
 
-function onpiece(conversation) {
-  if (conversation === current) list.grow();
+function onpiece(conversation, answer) {
+  if (conversation === current) {
+    list.grow();
+    showKeys(answer);
+  }
   savingTimer ??= setTimeout(saveRunning, SAVING_PAUSE);
 }
 
@@ -182,6 +187,15 @@ function show() {
   button.replaceChildren(icon(answered ? "stop" : "send"));
   showSidebar();
   showStatus();
+  showKeys(answered ? current.messages.at(-1) : null);
+}
+
+/** Tell which keys do what. answer: the one that is being written, or null. */
+function showKeys(answer) {
+  const speed = answer && speedOf(answer);
+  const text = answer ? `Escape stops${speed ? ` · about ${speed.toFixed(0)} tokens/s` : ""}` : "Enter sends, Shift + Enter starts a line";
+  if (byId("keys").textContent !== text) byId("keys").textContent = text;
+  byId("keys").classList.toggle("live", Boolean(answer));
 }
 
 function showSidebar() {
@@ -223,7 +237,7 @@ async function showServer() {
     panel.showServerDefaults({ max_tokens: defaults.n_predict, ...defaults, ...defaults.params });
     byId("model").textContent = properties.model;
     byId("model").title = properties.model;
-    byId("empty-model").textContent = properties.model ? `${properties.model} answers, on this server's processor.` : "";
+    byId("empty-model").textContent = properties.model ? `You are talking to ${properties.model}.` : "";
     showStatus();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;

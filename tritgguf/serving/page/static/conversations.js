@@ -40,33 +40,49 @@ export class Conversations {
   }
 
   /**
-   * Write a conversation, and remove the oldest others while there are too many.
-   * Returns {kept, removed}: whether it is stored, and the titles that had to go.
+   * Write a conversation, and remove the oldest others while there is no room for it. One that needs more than there is
+   * removes none. Returns {kept, removed}: whether it is stored, and the titles that had to go.
    */
   save(conversation) {
     const text = JSON.stringify(conversation);
     const { id, title, updated } = conversation;
+    if (text.length > this.#limits.characters) return { kept: false, removed: [] };
     const index = [{ id, title, updated, size: text.length }, ...this.list().filter((entry) => entry.id !== id)];
     const removed = [];
-    const removeOldest = () => {
-      const oldest = index.pop();
-      this.#storage.removeItem(PREFIX + oldest.id);
-      removed.push(oldest.title);
-    };
-    const size = () => index.reduce((sum, entry) => sum + entry.size, 0);
-    while (index.length > 1 && (index.length > this.#limits.conversations || size() > this.#limits.characters)) {
-      removeOldest();
-    }
-    for (;;) {
-      try {
-        this.#storage.setItem(PREFIX + id, text);
-        this.#storage.setItem(INDEX, JSON.stringify(index));
-        return { kept: true, removed };
-      } catch {
-        if (index.length === 1) return { kept: false, removed };
-        removeOldest();
+    while (!this.#fits(index) || !this.#write(index, text)) {
+      if (index.length === 1) {
+        this.#restore(removed);
+        return { kept: false, removed: [] };
       }
+      const oldest = index.pop();
+      removed.push({ ...oldest, text: this.#storage.getItem(PREFIX + oldest.id) });
+      this.#storage.removeItem(PREFIX + oldest.id);
     }
+    return { kept: true, removed: removed.map((entry) => entry.title) };
+  }
+
+  #fits(index) {
+    const size = index.reduce((sum, entry) => sum + entry.size, 0);
+    return index.length <= this.#limits.conversations && size <= this.#limits.characters;
+  }
+
+  /** Write the text of the first conversation of an index, and the index; false if the storage is full. */
+  #write(index, text) {
+    const key = PREFIX + index[0].id;
+    const before = this.#storage.getItem(key);
+    try {
+      this.#storage.setItem(key, text);
+      this.#storage.setItem(INDEX, JSON.stringify(index));
+      return true;
+    } catch {
+      if (before === null) this.#storage.removeItem(key);
+      else this.#storage.setItem(key, before);
+      return false;
+    }
+  }
+
+  #restore(removed) {
+    for (const { id, text } of removed) if (text !== null) this.#storage.setItem(PREFIX + id, text);
   }
 
   /** Remove a conversation and return it; null if there was none. */
