@@ -63,3 +63,9 @@ test("the model sees the system prompt, no empty answers, and never two messages
   ]);
   assert.equal(messages[0].content, "One");
 });
+
+test("a message that the server refused is not sent again", () => {
+  const refused = { ...newAnswer(0), status: "failed", error: { kind: "context", message: "Too long." } };
+  const messages = [{ role: "user", content: "Too long" }, refused, { role: "user", content: "Short" }];
+  assert.deepEqual(requestMessages(messages, ""), [{ role: "user", content: "Short" }]);
+});

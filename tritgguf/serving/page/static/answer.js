@@ -55,11 +55,17 @@ export function speedOf(answer) {
 /** The messages of a request: what the model gets to see of a conversation. */
 export function requestMessages(messages, systemPrompt) {
   const sent = systemPrompt ? [{ role: "system", content: systemPrompt }] : [];
-  for (const { role, content } of messages) {
+  messages.forEach(({ role, content }, index) => {
     const last = sent.at(-1);
+    if (role === "user" && isRefused(messages[index + 1])) return;
     // An answer that failed leaves two messages of the user in a row, which many templates refuse.
     if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
     else if (role === "user" || content) sent.push({ role, content });
-  }
+  });
   return sent;
+}
+
+/** True for an answer that a server refuses to give, whenever it is asked: what it answers is not sent again. */
+function isRefused(answer) {
+  return answer?.status === "failed" && ["context", "refused"].includes(answer.error?.kind);
 }

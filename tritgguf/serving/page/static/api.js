@@ -78,10 +78,10 @@ async function refusal(response) {
     return new ServerError("busy", `The server is busy: its queue is full. Try again ${when}.`);
   }
   if (error.code === "context_length_exceeded") {
-    const remedy = "Begin a new conversation, or edit an earlier message.";
-    return new ServerError("context", `This conversation no longer fits into the model's context. ${remedy} (${said})`);
+    const remedy = "Begin a new conversation, or write something shorter: this message is then left out.";
+    return new ServerError("context", `This no longer fits into the model’s context. ${remedy} (${said})`);
   }
-  if (response.status < 500) return new ServerError("refused", `The server refused the request: ${said}`);
+  if (response.status < 500) return new ServerError("refused", `The server refused the message: ${said}`);
   return new ServerError("failed", `The server failed (${response.status}): ${said}`);
 }
 

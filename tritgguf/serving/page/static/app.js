@@ -26,6 +26,7 @@ const settings = loadSettings(storage);
 const properties = { model: "", context: 0 };
 let current = newConversation();
 let savingTimer = null;
+let leaving = false; // the browser ends the streams of a page that is left; that is no error
 
 const answering = new Answering({ onpiece, onend });
 const list = new MessageList({
@@ -109,6 +110,7 @@ function onpiece(conversation, answer) {
 }
 
 function onend(conversation, answer) {
+  if (leaving) return;
   conversation.updated = Date.now();
   save(conversation);
   announce(answer.status === "done" ? answer.content : "The answer has ended.");
@@ -275,7 +277,11 @@ function setUp() {
     if (event.key === "Escape" && !byId("settings").open) answering.stop(current.id);
   });
   addEventListener("hashchange", openFromAddress);
-  addEventListener("pagehide", saveRunning);
+  addEventListener("pagehide", () => {
+    saveRunning();
+    leaving = true;
+  });
+  addEventListener("pageshow", () => { leaving = false; });
   document.addEventListener("visibilitychange", () => document.hidden && saveRunning());
   addEventListener("storage", onOtherPage);
   setUpThemeSwitch(storage);

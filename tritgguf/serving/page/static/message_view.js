@@ -118,26 +118,28 @@ export class AnswerMessage {
   #footOf(last) {
     const { message, actions } = this;
     const parts = [];
-    const note = this.#note();
+    const note = this.#note(last);
     if (note) parts.push(note);
     const buttons = [];
     if (message.content) buttons.push(copyButton("Copy the answer", () => message.content));
-    if (last) buttons.push(iconButton("again", "Answer again", actions.regenerate));
+    if (last && !this.#offersAgain) buttons.push(iconButton("again", "Answer again", actions.regenerate));
     const figures = this.#figures();
     if (buttons.length) parts.push(el("div", { class: last ? "actions shown" : "actions" }, ...buttons, figures));
     return parts;
   }
 
-  #note() {
-    const { message } = this;
+  /** Whether trying again may help with the error, and a button says so. */
+  get #offersAgain() {
+    return ["gone", "busy", "broken", "failed"].includes(this.message.error?.kind);
+  }
+
+  #note(last) {
+    const { message, actions } = this;
     if (message.error) {
       const callout = el("div", { class: "callout", role: "alert" }, el("p", {}, message.error.message));
-      const [label, act] = message.error.kind === "key"
-        ? ["Open the settings", this.actions.openSettings]
-        : ["Try again", this.actions.regenerate];
-      if (!["context", "refused"].includes(message.error.kind)) {
-        callout.append(el("button", { type: "button", class: "quiet-button", onclick: act }, label));
-      }
+      const button = (label, onclick) => el("button", { type: "button", class: "quiet-button", onclick }, label);
+      if (message.error.kind === "key") callout.append(button("Open the settings", actions.openSettings));
+      else if (last && this.#offersAgain) callout.append(button("Try again", actions.regenerate));
       return callout;
     }
     const reason = { stopped: "stopped", streaming: "left" }[message.status] ?? message.finishReason;
