@@ -83,7 +83,7 @@ def page(driver: webdriver.Chrome, speaking_server: RunningServer) -> Iterator[C
 
 @pytest.fixture
 def speaker(speaking_server: RunningServer) -> Speaker:
-    return cast(Any, speaking_server.service.model).model 
+    return cast(Any, speaking_server.service.model).model
 
 
 def say(speaker: Speaker, text: str, seconds: float = 0.0) -> None:
