@@ -14,7 +14,7 @@ _FORGOTTEN = 64  # so many tokens of a kind are remembered before they count hal
 
 # How often the next token is what it was before: after 2 equal tokens, 3, 4 to 7, 8 to 15, and more.
 _KINDS = (3, 4, 8, 16)
-_ACCEPTED = (0.4, 0.5, 0.6, 0.8, 0.95)
+_ACCEPTED = (0.3, 0.45, 0.55, 0.75, 0.95)
 _WEIGHT = 4.0  # what this is worth, in tokens
 
 
