@@ -279,9 +279,11 @@ class EngineCore:
         """Keep the outputs of the last tokens evaluated; those of a request that had to give way come once more."""
         if not len(rows):
             return
-        first = request.request.first_output
+        first, reduce_outputs = request.request.first_output, request.request.reduce_outputs
+        if reduce_outputs is not None:
+            rows = reduce_outputs(rows, request.evaluated - len(rows))
         if request.outputs is None:
-            request.outputs = np.empty((request.prompt_length - first, rows.shape[1]), np.float32)
+            request.outputs = np.empty((request.prompt_length - first, rows.shape[1]), rows.dtype)
         last = request.evaluated - first
         request.outputs[last - len(rows) : last] = rows
 

@@ -84,10 +84,7 @@ class LoadedModel:
             raise BadRequestError(f'pooling is "mean" or "last", not {pooling!r:.60}')
         tokens = self._tokens(text)
         states = self._outputs(tokens, "hidden", len(tokens) - 1 if pooling == "last" else 0)
-        embedding = states.astype(np.float64).mean(axis=0)
-        if normalize:
-            embedding /= max(float(np.linalg.norm(embedding)), 1e-12)
-        return embedding.astype(np.float32)
+        return pooled(states, normalize=normalize)
 
     def score(self, prompt: Sequence[int] | str, continuation: Sequence[int] | str) -> Score:
         """Return how likely the model finds a continuation of a prompt.
@@ -138,6 +135,14 @@ class LoadedModel:
 
     def _outputs(self, tokens: list[int], wanted: Wanted, first: int) -> np.ndarray:
         return self.engine.outputs(self.engine.submit(Request(tokens, wanted=wanted, first_output=first)))
+
+
+def pooled(states: np.ndarray, *, normalize: bool = True) -> np.ndarray:
+    """Return the mean, float32 [hidden], of hidden states, float32 [tokens, hidden]; with the length 1 if wanted."""
+    embedding = states.astype(np.float64).mean(axis=0)
+    if normalize:
+        embedding /= max(float(np.linalg.norm(embedding)), 1e-12)
+    return embedding.astype(np.float32)
 
 
 def load(

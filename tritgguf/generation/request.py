@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -36,6 +36,8 @@ class Request:
         stop_tokens: tokens that end the generation; they are not part of it.
         wanted: generated tokens, or the logits or hidden states of the prompt's tokens.
         first_output: where logits or hidden states begin: those of the tokens before are not wanted.
+        reduce_outputs: what to keep of output rows instead of the rows: takes float32 [rows, width] and the position in
+            the prompt of the first one, returns an array of as many rows; None keeps them as they are.
         cache_prompt: whether keys and values of an equal beginning are taken over, and these kept for later requests.
 
     """
@@ -46,6 +48,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     wanted: Wanted = "tokens"
     first_output: int = 0
+    reduce_outputs: Callable[[np.ndarray, int], np.ndarray] | None = None
     cache_prompt: bool = True
 
 
@@ -63,7 +66,8 @@ class RunningRequest:
         sequence: its number in the `KVPool`; None while it waits.
         cancelled: whether nobody wants it any more; any thread may say so.
         generated: tokens that nobody has fetched yet.
-        outputs: logits or hidden states, float32 [tokens, width]; None before the first.
+        outputs: logits or hidden states, float32 [tokens, width], or what `reduce_outputs` makes of them; None before
+            the first.
 
     """
 

@@ -5,6 +5,7 @@ The bos token and the stop tokens come from the `tokenizer.ggml.*` keys, read as
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,16 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of the tokens, without control tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def vocabulary_entry(self, token: int) -> str:
+        """Return how the vocabulary writes a token, such as `Ġthe`; an empty text for one that it does not have."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether a character of the vocabulary's entries stands for a byte, as in GPT-2."""
+        decoder = self._tokenizer.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
     def has_text(self, token: int) -> bool:
         """Tell whether a token has text: it is in the vocabulary and is not a control token."""
