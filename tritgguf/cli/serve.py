@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tritgguf.cli import terminal
 from tritgguf.cli.options import CacheType, InstructionSet, PrefillBits, Threads, TritFile, option
 from tritgguf.errors import MissingExtraError, TritGgufError
+
+if TYPE_CHECKING:
+    from tritgguf.generation.loaded_model import LoadedModel
 
 Host = Annotated[str, option("--host", metavar="NAME", help="Address to listen on.")]
 Port = Annotated[int, option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")]
@@ -73,13 +76,8 @@ def serve_command(
 
     Example: tritgguf serve d3.gguf
     """
-    try:
-        from tritgguf.serving.server import listening_socket, serve, url_of
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client", "h11"):
-            raise
-        raise MissingExtraError("serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'") from error
-    from tritgguf.generation.loaded_model import load
+    _require_extra()
+    from tritgguf.serving.server import listening_socket, serve, url_of
     from tritgguf.serving.settings import ServerSettings
 
     settings = ServerSettings(
@@ -96,21 +94,31 @@ def serve_command(
     if not all(settings.api_keys):
         raise TritGgufError("an API key must not be empty")
     bound = listening_socket(host, port)
-    gc.disable()  # loading creates a million objects and no garbage
-    model = load(
-        file,
-        context=context or None,
-        parallel=parallel,
-        threads=threads,
-        prefill_bits=prefill_bits,
-        cache_type=cache_type,
-        isa=isa,
-        on_compilation=terminal.print_compilation_note,
-    )
-    gc.enable()
+    options = {"context": context or None, "parallel": parallel, "threads": threads, "prefill_bits": prefill_bits}
+    model = _load(file, **options, cache_type=cache_type, isa=isa)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
     serve(model, settings, bound, lambda: terminal.note(f"{url_of(bound)}  (Ctrl-C ends the server)"))
+
+
+def _require_extra() -> None:
+    """Raise MissingExtraError without the packages of the extra `server`."""
+    try:
+        import tritgguf.serving.server  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("tritgguf", "cpu_kernels"):
+            raise
+        raise MissingExtraError("serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'") from error
+
+
+def _load(file: Path, **settings: Any) -> LoadedModel:
+    from tritgguf.generation.loaded_model import load
+
+    gc.disable()  # loading creates a million objects and no garbage
+    try:
+        return load(file, on_compilation=terminal.print_compilation_note, **settings)
+    finally:
+        gc.enable()
 
 
 def _keys_of(file: Path | None) -> list[str]:

@@ -17,7 +17,7 @@ import uvicorn
 from tritgguf.errors import TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.serving.app import create_app
-from tritgguf.serving.http_protocol import http_protocol
+from tritgguf.serving.http_protocol import GuardedProtocol
 from tritgguf.serving.service import Service
 from tritgguf.serving.settings import ServerSettings
 
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http=http_protocol(settings),
+            http=GuardedProtocol.with_settings(settings),
             ws="none",
             lifespan="on",
             log_config=None,
