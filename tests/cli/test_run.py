@@ -77,8 +77,9 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     seen = record_sampling(monkeypatch)
     arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 99 -t 2"
-    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split()]) == 0
-    assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3)]
+    penalties = "--presence-penalty 0.3 --frequency-penalty -0.2"
+    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split(), *penalties.split()]) == 0
+    assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3, 0.3, -0.2)]
     assert model.loaded[1]["context"] == 99
     assert model.loaded[1]["threads"] == 2
 

@@ -61,6 +61,12 @@ TopP = Annotated[float, option("--top-p", help="Keep the most likely tokens up t
 MinP = Annotated[float, option("--min-p", help="Minimum probability relative to the most likely token.")]
 RepeatPenalty = Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")]
 RepeatLastN = Annotated[int, option("--repeat-last-n", help="Number of recent tokens to penalize.")]
+PresencePenalty = Annotated[
+    float, option("--presence-penalty", help="Penalty for tokens that the answer has already; 0: none.")
+]
+FrequencyPenalty = Annotated[
+    float, option("--frequency-penalty", help="Penalty for each time that the answer has a token; 0: none.")
+]
 Seed = Annotated[int, option("--seed", "-s", help="Seed of sampling; -1: random.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Use 31-bit activations; far slower.")]
@@ -81,6 +87,8 @@ def run_command(
     min_p: MinP = 0.05,
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = -1,
     raw: Raw = False,
     prefill_bits: PrefillBits = 8,
@@ -98,7 +106,8 @@ def run_command(
     """
     from tritgguf.generation.sampling import SamplingOptions
 
-    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    penalties = (presence_penalty, frequency_penalty)
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, *penalties)
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
