@@ -18,6 +18,7 @@ from tritgguf.errors import BadRequestError, ContextFullError
 from tritgguf.generation.engine_core import EngineCore
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.scheduler import Budget
+from tritgguf.generation.speculation import Speculation
 from tritgguf.runtime.kv_pool import pages_of
 from tritgguf.runtime.model import Model
 
@@ -44,6 +45,7 @@ class Engine:
         pages: int | None = None,
         cache_type: str | None = None,
         budget: Budget | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Make an engine; `pages` (of keys and values) and `cache_type` as in `Model.new_kv_pool`.
 
@@ -53,7 +55,7 @@ class Engine:
             raise ValueError("the pool is smaller than a single request may become")
         self.model, self.context, self.parallel = model, context, parallel
         self.pool = model.new_kv_pool(context=context, sequences=parallel, pages=pages, cache_type=cache_type)
-        self._core = EngineCore(model, self.pool, budget or Budget())
+        self._core = EngineCore(model, self.pool, budget or Budget(), speculation)
         self._submitted: deque[RunningRequest] = deque()
         self._stepping = threading.Lock()  # held by the thread that owns the core, the model and the pool
         self._progress = threading.Condition()

@@ -61,6 +61,8 @@ class RunningRequest:
         evaluated: how many of them have their keys and values stored.
         cached: how many of the prompt's were taken over from an earlier request.
         computed_as_prompt: how many tokens, from the first on, have keys and values that were computed as a prompt's.
+        drafted_tokens: how many tokens of drafts were evaluated.
+        accepted_tokens: how many of those the sampler has chosen too.
         sequence: its number in the `KVPool`; None while it waits.
         cancelled: whether nobody wants it any more; any thread may say so.
         generated: tokens that nobody has fetched yet.
@@ -76,6 +78,8 @@ class RunningRequest:
     computed_as_prompt: int = 0
     evaluated_prompt_tokens: int = 0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     sequence: int | None = None

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { addChunk, isEmpty, newAnswer, requestMessages, speedOf } from "../../../tritgguf/serving/page/static/answer.js";
+import { addChunk, isEmpty, newAnswer, requestMessages } from "../../../tritgguf/serving/page/static/answer.js";
 
 const delta = (fields, finish = null) => ({ choices: [{ index: 0, delta: fields, finish_reason: finish }] });
 
@@ -13,15 +13,15 @@ test("chunks add up to an answer", () => {
     delta({ content: "He" }),
     delta({ content: "llo" }),
     delta({}, "length"),
-    { choices: [], usage: { prompt_tokens: 7, completion_tokens: 3 }, timings: { predicted_per_second: 12.5 } },
+    { choices: [], usage: { prompt_tokens: 7, completion_tokens: 3 }, timings: { predicted_n: 9, predicted_per_second: 12.5 } },
   ];
   chunks.forEach((chunk, index) => addChunk(answer, chunk, 1000 + 100 * index));
   assert.equal(answer.content, "Hello");
   assert.equal(answer.reasoning, "Hm");
   assert.equal(answer.finishReason, "length");
   assert.deepEqual(answer.usage, { prompt: 7, completion: 3 });
-  assert.equal(speedOf(answer), 12.5);
-  assert.equal(answer.firstToken, 1100);
+  assert.equal(answer.tokensPerSecond, 12.5);
+  assert.equal(answer.reasoningEnded, 1100);
   assert.ok(!isEmpty(answer));
 });
 
@@ -38,13 +38,10 @@ test("tool calls come in pieces, several at once", () => {
   ]);
 });
 
-test("while it streams, the speed is that of the pieces, once there are enough", () => {
+test("the speed of the first tokens is not shown", () => {
   const answer = newAnswer(0);
-  for (let piece = 0; piece <= 20; piece += 1) {
-    if (piece === 5) assert.equal(speedOf(answer), null);
-    addChunk(answer, delta({ content: "x" }), 500 + 50 * piece);
-  }
-  assert.equal(Math.round(speedOf(answer)), 20);
+  addChunk(answer, { ...delta({ content: "x" }), timings: { predicted_n: 1, predicted_per_second: 1e6 } }, 0);
+  assert.equal(answer.tokensPerSecond, undefined);
 });
 
 test("the model sees the system prompt, no empty answers, and never two messages of the user in a row", () => {

@@ -3,6 +3,8 @@
 // status: "streaming", then "done", "stopped" (by the user), "broken" (the stream ended early) or "failed" (an error).
 // A message that is still "streaming" in the storage belongs to a page that was left.
 
+const FEWEST_TOKENS = 5; // the speed of fewer says nothing
+
 /** Return an answer that has nothing yet. */
 export function newAnswer(now) {
   return { role: "assistant", content: "", reasoning: "", toolCalls: [], status: "streaming", started: now };
@@ -19,18 +21,13 @@ export function addChunk(answer, chunk, now) {
     }
     if (delta.content) answer.content += delta.content;
     for (const call of delta.tool_calls ?? []) addToolCall(answer.toolCalls, call);
-    if (delta.content || delta.reasoning_content || delta.tool_calls) {
-      answer.firstToken ??= now;
-      answer.lastToken = now;
-      answer.pieces = (answer.pieces ?? 0) + 1;
-    }
     if (choice.finish_reason) answer.finishReason = choice.finish_reason;
   }
   if (chunk.usage) {
     answer.usage = { prompt: chunk.usage.prompt_tokens, completion: chunk.usage.completion_tokens };
   }
-  const speed = chunk.timings?.predicted_per_second;
-  if (Number.isFinite(speed)) answer.tokensPerSecond = speed;
+  const { predicted_n: tokens, predicted_per_second: speed } = chunk.timings ?? {};
+  if (tokens >= FEWEST_TOKENS && Number.isFinite(speed)) answer.tokensPerSecond = speed;
 }
 
 function addToolCall(calls, delta) {
@@ -43,13 +40,6 @@ function addToolCall(calls, delta) {
 /** True if nothing of an answer has come. */
 export function isEmpty(answer) {
   return !answer.content && !answer.reasoning && !answer.toolCalls?.length;
-}
-
-/** Tokens per second: the server's figure, or while it streams, pieces of text per second. */
-export function speedOf(answer) {
-  if (answer.tokensPerSecond) return answer.tokensPerSecond;
-  const seconds = (answer.lastToken - answer.firstToken) / 1000;
-  return answer.pieces > 8 && seconds > 0.2 ? (answer.pieces - 1) / seconds : null;
 }
 
 /** The messages of a request: what the model gets to see of a conversation. */

@@ -37,6 +37,7 @@ export class Answering {
       messages: requestMessages(conversation.messages, settings.systemPrompt.trim()),
       stream: true,
       stream_options: { include_usage: true },
+      timings_per_token: true,
       ...requestFields(settings),
     };
     const answer = newAnswer(Date.now());

@@ -1,11 +1,11 @@
 // The page: which conversation is open, and what the buttons do.
 
-import { speedOf } from "./answer.js";
 import { Answering } from "./answering.js";
 import { ServerError, fetchProperties } from "./api.js";
 import { Conversations, openStorage, titleFrom } from "./conversations.js";
 import { el, fitHeight, icon } from "./dom.js";
 import { MessageList } from "./message_list.js";
+import { inWords } from "./message_view.js";
 import { loadSettings, saveSettings, wrongSettings } from "./settings.js";
 import { SettingsPanel } from "./settings_panel.js";
 import { Sidebar } from "./sidebar.js";
@@ -194,8 +194,8 @@ function show() {
 
 /** Tell which keys do what. answer: the one that is being written, or null. */
 function showKeys(answer) {
-  const speed = answer && speedOf(answer);
-  const text = answer ? `Escape stops${speed ? ` · about ${speed.toFixed(0)} tokens/s` : ""}` : "Enter sends, Shift + Enter starts a line";
+  const speed = answer?.tokensPerSecond ? ` · ${inWords(answer.tokensPerSecond)}` : "";
+  const text = answer ? `Escape stops${speed}` : "Enter sends, Shift + Enter starts a line";
   if (byId("keys").textContent !== text) byId("keys").textContent = text;
   byId("keys").classList.toggle("live", Boolean(answer));
 }

@@ -23,6 +23,8 @@ export class MessageList {
 
   /** Show the messages of a conversation; views of messages that are shown already stay. */
   show(messages) {
+    clearTimeout(this.#timer);
+    this.#timer = null;
     const old = new Map(this.#views.map((view) => [view.message, view]));
     this.#views = messages.map((message, index) => old.get(message) ?? this.#viewOf(message, index));
     this.element.replaceChildren(...this.#views.map((view) => view.element));

@@ -1,6 +1,6 @@
 // One message of a conversation, as a list item.
 
-import { isEmpty, speedOf } from "./answer.js";
+import { isEmpty } from "./answer.js";
 import { copyButton, el, fitHeight, icon, iconButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
@@ -147,13 +147,17 @@ export class AnswerMessage {
   }
 
   #figures() {
-    const { usage } = this.message;
-    const speed = this.message.status === "done" ? speedOf(this.message) : null;
+    const { usage, tokensPerSecond } = this.message;
     const parts = [];
     if (usage) parts.push(`${usage.completion.toLocaleString("en")} tokens`);
-    if (speed) parts.push(`${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`);
+    if (tokensPerSecond) parts.push(inWords(tokensPerSecond));
     return el("span", { class: "figures" }, parts.join(" · "));
   }
+}
+
+/** A speed, with two digits at least. */
+export function inWords(tokensPerSecond) {
+  return `${tokensPerSecond.toFixed(tokensPerSecond < 10 ? 1 : 0)} tokens/s`;
 }
 
 function indented(json) {

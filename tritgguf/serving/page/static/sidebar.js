@@ -88,10 +88,10 @@ export class Sidebar {
     };
     input.addEventListener("blur", () => end(input.value.trim()));
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") end(input.value.trim());
-      if (event.key !== "Escape") return;
+      if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+      event.preventDefault(); // the key would press the button that gets the focus
       event.stopPropagation();
-      end(entry.title);
+      end(event.key === "Enter" ? input.value.trim() : entry.title);
     });
     item.replaceChildren(input);
     input.select();
