@@ -167,7 +167,7 @@ def test_running_answers_end_before_the_server_does() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_that_take_too_long_are_cut_when_the_server_ends(stream: bool) -> None:
     with running_server(paced(0.01), shutdown_seconds=0.3) as server, ThreadPoolExecutor() as pool:
-        send = server.events if stream else server.post
+        send: Any = server.events if stream else server.post
         answer: Any = pool.submit(send, "/v1/completions", **ENDLESS)
         server.wait_until(lambda: passes(server) >= 2)
         start = time.monotonic()
