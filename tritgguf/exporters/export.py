@@ -17,6 +17,7 @@ from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_writer import check_output
 from tritgguf.machine import peak_memory_bytes
+from tritgguf.runtime.compiler import require_compiler
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
@@ -87,6 +88,7 @@ def export(
     opened = _open_trit_file(file)
     report = ExportReport(output, opened.path, to)
     report.weights = sum(info.n_weights for info in opened.tensors.values())
+    require_compiler()
     on_tensor, thread_pool = _progress_counter(opened, progress), ThreadPool(threads)
     if to == "hf":
         base_model = base_model or _source_hub_id(opened)
