@@ -51,9 +51,11 @@ def warn_beyond_training(model: LoadedModel) -> None:
 
 def print_timings(timings: Timings, *, with_load: bool = True) -> None:
     """Print a generation's speed, in one line like llama.cpp's, with the time that loading took or without."""
+    drafts = f" | drafts {timings.drafted_tokens} tokens, {timings.acceptance_rate:.0%} accepted"
     load = f"load {timings.load_seconds:.2f} s | " if with_load else ""
     terminal.note(
         f"{load}prompt {timings.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s"
-        f" | decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s",
+        f" | decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s"
+        f"{drafts if timings.drafted_tokens else ''}",
         dim=True,
     )

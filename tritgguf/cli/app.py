@@ -29,6 +29,7 @@ from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.options import UsageError
 from tritgguf.cli.run import run_command
+from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
 from tritgguf.errors import TritGgufError
 from tritgguf.text_format import one_line
@@ -151,6 +152,7 @@ for _name, _command in (
     ("calibrate", calibrate_command),
     ("export", export_command),
     ("run", run_command),
+    ("serve", serve_command),
     ("bench", bench_command),
     ("verify", verify_command),
     ("inspect", inspect_command),

@@ -84,6 +84,10 @@ Threads = Annotated[
         callback=_check_threads,
     ),
 ]
+Lookup = Annotated[
+    bool, typer.Option("--lookup", help="Guess tokens from equal passages of prompt and answer; same answers, sooner.")
+]
+DraftMax = Annotated[int, option("--draft-max", "--draft", min=1, help="Most tokens to guess at once.")]
 
 
 def check_predict(count: int) -> int:

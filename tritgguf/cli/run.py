@@ -14,8 +14,10 @@ from tritgguf.cli.chat import chat_at_terminal
 from tritgguf.cli.check import check_file
 from tritgguf.cli.options import (
     CacheType,
+    DraftMax,
     InstructionSet,
     Json,
+    Lookup,
     PrefillBits,
     Threads,
     TritFile,
@@ -95,6 +97,8 @@ def run_command(
     exact: Exact = False,
     check_first: CheckFirst = False,
     cache_type: CacheType = None,
+    lookup: Lookup = False,
+    draft_max: DraftMax = 16,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
@@ -115,7 +119,7 @@ def run_command(
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
-    model = _load(file, context=context or None, **settings)
+    model = _load(file, context=context or None, lookup=lookup, draft_max=draft_max, **settings)
     warn_beyond_training(model)
     if text is None:
         chat_at_terminal(model, system, sampling, predict)
