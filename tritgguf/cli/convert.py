@@ -92,14 +92,14 @@ def convert_command(
     from tritgguf.conversion.depths import DepthChoice, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.own_text import SavedText
-    from tritgguf.formats.gguf_writer import check_output
+    from tritgguf.formats.durable_output import check_output
 
-    check_output(output, overwrite)
+    target = check_output(output, overwrite, [source, text, imatrix])
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
-    with SavedText(output, resume=resume) as saved:
+    with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(

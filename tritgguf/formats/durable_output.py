@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,47 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+PART_SUFFIXES = ("", ".part", ".part.journal", ".part.text")
+"""What writers append to the name of an output for the files that they write."""
+
+
+def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
+    """Return the path of the file to write: the output, or the file that it links to.
+
+    `inputs` are the files and folders that are read (others, such as hub ids, are ignored); none of them is ever
+    replaced. Raises BadRequestError unless a regular file can be written there, and if a file exists and `overwrite` is
+    false.
+    """
+    output = Path(output)
+    target = Path(os.path.realpath(output)) if output.is_symlink() else output
+    if target.is_dir():
+        raise BadRequestError(f"{output}: is a folder; name a file")
+    for path in _files_of(inputs):
+        if any(_is_same(target.with_name(target.name + suffix), path) for suffix in PART_SUFFIXES):
+            raise BadRequestError(f"{output}: writing it would replace {path}, which is read; name another output")
+    if os.path.lexists(target) and not target.is_file():
+        raise BadRequestError(f"{output}: is no regular file (a device, a pipe or a broken link); name another output")
+    if target.exists() and not overwrite:
+        raise BadRequestError(f"{output}: exists already; name another file or use --overwrite")
+    if not target.parent.is_dir():
+        raise BadRequestError(f"{output}: its folder does not exist; create it first")
+    return target
+
+
+def _files_of(inputs: Iterable[str | Path | None]) -> Iterator[Path]:
+    """Yield the existing files among some paths, and the files in the folders among them."""
+    for path in (Path(given) for given in inputs if given is not None):
+        if path.is_dir():
+            yield from (file for file in path.iterdir() if file.is_file())
+        elif path.exists():
+            yield path
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Tell whether two paths are one file, also through links."""
+    return path.exists() and path.samefile(other)
 
 
 def check_new_folder(output: Path) -> None:

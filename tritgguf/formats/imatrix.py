@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import disk_errors, sync_folder
+from tritgguf.formats.durable_output import check_output, disk_errors, sync_folder
 from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_lfs_pointer
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32, MAGIC
-from tritgguf.formats.gguf_writer import check_output
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_ENTRIES = 1 << 20
@@ -142,8 +141,7 @@ def write_importance(
     """
     from gguf import GGUFWriter
 
-    path = Path(path)
-    check_output(path, overwrite)
+    path = check_output(path, overwrite)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with disk_errors(path):
