@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from tiny_models import write_tiny_model
 
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.errors import BadRequestError
+from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.exporters.export import export
-from tritgguf.formats.durable_output import PART_SUFFIXES, check_output
+from tritgguf.formats.durable_output import PART_SUFFIXES, check_output, check_room
 from tritgguf.formats.gguf_file import GgufFile
 
 needs_links = pytest.mark.skipif(os.name == "nt", reason="needs links, pipes and devices")
@@ -103,6 +104,25 @@ def test_an_input_that_has_the_name_of_an_unfinished_output(tmp_path: Path, fold
     with pytest.raises(BadRequestError, match="would replace"):
         convert(source, tmp_path / "out.gguf")
     assert source.read_bytes() == content
+
+
+def test_a_disk_that_is_just_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000_000))
+    check_room(tmp_path / "out.gguf", 100_000_000)
+    with pytest.raises(TritGgufError, match=r"needs 100\.0 MB, 1 B more than are free there; make room"):
+        check_room(tmp_path / "out.gguf", 100_000_001)
+
+
+def test_nothing_to_resume(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out.gguf")
+    command = ["convert", str(folder), output, "--resume"]
+    assert app.main(command) == 0
+    assert app.main(command) == 1
+    assert "out.gguf: is complete, so there is nothing to resume; use --overwrite" in capsys.readouterr().err
+    (tmp_path / "out.gguf.part").write_bytes(b"")
+    with pytest.raises(BadRequestError, match="exists already"):
+        convert(folder, output, resume=True)
 
 
 @needs_links

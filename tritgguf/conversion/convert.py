@@ -77,7 +77,7 @@ def convert(
     started = time.perf_counter()
     options = DepthOptions(depth, output_depth, embedding_depth, choice)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
-    output = check_output(output, overwrite, [source])
+    output = check_output(output, overwrite, [source], resume=resume)
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tritgguf.errors import BadRequestError, TritGgufError
+from tritgguf.text_format import format_bytes
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -17,7 +18,7 @@ def check_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise TritGgufError(
-            f"{output}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there; make room"
+            f"{output}: needs {format_bytes(needed)}, {format_bytes(needed - free)} more than are free there; make room"
         )
 
 
@@ -49,12 +50,14 @@ PART_SUFFIXES = ("", ".part", ".part.journal", ".part.text")
 """What writers append to the name of an output for the files that they write."""
 
 
-def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
+def check_output(
+    output: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), *, resume: bool = False
+) -> Path:
     """Return the path of the file to write: the output, or the file that it links to.
 
     `inputs` are the files and folders that are read (others, such as hub ids, are ignored); none of them is ever
     replaced. Raises BadRequestError unless a regular file can be written there, and if a file exists and `overwrite` is
-    false.
+    false; with `resume`, the message says whether there is anything to resume.
     """
     output = Path(output)
     target = Path(os.path.realpath(output)) if output.is_symlink() else output
@@ -66,6 +69,10 @@ def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Pat
     if os.path.lexists(target) and not target.is_file():
         raise BadRequestError(f"{output}: is no regular file (a device, a pipe or a broken link); name another output")
     if target.exists() and not overwrite:
+        if resume and not target.with_name(target.name + PART_SUFFIXES[1]).exists():
+            raise BadRequestError(
+                f"{output}: is complete, so there is nothing to resume; use --overwrite to write it again"
+            )
         raise BadRequestError(f"{output}: exists already; name another file or use --overwrite")
     if not target.parent.is_dir():
         raise BadRequestError(f"{output}: its folder does not exist; create it first")

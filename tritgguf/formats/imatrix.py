@@ -25,12 +25,15 @@ _MAX_ENTRIES = 1 << 20
 _MAX_NAME_BYTES = 1 << 16
 
 
-def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, np.ndarray]:
+def read_importance(
+    path: str | Path, columns: Mapping[str, int], unknown: list[str] | None = None
+) -> dict[str, np.ndarray]:
     """Read the importance of some matrices.
 
     Args:
         path: a GGUF or `.dat` file of llama.cpp's `imatrix` or of `tritgguf calibrate`.
         columns: GGUF name -> columns of the matrices to read; other matrices in the file are ignored.
+        unknown: if given, the names of those other matrices are appended.
 
     Returns:
         GGUF name -> float32 [columns], for the matrices that the file contains with at least one input.
@@ -48,7 +51,11 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
     if is_lfs_pointer(head):
         raise DamagedFileError(f"{path}: {foreign_kind(head)}")
     found = {}
-    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path, columns):
+    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path):
+        if name not in columns:
+            if unknown is not None:
+                unknown.append(name)
+            continue
         if importance.shape != (columns[name],):
             raise DamagedFileError(
                 f"{path}: {name} has {importance.size} columns, but {columns[name]} in the model; this importance"
@@ -70,6 +77,8 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
         raise DamagedFileError(f"{path}: is a GGUF file, but not an importance matrix (general.type is not imatrix)")
+    in_file = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
+    yield from ((name, np.empty(0)) for name in in_file if name not in columns)
     for name in columns:
         sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
         if sums is None and counts is None:
@@ -86,7 +95,7 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
             raise DamagedFileError(f"{path}: {name}{_COUNTS} is not a number; make the file again")
 
 
-def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _from_dat(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     remaining = path.stat().st_size
 
     with path.open("rb") as file:
@@ -110,7 +119,7 @@ def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.
             name = take(number(_MAX_NAME_BYTES)).decode("utf-8", "replace")
             calls, size = number((1 << 31) - 1), number((1 << 31) - 1)
             values = np.frombuffer(take(4 * size), "<f4")
-            if name in columns and calls > 0:
+            if calls > 0:
                 yield name, values / np.float64(calls)
 
 
