@@ -148,6 +148,7 @@ def test_a_token_is_penalized_once_however_often_it_came() -> None:
 def test_only_recent_tokens_are_penalized() -> None:
     assert penalized([4.0, 4.0, 4.0], [0, 1, 2], repeat_penalty=2.0, repeat_last_n=2) == [4.0, 2.0, 2.0]
     assert penalized([4.0, 4.0, 4.0], [0, 1, 2], repeat_penalty=2.0, repeat_last_n=0) == [4.0, 4.0, 4.0]
+    assert penalized([4.0, 4.0, 4.0], [0, *[1] * 100], repeat_penalty=2.0, repeat_last_n=-1) == [2.0, 2.0, 4.0]
 
 
 def test_the_penalty_applies_to_greedy_choice() -> None:
@@ -366,7 +367,8 @@ def test_logits_that_are_no_numbers_are_an_error(value: float, options: dict[str
         {"repeat_penalty": 0},
         {"repeat_penalty": -1},
         {"repeat_penalty": math.inf},
-        {"repeat_last_n": -1},
+        {"repeat_last_n": -2},
+        {"top_k": -2},
         {"repeat_last_n": 1 << 70},
         {"seed": -2},
         {"presence_penalty": math.inf},

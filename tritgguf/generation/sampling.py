@@ -34,11 +34,11 @@ class SamplingOptions:
     """How the next token is chosen; the defaults are llama.cpp's. Raises BadRequestError for impossible values.
 
     temperature: 0 always takes the likeliest token, higher is wilder.
-    top_k: keep the k likeliest tokens; 0 or less keeps all.
+    top_k: keep the k likeliest tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of tokens that has this probability; 1 keeps all.
     min_p: keep tokens at least this probable compared with the likeliest; 0 keeps all.
     repeat_penalty: what logits of recent tokens are divided by (multiplied, if negative); 1 does nothing.
-    repeat_last_n: how many tokens are recent.
+    repeat_last_n: how many tokens are recent; -1: all of them.
     seed: of the random draw; -1 takes a new one each time.
     presence_penalty: what is subtracted from the logits of tokens that the answer has; 0 does nothing.
     frequency_penalty: what is subtracted from them for each time that the answer has them; 0 does nothing.
@@ -71,7 +71,8 @@ class SamplingOptions:
         _require(0 <= self.top_p <= 1, "top-p", "between 0 and 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min-p", "between 0 and 1", self.min_p)
         _require(math.isfinite(penalty) and penalty > 0, "repeat-penalty", "more than 0", penalty)
-        _require(0 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more", self.repeat_last_n)
+        _require(-1 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more, or -1 for all", self.repeat_last_n)
+        _require(self.top_k >= -1, "top-k", "1 or more, or 0 or -1 for all", self.top_k)
         _require(self.seed >= -1, "seed", "0 or more, or -1 for a new one each time", self.seed)
         _require(math.isfinite(self.presence_penalty), "presence-penalty", "a finite number", self.presence_penalty)
         _require(math.isfinite(self.frequency_penalty), "frequency-penalty", "a finite number", self.frequency_penalty)
@@ -176,7 +177,7 @@ class Sampler:
         self.logprobs: list[TokenLogprobs] = []
         self._constraint, self._top_logprobs = constraint, top_logprobs
         self._random = np.random.Generator(np.random.PCG64(self.seed))
-        self._recent: deque[int] = deque(maxlen=options.repeat_last_n)
+        self._recent: deque[int] = deque(maxlen=None if options.repeat_last_n == -1 else options.repeat_last_n)
         self._counts = Counter[int]()  # of the tokens of this answer
         self._sampled: int | None = None  # what `sample` has returned, until `accept` receives it
         self._biased = np.array(list(options.logit_bias), np.int64)
