@@ -42,6 +42,8 @@ def check_command(file: TritFile, threads: Threads = None, as_json: Json = False
 def check_file(file: Path, threads: int | None) -> CheckReport:
     """Check a file, with progress on stderr."""
     from tritgguf.formats.integrity import check
+    from tritgguf.runtime.compiler import require_compiler
 
+    require_compiler()
     with terminal.progress(in_bytes=True) as report:
         return check(file, threads=threads, progress=lambda done, total: report("checking", done, total))

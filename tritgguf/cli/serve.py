@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.answer import warn_beyond_training
 from tritgguf.cli.options import CacheType, InstructionSet, PrefillBits, Threads, TritFile, option
 from tritgguf.errors import MissingExtraError, TritGgufError
 
@@ -96,6 +97,7 @@ def serve_command(
     bound = listening_socket(host, port)
     options = {"context": context or None, "parallel": parallel, "threads": threads, "prefill_bits": prefill_bits}
     model = _load(file, **options, cache_type=cache_type, isa=isa)
+    warn_beyond_training(model)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
     serve(model, settings, bound, lambda: terminal.note(f"{url_of(bound)}  (Ctrl-C ends the server)"))

@@ -18,6 +18,7 @@ from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.report import ConvertReport, conversion_report
 from tritgguf.formats.gguf_writer import StreamingWriter, check_output
 from tritgguf.formats.journal import Journal
+from tritgguf.runtime.compiler import require_compiler
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
@@ -78,6 +79,7 @@ def convert(
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
     output = Path(output)
     check_output(output, overwrite)
+    require_compiler()
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)

@@ -48,6 +48,11 @@ class LoadedModel:
         """Tokens that a prompt and its answer may have together."""
         return self.engine.context
 
+    @property
+    def trained_context(self) -> int:
+        """Tokens that the model was trained to see together."""
+        return self.engine.model.config.context_length
+
     def logits(self, tokens: Sequence[int] | str, *, first: int = 0) -> np.ndarray:
         """Return the logits behind each token of a text.
 
