@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tritgguf.generation.grammar import compile_grammar
 from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import chat_tokens, system_message
 from tritgguf.generation.result import Generation
@@ -39,6 +40,8 @@ class Chat:
         system: str | None = None,
         max_tokens: int = UNLIMITED,
         stop: str | Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
         sampling: SamplingOptions | None = None,
         **options: Unpack[SamplingKeywords],
     ) -> None:
@@ -49,15 +52,18 @@ class Chat:
             system: a system message before everything else.
             max_tokens: as in `generate`, for each answer.
             stop: as in `generate`.
+            json_schema: as in `generate`, for each answer.
+            grammar: as in `generate`, for each answer.
             sampling: as in `generate`.
             **options: as in `generate`.
 
         Raises:
-            TritGgufError: impossible or unknown options.
+            TritGgufError: impossible or unknown options, a schema or grammar that cannot be held.
 
         """
         self._model = loaded(model)
         self._sampler = Sampler(sampling_options(sampling, options))
+        self._rules = compile_grammar(self._model, json_schema=json_schema, grammar=grammar)
         self._max_tokens = max_tokens
         self._stop = stop_list(stop)
         self._start = system_message(system)
@@ -77,6 +83,8 @@ class Chat:
         self._end_answer()
         question: Message = {"role": "user", "content": text}
         tokens = chat_tokens(self._model, [*self.messages, question])
+        if self._rules is not None:
+            self._sampler.constraint = self._rules.constraint()
         self._stream = TextStream(
             self._model, tokens, self._sampler, max_tokens=self._max_tokens, stop=self._stop, on_end=self._remember
         )

@@ -149,6 +149,7 @@ class Sampler:
     Attributes:
         options: how tokens are chosen.
         seed: of the draw, also where the options leave it open.
+        constraint: which tokens may come; it is for one answer, so another answer needs another one.
         logprobs: one for each token that was sampled, stop tokens included; empty unless `top_logprobs` was given.
 
     """
@@ -164,7 +165,7 @@ class Sampler:
 
         Args:
             options: how tokens are chosen.
-            constraint: which tokens may come; it is for one answer.
+            constraint: which tokens may come.
             top_logprobs: how many of the likeliest tokens `logprobs` lists, 0 or more; None keeps no logprobs.
 
         """
@@ -172,7 +173,7 @@ class Sampler:
         self.options = options
         self.seed = int.from_bytes(os.urandom(4), "little") if options.seed == -1 else options.seed
         self.logprobs: list[TokenLogprobs] = []
-        self._constraint, self._top_logprobs = constraint, top_logprobs
+        self.constraint, self._top_logprobs = constraint, top_logprobs
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._recent: deque[int] = deque(maxlen=options.repeat_last_n)
         self._counts = Counter[int]()  # of the tokens of this answer
@@ -189,8 +190,8 @@ class Sampler:
             self._counts.clear()
             return
         self._counts.update(tokens)
-        if self._constraint is not None:
-            self._constraint.accept(tokens[0])
+        if self.constraint is not None:
+            self.constraint.accept(tokens[0])
         self._sampled = None
 
     def sample(self, logits: np.ndarray) -> int:
@@ -260,10 +261,7 @@ class Sampler:
 
     def _constrained(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with -inf for what the constraint forbids, or the same array if nothing is forbidden."""
-        if self._constraint is None:
-            return logits
-        allowed = self._constraint.allowed()
-        return np.where(allowed, logits, np.float32(-np.inf))
+        return logits if self.constraint is None else np.where(self.constraint.allowed(), logits, np.float32(-np.inf))
 
 
 def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:

@@ -97,6 +97,16 @@ class Tokenizer:
             stops.discard(by_name.get("<|end|>", -1))
         return frozenset(stops)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def as_json(self) -> str:
+        """Return the text of its tokenizer.json."""
+        with self._setting_options:
+            return self._tokenizer.to_str()
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the tokens of a text.
 
