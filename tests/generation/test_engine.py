@@ -260,12 +260,13 @@ def test_a_sampler_cannot_wait_for_its_own_engine(model: Model) -> None:
         Request([1.5, 2]),  # type: ignore[list-item]
         Request([True, 2]),
         Request([1, 2], max_tokens=1.5),  # type: ignore[arg-type]
+        Request([1, 2], max_tokens=-5),
         Request([1, 2], wanted="logits", first_output=1.0),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_are_no_whole_numbers_are_refused_at_once(model: Model, request_: Request) -> None:
     engine = Engine(model, context=CONTEXT)
-    with pytest.raises(BadRequestError, match="whole numbers"):
+    with pytest.raises(BadRequestError, match="whole number"):
         engine.submit(request_)
     assert not engine.has_work
 

@@ -68,13 +68,16 @@ class Engine:
         """
         if not request.prompt:
             raise BadRequestError("the prompt is empty; give the model something to continue")
-        if not (_is_whole(request.first_output) and (request.max_tokens is None or _is_whole(request.max_tokens))):
-            raise BadRequestError("the first output and the largest number of tokens must be whole numbers")
+        if not _is_whole(request.first_output):
+            raise BadRequestError(f"the first output must be a whole number, not {request.first_output!r:.60}")
+        if request.max_tokens is not None and not (_is_whole(request.max_tokens) and request.max_tokens >= 0):
+            raise BadRequestError(f"max_tokens must be a whole number, 0 or more, not {request.max_tokens!r:.60}")
         if not all(map(_is_whole, request.prompt)):
             raise BadRequestError("a prompt consists of token ids, which are whole numbers")
         if len(request.prompt) > self.context:
             raise ContextFullError(
-                f"the prompt has {len(request.prompt)} tokens, the context holds {self.context}; shorten it or raise -c"
+                f"the prompt has {len(request.prompt)} tokens, the context holds {self.context};"
+                " shorten it or choose a larger context (--ctx-size, context=)"
             )
         self.model.check_tokens(np.asarray(request.prompt))
         if not 0 <= request.first_output < len(request.prompt):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tritgguf.errors import BadRequestError
+from tritgguf.generation.log_softmax import log_softmax
 from tritgguf.generation.request import Request, Wanted
 from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
@@ -95,15 +96,13 @@ class LoadedModel:
         token. What the prompt has in common with an earlier one is not evaluated again.
 
         Raises:
-            TritGgufError: an empty continuation, or as `logits`.
+            TritGgufError: an empty continuation, logits that are not finite, or as `logits`.
 
         """
         before, after = self._prompt_and_continuation(prompt, continuation)
         self.engine.model.check_tokens(np.asarray(after))  # the last one is not evaluated
-        logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        chosen = logits[np.arange(len(after)), after]
+        logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1)
+        chosen = log_softmax(logits)[np.arange(len(after)), after]
         return Score(after, chosen.tolist(), bool((logits.argmax(axis=1) == after).all()))
 
     def _tokens(self, text: Sequence[int] | str) -> list[int]:
@@ -178,7 +177,6 @@ def load(
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
-    from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
@@ -189,7 +187,7 @@ def load(
     tokenizer = Tokenizer(file.metadata, name=str(path))
     bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
     model = Model(file, threads=threads, exact=exact, isa=isa, **bits)
-    engine = _make_engine(model, path, context, parallel, cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE))
+    engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type)
     start += _compile(model, on_compilation, batches=parallel > 1)
     return LoadedModel(
         path=Path(path),
