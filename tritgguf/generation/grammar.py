@@ -1,7 +1,6 @@
 """Answers that follow a grammar: a JSON schema, a regular expression, or a grammar in Lark's or llama.cpp's notation.
 
-The library llguidance knows which tokens may come next. It computes that for the next token in a thread of its own,
-without Python's lock, while the model evaluates the token before.
+The library llguidance computes which tokens may come next, without holding Python's lock.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from tritgguf.errors import BadRequestError, MissingExtraError, TritGgufError
+from tritgguf.errors import BadRequestError, DamagedFileError, MissingExtraError, TritGgufError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
     from tritgguf.generation.loaded_model import LoadedModel
+    from tritgguf.tokenization.tokenizer import Tokenizer
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 """The schema of any JSON object."""
@@ -31,19 +32,26 @@ JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 # Between the parts of a JSON text: at most a line break with its indentation. More says nothing, and small models
 # write it without end.
 _WHITESPACE = r"\x20|\n[\x20\t]{0,24}"
+_WORTH_A_THREAD = 0.0005  # seconds that a mask takes
+# The masks of eight tokens, by the byte that has a bit for each: float32 [256, 8].
+_MASKS_OF_8 = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little"),
+    np.float32(0),
+    np.float32(-np.inf),
+)
 
 
 class TokenConstraint(Protocol):
     """Says which tokens may come next in one answer."""
 
-    def allowed(self) -> np.ndarray:
-        """Return which tokens may come next: bool [vocabulary], not to be changed.
+    def mask(self) -> np.ndarray:
+        """Return what to add to the next token's logits: float32 [vocabulary], 0 for what may come and -inf otherwise.
 
-        Once nothing can follow, only stop tokens are allowed.
+        Where only the end can follow, stop tokens alone may come.
         """
 
     def accept(self, token: int) -> None:
-        """Take note of the next token of the answer, one of those allowed."""
+        """Take note of the next token of the answer, one of those that may come."""
 
 
 class Grammar:
@@ -54,16 +62,16 @@ class Grammar:
 
     """
 
-    def __init__(self, model: LoadedModel, source: str) -> None:
-        """Compile; raises BadRequestError for what is no grammar or is too complex, as `compile_grammar`."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
+        """Compile for a model with `vocab_size` logits; raises BadRequestError for what is no grammar or too complex."""
         from llguidance import LLMatcher, LLParserLimits
 
         self.source = source
-        self._stop_tokens = model.tokenizer.stop_tokens
-        self._size = model.engine.model.config.vocab_size
+        self._stop_tokens, self._size = tokenizer.stop_tokens, vocab_size
+        vocabulary = _vocabulary(tokenizer, vocab_size)
         with _grammar_errors():
             limits = LLParserLimits(verbose_errors=False)
-            self._matcher = LLMatcher(_vocabulary(model), source, log_level=0, limits=limits)
+            self._matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
         _check(self._matcher)
 
     def constraint(self) -> TokenConstraint:
@@ -95,12 +103,14 @@ def compile_grammar(
     if (json_schema, grammar, regex).count(None) < 2:
         raise BadRequestError("an answer follows one grammar; give a JSON schema, a grammar or a regular expression")
     if json_schema is not None:
-        return Grammar(model, _json_source(json_schema))
-    if grammar is not None:
-        return Grammar(model, _lark_source(grammar))
-    if regex is not None:
-        return Grammar(model, _regex_source(regex))
-    return None
+        source = json_schema_source(json_schema)
+    elif grammar is not None:
+        source = _lark_source(grammar)
+    elif regex is not None:
+        source = _regex_source(regex)
+    else:
+        return None
+    return Grammar(model.tokenizer, model.engine.model.config.vocab_size, source)
 
 
 def check_llguidance() -> None:
@@ -118,7 +128,8 @@ def json_options() -> dict[str, Any]:
     return {"lenient": False, "whitespace_pattern": _WHITESPACE}
 
 
-def _json_source(schema: Mapping[str, Any]) -> str:
+def json_schema_source(schema: Mapping[str, Any]) -> str:
+    """Return a JSON schema in the form that `Grammar` takes; errors as `compile_grammar`."""
     check_llguidance()
     from llguidance import LLMatcher
 
@@ -149,33 +160,43 @@ def _regex_source(regex: str) -> str:
 
 
 class _GrammarConstraint:
-    """The constraint of one answer: a matcher, and the mask for its next token, computed in another thread."""
+    """The constraint of one answer: a matcher, and the mask for its next token.
+
+    The first mask, which is the slowest, is computed while the prompt is evaluated, and later ones while a token is if
+    they take long. A short one disturbs the threads of the forward pass for longer than it takes by itself.
+    """
 
     def __init__(self, matcher: LLMatcher, stop_tokens: frozenset[int], size: int) -> None:
         self._matcher, self._stop_tokens, self._size = matcher, stop_tokens, size
+        self._seconds = 0.0  # that the last mask took
         self._mask: Future[np.ndarray] = _executor(os.getpid()).submit(self._advance, None)
 
-    def allowed(self) -> np.ndarray:
-        """Return which tokens may come next; see `TokenConstraint`."""
+    def mask(self) -> np.ndarray:
+        """Return what to add to the next token's logits; see `TokenConstraint`."""
         return self._mask.result()
 
     def accept(self, token: int) -> None:
         """Begin to compute what may come behind a token; see `TokenConstraint`."""
-        if token not in self._stop_tokens:
+        if token in self._stop_tokens:
+            return
+        if self._seconds > _WORTH_A_THREAD:
             self._mask = _executor(os.getpid()).submit(self._advance, token)
+        else:
+            self._mask = Future()
+            self._mask.set_result(self._advance(token))
 
     def _advance(self, token: int | None) -> np.ndarray:
-        """Go on by a token, and return which may follow: bool [vocabulary]."""
+        """Go on by a token, and return the mask for the next."""
+        start = time.perf_counter()
         with _grammar_errors():
             if token is not None:
                 self._matcher.consume_token(token)
                 _check(self._matcher)
             bits = self._matcher.compute_bitmask()
         _check(self._matcher)
-        mask = np.zeros(self._size, np.uint8)
-        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=min(self._size, 8 * len(bits)), bitorder="little")
-        mask[: len(allowed)] = allowed
-        return mask.view(bool)
+        mask = _MASKS_OF_8.take(np.frombuffer(bits, np.uint8), axis=0).reshape(-1)[: self._size]
+        self._seconds = time.perf_counter() - start
+        return mask
 
 
 @lru_cache(maxsize=1)
@@ -184,30 +205,24 @@ def _executor(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="tritgguf-grammar")
 
 
-_vocabularies: WeakKeyDictionary[LoadedModel, LLTokenizer] = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 _making_vocabulary = threading.Lock()
 
 
-def _vocabulary(model: LoadedModel) -> LLTokenizer:
-    """Return a model's tokens as llguidance knows them; made once for each model, which takes a moment."""
+def _vocabulary(tokenizer: Tokenizer, size: int) -> LLTokenizer:
+    """Return a model's tokens as llguidance knows them; made once for each tokenizer, which takes a moment."""
     from llguidance import LLTokenizer
 
     with _making_vocabulary:
-        if model not in _vocabularies:
-            stops = sorted(model.tokenizer.stop_tokens)
+        if tokenizer not in _vocabularies:
+            stops, size = sorted(tokenizer.stop_tokens), max(size, tokenizer.vocabulary_size)
             if not stops:
-                raise BadRequestError(f"{model.path} has no stop token, so an answer that follows a grammar cannot end")
+                raise BadRequestError("the model has no stop token, so an answer that follows a grammar could not end")
             try:
-                tokenizer = LLTokenizer(model.tokenizer.as_json(), n_vocab=_size(model), eos_token=stops)
+                _vocabularies[tokenizer] = LLTokenizer(tokenizer.as_json(), n_vocab=size, eos_token=stops)
             except Exception as error:
-                raise TritGgufError(f"{model.path}: llguidance cannot read the tokenizer ({error})") from error
-            _vocabularies[model] = tokenizer
-        return _vocabularies[model]
-
-
-def _size(model: LoadedModel) -> int:
-    """Return the tokens of the model or of its tokenizer, whichever has more."""
-    return max(model.engine.model.config.vocab_size, model.tokenizer.vocabulary_size)
+                raise DamagedFileError(f"llguidance cannot read the model's tokenizer ({error})") from error
+        return _vocabularies[tokenizer]
 
 
 @contextmanager

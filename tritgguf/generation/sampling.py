@@ -261,7 +261,7 @@ class Sampler:
 
     def _constrained(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with -inf for what the constraint forbids, or the same array if nothing is forbidden."""
-        return logits if self.constraint is None else np.where(self.constraint.allowed(), logits, np.float32(-np.inf))
+        return logits if self.constraint is None else logits + self.constraint.mask()
 
 
 def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:
