@@ -22,7 +22,10 @@ from scripted_model import END, scripted, set_context
 from small_tokenizers import encode
 
 from tritgguf.cli import app, terminal
+from tritgguf.generation.engine import Engine
+from tritgguf.generation.lookup import Lookup
 from tritgguf.generation.sampling import Sampler, SamplingOptions
+from tritgguf.generation.speculation import Speculation
 
 LOADED_MODEL = importlib.import_module("tritgguf.generation.loaded_model")
 TIMINGS = re.compile(r"load \d+\.\d\d s \| prompt \d+ tokens, [\d.]+ tokens/s \| decode \d+ tokens, [\d.]+ tokens/s\n")
@@ -69,9 +72,23 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
             "exact": False,
             "cache_type": None,
             "isa": None,
+            "lookup": False,
+            "draft_max": 16,
             "on_compilation": terminal.print_compilation_note,
         },
     )
+
+
+def test_run_says_how_many_guesses_were_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guessing = scripted("the dog the dog the dog the dog the dog the dog")
+    speculation = Speculation(Lookup(), 16)
+    guessing.engine = Engine(guessing.model, context=512, parallel=1, speculation=speculation)
+    monkeypatch.setattr(LOADED_MODEL, "load", lambda file, **settings: guessing)
+    assert app.main(["run", "model.gguf", "-p", "Hi", "--lookup", "--temp", "0"]) == 0
+    found = re.search(r"tokens/s \| drafts (\d+) tokens, (\d+)% accepted\n$", capsys.readouterr().err)
+    assert found is not None and int(found[1]) > 0 and 0 < int(found[2]) <= 100
 
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:

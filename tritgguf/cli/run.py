@@ -14,8 +14,10 @@ from tritgguf.cli import terminal
 from tritgguf.cli.check import check_file
 from tritgguf.cli.options import (
     CacheType,
+    DraftMax,
     InstructionSet,
     Json,
+    Lookup,
     PrefillBits,
     Threads,
     TritFile,
@@ -39,10 +41,12 @@ def print_context_note(model: LoadedModel, answer: Generation) -> None:
 
 def print_timings(timings: Timings) -> None:
     """Print a generation's speed, in one line like llama.cpp's."""
+    drafts = f" | drafts {timings.drafted_tokens} tokens, {timings.acceptance_rate:.0%} accepted"
     note(
         f"load {timings.load_seconds:.2f} s"
         f" | prompt {timings.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s"
         f" | decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s"
+        f"{drafts if timings.drafted_tokens else ''}"
     )
 
 
@@ -95,6 +99,8 @@ def run_command(
     exact: Exact = False,
     check_first: CheckFirst = False,
     cache_type: CacheType = None,
+    lookup: Lookup = False,
+    draft_max: DraftMax = 16,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +120,7 @@ def run_command(
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
-    model = _load(file, context=context or None, **settings)
+    model = _load(file, context=context or None, lookup=lookup, draft_max=draft_max, **settings)
     if text is None:
         _chat(model, system, sampling, predict)
     else:

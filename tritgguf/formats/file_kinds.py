@@ -16,7 +16,8 @@ _KINDS = (
     (b"GGUF", "is a GGUF file"),
 )
 _WEB_PAGES = (b"<!doctype html", b"<html")
-_HEAD_BYTES = 64
+HEAD_BYTES = 64
+"""How many bytes of a file these functions look at."""
 
 
 def is_lfs_pointer(head: bytes) -> bool:
@@ -25,16 +26,16 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """Return what a file is and what to do, for the end of `FILE: ...`; None if its first bytes are unknown.
-
-    A safetensors file has no magic number: it starts with the length of a JSON object.
-    """
-    head = head[:_HEAD_BYTES]
+    """Return what a file is and what to do, for the end of `FILE: ...`; None if its first bytes are unknown."""
+    head = head[:HEAD_BYTES]
     for magic, kind in _KINDS:
         if head.startswith(magic):
             return kind
     if head.lstrip()[:16].lower().startswith(_WEB_PAGES):
         return "is a web page, not the file itself; fetch it again from its download link"
-    if len(head) > 9 and head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < 1 << 32:
-        return "is a safetensors file; give the folder that contains it and config.json"
     return None
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Tell whether a file looks like safetensors, which has no magic number: the length of a JSON object, then it."""
+    return head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < 1 << 32

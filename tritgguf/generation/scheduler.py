@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tritgguf.generation.request import RunningRequest
 
@@ -27,12 +27,26 @@ class Budget:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens of a request: how many, whether of its prompt, and how many of the last ones have outputs."""
+    """Some tokens of a request.
+
+    Attributes:
+        request: whose they are.
+        tokens: how many.
+        is_prompt: whether they are the prompt's.
+        outputs: how many of the last ones have outputs.
+        draft: the last ones, where they are a guess of what comes next.
+
+    """
 
     request: RunningRequest
     tokens: int
     is_prompt: bool
     outputs: int
+    draft: tuple[int, ...] = ()
+
+    def without_draft(self) -> Chunk:
+        """Return the chunk of the request's own tokens."""
+        return replace(self, tokens=self.tokens - len(self.draft), outputs=self.outputs - len(self.draft), draft=())
 
 
 def plan(running: Sequence[RunningRequest], budget: Budget) -> list[Chunk]:

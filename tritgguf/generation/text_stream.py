@@ -127,6 +127,8 @@ class TextStream(Iterator[str]):
                 decode_tokens=self._request.decoded_tokens,
                 decode_seconds=self._request.decode_seconds,
                 cached_tokens=self._request.cached,
+                drafted_tokens=self._request.drafted_tokens,
+                accepted_tokens=self._request.accepted_tokens,
             ),
         )
 
