@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +73,12 @@ FrequencyPenalty = Annotated[
     float, option("--frequency-penalty", help="Penalty for each time that the answer has a token; 0: none.")
 ]
 Seed = Annotated[int, option("--seed", "-s", help="Seed of sampling; -1: random.")]
+JsonSchema = Annotated[
+    Path | None, option("--json-schema", metavar="FILE", help="File with a JSON schema that the answer follows.")
+]
+GrammarFile = Annotated[
+    Path | None, option("--grammar", metavar="FILE", help="File with a grammar that it follows, Lark's or llama.cpp's.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Use 31-bit activations; far slower.")]
 CheckFirst = Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")]
@@ -94,6 +101,8 @@ def run_command(
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = -1,
+    json_schema: JsonSchema = None,
+    grammar: GrammarFile = None,
     raw: Raw = False,
     prefill_bits: PrefillBits = 8,
     exact: Exact = False,
@@ -117,14 +126,15 @@ def run_command(
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    rules = _rules(json_schema, grammar)
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
     model = _load(file, context=context or None, lookup=lookup, draft_max=draft_max, **settings)
     if text is None:
-        _chat(model, system, sampling, predict)
+        _chat(model, system, sampling, predict, rules)
     else:
-        _answer(model, text, system, sampling, predict, raw=raw, as_json=as_json)
+        _answer(model, text, system, sampling, predict, rules, raw=raw, as_json=as_json)
 
 
 def _load(file: Path, **settings: Any) -> LoadedModel:
@@ -144,17 +154,21 @@ def _answer(
     system: str | None,
     sampling: SamplingOptions,
     max_tokens: int,
+    rules: dict[str, Any],
     *,
     raw: bool,
     as_json: bool,
 ) -> None:
     """Answer one prompt."""
+    from tritgguf.generation.grammar import compile_grammar
     from tritgguf.generation.prompt import prompt_tokens
     from tritgguf.generation.sampling import Sampler
     from tritgguf.generation.text_stream import TextStream
 
     tokens = prompt_tokens(model, text, system=system, raw=raw)
-    stream = TextStream(model, tokens, Sampler(sampling), max_tokens=max_tokens, continues_prompt=raw)
+    grammar = compile_grammar(model, **rules)
+    sampler = Sampler(sampling, constraint=None if grammar is None else grammar.constraint())
+    stream = TextStream(model, tokens, sampler, max_tokens=max_tokens, continues_prompt=raw)
     if as_json:
         answer = stream.finish()
         terminal.print_json({"model": model.path, **vars(answer), "timings": answer.timings.as_dict()})
@@ -165,6 +179,23 @@ def _answer(
             print(flush=True)
     print_context_note(model, answer)
     print_timings(answer.timings)
+
+
+def _rules(json_schema: Path | None, grammar: Path | None) -> dict[str, Any]:
+    """Return what the answer has to follow as keyword arguments of `compile_grammar`."""
+    from tritgguf.formats.text_file import read_text
+    from tritgguf.generation.grammar import check_llguidance
+
+    if json_schema is None and grammar is None:
+        return {}
+    check_llguidance()
+    rules: dict[str, Any] = {"grammar": read_text(grammar)} if grammar is not None else {}
+    if json_schema is not None:
+        try:
+            rules["json_schema"] = json.loads(read_text(json_schema))
+        except ValueError as error:
+            raise TritGgufError(f"{json_schema}: is no JSON ({error})") from error
+    return rules
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -186,14 +217,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     return text.removesuffix("\n")
 
 
-def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
+def _chat(
+    model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int, rules: dict[str, Any]
+) -> None:
     """Chat until Ctrl-D."""
     from tritgguf.generation.chat import Chat
     from tritgguf.generation.result import Timings
 
     with contextlib.suppress(ImportError):  # gives input() line editing and history; Windows lacks it
         import readline  # noqa: F401
-    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens)
+    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens, **rules)
     timings: list[Timings] = []
     terminal.note("Ctrl-C stops an answer, Ctrl-D leaves, /clear starts a new chat.")
     while (text := _read_line()) is not None:

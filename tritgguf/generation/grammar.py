@@ -63,7 +63,7 @@ class Grammar:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
-        """Compile for a model with `vocab_size` logits; raises BadRequestError for what is no grammar or too complex."""
+        """Compile for a model with `vocab_size` logits; BadRequestError for what is no grammar or is too complex."""
         from llguidance import LLMatcher, LLParserLimits
 
         self.source = source
