@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from json_schemas import random_schema
 
@@ -16,6 +16,7 @@ from tritgguf.generation.generate import generate
 from tritgguf.generation.loaded_model import LoadedModel, load
 
 SCHEMAS = int(os.environ.get("TRITGGUF_SCHEMAS", "30"))
+VALIDATOR = jsonschema.Draft202012Validator
 WILD: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -39,7 +40,7 @@ def test_what_is_finished_is_valid(model: LoadedModel) -> None:
         if answer.finish_reason == "length":
             continue
         finished += 1
-        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        validator = VALIDATOR(schema, format_checker=VALIDATOR.FORMAT_CHECKER)
         error = next(validator.iter_errors(json.loads(answer.text)), None)
         assert error is None, (seed, schema, answer.text, error)
     assert finished >= 0.8 * SCHEMAS

@@ -200,7 +200,6 @@ def bench(
     prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
     prefill = _time_prefill(sequence, prompt, depth, repetitions) if prompt else None
     decode = _time_decode(sequence, generated, depth, repetitions) if generated else None
-    bandwidth = read_bandwidth(model.thread_pool, repetitions)
     config, weights, thread_pool = model.config, ModelWeights(file, model.config), model.thread_pool
     prompt_times, decode_kernels = None, list[KernelTime]()
     if prefill is not None and by_kernel:
@@ -213,7 +212,7 @@ def bench(
         **_facts(file, model),
         prefill=prefill,
         decode=decode,
-        read_bandwidth=bandwidth,
+        read_bandwidth=read_bandwidth(model.thread_pool, repetitions),
         prefill_kernels=[] if prompt_times is None else shares(prompt_times.seconds),
         decode_kernels=decode_kernels,
         launch_share=None if decode is None else decode_launch_seconds(config, weights, thread_pool) * decode.mean,

@@ -136,7 +136,8 @@ def json_schema_source(schema: Mapping[str, Any]) -> str:
     if not isinstance(schema, Mapping):
         raise BadRequestError(f"a JSON schema is a JSON object, not {schema!r:.60}")
     with _grammar_errors():
-        return LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), overrides=json_options())  # type: ignore[arg-type]
+        text = json.dumps(dict(schema))
+        return LLMatcher.grammar_from_json_schema(text, overrides=json_options())  # type: ignore[arg-type]
 
 
 def _lark_source(grammar: str) -> str:
