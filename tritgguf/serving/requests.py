@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -36,7 +36,7 @@ class Completion(Protocol):
 
     answers: Sequence[Answer]
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield the events of a streamed answer."""
 
     async def result(self) -> dict[str, Any]:
