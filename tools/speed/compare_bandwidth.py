@@ -9,6 +9,7 @@ swing by a factor of two within minutes, so only turns of one run compare.
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import subprocess
 import tempfile
@@ -54,7 +55,7 @@ def compare(reader: Callable[[int, int], int], threads: int, turns: int, n_bytes
 
     calls: dict[str, Callable[[], list[int]]] = {"C": lambda: thread_pool.run(c_share)}
     for ahead in BYTES_AHEAD:
-        calls[f"ours, {ahead} bytes ahead"] = lambda ahead=ahead: thread_pool.run(read, buffer, ahead)
+        calls[f"ours, {ahead} bytes ahead"] = functools.partial(thread_pool.run, read, buffer, ahead)
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
