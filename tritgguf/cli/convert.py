@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,7 @@ def convert_command(
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.gguf_writer import check_output
 
+    started = time.perf_counter()
     check_output(output, overwrite)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
@@ -117,6 +119,7 @@ def convert_command(
                 resume=resume,
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )
+    result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(vars(result)) if as_json else print_conversion(result)
 
 

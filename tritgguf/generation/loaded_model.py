@@ -192,11 +192,11 @@ def load(
     if (context is not None and context < 1) or parallel < 1:
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
-    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
-    file = GgufFile(path)
+    file = open_trit_file(path)
     template = file.metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     if template is not None:
