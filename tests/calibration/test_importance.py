@@ -180,7 +180,7 @@ def test_convert_calibrated_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixt
     text = ["--text", str(tmp_path / "text.txt"), "--tokens", "512"]
     assert app.main(["convert", source, out, "--encoder", "calibrated", *text]) == 0
     assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
-    assert app.main(["convert", source, out, "--overwrite", "--self", *text]) == 1
+    assert app.main(["convert", source, out, "--overwrite", "--self", *text]) == 2
     assert "give one of them" in capsys.readouterr().err
 
 

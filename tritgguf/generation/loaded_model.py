@@ -14,6 +14,7 @@ import numpy as np
 
 from tritgguf.errors import BadRequestError
 from tritgguf.generation.log_softmax import log_softmax
+from tritgguf.generation.prompt_format import PromptFormat
 from tritgguf.generation.request import Request, Wanted
 from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
@@ -25,20 +26,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class LoadedModel:
+class LoadedModel(PromptFormat):
     """A model ready to generate; all of it may be used from several threads at once.
 
     Attributes:
-        path: its file.
-        tokenizer: its tokenizer.
-        chat_template: the Jinja template of its chats; None where the file has none.
+        path, tokenizer, chat_template: as in `PromptFormat`.
         load_seconds: how long loading took; compiling not counted.
 
     """
 
-    path: Path
-    tokenizer: Tokenizer
-    chat_template: str | None = field(repr=False)
     load_seconds: float
     engine: Engine = field(repr=False)
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import BadRequestError, TritGgufError
-from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.generation.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
     from tritgguf.tokenization.chat_template import Message
 
 
 def prompt_tokens(
-    model: LoadedModel,
+    model: PromptFormat,
     prompt: str | None,
     *,
     messages: Sequence[Message] | None = None,
@@ -39,7 +39,7 @@ def system_message(system: str | None) -> list[Message]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
+def chat_tokens(model: PromptFormat, messages: Sequence[Message]) -> list[int]:
     """Return the prompt of a chat's next answer; TritGgufError for what is no chat, or without a chat template."""
     for message in messages if isinstance(messages, Sequence) else [messages]:
         if not is_message(message):
