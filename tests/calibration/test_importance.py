@@ -149,8 +149,10 @@ def test_text_files(tmp_path: Path) -> None:
     with pytest.raises(TritGgufError, match=r"absent.txt: .*; give a text file"):
         calibration_windows(source, tmp_path / "absent.txt", 512)
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(TritGgufError, match=r"short.txt: the calibration text has"):
+    with pytest.raises(TritGgufError, match=r"short.txt: the calibration text has \d+ tokens; .* 256, better 512$"):
         calibration_windows(source, tmp_path / "short.txt", 512)
+    with pytest.raises(TritGgufError, match=r"it needs at least 256$"):
+        calibration_windows(source, tmp_path / "short.txt", 128)
     (tmp_path / "binary.txt").write_bytes(TEXT.encode() + b"\xff")
     with pytest.raises(TritGgufError, match=r"binary.txt: is not UTF-8 text: byte 0xFF at offset"):
         calibration_windows(source, tmp_path / "binary.txt", 512)

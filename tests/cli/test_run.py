@@ -71,6 +71,7 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
             "cache_type": None,
             "isa": None,
             "lookup": False,
+            "draft": None,
             "draft_max": 16,
             "on_compilation": terminal.print_compilation_note,
         },

@@ -87,6 +87,16 @@ Threads = Annotated[
 Lookup = Annotated[
     bool, typer.Option("--lookup", help="Guess tokens from equal passages of prompt and answer; same answers, sooner.")
 ]
+DraftFile = Annotated[
+    Path | None,
+    option(
+        "--model-draft",
+        "-md",
+        metavar="FILE",
+        help="A smaller trit file with the same vocabulary, which guesses tokens; same answers.",
+        show_default=False,
+    ),
+]
 DraftMax = Annotated[int, option("--draft-max", "--draft", min=1, help="Most tokens to guess at once.")]
 
 

@@ -14,6 +14,7 @@ from tritgguf.cli.chat import chat_at_terminal
 from tritgguf.cli.check import check_file
 from tritgguf.cli.options import (
     CacheType,
+    DraftFile,
     DraftMax,
     InstructionSet,
     Json,
@@ -98,6 +99,7 @@ def run_command(
     check_first: CheckFirst = False,
     cache_type: CacheType = None,
     lookup: Lookup = False,
+    draft: DraftFile = None,
     draft_max: DraftMax = 16,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -122,7 +124,8 @@ def run_command(
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
-    model = _load(file, context=context or None, lookup=lookup, draft_max=draft_max, **settings)
+    guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
+    model = _load(file, context=context or None, **settings, **guesses)
     warn_beyond_training(model)
     if text is None:
         chat_at_terminal(model, system, sampling, predict)

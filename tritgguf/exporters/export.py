@@ -16,7 +16,6 @@ from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
 from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.file_kinds import is_hub_id
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
-from tritgguf.formats.gguf_writer import check_output
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.runtime.compiler import require_compiler
 
@@ -85,7 +84,7 @@ def export(
     if to == "hf":
         durable_output.check_new_folder(output)
     else:
-        check_output(output, overwrite)
+        durable_output.check_output(output, overwrite, [file])
     opened = _open_trit_file(file)
     report = ExportReport(output, opened.path, to, weights=sum(info.n_weights for info in opened.tensors.values()))
     on_tensor, thread_pool = _progress_counter(opened, progress), ThreadPool(threads)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _SET = 64  # logits whose maximum is taken at once
 _BANNED = -100  # a logit bias of this bans its token, as in OpenAI's API
 _LOWEST = np.finfo(np.float32).min
+_LARGEST = 1e30  # of penalized logits, so that their differences are numbers
+_SMALLEST_TEMPERATURE = 1e-6  # below, the likeliest token is all but certain
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,13 @@ class Sampler:
         if self.options.temperature == 0 or self.options.top_k == 1:
             return likeliest
         if self.options.top_k <= 0 and self.options.top_p == 1 and self.options.min_p == 0:
-            return self._draw(np.exp((logits - logits[likeliest]) / np.float32(self.options.temperature)))
+            return self._draw(np.exp((logits - logits[likeliest]) / np.float32(self._temperature)))
         tokens, probabilities = self.distribution(logits)
         return int(tokens[self._draw(probabilities)])
+
+    @property
+    def _temperature(self) -> float:
+        return max(self.options.temperature, _SMALLEST_TEMPERATURE)
 
     def _draw(self, weights: np.ndarray) -> int:
         """Return a place, each as probable as its weight says."""
@@ -238,7 +244,7 @@ class Sampler:
             kept = kept[: np.searchsorted(cumulative, self.options.top_p) + 1]
         if self.options.min_p > 0:
             kept = kept[kept >= kept[0] + math.log(self.options.min_p)]
-        return tokens[: len(kept)], _softmax((kept - kept[0]) / self.options.temperature)
+        return tokens[: len(kept)], _softmax((kept - kept[0]) / self._temperature)
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with bias and penalties: a copy, or the same array if there are none."""
@@ -252,11 +258,15 @@ class Sampler:
         logits[self._biased] += self._biases
         if repeats:
             recent = np.array(sorted(set(self._recent)))
-            values = logits[recent]
-            logits[recent] = np.where(values > 0, values / options.repeat_penalty, values * options.repeat_penalty)
+            values = logits[recent].astype(np.float64)
+            with np.errstate(divide="ignore", over="ignore"):  # penalties may have any size
+                values = np.where(values > 0, values / options.repeat_penalty, values * options.repeat_penalty)
+            logits[recent] = _finite(values, logits[recent])
         if counts:
             tokens, times = np.array(list(self._counts)), np.array(list(self._counts.values()))
-            logits[tokens] -= (options.presence_penalty + options.frequency_penalty * times).astype(np.float32)
+            with np.errstate(over="ignore"):
+                values = logits[tokens] - (options.presence_penalty + options.frequency_penalty * times)
+            logits[tokens] = _finite(values, logits[tokens])
         return logits
 
     def _constrained(self, logits: np.ndarray) -> np.ndarray:
@@ -274,6 +284,11 @@ def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:
     likeliest = _likeliest(logits, top).tolist() if top else []
     pairs = ((other, float(logits[other]) - log_sum) for other in likeliest)
     return TokenLogprobs(token, float(logits[token]) - log_sum, tuple(pairs))
+
+
+def _finite(values: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return penalized logits within bounds; what was banned before stays banned."""
+    return np.where(before < _LOWEST, before, np.clip(values, -_LARGEST, _LARGEST))
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:

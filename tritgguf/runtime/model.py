@@ -149,6 +149,11 @@ class Model:
             if logits is not None:
                 apply_softcap(self.config, logits)
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model's file."""
+        return self._file.path.stat().st_size
+
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raise TritGgufError when there are no tokens, int64 [n], or one that does not exist."""
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:

@@ -17,8 +17,9 @@ from starlette.responses import Response
 from tritgguf.errors import TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.serving import chat_completions, completions, embeddings, information, reference_page, tokens
-from tritgguf.serving.errors import ApiError, bad_request, internal_error
+from tritgguf.serving.errors import ApiError, bad_request
 from tritgguf.serving.limits import BodyLimits
+from tritgguf.serving.openapi_schema import describe_errors
 from tritgguf.serving.page import files
 from tritgguf.serving.responses import error_response
 from tritgguf.serving.security import Gate
@@ -55,13 +56,13 @@ def create_app(model: LoadedModel, settings: ServerSettings) -> FastAPI:
             TritGgufError: _library_error,
             RequestValidationError: _validation_error,
             HTTPException: _http_error,
-            Exception: _unexpected_error,
         },
     )
     app.state.service = service
     for part in (chat_completions, completions, embeddings, tokens, information, reference_page):
         app.include_router(part.router)
     files.add_routes(app, page_files)
+    describe_errors(app)
     return app
 
 
@@ -87,11 +88,6 @@ async def _library_error(request: Request, error: Exception) -> Response:
     if public.status == 500:
         _LOGGER.error("%s", error)
     return error_response(public)
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    """Answer without a word of what it was; uvicorn's log has it."""
-    return error_response(internal_error())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -36,7 +36,7 @@ class Completion(Protocol):
 
     answers: Sequence[Answer]
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield the events of a streamed answer."""
 
     async def result(self) -> dict[str, Any]:
@@ -176,6 +176,7 @@ def timings(run: RunningRequest | None) -> dict[str, Any]:
         "predicted_ms": round(predicted_ms, 3),
         "predicted_per_token_ms": round(predicted_ms / run.decoded_tokens, 3) if run.decoded_tokens else 0.0,
         "predicted_per_second": round(1000 * run.decoded_tokens / predicted_ms, 3) if predicted_ms else 0.0,
+        **({"draft_n": run.drafted_tokens, "draft_n_accepted": run.accepted_tokens} if run.drafted_tokens else {}),
     }
 
 
