@@ -47,7 +47,7 @@ def record_sampling(monkeypatch: pytest.MonkeyPatch) -> list[SamplingOptions]:
     """Return a list to which the options of every new sampler are appended."""
     seen: list[SamplingOptions] = []
 
-    def make(options: SamplingOptions) -> Sampler:
+    def make(options: SamplingOptions, **settings: Any) -> Sampler:
         seen.append(options)
         return Sampler(options)
 

@@ -47,7 +47,13 @@ class ChatCompletion:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self.answers: Sequence[Answer] = make_answers(
-            service, body, [prompt], max_tokens=max_tokens, top_logprobs=top_logprobs, continues_prompt=False
+            service,
+            body,
+            [prompt],
+            max_tokens=max_tokens,
+            top_logprobs=top_logprobs,
+            continues_prompt=False,
+            grammar=service.grammars.of_request(body),
         )
 
     async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:

@@ -64,6 +64,7 @@ class Completions:
             max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
             top_logprobs=body.logprobs,
             continues_prompt=True,
+            grammar=service.grammars.of_request(body),
         )
         self._echoes = [ScoredPrompt(service, prompt, body.logprobs) for prompt in prompts] if body.echo else []
 

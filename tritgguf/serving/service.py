@@ -14,6 +14,7 @@ from tritgguf.serving.answers import Answer, Piece
 from tritgguf.serving.engine_thread import EngineThread
 from tritgguf.serving.errors import ApiError, from_exception, internal_error, shutdown_error
 from tritgguf.serving.settings import ServerSettings
+from tritgguf.serving.structured_output import Grammars
 from tritgguf.serving.token_texts import TokenTexts
 from tritgguf.version import __version__
 
@@ -53,6 +54,7 @@ class Service:
         engine_thread: runs the requests.
         totals: what has been counted.
         token_texts: texts of single tokens.
+        grammars: forms of answers, compiled.
         room: limits the evaluations that only want log probabilities or embeddings.
         closing: whether the server is about to end: it takes no new requests.
         cut: set when requests that still run are to end.
@@ -69,6 +71,7 @@ class Service:
         self.cut = asyncio.Event()
         self.room = asyncio.Semaphore(model.engine.parallel)
         self._places = 0
+        self.grammars = Grammars(model)
         self.token_texts = TokenTexts(model.tokenizer)
         self._private = {str(path): self.alias for path in (model.path.absolute(), model.path)}
 
