@@ -68,6 +68,11 @@ def test_calls_whole_and_streamed(calls: int) -> None:
     assert sum(1 for chunk in chunks if chunk.choices[0].delta.tool_calls) >= 2 * calls
 
 
+def test_one_call_if_no_more_are_wanted() -> None:
+    with running_server(scripted(CALL * 2, 4000)) as server:
+        assert len(chat(server, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+
+
 def test_what_is_no_call_is_content() -> None:
     with running_server(scripted("<tool_call>nothing", 4000)) as server:
         choice = chat(server).choices[0]

@@ -63,9 +63,8 @@ class ChatCompletion:
             grammar=grammar,
             shown_tokens=written.marker_tokens(model.tokenizer),
         )
-        self._deltas = [
-            ChatDeltas(written, tools=bool(choice.tools), in_thoughts=in_thoughts) for _ in range(len(self.answers))
-        ]
+        options = {"tools": bool(choice.tools), "in_thoughts": in_thoughts, "several": choice.several}
+        self._deltas = [ChatDeltas(written, **options) for _ in self.answers]
 
     async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield chunks: the role, the answer as it comes, the reason for the end, and the usage if it is wanted."""
