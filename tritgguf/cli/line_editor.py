@@ -16,6 +16,7 @@ _PROMPT, _CONTINUATION = "> ", "... "
 _QUOTES = '"""'
 _CONTINUES = "\\"
 _SECONDS_BETWEEN_PASTED_LINES = 0.03
+_LONGEST_LINE = 1023 if sys.platform == "darwin" else 4095  # that a terminal gives a program without readline
 # Terminals mark what is pasted while this is switched on ("bracketed paste").
 _MARK_PASTES, _DO_NOT_MARK_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 
@@ -92,6 +93,10 @@ class LineEditor:
                 lines.append(input())
         except EOFError:
             self._has_ended = True  # after these lines
+        if self._readline is None and any(len(line.encode(errors="replace")) >= _LONGEST_LINE for line in lines):
+            terminal.note(
+                f"warning: the terminal cuts lines after {_LONGEST_LINE} bytes; run -f FILE takes longer ones"
+            )
         return "\n".join(lines)
 
     def _has_text(self) -> bool:
