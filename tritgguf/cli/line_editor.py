@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import select
 import sys
 from collections.abc import Iterator, Sequence
@@ -127,19 +128,23 @@ def _terminal_settings() -> list[Any] | None:
     """Return the settings of the terminal at stdin; None if there is none."""
     try:
         import termios
-
+    except ImportError:
+        return None
+    try:
         return termios.tcgetattr(sys.stdin)
-    except (ImportError, ValueError, termios.error):
+    except (ValueError, termios.error):
         return None
 
 
 def _gnu_readline() -> ModuleType | None:
-    """Return the module if it is GNU readline: libedit, which may be behind it, does not know pasted texts."""
+    """Return the module if it is GNU readline and the terminal marks pasted texts; libedit does not know them."""
+    if os.environ.get("TERM") == "dumb":
+        return None
     try:
         import readline
     except ImportError:
         return None
-    return None if "libedit" in (readline.__doc__ or "") else readline
+    return readline if "GNU readline" in (readline.__doc__ or "") else None
 
 
 def _opened_quotes(line: str) -> tuple[bool, str]:
