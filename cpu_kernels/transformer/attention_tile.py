@@ -43,22 +43,19 @@ def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inn
     """Emit out[rows, columns] += left[rows, inner] * right[inner, columns].
 
     Args:
-        vectors: where to emit.
+        vectors, rows: where to emit, and for how many rows, a constant.
         element: the element type of `right`: HALF, FLOAT, or I8 with scales.
-        rows: number of rows, a constant.
         left, out: float32 matrices, as the address of the first element and the row stride in bytes, i64 each.
         right: address of the first element, i64; a row has PANEL elements.
         inner: the inner dimension, i64; a multiple of 32 for keys.
-        scales: address of the scales, i64: for keys one of every column, again for each 32 rows of `right`; for values
-            one of every row. Only used with I8.
+        scales: of I8, their address, i64: for keys one of each column and 32 rows of `right`, for values of each row.
         of_keys: whether `right` are keys.
 
     """
     builder, isa = vectors.builder, vectors.isa
     lanes, columns = lanes_of(isa), product_columns(isa)
     parts = range(0, columns, lanes)
-    element_bytes = {I8: 1, HALF: 2, FLOAT: 4}[element]
-    floats = vector(FLOAT, lanes)
+    element_bytes, floats = {I8: 1, HALF: 2, FLOAT: 4}[element], vector(FLOAT, lanes)
 
     def row_address(matrix, index):
         return builder.add(matrix[0], builder.mul(index, matrix[1]))
