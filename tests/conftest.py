@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,6 +14,11 @@ from tiny_models import write_tiny_model
 
 from cpu_kernels.simd import instruction_set, variants
 from tritgguf.formats.gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from serving import RunningServer
+
+    from tritgguf.generation.loaded_model import LoadedModel
 
 settings.register_profile(
     "tritgguf",
@@ -116,3 +122,20 @@ def tiny_trit_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gg
         return files[variant, depth]
 
     return open_file
+
+
+@pytest.fixture(scope="session")
+def serving_model(tiny_trit_file: Callable[..., GgufFile]) -> LoadedModel:
+    """A tiny model for several requests at once; its context is 640 tokens."""
+    from tritgguf.generation.loaded_model import load
+
+    return load(tiny_trit_file("qwen2", 2).path, context=640, parallel=4, threads=2)
+
+
+@pytest.fixture(scope="session")
+def server(serving_model: LoadedModel) -> Iterator[RunningServer]:
+    """A server of the tiny model, named tiny."""
+    from serving import running_server
+
+    with running_server(serving_model, alias="tiny", queue=1000) as running:
+        yield running

@@ -33,6 +33,7 @@ reveal_type(tritgguf.generate(model, messages=[{"role": "user", "content": "a"}]
 answer = tritgguf.generate(
     model, "a", system="b", max_tokens=9, stop=["c", "d"], sampling=tritgguf.SamplingOptions(seed=1), temperature=0,
     top_k=40, top_p=0.9, min_p=0.1, repeat_penalty=1.1, repeat_last_n=64, seed=3,
+    presence_penalty=0.1, frequency_penalty=0.1, logit_bias={5: -100},
 )
 reveal_type(answer.finish_reason)  # Literal['stop'] | Literal['length'] | Literal['context'] | Literal['interrupted']
 for piece in tritgguf.generate(model, "a", raw=True, stop="c", stream=True):

@@ -151,7 +151,10 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(TritGgufError, match=r"short.txt: the calibration text has"):
         calibration_windows(source, tmp_path / "short.txt", 512)
-    (tmp_path / "long.txt").write_bytes(b"\xff\xfe" + TEXT.encode())
+    (tmp_path / "binary.txt").write_bytes(TEXT.encode() + b"\xff")
+    with pytest.raises(TritGgufError, match=r"binary.txt: is not UTF-8 text: byte 0xFF at offset"):
+        calibration_windows(source, tmp_path / "binary.txt", 512)
+    (tmp_path / "long.txt").write_bytes(b"\xff\xfe" + TEXT.encode("utf-16-le"))
     windows, origin = calibration_windows(source, tmp_path / "long.txt", 512)
     assert (len(windows), origin) == (2, "long.txt")
 

@@ -132,7 +132,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
         return [verification()]
 
     monkeypatch.setattr(VERIFY, "verify_files", fake)
-    (tmp_path / "text.txt").write_text("Some text.\n")
+    (tmp_path / "text.txt").write_text("Some text.\n", encoding="utf-8-sig")
     arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
     assert app.main(["verify", "models/x", "x.gguf", *arguments]) == 0
     options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None, "isa": None}

@@ -22,7 +22,10 @@ from scripted_model import END, scripted, set_context
 from small_tokenizers import encode
 
 from tritgguf.cli import app, terminal
+from tritgguf.generation.engine import Engine
+from tritgguf.generation.lookup import Lookup
 from tritgguf.generation.sampling import Sampler, SamplingOptions
+from tritgguf.generation.speculation import Speculation
 
 LOADED_MODEL = importlib.import_module("tritgguf.generation.loaded_model")
 TIMINGS = re.compile(r"load \d+\.\d\d s \| prompt \d+ tokens, [\d.]+ tokens/s \| decode \d+ tokens, [\d.]+ tokens/s\n")
@@ -69,16 +72,31 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
             "exact": False,
             "cache_type": None,
             "isa": None,
+            "lookup": False,
+            "draft_max": 16,
             "on_compilation": terminal.print_compilation_note,
         },
     )
 
 
+def test_run_says_how_many_guesses_were_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guessing = scripted("the dog the dog the dog the dog the dog the dog")
+    speculation = Speculation(Lookup(), 16)
+    guessing.engine = Engine(guessing.model, context=512, parallel=1, speculation=speculation)
+    monkeypatch.setattr(LOADED_MODEL, "load", lambda file, **settings: guessing)
+    assert app.main(["run", "model.gguf", "-p", "Hi", "--lookup", "--temp", "0"]) == 0
+    found = re.search(r"tokens/s \| drafts (\d+) tokens, (\d+)% accepted\n$", capsys.readouterr().err)
+    assert found is not None and int(found[1]) > 0 and 0 < int(found[2]) <= 100
+
+
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     seen = record_sampling(monkeypatch)
     arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 99 -t 2"
-    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split()]) == 0
-    assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3)]
+    penalties = "--presence-penalty 0.3 --frequency-penalty -0.2"
+    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split(), *penalties.split()]) == 0
+    assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3, 0.3, -0.2)]
     assert model.loaded[1]["context"] == 99
     assert model.loaded[1]["threads"] == 2
 
@@ -100,9 +118,15 @@ def test_run_json(capsys: Capture, model: Any) -> None:
 
 
 def test_the_prompt_from_a_file(model: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_bytes(b"Hi \xff\n\n")
+    (tmp_path / "prompt.txt").write_text("Hi \u00e9\n\n", encoding="utf-16")
     assert app.main(["run", "model.gguf", "--raw", "-f", str(tmp_path / "prompt.txt")]) == 0
-    assert model.model.calls[0] == encode(model.tokenizer, "Hi \ufffd\n")
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi \u00e9\n")
+
+
+def test_a_prompt_that_is_no_text(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"Hi \xff\n")
+    line = fails(capsys, "run", "model.gguf", "-f", str(tmp_path / "prompt.txt"))
+    assert "prompt.txt: is not UTF-8 text: byte 0xFF at offset 3" in line
 
 
 def test_the_system_message(model: Any) -> None:

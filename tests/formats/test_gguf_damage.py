@@ -89,11 +89,36 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert_refused(tmp_path, "cannot be read .Is a directory")
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24])
+@pytest.mark.parametrize("version", [0, 1, 4, 4 << 24])
 def test_unknown_version(tmp_path: Path, version: int) -> None:
     content = one_tensor()
     content.version = version
     assert_refused(content.write(tmp_path / "bad.gguf"), f"version {version} is not supported")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_big_endian_file(tmp_path: Path, version: int) -> None:
+    content = one_tensor()
+    content.version = version << 24
+    assert_refused(content.write(tmp_path / "bad.gguf"), r"is big-endian.*gguf-convert-endian FILE little")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "is a Git LFS pointer.*`git lfs pull`",
+        ),
+        (b"PK\3\4" + bytes(100), "it is a ZIP archive or pickled PyTorch weights"),
+        (b"tjgg" + bytes(100), "it is a GGML file from before GGUF"),
+        (b"\n<!DOCTYPE html><html>" + bytes(100), "it is a web page"),
+        (struct.pack("<Q", 100) + b'{"__metadata__":{}}' + bytes(100), "it is a safetensors file: give the folder"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert_refused(tmp_path / "model.gguf", f"not a GGUF file; it .*{message.removeprefix('it ')}")
 
 
 @pytest.mark.parametrize("count", [2, 1000, 2**24, 2**24 + 1, 2**63, 2**64 - 1])

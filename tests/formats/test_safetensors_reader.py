@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import pickle
 from collections.abc import Callable
@@ -124,6 +125,7 @@ def edit_weight_map(folder: Path, name: str, shard: Any) -> None:
 
 
 SECOND = "model-00002-of-00003.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,6 @@ SECOND = "model-00002-of-00003.safetensors"
         (lambda folder: edit_weight_map(folder, UP, "..safetensors"), "not the name of a safetensors file"),
         (lambda folder: edit_weight_map(folder, UP, "model.bin"), "not the name of a safetensors file"),
         (lambda folder: edit_weight_map(folder, UP, 3), "not the name of a safetensors file"),
-        (lambda folder: edit_weight_map(folder, "more.weight", SECOND), r"tensor more\.weight.*is missing"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no `weight_map`"),
     ],
 )
@@ -152,7 +153,7 @@ def test_damaged_shards_give_one_clear_line(tmp_path: Path, damage: Callable[[Pa
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "llama-sharded")
     write_safetensors(folder / SECOND, random_weights(read_config(folder)), "F16")
-    fails(folder, r"is also in model-00001-of-00003\.safetensors|does not place tensor")
+    fails(folder, r"is also in model-00001-of-00003\.safetensors|places tensor")
     (folder / "model.safetensors.index.json").unlink()
     fails(folder, r"is also in model-00001-of-00003\.safetensors")
 
@@ -162,7 +163,90 @@ def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     other = next(shard for shard in weight_map.values() if shard != weight_map[UP])
     edit_weight_map(folder, UP, other)
-    fails(folder, f"does not place tensor {UP} in this shard")
+    fails(folder, f"places tensor {UP} in another shard")
+
+
+def test_an_index_that_lists_the_head_of_a_tied_model(tmp_path: Path) -> None:
+    """Transformers loads such a folder: the index only says which shards there are."""
+    folder = write_tiny_model(tmp_path / "model", "llama-sharded", tie_word_embeddings=True)
+    edit_weight_map(folder, "lm_head.weight", SECOND)
+    edit_weight_map(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", SECOND)
+    assert "output.weight" not in {tensor.name for tensor in open_source(folder).tensors}
+
+
+def test_an_index_that_lists_what_a_model_needs_and_no_shard_has(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama-sharded")
+    (folder / SECOND).unlink()
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {
+        name: shard if shard != SECOND else "model-00001-of-00003.safetensors" for name, shard in weight_map.items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": kept}))
+    fails(folder, r"tensor \S+ is missing")
+
+
+def test_an_index_that_lists_less_than_the_shards_hold(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama-sharded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][UP]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert UP in open_shards(folder)
+
+
+def linked_model(folder: Path) -> Path:
+    """Write a folder whose files are links to another folder, as some download managers make them."""
+    stored = write_tiny_model(folder / "stored", "llama-sharded")
+    linked = folder / "linked"
+    linked.mkdir()
+    for path in stored.iterdir():
+        (linked / path.name).symlink_to(path)
+    return linked
+
+
+def test_linked_files_behind_a_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = linked_model(tmp_path)
+    fails(folder, "config.json: is a link to .*; if you trust it, set TRITGGUF_FOLLOW_LINKS=1")
+    monkeypatch.setenv("TRITGGUF_FOLLOW_LINKS", "0")
+    fails(folder, "config.json: is a link to")
+    monkeypatch.setenv("TRITGGUF_FOLLOW_LINKS", "1")
+    names = {tensor.name for tensor in open_source(folder).tensors}
+    assert names == {tensor.name for tensor in open_source(tmp_path / "stored").tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", POINTER, r"model\.safetensors: is a Git LFS pointer.*`git lfs pull`"),
+        ("tokenizer.json", POINTER, r"tokenizer\.json: is a Git LFS pointer.*`git lfs pull`"),
+        ("config.json", b"<!DOCTYPE html><html></html>", r"config\.json: is a web page"),
+        ("model.safetensors", b"PK\3\4" + bytes(60), r"model\.safetensors: is a ZIP archive or pickled"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / name).write_bytes(content)
+    fails(folder, message)
+
+
+def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama-sharded")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    plain = open_source(folder).metadata
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".md"):
+            path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    marked = open_source(folder).metadata
+    assert {key: value.value for key, value in marked.items()} == {key: value.value for key, value in plain.items()}
+    assert (plain["general.license"].value, plain["general.sampling.temp"].value) == ("mit", 0.5)
+
+
+def test_a_lora_adapter_is_no_model(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    assert any("LoRA adapter" in warning for warning in open_source(folder).warnings)
+    (folder / "config.json").unlink()
+    fails(folder, r"is a LoRA adapter of org/base, not a model; merge it first \(in peft: merge_and_unload")
 
 
 def test_missing_parts_are_noticed_without_an_index(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def test_a_path_instead_of_a_model(tiny_trit_file: Files, tiny: LoadedModel) -> 
         ("Hi", {"stop": 5}),
         ("Hi", {"stop": [None]}),
         ("Hi", {"max_tokens": 1.5}),
+        ("Hi", {"max_tokens": -5}),
+        ("Hi", {"max_tokens": "5"}),
         ("Hi", {"temperature": "hot"}),
         ("Hi", {"top_k": 1.5}),
         ("Hi", {"temperature": -1}),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
+from guessing_drafter import GuessingDrafter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.scheduler import Budget
+from tritgguf.generation.speculation import Speculation
 from tritgguf.runtime.model import Model
 
 CONTEXT = 640
@@ -86,6 +88,7 @@ ARRIVALS = st.lists(
     parallel=st.integers(1, 5),
     spare_pages=st.integers(0, 6),
     budget=st.builds(Budget, st.integers(5, 300), st.integers(1, 64), st.integers(1, 64)),
+    draft_max=st.sampled_from([0, 1, 3, 12]),
 )
 def test_a_request_gets_what_it_gets_alone(
     model: Model,
@@ -94,9 +97,22 @@ def test_a_request_gets_what_it_gets_alone(
     parallel: int,
     spare_pages: int,
     budget: Budget,
+    draft_max: int,
 ) -> None:
-    """Requests arrive while others run, share prefixes, give way where pages are few, and are cancelled."""
-    engine = Engine(model, context=CONTEXT, parallel=parallel, pages=4 + spare_pages, budget=budget)
+    """Requests arrive while others run, share prefixes, give way where pages are few, and are cancelled.
+
+    Drafts, right ones and wrong ones, change nothing.
+    """
+    answers: dict[RunningRequest, list[int]] = {}
+    drafter = GuessingDrafter(lambda request: answers[request], 448)
+    engine = Engine(
+        model,
+        context=CONTEXT,
+        parallel=parallel,
+        pages=4 + spare_pages,
+        budget=budget,
+        speculation=Speculation(drafter, draft_max) if draft_max else None,
+    )
     running: list[tuple[RunningRequest, Recorder, tuple[int, int, int], int, int | None]] = []
     step = 0
     waiting = sorted(arrivals, key=lambda arrival: arrival[0])
@@ -105,12 +121,15 @@ def test_a_request_gets_what_it_gets_alone(
             _, description, count, cancelled_after = waiting.pop(0)
             recorder = Recorder()
             request = engine.submit(Request(prompt(*description), sampler=recorder, max_tokens=count))
+            answers[request] = alone(description, count)[0]
             end = None if cancelled_after is None else step + cancelled_after
             running.append((request, recorder, description, count, end))
         engine.step()
         engine.check()
         step += 1
         for request, _, _, _, end in running:
+            if request.sequence is not None:
+                assert engine.pool.lengths[request.sequence] == request.evaluated
             if end is not None and step >= end:
                 engine.cancel(request)
         assert step < 5000
@@ -122,6 +141,7 @@ def test_a_request_gets_what_it_gets_alone(
         assert found == tokens[: len(found)]
         for ours, expected in zip(recorder.logits, logits, strict=False):
             np.testing.assert_array_equal(ours, expected)
+    assert not drafter.known
     engine.clear_prefix_cache()
     engine.check()
     assert engine.pool.free_pages == 4 + spare_pages
@@ -260,12 +280,13 @@ def test_a_sampler_cannot_wait_for_its_own_engine(model: Model) -> None:
         Request([1.5, 2]),  # type: ignore[list-item]
         Request([True, 2]),
         Request([1, 2], max_tokens=1.5),  # type: ignore[arg-type]
+        Request([1, 2], max_tokens=-5),
         Request([1, 2], wanted="logits", first_output=1.0),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_are_no_whole_numbers_are_refused_at_once(model: Model, request_: Request) -> None:
     engine = Engine(model, context=CONTEXT)
-    with pytest.raises(BadRequestError, match="whole numbers"):
+    with pytest.raises(BadRequestError, match="whole number"):
         engine.submit(request_)
     assert not engine.has_work
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scripted_model import scripted
 
-from tritgguf.errors import TritGgufError
-from tritgguf.generation.sampling import Sampler, SamplingOptions
+from tritgguf.errors import BadRequestError, TritGgufError
+from tritgguf.generation.generate import generate
+from tritgguf.generation.sampling import Sampler, SamplingOptions, TokenLogprobs
 
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 logit_arrays = arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 30, width=32))
@@ -127,7 +130,7 @@ def penalized(logits: list[float], recent: list[int], **options: float) -> list[
     sampler = Sampler(SamplingOptions(**options))  # type: ignore[arg-type]
     sampler.accept(recent)
     given_logits = np.array(logits, np.float32)
-    result = sampler._penalized(given_logits)
+    result = sampler._adjusted(given_logits)
     assert given_logits.tolist() == np.array(logits, np.float32).tolist()
     return [float(value) for value in result]
 
@@ -153,6 +156,132 @@ def test_the_penalty_applies_to_greedy_choice() -> None:
     assert sampler.sample(logits) == 1
     sampler.accept([1])
     assert sampler.sample(logits) == 0
+
+
+# -- presence and frequency penalty, logit bias
+
+
+def after_answering(logits: list[float], answer: list[int], **options: Any) -> list[float]:
+    """Return the adjusted logits behind a prompt and some generated tokens."""
+    sampler = Sampler(SamplingOptions(temperature=0, **options))
+    sampler.accept([0, 0, 1])  # a prompt
+    for token in answer:
+        row = np.zeros(len(logits), np.float32)
+        row[token] = 1000
+        assert sampler.sample(row) == token
+        sampler.accept([token])
+    return [float(value) for value in sampler._adjusted(np.array(logits, np.float32))]
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = [4.0, 4.0, 4.0, 4.0]
+    assert after_answering(logits, [], presence_penalty=1.0, frequency_penalty=1.0) == logits
+    assert after_answering(logits, [2, 3, 2], presence_penalty=1.5) == [4.0, 4.0, 2.5, 2.5]
+    assert after_answering(logits, [2, 3, 2], frequency_penalty=0.5) == [4.0, 4.0, 3.0, 3.5]
+    assert after_answering(logits, [2, 3, 2], presence_penalty=1.0, frequency_penalty=-0.5) == [4.0, 4.0, 4.0, 3.5]
+
+
+def test_the_whole_answer_counts_however_long_it_is() -> None:
+    assert after_answering([4.0, 4.0], [1] * 100, frequency_penalty=0.125, repeat_last_n=3) == [4.0, -8.5]
+
+
+def test_another_answer_of_the_same_sampler_counts_anew() -> None:
+    sampler = Sampler(SamplingOptions(temperature=0, presence_penalty=5.0))
+    logits = np.array([1.0, 2.0], np.float32)
+    for _ in range(2):
+        sampler.accept([1])  # a prompt, though the answer before ended with the same token
+        assert sampler.sample(logits) == 1
+        sampler.accept([1])
+        assert sampler.sample(logits) == 0
+        sampler.accept([0])
+
+
+def test_logit_bias_is_added_and_minus_100_bans() -> None:
+    logits = np.array([1.0, 2.0, 1000.0], np.float32)
+    assert Sampler(SamplingOptions(temperature=0, logit_bias={0: 1.5, 2: -100})).sample(logits) == 0
+    assert Sampler(SamplingOptions(temperature=0, logit_bias={0: -1.5, 2: -99.5})).sample(logits) == 2
+    assert logits.tolist() == [1.0, 2.0, 1000.0]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, ALL, {}, {"top_k": 2}, {**ALL, "top_k": 3}])
+@pytest.mark.parametrize("size", [3, 300])
+def test_what_is_banned_never_comes(options: dict[str, Any], size: int) -> None:
+    banned = {token: -100 for token in range(size) if token != 1}
+    sampler = Sampler(SamplingOptions(**options, logit_bias=banned, seed=0))
+    assert {sampler.sample(np.zeros(size, np.float32)) for _ in range(20)} == {1}
+
+
+def test_everything_banned_is_an_error() -> None:
+    with pytest.raises(BadRequestError, match="bans every token"):
+        Sampler(SamplingOptions(logit_bias={0: -100, 1: -100})).sample(np.zeros(2, np.float32))
+
+
+def test_a_bias_for_a_token_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(BadRequestError, match="token 2, the model has 2"):
+        Sampler(SamplingOptions(logit_bias={2: 1})).sample(np.zeros(2, np.float32))
+    with pytest.raises(BadRequestError, match="token 99999, the model has 448"):
+        generate(scripted([40]), "Hi", logit_bias={99999: 1})
+
+
+# -- constraints
+
+
+class OnlyOnce:
+    """Allows every token of a vocabulary once."""
+
+    def __init__(self, size: int) -> None:
+        self.seen = list[int]()
+        self._allowed = np.ones(size, bool)
+
+    def allowed(self) -> np.ndarray:
+        return self._allowed
+
+    def accept(self, token: int) -> None:
+        self.seen.append(token)
+        self._allowed[token] = False
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, ALL, {}, {"top_k": 5}])
+def test_a_constraint_advances_with_the_sampled_tokens_and_not_with_the_prompt(options: dict[str, Any]) -> None:
+    constraint = OnlyOnce(400)
+    sampler = Sampler(SamplingOptions(**options, seed=3), constraint=constraint)
+    sampler.accept([7, 8])
+    for _ in range(400):
+        logits = np.arange(400, dtype=np.float32) % 7
+        sampler.accept([sampler.sample(logits)])
+    assert sorted(constraint.seen) == list(range(400))
+
+
+# -- log probabilities
+
+
+@given(logits=logit_arrays, top=st.integers(0, 30))
+def test_logprobs_are_those_of_the_raw_logits(logits: np.ndarray, top: int) -> None:
+    options = SamplingOptions(temperature=2.0, top_k=3, repeat_penalty=1.5, logit_bias={0: 3}, seed=1)
+    sampler = Sampler(options, top_logprobs=top)
+    sampler.accept([0])
+    token = sampler.sample(logits)
+    expected = np.log(softmax(logits))
+    (found,) = sampler.logprobs
+    assert found.token == token
+    assert found.logprob == pytest.approx(expected[token], abs=1e-5)
+    assert len(found.top) == min(top, len(logits))
+    np.testing.assert_allclose([value for _, value in found.top], np.sort(expected)[::-1][:top], atol=1e-5)
+    np.testing.assert_allclose(
+        [expected[other] for other, _ in found.top], [value for _, value in found.top], atol=1e-5
+    )
+
+
+def test_logprobs_are_kept_only_on_request() -> None:
+    logits = np.zeros(4, np.float32)
+    sampler = Sampler(SamplingOptions(temperature=0))
+    sampler.sample(logits)
+    assert sampler.logprobs == []
+    sampler = Sampler(SamplingOptions(temperature=0), top_logprobs=0)
+    sampler.sample(logits)
+    assert sampler.logprobs == [TokenLogprobs(0, -math.log(4), ())]
+    with pytest.raises(BadRequestError, match="top-logprobs must be 0 or more"):
+        Sampler(SamplingOptions(), top_logprobs=-1)
 
 
 # -- drawing
@@ -217,9 +346,18 @@ def test_logits_that_are_no_numbers_are_an_error(value: float, options: dict[str
         {"repeat_last_n": -1},
         {"repeat_last_n": 1 << 70},
         {"seed": -2},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"frequency_penalty": "1"},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {"1": 1}},
+        {"logit_bias": {1: "1"}},
+        {"logit_bias": [1]},
     ],
 )
-def test_impossible_options(options: dict[str, float]) -> None:
+def test_impossible_options(options: dict[str, Any]) -> None:
     name = next(iter(options)).replace("_", "-")
     with pytest.raises(TritGgufError, match=f"^{name} must be"):
-        SamplingOptions(**options)  # type: ignore[arg-type]
+        SamplingOptions(**options)

@@ -42,13 +42,44 @@ def test_a_prompt_goes_in_parts_and_the_last_token_has_an_output() -> None:
     assert planned([running(250, 200)]) == [(0, 50, True, 1)]
 
 
-def test_prompts_share_the_budget_first_come_first_served() -> None:
-    assert planned([running(60), running(70), running(5)]) == [(0, 60, True, 1), (1, 40, True, 0)]
+def test_the_oldest_prompt_has_its_share_and_the_others_go_shortest_first() -> None:
+    assert planned([running(60), running(70), running(5)]) == [(0, 60, True, 1), (1, 35, True, 0), (2, 5, True, 1)]
+    assert planned([running(300), running(70), running(50)]) == [(0, 25, True, 0), (1, 25, True, 0), (2, 50, True, 1)]
+    assert planned([running(300), running(70), running(70)]) == [(0, 25, True, 0), (1, 70, True, 1), (2, 5, True, 0)]
+    assert planned([running(10), running(300), running(200)]) == [(0, 10, True, 1), (2, 90, True, 0)]
+
+
+def passes_until_read(requests: list[RunningRequest], budget: Budget, late: RunningRequest | None = None) -> list[int]:
+    """Return how many passes each request of a list takes until its prompt is read; `late` comes anew all the time."""
+    passes = dict.fromkeys(requests, 0)
+    count = 0
+    while any(request.is_prompt for request in requests):
+        count += 1
+        others = [running(late.prompt_length)] if late is not None else []
+        for chunk in plan(requests + others, budget):
+            if chunk.is_prompt:
+                chunk.request.evaluated += chunk.tokens
+                passes[chunk.request] = count
+        assert count < 1000
+    return [passes[request] for request in requests]
+
+
+@pytest.mark.parametrize("answers", [0, 3])
+@pytest.mark.parametrize("long_prompts", [1, 4])
+def test_a_short_prompt_is_read_in_three_passes_beside_long_ones(answers: int, long_prompts: int) -> None:
+    short = running(100)
+    requests = [running(2000, 300) for _ in range(long_prompts)] + [answering() for _ in range(answers)] + [short]
+    assert passes_until_read([*requests], Budget())[-1] <= 3
+
+
+def test_short_prompts_do_not_stop_a_long_one() -> None:
+    (passes,) = passes_until_read([running(2000)], Budget(), late=running(500))
+    assert passes <= -(-2000 // 128)  # a quarter of 512 each, and more when it is the shortest itself
 
 
 def test_prompts_come_first_and_do_not_delay_answers() -> None:
     requests = [answering(), running(70), answering(), running(9)]
-    assert planned(requests) == [(1, 12, True, 0), (0, 1, False, 1), (2, 1, False, 1)]
+    assert planned(requests) == [(1, 3, True, 0), (3, 9, True, 1), (0, 1, False, 1), (2, 1, False, 1)]
     requests = [answering(), running(70, 66), answering(), running(9)]
     assert planned(requests) == [(1, 4, True, 1), (3, 8, True, 0), (0, 1, False, 1), (2, 1, False, 1)]
 

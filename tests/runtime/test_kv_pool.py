@@ -243,13 +243,13 @@ def test_a_freed_page_is_used_again() -> None:
     pool = new_pool(pages=1, sequences=2)
     first, second = pool.allocate(), pool.allocate()
     append(pool, first, [1, 2, 3])
-    page, memory = pool.pages(first), pool.allocated_bytes
+    page, address = pool.pages(first), int(pool.table[first, 0])
     with pytest.raises(PoolExhaustedError):
         pool.reserve(second, 1)
     pool.free(first)
     append(pool, second, [4])
     assert pool.pages(second) == page
-    assert pool.allocated_bytes == memory > 0
+    assert pool.table[second, 0] == address
     pool.check()
 
 

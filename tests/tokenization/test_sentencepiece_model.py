@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import TokenType
@@ -14,8 +16,12 @@ from tiny_models import write_tokenizer_folder
 from tokenizers import Tokenizer
 
 from tritgguf.errors import TritGgufError
+from tritgguf.tokenization.chat_template import encode_chat
 from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
 from tritgguf.tokenization.sentencepiece_model import Piece, read_pieces
+from tritgguf.tokenization.tokenizer import Tokenizer as TritTokenizer
+
+COLUMNS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
 def field(number: int, wire_type: int, payload: bytes) -> bytes:
@@ -40,19 +46,75 @@ def sentencepiece_model(pieces: list[Piece], model_type: int = 2) -> bytes:
     return b"".join(parts) + field(2, 2, trainer) + field(3, 2, b"\x0a\x00")
 
 
-def test_a_folder_with_only_tokenizer_model_gives_the_same(tmp_path: Path) -> None:
-    both = tokenizer_values(write_tokenizer_folder(tmp_path / "json", "sentencepiece"))
-    columns = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
-    pieces = [Piece(*row) for row in zip(*(both[column][:439] for column in columns), strict=True)]
-    folder = write_tokenizer_folder(tmp_path / "model", "sentencepiece")
+def write_model_only(folder: Path, added: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Write a folder with tokenizer.model and, for transformers, one in `folder`-json with the same tokenizer.json."""
+    twin = folder.with_name(f"{folder.name}-json")
+    for path in (folder, twin):
+        write_tokenizer_folder(path, "sentencepiece", **{"tokenizer_class": "LlamaTokenizer", **config})
+        if added is not None:
+            (path / "added_tokens.json").write_text(json.dumps(added))
+    values = tokenizer_values(write_tokenizer_folder(folder.with_name(f"{folder.name}-plain"), "sentencepiece"))
+    pieces = [Piece(*row) for row in zip(*(values[column][:439] for column in COLUMNS), strict=True)]
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
-    alone = tokenizer_values(folder)
-    for column in columns:
-        assert alone[column] == both[column]
-    first, second = (Tokenizer.from_str(values[HUGGINGFACE_JSON_KEY]) for values in (both, alone))
-    for text in ("The quick  brown\nfox", "</s> caf\u00e9 \U0001f680", ""):
-        assert first.encode(text).ids == second.encode(text).ids
+    return folder
+
+
+TEXTS = (
+    "The quick  brown\nfox",
+    "</s> caf\u00e9 \U0001f680",
+    " a leading space",
+    "",
+    "<|im_start|>user\nHi there<|im_end|> x<|im_end|>y",
+)
+
+
+@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}])
+def test_a_folder_with_only_tokenizer_model_gives_transformers_ids(tmp_path: Path, config: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    folder = write_model_only(
+        tmp_path / "m", {"<|im_end|>": 439, "<|im_start|>": 440}, eos_token="<|im_end|>", **config
+    )
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m-json")
+    ours = Tokenizer.from_str(tokenizer_values(folder)[HUGGINGFACE_JSON_KEY])
+    for text in TEXTS:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False), text
+        assert ours.encode(text).ids[0] == 1
+
+
+def test_the_tokens_of_added_tokens_json(tmp_path: Path) -> None:
+    folder = write_model_only(tmp_path / "m", {"<|im_end|>": 439, "<|im_start|>": 440}, eos_token="<|im_end|>")
+    values = tokenizer_values(folder)
+    assert values["tokenizer.ggml.tokens"][438:442] == ["\u2581", "<|im_end|>", "<|im_start|>", "[PAD441]"]
+    assert values["tokenizer.ggml.token_type"][439:441] == [TokenType.CONTROL] * 2
+    assert values["tokenizer.ggml.eos_token_id"] == 439
+    ours = TritTokenizer(values)
+    assert {2, 439} <= ours.stop_tokens
+    assert ours.eos_token == "<|im_end|>"
+    chat = encode_chat(ours, values["tokenizer.chat_template"], [{"role": "user", "content": "<|im_end|>"}])
+    assert (chat.count(439), chat.count(440)) == (1, 2)  # the message's own is text
+
+
+def test_special_tokens_map_names_the_special_ones(tmp_path: Path) -> None:
+    folder = write_model_only(tmp_path / "m", {"[END]": 439, "[MORE]": 440})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "[END]", "lstrip": False}}))
+    values = tokenizer_values(folder)
+    assert values["tokenizer.ggml.token_type"][439:441] == [TokenType.CONTROL, TokenType.USER_DEFINED]
+    assert values["tokenizer.ggml.eos_token_id"] == 439
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"<|im_end|>": 500}, r"token id 500 does not fit config\.json's vocab_size of 448; .*resize_token_embeddings"),
+        ({"<|im_end|>": -1}, "token id -1 does not fit"),
+        ({"<|im_end|>": "439"}, r"added_tokens\.json: an entry of added_tokens has no id"),
+    ],
+)
+def test_senseless_ids_in_added_tokens_json(tmp_path: Path, added: dict[str, Any], message: str) -> None:
+    with pytest.raises(TritGgufError, match=message):
+        tokenizer_values(write_model_only(tmp_path / "m", added))
 
 
 def test_scores_come_from_tokenizer_model_where_there_is_one(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tritgguf.cli.doctor import doctor_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.run import run_command
+from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
 from tritgguf.errors import TritGgufError
 from tritgguf.version import __version__
@@ -104,6 +105,7 @@ for _name, _command in (
     ("calibrate", calibrate_command),
     ("export", export_command),
     ("run", run_command),
+    ("serve", serve_command),
     ("bench", bench_command),
     ("verify", verify_command),
     ("inspect", inspect_command),

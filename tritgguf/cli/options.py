@@ -53,6 +53,10 @@ CacheType = Annotated[
 Threads = Annotated[
     int | None, option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
 ]
+Lookup = Annotated[
+    bool, typer.Option("--lookup", help="Guess tokens from equal passages of prompt and answer; same answers, sooner.")
+]
+DraftMax = Annotated[int, option("--draft-max", "--draft", min=1, help="Most tokens to guess at once.")]
 TextFile = Annotated[
     Path | None,
     option(

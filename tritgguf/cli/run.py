@@ -14,8 +14,10 @@ from tritgguf.cli import terminal
 from tritgguf.cli.check import check_file
 from tritgguf.cli.options import (
     CacheType,
+    DraftMax,
     InstructionSet,
     Json,
+    Lookup,
     PrefillBits,
     Threads,
     TritFile,
@@ -39,10 +41,12 @@ def print_context_note(model: LoadedModel, answer: Generation) -> None:
 
 def print_timings(timings: Timings) -> None:
     """Print a generation's speed, in one line like llama.cpp's."""
+    drafts = f" | drafts {timings.drafted_tokens} tokens, {timings.acceptance_rate:.0%} accepted"
     note(
         f"load {timings.load_seconds:.2f} s"
         f" | prompt {timings.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.1f} tokens/s"
         f" | decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s"
+        f"{drafts if timings.drafted_tokens else ''}"
     )
 
 
@@ -61,6 +65,12 @@ TopP = Annotated[float, option("--top-p", help="Keep the most likely tokens up t
 MinP = Annotated[float, option("--min-p", help="Minimum probability relative to the most likely token.")]
 RepeatPenalty = Annotated[float, option("--repeat-penalty", help="Penalty for recent tokens; 1: none.")]
 RepeatLastN = Annotated[int, option("--repeat-last-n", help="Number of recent tokens to penalize.")]
+PresencePenalty = Annotated[
+    float, option("--presence-penalty", help="Penalty for tokens that the answer has already; 0: none.")
+]
+FrequencyPenalty = Annotated[
+    float, option("--frequency-penalty", help="Penalty for each time that the answer has a token; 0: none.")
+]
 Seed = Annotated[int, option("--seed", "-s", help="Seed of sampling; -1: random.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Use 31-bit activations; far slower.")]
@@ -81,12 +91,16 @@ def run_command(
     min_p: MinP = 0.05,
     repeat_penalty: RepeatPenalty = 1.0,
     repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = -1,
     raw: Raw = False,
     prefill_bits: PrefillBits = 8,
     exact: Exact = False,
     check_first: CheckFirst = False,
     cache_type: CacheType = None,
+    lookup: Lookup = False,
+    draft_max: DraftMax = 16,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
@@ -98,14 +112,15 @@ def run_command(
     """
     from tritgguf.generation.sampling import SamplingOptions
 
-    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    penalties = (presence_penalty, frequency_penalty)
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, *penalties)
     text = _prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise TritGgufError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
-    model = _load(file, context=context or None, **settings)
+    model = _load(file, context=context or None, lookup=lookup, draft_max=draft_max, **settings)
     if text is None:
         _chat(model, system, sampling, predict)
     else:
@@ -154,19 +169,21 @@ def _answer(
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
     """Return the prompt from the options or a pipe; None if stdin is a terminal."""
+    from tritgguf.formats.text_file import read_text
+
     if prompt is not None and file is not None:
         raise TritGgufError("give the prompt with either -p or -f, not with both")
     if prompt is not None:
         return prompt
     if file is not None:
-        data = file.read_bytes()
+        text = read_text(file)
     elif sys.stdin.isatty():
         return None
     else:
-        data = sys.stdin.buffer.read()
-        if not data:
+        text = read_text("-")
+        if not text:
             raise TritGgufError("there is no prompt on standard input; give one with -p or -f")
-    return data.decode("utf-8", errors="replace").removesuffix("\n")
+    return text.removesuffix("\n")
 
 
 def _chat(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:

@@ -106,8 +106,9 @@ def verify_command(
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """
     from tritgguf.evaluation.verify import verify_files
+    from tritgguf.formats.text_file import read_text
 
-    text = None if text_file is None else text_file.read_bytes().decode("utf-8", errors="replace")
+    text = None if text_file is None else read_text(text_file)
     with terminal.progress(in_bytes=False) as report:
         reports = verify_files(
             source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report

@@ -29,6 +29,7 @@ from tritgguf.conversion.encoders import V2
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.journal import JobLog
+from tritgguf.formats.text_file import read_text
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request
 from tritgguf.generation.sampling import Sampler, SamplingOptions
@@ -72,10 +73,7 @@ def calibration_windows(
         count = tokens or DEFAULT_GENERATED_TOKENS
         windows = self_generated_windows(source, count, seed=seed, threads=threads, saved=saved, progress=progress)
         return windows, f"own text, seed {seed}"
-    try:
-        content = text.read_text("utf-8", errors="replace")
-    except OSError as error:
-        raise TritGgufError(f"{text}: {error.strerror}; give a text file") from error
+    content = read_text(text)
     try:
         return windows_of_text(source, content, tokens or DEFAULT_TOKENS), text.name
     except TritGgufError as error:

@@ -28,6 +28,7 @@ from tritgguf.quantization.recover import Fit
 from tritgguf.sources.source import Source
 
 _UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked tensor that are converted to F16 at once
+_DEPTH_OPTIONS = {"token_embd.weight": "--embedding-depth", "output.weight": "--output-depth"}
 _UNWRITTEN_BYTES = 1 << 28  # limit for encoded parts that wait to be written
 
 
@@ -144,7 +145,9 @@ def _tensor_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise TritGgufError(f"{source.name}: tensor {tensor.name} {error}; the checkpoint is damaged") from error
+        raise TritGgufError(
+            f"{source.name}: tensor {source.label(tensor.name)} {error}; the checkpoint is damaged"
+        ) from error
 
 
 def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part: np.ndarray) -> None:
@@ -192,11 +195,18 @@ def _write_unpacked(writer: StreamingWriter, source: Source, tensor: PlannedTens
             with np.errstate(over="ignore"):
                 part = to_float32(part).astype(dtype, copy=False)
         if not _is_finite(part):
-            raise TritGgufError(
-                f"{source.name}: tensor {tensor.name} has a weight that is NaN, infinite or too large"
-                " for F16; the checkpoint is damaged"
-            )
+            raise _unwritable(source, tensor, to_float32(rows[start : start + step]))
         writer.write(part)
+
+
+def _unwritable(source: Source, tensor: PlannedTensor, weights: np.ndarray) -> TritGgufError:
+    """Return the error for float32 weights that are damaged or that F16 cannot hold."""
+    name = f"{source.name}: tensor {source.label(tensor.name)}"
+    if not np.isfinite(weights).all():
+        return TritGgufError(f"{name} has a weight that is NaN or infinite; the checkpoint is damaged, fetch it again")
+    option = _DEPTH_OPTIONS.get(tensor.name)
+    remedy = f"{option} 4 stores it in trits, which can" if option else "scale the model down to less than that"
+    return TritGgufError(f"{name} has a weight of {np.abs(weights).max():g}, but F16 holds 65504 at most; {remedy}")
 
 
 def _is_finite(weights: np.ndarray) -> bool:

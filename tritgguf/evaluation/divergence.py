@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from tritgguf.errors import TritGgufError
+from tritgguf.generation.log_softmax import log_softmax
 
 _CHUNK_ROWS = 32  # limits memory: 32 rows of 151,936 float64 values are 39 MB
 
@@ -111,13 +111,3 @@ def largest_difference(reference: np.ndarray, logits: np.ndarray) -> float:
     """Return the largest absolute difference of logits, for arrays [positions, vocabulary]."""
     chunks = (slice(first, first + _CHUNK_ROWS) for first in range(0, len(reference), _CHUNK_ROWS))
     return max(float(np.abs(logits[rows] - reference[rows]).max()) for rows in chunks)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities of every row, in float64; TritGgufError if a logit is not finite."""
-    values = logits.astype(np.float64)
-    largest = values.max(axis=1, keepdims=True)
-    if not (np.isfinite(largest).all() and np.isfinite(values.min())):
-        raise TritGgufError("a logit is infinite or not a number: one of the two models overflows on this text")
-    values -= largest
-    return values - np.log(np.exp(values).sum(axis=1, keepdims=True))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.formats.file_kinds import foreign_kind
 
+FOLLOW_LINKS = "TRITGGUF_FOLLOW_LINKS"
 _MAX_COUNT = 1 << 31
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; TritGgufError if the file is missing, invalid or not an object."""
     check_inside(path)
+    data = b""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError as error:
         raise DamagedFileError(f"{path}: no such file; a Hugging Face folder needs it") from error
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: is not valid JSON ({error}); fetch the file again") from error
+        kind = foreign_kind(data) or f"is not valid JSON ({error}); fetch the file again"
+        raise DamagedFileError(f"{path}: {kind}") from error
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: holds no JSON object; fetch the file again")
     return value
@@ -31,15 +37,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_inside(path: Path) -> None:
     """Raise TritGgufError if a file is a symlink that leads out of its folder.
 
-    The exception is the hub's cache: files in `snapshots/COMMIT` are links to `blobs`, which is next to `snapshots`.
+    With such links, a folder from elsewhere could make private files part of a model. There are two exceptions. In the
+    hub's cache, files in `snapshots/COMMIT` are links to `blobs`, which is next to `snapshots`. And a user can allow
+    all links with the environment variable TRITGGUF_FOLLOW_LINKS=1.
     """
-    if not path.is_symlink():
+    if not path.is_symlink() or os.environ.get(FOLLOW_LINKS) == "1":
         return
     folder, target = path.parent.resolve(), path.resolve()
     in_hub_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     if not in_hub_cache and not target.is_relative_to(folder):
         raise DamagedFileError(
-            f"{path}: is a link to {target}, outside of its folder; copy the file here if you trust it"
+            f"{path}: is a link to {target}, outside of its folder; if you trust it, set {FOLLOW_LINKS}=1"
         )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats import trit_types
+from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_safetensors
 from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, Metadata, TensorInfo
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class GgufFile:
     def _open(self) -> mmap.mmap:
         try:
             with self.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
-                    raise DamagedFileError(f"{self.path}: not a GGUF file")
+                head = file.read(HEAD_BYTES)
+                if os.fstat(file.fileno()).st_size < 24 or not head.startswith(MAGIC):
+                    raise DamagedFileError(f"{self.path}: not a GGUF file{_kind(head)}")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise TritGgufError(f"{self.path}: cannot be read ({error.strerror})") from error
@@ -172,3 +174,11 @@ class GgufFile:
                 f"{self.path}: tensor {name} has type {info.type_name}, which cannot be read; use an F16 or Q8_0 file"
             ) from error
         return weights
+
+
+def _kind(head: bytes) -> str:
+    """Return what a file is that is no GGUF file, if its first bytes tell."""
+    if is_safetensors(head):
+        return "; it is a safetensors file: give the folder that contains it and config.json"
+    kind = None if head.startswith(MAGIC) else foreign_kind(head)
+    return f"; it {kind}" if kind else ""

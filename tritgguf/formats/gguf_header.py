@@ -92,6 +92,11 @@ class HeaderParser:
         self.entries: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         version, tensor_count, key_count = self._take("<IQQ")
+        if version in (2 << 24, 3 << 24):
+            raise DamagedFileError(
+                f"{path}: is big-endian, which this program does not read; convert it (gguf-convert-endian FILE little,"
+                " which comes with the package gguf) or fetch the little-endian file"
+            )
         if version not in (2, 3):
             self._fail(f"GGUF version {version} is not supported (2 and 3 are)")
         if tensor_count > _MAX_COUNT or key_count > _MAX_COUNT:

@@ -16,8 +16,9 @@ import numpy as np
 
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
+from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_lfs_pointer
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.gguf_header import F32
+from tritgguf.formats.gguf_header import F32, MAGIC
 from tritgguf.formats.gguf_writer import check_output
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -42,11 +43,13 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
     path = Path(path)
     try:
         with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise TritGgufError(f"{path}: {error.strerror}; give an importance matrix") from error
+    if is_lfs_pointer(head):
+        raise DamagedFileError(f"{path}: {foreign_kind(head)}")
     found = {}
-    for name, importance in _from_gguf(path, columns) if is_gguf else _from_dat(path, columns):
+    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path, columns):
         if importance.shape != (columns[name],):
             raise DamagedFileError(
                 f"{path}: {name} has {importance.size} columns, but {columns[name]} in the model; this importance"

@@ -17,6 +17,7 @@ import numpy as np
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import check_inside, read_json
 from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
+from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -83,7 +84,8 @@ class StoredTensor:
 def open_shards(folder: Path) -> dict[str, StoredTensor]:
     """Return all tensors of a folder's safetensors files by their Hugging Face names.
 
-    Shards are sorted by name, and the tensors of a shard too, as in llama.cpp's converter. Raises TritGgufError for a
+    Shards are sorted by name, and the tensors of a shard too, as in llama.cpp's converter. The index names the shards;
+    as in transformers, it may list tensors that no shard has, such as a tied head. Raises TritGgufError for a
     folder without safetensors files, a missing, damaged or truncated shard, an index that contradicts the shards and a
     tensor that occurs twice.
     """
@@ -102,14 +104,9 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
                 raise DamagedFileError(
                     f"{tensor.path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}"
                 )
-            if weight_map is not None and weight_map.get(tensor.name) != name:
-                raise DamagedFileError(
-                    f"{tensor.path}: {_INDEX_NAME} does not place tensor {tensor.name} in this shard"
-                )
+            if weight_map is not None and weight_map.get(tensor.name, name) != name:
+                raise DamagedFileError(f"{tensor.path}: {_INDEX_NAME} places tensor {tensor.name} in another shard")
             tensors[tensor.name] = tensor
-    for name, shard in (weight_map or {}).items():
-        if name not in tensors:
-            raise DamagedFileError(f"{folder / shard}: tensor {name}, which {_INDEX_NAME} places here, is missing")
     return tensors
 
 
@@ -152,14 +149,18 @@ def _open_shard(path: Path) -> list[StoredTensor]:
     check_inside(path)
     if not path.is_file():
         raise DamagedFileError(f"{path}: this shard is missing; fetch it")
+    head = b""
     try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
         with safe_open(str(path), framework="np"):
             pass  # opening checks it
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
     except (SafetensorError, ValueError) as error:
-        raise DamagedFileError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
+        kind = foreign_kind(head) or f"truncated or damaged ({error}); fetch the file again"
+        raise DamagedFileError(f"{path}: {kind}") from error
     except OSError as error:
         raise TritGgufError(f"{path}: cannot be read ({error.strerror})") from error
     tensors = []

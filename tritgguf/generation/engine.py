@@ -18,6 +18,7 @@ from tritgguf.errors import BadRequestError, ContextFullError
 from tritgguf.generation.engine_core import EngineCore
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.scheduler import Budget
+from tritgguf.generation.speculation import Speculation
 from tritgguf.runtime.kv_pool import pages_of
 from tritgguf.runtime.model import Model
 
@@ -44,6 +45,7 @@ class Engine:
         pages: int | None = None,
         cache_type: str | None = None,
         budget: Budget | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Make an engine; `pages` (of keys and values) and `cache_type` as in `Model.new_kv_pool`.
 
@@ -53,7 +55,7 @@ class Engine:
             raise ValueError("the pool is smaller than a single request may become")
         self.model, self.context, self.parallel = model, context, parallel
         self.pool = model.new_kv_pool(context=context, sequences=parallel, pages=pages, cache_type=cache_type)
-        self._core = EngineCore(model, self.pool, budget or Budget())
+        self._core = EngineCore(model, self.pool, budget or Budget(), speculation)
         self._submitted: deque[RunningRequest] = deque()
         self._stepping = threading.Lock()  # held by the thread that owns the core, the model and the pool
         self._progress = threading.Condition()
@@ -61,28 +63,34 @@ class Engine:
         self._process = os.getpid()
 
     def submit(self, request: Request) -> RunningRequest:
-        """Queue a request.
-
-        Raises BadRequestError or ContextFullError for a prompt that is empty, too long, or has a token that does not
-        exist, and for outputs that begin outside of it.
-        """
-        if not request.prompt:
-            raise BadRequestError("the prompt is empty; give the model something to continue")
-        if not (_is_whole(request.first_output) and (request.max_tokens is None or _is_whole(request.max_tokens))):
-            raise BadRequestError("the first output and the largest number of tokens must be whole numbers")
-        if not all(map(_is_whole, request.prompt)):
-            raise BadRequestError("a prompt consists of token ids, which are whole numbers")
-        if len(request.prompt) > self.context:
-            raise ContextFullError(
-                f"the prompt has {len(request.prompt)} tokens, the context holds {self.context}; shorten it or raise -c"
-            )
-        self.model.check_tokens(np.asarray(request.prompt))
-        if not 0 <= request.first_output < len(request.prompt):
-            raise BadRequestError(f"the first output must be one of tokens 0 to {len(request.prompt) - 1}")
+        """Queue a request; raises as `check_request` does."""
+        self.check_request(request)
         running = RunningRequest(request, list(request.prompt))
         self._submitted.append(running)
         self._announce()
         return running
+
+    def check_request(self, request: Request) -> None:
+        """Raise BadRequestError or ContextFullError for a request that cannot be answered.
+
+        Its prompt is empty, too long, or has a token that does not exist, or its outputs begin outside of the prompt.
+        """
+        if not request.prompt:
+            raise BadRequestError("the prompt is empty; give the model something to continue")
+        if not _is_whole(request.first_output):
+            raise BadRequestError(f"the first output must be a whole number, not {request.first_output!r:.60}")
+        if request.max_tokens is not None and not (_is_whole(request.max_tokens) and request.max_tokens >= 0):
+            raise BadRequestError(f"max_tokens must be a whole number, 0 or more, not {request.max_tokens!r:.60}")
+        if not all(map(_is_whole, request.prompt)):
+            raise BadRequestError("a prompt consists of token ids, which are whole numbers")
+        if len(request.prompt) > self.context:
+            raise ContextFullError(
+                f"the prompt has {len(request.prompt)} tokens, the context holds {self.context};"
+                " shorten it or choose a larger context (--ctx-size, context=)"
+            )
+        self.model.check_tokens(np.asarray(request.prompt))
+        if not 0 <= request.first_output < len(request.prompt):
+            raise BadRequestError(f"the first output must be one of tokens 0 to {len(request.prompt) - 1}")
 
     def cancel(self, request: RunningRequest) -> None:
         """End a request; what it holds is free before the next forward pass."""
@@ -143,6 +151,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._submitted or self._core.waiting or self._core.running)
+
+    @property
+    def running(self) -> tuple[RunningRequest, ...]:
+        """The requests that have a sequence, in the order of their admission; a snapshot."""
+        return tuple(self._core.running)
 
     def _announce(self) -> None:
         with self._progress:

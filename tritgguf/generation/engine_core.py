@@ -12,6 +12,7 @@ from tritgguf.generation.prefix_cache import Prefix, PrefixCache, common_length
 from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.result import FinishReason
 from tritgguf.generation.scheduler import Budget, Chunk, plan
+from tritgguf.generation.speculation import Speculation
 from tritgguf.runtime.kv_pool import KVPool, PoolExhaustedError
 from tritgguf.runtime.model import Model
 from tritgguf.runtime.token_batch import TokenBatch
@@ -29,11 +30,11 @@ class EngineCore:
 
     """
 
-    def __init__(self, model: Model, pool: KVPool, budget: Budget) -> None:
+    def __init__(self, model: Model, pool: KVPool, budget: Budget, speculation: Speculation | None = None) -> None:
         self.waiting: deque[RunningRequest] = deque()
         self.running: list[RunningRequest] = []
         self.prefix_cache = PrefixCache(pool)
-        self._model, self._pool, self._budget = model, pool, budget
+        self._model, self._pool, self._budget, self._speculation = model, pool, budget, speculation
         self._logits = np.zeros((0, 0), np.float32)
 
     def step(self) -> bool:
@@ -42,7 +43,7 @@ class EngineCore:
         self.remove_ended()
         self._admit()
         planned = plan(self.running, self._budget)
-        chunks = self._reserve(planned)
+        chunks = self._reserve(self._with_drafts(planned))
         if not chunks:
             return bool(planned)  # all of them had to give way; they are admitted again with other pages
         try:
@@ -59,12 +60,14 @@ class EngineCore:
         """Free the sequences of requests that have ended, and keep their pages for later requests."""
         for request in [waiting for waiting in self.waiting if waiting.ended]:
             self.waiting.remove(request)
+            self._forget_drafts(request)
         for request in [running for running in self.running if running.ended]:
             self.running.remove(request)
             if request.request.cache_prompt and request.error is None:
                 pages = self._pool.pages(_sequence_of(request))
                 self.prefix_cache.insert(request.tokens[: request.evaluated], pages, request.computed_as_prompt)
             self._free(request)
+            self._forget_drafts(request)
 
     def _free(self, request: RunningRequest) -> None:
         self._pool.free(_sequence_of(request))
@@ -138,21 +141,37 @@ class EngineCore:
                 best = Prefix(self._pool.pages(_sequence_of(other)), common, min(common, other.computed_as_prompt))
         return best
 
-    # -- room
+    # -- drafts and room
+
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Return chunks of which some have drafts."""
+        if self._speculation is None:
+            return chunks
+        try:
+            return self._speculation.with_drafts(chunks, self._pool.context)
+        except Exception as error:
+            for chunk in chunks:
+                if not chunk.is_prompt:
+                    chunk.request.error = error
+            return [chunk for chunk in chunks if chunk.is_prompt]
+
+    def _forget_drafts(self, request: RunningRequest) -> None:
+        if self._speculation is not None:
+            self._speculation.forget(request)
 
     def _reserve(self, chunks: list[Chunk]) -> list[Chunk]:
         """Make room for every chunk's tokens; requests that were admitted last give way where there is none."""
         kept = list[Chunk]()
         for chunk in chunks:
             try:
-                if chunk.request in self.running and self._make_room(chunk):
-                    kept.append(chunk)
+                if chunk.request in self.running and (fitting := self._make_room(chunk)) is not None:
+                    kept.append(fitting)
             except Exception as error:  # no memory for a page, for example
                 chunk.request.error = error
         return [chunk for chunk in kept if chunk.request in self.running]
 
-    def _make_room(self, chunk: Chunk) -> bool:
-        """Reserve a chunk's tokens; False where its own request had to give way."""
+    def _make_room(self, chunk: Chunk) -> Chunk | None:
+        """Reserve a chunk's tokens, a draft only where pages are free; None where its own request had to give way."""
         sequence = _sequence_of(chunk.request)
         while True:
             missing = self._pool.missing_pages(sequence, chunk.tokens)
@@ -160,12 +179,15 @@ class EngineCore:
             try:
                 self._pool.reserve(sequence, chunk.tokens)
             except PoolExhaustedError:
+                if chunk.draft:
+                    chunk = chunk.without_draft()
+                    continue
                 latest = self.running[-1]
                 self._preempt(latest)
                 if latest is chunk.request:
-                    return False
+                    return None
             else:
-                return True
+                return chunk
 
     def _preempt(self, request: RunningRequest) -> None:
         """Let a request wait again, in front of all others; its tokens have to be evaluated again."""
@@ -182,7 +204,7 @@ class EngineCore:
         for chunk in chunks:
             request = chunk.request
             tokens = request.tokens[request.evaluated : request.evaluated + chunk.tokens]
-            parts.append((_sequence_of(request), request.evaluated, tokens, chunk.outputs))
+            parts.append((_sequence_of(request), request.evaluated, [*tokens, *chunk.draft], chunk.outputs))
         batch = TokenBatch.of_chunks(parts, sum(chunk.is_prompt for chunk in chunks))
         wanted = {chunk.request.request.wanted for chunk in chunks if chunk.outputs}
         count, sizes = len(batch.outputs), self._model.config.dimensions
@@ -219,30 +241,49 @@ class EngineCore:
             raise escaped
 
     def _deliver(self, chunk: Chunk, rows: np.ndarray, start: float) -> None:
-        """Note what a chunk's evaluation has given: outputs, or the next token, and the time that the pass took."""
+        """Note what a chunk's evaluation has given: outputs, or the next tokens, and the time that the pass took."""
         request = chunk.request
-        request.evaluated += chunk.tokens
+        before = request.evaluated
+        request.evaluated += chunk.tokens - len(chunk.draft)
         if request.request.wanted != "tokens":
             self._keep_outputs(request, rows)
             if request.evaluated == len(request.tokens):
                 request.finish_reason = "length"
         elif len(rows):
-            self._sample(request, rows[0])
+            self._sample_all(chunk, rows)
         seconds = time.perf_counter() - start
         if chunk.is_prompt:
             request.evaluated_prompt_tokens += chunk.tokens
             request.prompt_seconds += seconds
         else:
-            request.decoded_tokens += chunk.tokens
+            request.decoded_tokens += request.evaluated - before
             request.decode_seconds += seconds
+
+    def _sample_all(self, chunk: Chunk, rows: np.ndarray) -> None:
+        """Choose a token, and another one for every token of the draft that was chosen too; forget the others."""
+        request = chunk.request
+        request.drafted_tokens += len(chunk.draft)
+        try:
+            self._sample(request, rows[0])
+            for guess, row in zip(chunk.draft, rows[1:], strict=True):
+                if request.finish_reason is not None or request.tokens[-1] != guess:
+                    break
+                request.evaluated += 1
+                request.accepted_tokens += 1
+                self._sample(request, row)
+        finally:
+            if chunk.draft:
+                self._pool.truncate(_sequence_of(request), request.evaluated)
 
     def _keep_outputs(self, request: RunningRequest, rows: np.ndarray) -> None:
         """Keep the outputs of the last tokens evaluated; those of a request that had to give way come once more."""
         if not len(rows):
             return
-        first = request.request.first_output
+        first, reduce_outputs = request.request.first_output, request.request.reduce_outputs
+        if reduce_outputs is not None:
+            rows = reduce_outputs(rows, request.evaluated - len(rows))
         if request.outputs is None:
-            request.outputs = np.empty((request.prompt_length - first, rows.shape[1]), np.float32)
+            request.outputs = np.empty((request.prompt_length - first, rows.shape[1]), rows.dtype)
         last = request.evaluated - first
         request.outputs[last - len(rows) : last] = rows
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tritgguf.errors import BadRequestError
+from tritgguf.generation.log_softmax import log_softmax
 from tritgguf.generation.request import Request, Wanted
 from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tritgguf.generation.engine import Engine
+    from tritgguf.generation.speculation import Speculation
     from tritgguf.runtime.model import Model
 
 
@@ -82,10 +84,7 @@ class LoadedModel:
             raise BadRequestError(f'pooling is "mean" or "last", not {pooling!r:.60}')
         tokens = self._tokens(text)
         states = self._outputs(tokens, "hidden", len(tokens) - 1 if pooling == "last" else 0)
-        embedding = states.astype(np.float64).mean(axis=0)
-        if normalize:
-            embedding /= max(float(np.linalg.norm(embedding)), 1e-12)
-        return embedding.astype(np.float32)
+        return pooled(states, normalize=normalize)
 
     def score(self, prompt: Sequence[int] | str, continuation: Sequence[int] | str) -> Score:
         """Return how likely the model finds a continuation of a prompt.
@@ -95,15 +94,13 @@ class LoadedModel:
         token. What the prompt has in common with an earlier one is not evaluated again.
 
         Raises:
-            TritGgufError: an empty continuation, or as `logits`.
+            TritGgufError: an empty continuation, logits that are not finite, or as `logits`.
 
         """
         before, after = self._prompt_and_continuation(prompt, continuation)
         self.engine.model.check_tokens(np.asarray(after))  # the last one is not evaluated
-        logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        chosen = logits[np.arange(len(after)), after]
+        logits = self._outputs([*before, *after[:-1]], "logits", len(before) - 1)
+        chosen = log_softmax(logits)[np.arange(len(after)), after]
         return Score(after, chosen.tolist(), bool((logits.argmax(axis=1) == after).all()))
 
     def _tokens(self, text: Sequence[int] | str) -> list[int]:
@@ -140,6 +137,14 @@ class LoadedModel:
         return self.engine.outputs(self.engine.submit(Request(tokens, wanted=wanted, first_output=first)))
 
 
+def pooled(states: np.ndarray, *, normalize: bool = True) -> np.ndarray:
+    """Return the mean, float32 [hidden], of hidden states, float32 [tokens, hidden]; with the length 1 if wanted."""
+    embedding = states.astype(np.float64).mean(axis=0)
+    if normalize:
+        embedding /= max(float(np.linalg.norm(embedding)), 1e-12)
+    return embedding.astype(np.float32)
+
+
 def load(
     path: str | Path,
     *,
@@ -151,6 +156,8 @@ def load(
     exact: bool = False,
     cache_type: str | None = None,
     isa: str | None = None,
+    lookup: bool = False,
+    draft_max: int = 16,
     on_compilation: Callable[[], None] | None = None,
 ) -> LoadedModel:
     """Open a trit GGUF file for generation.
@@ -166,6 +173,9 @@ def load(
         exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
         cache_type: what keys and values are kept in, "f16" or "f32"; None for the former, or the latter if `exact`.
         isa: the instruction set, such as "avx2"; None for the best that works here.
+        lookup: whether to guess next tokens from equal passages of prompt and answer, and evaluate several at once
+            where that saves time. Answers stay the same.
+        draft_max: how many tokens are guessed at most.
         on_compilation: called if kernels have to be compiled first, which takes about half a minute on a machine's
             first run.
 
@@ -178,29 +188,42 @@ def load(
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
-    from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
     file = GgufFile(path)
     template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    template = template if isinstance(template, str) else None
+    if template is not None:
         start_renderer()  # beside the rest of loading
     tokenizer = Tokenizer(file.metadata, name=str(path))
     bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
     model = Model(file, threads=threads, exact=exact, isa=isa, **bits)
-    engine = _make_engine(model, path, context, parallel, cache_type or ("f32" if exact else DEFAULT_CACHE_TYPE))
-    start += _compile(model, on_compilation, batches=parallel > 1)
-    return LoadedModel(
-        path=Path(path),
-        tokenizer=tokenizer,
-        chat_template=template if isinstance(template, str) else None,
-        load_seconds=time.perf_counter() - start,
-        engine=engine,
-    )
+    speculation = _make_speculation(path, lookup=lookup, draft_max=draft_max)
+    engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type, speculation)
+    start += _compile(model, on_compilation, batches=parallel > 1 or speculation is not None)
+    return LoadedModel(Path(path), tokenizer, template, time.perf_counter() - start, engine)
 
 
-def _make_engine(model: Model, path: str | Path, context: int | None, parallel: int, cache_type: str) -> Engine:
+def _make_speculation(path: str | Path, *, lookup: bool, draft_max: int) -> Speculation | None:
+    if draft_max < 1:
+        raise BadRequestError(f"{path}: draft_max must be 1 or more, not {draft_max}")
+    if not lookup:
+        return None
+    from tritgguf.generation.lookup import Lookup
+    from tritgguf.generation.speculation import Speculation
+
+    return Speculation(Lookup(), draft_max)
+
+
+def _make_engine(
+    model: Model,
+    path: str | Path,
+    context: int | None,
+    parallel: int,
+    cache_type: str,
+    speculation: Speculation | None,
+) -> Engine:
     from tritgguf.generation.engine import Engine
     from tritgguf.runtime.kv_pool import CACHE_TYPES, check_cache_fits, pages_for
 
@@ -208,7 +231,9 @@ def _make_engine(model: Model, path: str | Path, context: int | None, parallel: 
         check_cache_fits(model.config, context, cache_type, str(path))
     context = context or model.config.context_length
     pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
-    return Engine(model, context=context, parallel=parallel, pages=pages, cache_type=cache_type)
+    return Engine(
+        model, context=context, parallel=parallel, pages=pages, cache_type=cache_type, speculation=speculation
+    )
 
 
 def _compile(model: Model, on_compilation: Callable[[], None] | None, *, batches: bool) -> float:

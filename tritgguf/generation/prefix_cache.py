@@ -120,10 +120,6 @@ class PrefixCache:
         """Return all pages that are held."""
         return [node.page for node in self._nodes()]
 
-    def evictable_pages(self) -> int:
-        """Return how many pages `evict` could free."""
-        return sum(self._pool.references[node.page] == 1 for node in self._nodes())
-
     def _remove(self, node: _Node) -> None:
         assert node.parent is not None
         node.parent.children.remove(node)

@@ -45,7 +45,9 @@ def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
         if not _is_message(message):
             raise BadRequestError(f'a message is {{"role": ..., "content": ...}}, two texts, not {message!r:.60}')
     if model.chat_template is None:
-        raise BadRequestError(f"{model.path} has no chat template, it may be a base model; continue a text with --raw")
+        raise BadRequestError(
+            f"{model.path} has no chat template, it may be a base model; continue a text as it is (--raw, raw=True)"
+        )
     from tritgguf.tokenization.chat_template import encode_chat
 
     try:

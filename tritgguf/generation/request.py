@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -36,6 +36,8 @@ class Request:
         stop_tokens: tokens that end the generation; they are not part of it.
         wanted: generated tokens, or the logits or hidden states of the prompt's tokens.
         first_output: where logits or hidden states begin: those of the tokens before are not wanted.
+        reduce_outputs: what to keep of output rows instead of the rows: takes float32 [rows, width] and the position in
+            the prompt of the first one, returns an array of as many rows; None keeps them as they are.
         cache_prompt: whether keys and values of an equal beginning are taken over, and these kept for later requests.
 
     """
@@ -46,6 +48,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     wanted: Wanted = "tokens"
     first_output: int = 0
+    reduce_outputs: Callable[[np.ndarray, int], np.ndarray] | None = None
     cache_prompt: bool = True
 
 
@@ -58,10 +61,13 @@ class RunningRequest:
         evaluated: how many of them have their keys and values stored.
         cached: how many of the prompt's were taken over from an earlier request.
         computed_as_prompt: how many tokens, from the first on, have keys and values that were computed as a prompt's.
+        drafted_tokens: how many tokens of drafts were evaluated.
+        accepted_tokens: how many of those the sampler has chosen too.
         sequence: its number in the `KVPool`; None while it waits.
         cancelled: whether nobody wants it any more; any thread may say so.
         generated: tokens that nobody has fetched yet.
-        outputs: logits or hidden states, float32 [tokens, width]; None before the first.
+        outputs: logits or hidden states, float32 [tokens, width], or what `reduce_outputs` makes of them; None before
+            the first.
 
     """
 
@@ -72,6 +78,8 @@ class RunningRequest:
     computed_as_prompt: int = 0
     evaluated_prompt_tokens: int = 0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     sequence: int | None = None

@@ -20,6 +20,10 @@ class Timings:
     decode_seconds: float
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were stored already."""
+    drafted_tokens: int = 0
+    """Tokens that speculation guessed and the model evaluated; they do not count as decoded."""
+    accepted_tokens: int = 0
+    """Those that were right; they count as decoded."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -31,6 +35,11 @@ class Timings:
         """Speed of generation, sampling included."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the guessed tokens that were right."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
     @classmethod
     def total(cls, parts: Sequence[Timings]) -> Timings:
         """Add up the generations of one loaded model."""
@@ -41,6 +50,8 @@ class Timings:
             decode_tokens=sum(part.decode_tokens for part in parts),
             decode_seconds=sum(part.decode_seconds for part in parts),
             cached_tokens=sum(part.cached_tokens for part in parts),
+            drafted_tokens=sum(part.drafted_tokens for part in parts),
+            accepted_tokens=sum(part.accepted_tokens for part in parts),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +60,7 @@ class Timings:
             **vars(self),
             "prompt_tokens_per_second": self.prompt_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
+            "acceptance_rate": self.acceptance_rate,
         }
 
 

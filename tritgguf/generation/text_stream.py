@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
-from typing import Any
 
-from tritgguf.errors import BadRequestError, DamagedFileError
+from tritgguf.errors import DamagedFileError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.request import Request, RunningRequest
 from tritgguf.generation.result import FinishReason, Generation, Timings
@@ -47,13 +45,12 @@ class TextStream(Iterator[str]):
             on_end: called once with the result when the stream ends, however it ends.
 
         Raises:
-            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist;
-                `max_tokens` is no whole number.
+            TritGgufError: the prompt is empty, does not fit the context, or has a token that does not exist, or the
+                logit bias has; `max_tokens` is anything else.
 
         """
-        max_tokens = UNLIMITED if max_tokens is None else max_tokens
-        _check_count(max_tokens)
         _check_vocabulary(model, prompt_tokens)
+        sampler.options.check_vocabulary(model.engine.model.config.vocab_size)
         self._model, self._sampler, self._on_end = model, sampler, on_end
         self._decoder = StreamDecoder(model.tokenizer, prompt_tokens if continues_prompt else ())
         self._stops = StopStrings(stop)
@@ -63,7 +60,7 @@ class TextStream(Iterator[str]):
         request = Request(
             prompt=prompt_tokens,
             sampler=sampler,
-            max_tokens=max_tokens if max_tokens >= 0 else None,
+            max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             stop_tokens=model.tokenizer.stop_tokens,
         )
         self._request: RunningRequest = model.engine.submit(request)
@@ -130,6 +127,8 @@ class TextStream(Iterator[str]):
                 decode_tokens=self._request.decoded_tokens,
                 decode_seconds=self._request.decode_seconds,
                 cached_tokens=self._request.cached,
+                drafted_tokens=self._request.drafted_tokens,
+                accepted_tokens=self._request.accepted_tokens,
             ),
         )
 
@@ -143,11 +142,6 @@ class TextStream(Iterator[str]):
             self._model.engine.cancel(self._request)
         if self._on_end is not None:
             self._on_end(self.result())
-
-
-def _check_count(max_tokens: Any) -> None:
-    if not isinstance(max_tokens, Integral):
-        raise BadRequestError(f"max_tokens must be a whole number, not {max_tokens!r:.60}")
 
 
 def _check_vocabulary(model: LoadedModel, tokens: list[int]) -> None:

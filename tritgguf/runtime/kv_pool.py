@@ -48,7 +48,7 @@ def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: 
     if memory is not None and needed > memory[1]:
         raise BadRequestError(
             f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
-            " use a smaller one (-c)"
+            " use a smaller one (--ctx-size, context=)"
         )
 
 
@@ -116,11 +116,6 @@ class KVPool:
     def free_sequences(self) -> int:
         """How many more sequences there may be."""
         return len(self._free_sequences)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the pages that were ever used."""
-        return sum(page.nbytes for page in self._storage.values())
 
     def allocate(self, pages: Sequence[int] = (), length: int = 0) -> int:
         """Return a new sequence that begins with the first `length` tokens stored in some pages, which it shares.

@@ -84,12 +84,17 @@ class Model:
         """Return a pool for `sequences` sequences of at most `context` tokens.
 
         `pages` None is enough for all of them at once, and for a copy of a shared page each. `cache_type` is what keys
-        and values are kept in, "f16" or "f32"; None is float16, or float32 where `exact` asks for exactness.
+        and values are kept in, "f16" or "f32"; None is `default_cache_type`.
         """
         if pages is None:
             pages = sequences * (pages_of(context) + 1)
-        cache_type = cache_type or ("f32" if self.exact else DEFAULT_CACHE_TYPE)
+        cache_type = cache_type or self.default_cache_type
         return KVPool(self.config, pages=pages, sequences=sequences, context=context, cache_type=cache_type)
+
+    @property
+    def default_cache_type(self) -> str:
+        """What keys and values are kept in unless the caller chooses: float16, or float32 with `exact`."""
+        return "f32" if self.exact else DEFAULT_CACHE_TYPE
 
     def compile(self, announce: Callable[[], None], *, batches: bool = True) -> None:
         """Compile every kernel that the model needs, or load it from the cache.

@@ -56,7 +56,8 @@ class SingleSequence:
         self.model.check_tokens(ids)
         if position + ids.size > self.context:
             raise ContextFullError(
-                f"{position + ids.size} tokens do not fit into a context of {self.context}; use a larger one (-c)"
+                f"{position + ids.size} tokens do not fit into a context of {self.context};"
+                " use a larger one (--ctx-size, context=)"
             )
         self.pool.reserve(self._sequence, ids.size)
         if generated is None:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 # These keys describe the tensor types; `convert` writes its own.
 _TYPE_KEYS = ("general.file_type", "general.quantization_version")
+# Value of general.type -> what the file is.
+_OTHER_KINDS = {
+    "adapter": "it is a LoRA adapter; merge it into its base model first (llama-export-lora)",
+    "imatrix": "it is an importance matrix; give it with --imatrix",
+    "mmproj": "it is the image encoder of a model; give the file of the text model",
+    "vocab": "it is a vocabulary without weights",
+}
 
 
 class GgufSource:
@@ -37,6 +44,9 @@ class GgufSource:
         self.files = [path]
         self.warnings: list[str] = []
         self._file = GgufFile(path)
+        kind = self._file.metadata.get("general.type", "model")
+        if kind != "model":
+            raise DamagedFileError(f"{path}: is not a model: {_OTHER_KINDS.get(kind, f'its general.type is {kind}')}")
         if self._file.metadata.get("split.count", 0) not in (0, 1):
             raise DamagedFileError(
                 f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge"
@@ -78,6 +88,10 @@ class GgufSource:
         """Drop the resident pages of a tensor."""
         self._file.release(name)
 
+    def label(self, name: str) -> str:
+        """Return the name itself."""
+        return name
+
     def _check_tensors(self) -> Dimensions:
         shapes = {info.name: info.shape for info in self._file.tensors.values()}
         biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
@@ -88,7 +102,7 @@ class GgufSource:
             raise DamagedFileError(
                 f"{self.name}: tensor {ROPE_FREQS} has shape {factors}, not ({dimensions.head_dim // 2},)"
             )
-        check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=str)
+        check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=self.label)
         return dimensions
 
 

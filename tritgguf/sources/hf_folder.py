@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,11 @@ import numpy as np
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
-from tritgguf.formats.checked import is_unicode, read_json
+from tritgguf.formats.checked import check_inside, is_unicode, read_json
 from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.safetensors_reader import StoredTensor, open_shards
+from tritgguf.formats.text_file import read_text
 from tritgguf.sources.source import PackedTensor, SourceTensor, check_shapes
 from tritgguf.tokenization.hf_to_gguf import tokenizer_metadata
 
@@ -35,6 +38,7 @@ class HfFolderSource:
         self.name = hub_id or str(folder)
         self.warnings: list[str] = []
         where = folder / "config.json"
+        _check_is_model(folder)
         self.config = read_json(where)
         self.architecture = dimensions.find_architecture(self.config, str(where))
         if self.config.get("quantization_config"):
@@ -50,6 +54,8 @@ class HfFolderSource:
             self.tensors.append(SourceTensor(name, stored.shape, stored.n_bytes))
             self._rows[name] = self._rows_of(name, stored)
         self.metadata = self._make_metadata(where, hub_id)
+        if (folder / "adapter_config.json").is_file():
+            self.warnings.append(f"{folder}: its LoRA adapter (adapter_config.json) is not applied; merge it first")
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order.
@@ -69,6 +75,10 @@ class HfFolderSource:
 
     def release(self, name: str) -> None:
         """Do nothing: `read` and `rows` return copies."""
+
+    def label(self, name: str) -> str:
+        """Return a tensor's Hugging Face name."""
+        return name if name == ROPE_FREQS else tensor_names.hf_tensor_name(self.architecture.gguf_name, name)
 
     def _add_rope_factors(self, where: Path) -> None:
         factors = hf_to_gguf.rope_factors(self.config, str(where))
@@ -115,11 +125,8 @@ class HfFolderSource:
             if tied:
                 del selected["output.weight"]
         shapes = {name: stored.shape for name, stored in selected.items()}
-        check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self._label)
+        check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self.label)
         return selected
-
-    def _label(self, gguf_name: str) -> str:
-        return tensor_names.hf_tensor_name(self.architecture.gguf_name, gguf_name)
 
     def _make_metadata(self, where: Path, hub_id: str | None) -> dict[str, GGUFValue]:
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
@@ -134,12 +141,25 @@ class HfFolderSource:
         return {**general, **model, **tokenizer}
 
 
+def _check_is_model(folder: Path) -> None:
+    """Raise DamagedFileError for a LoRA adapter without its model."""
+    path = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not path.is_file():
+        return
+    base = read_json(path).get("base_model_name_or_path") or "its base model"
+    raise DamagedFileError(
+        f"{folder}: is a LoRA adapter of {base}, not a model; merge it first (in peft: merge_and_unload, then"
+        " save_pretrained) and convert the merged folder"
+    )
+
+
 def _general_metadata(folder: Path, arch: str, weights: int, hub_id: str | None) -> dict[str, GGUFValue]:
     """Return the `general.*` keys (name, size, license ...) that gguf-py finds in the folder."""
     import gguf
 
     try:
-        metadata = gguf.Metadata.load(model_path=folder, total_params=weights)
+        with _plain_copies(folder) as copies:
+            metadata = gguf.Metadata.load(model_path=copies, total_params=weights)
     except Exception:  # gguf-py cannot read some model cards, whose weights are still valid
         metadata = gguf.Metadata()
     if hub_id is not None:
@@ -154,6 +174,19 @@ def _general_metadata(folder: Path, arch: str, weights: int, hub_id: str | None)
     with contextlib.suppress(Exception):
         metadata.set_gguf_meta_model(writer)
     return {key: value for key, value in writer.kv_data[0].items() if _is_well_typed(value)}
+
+
+@contextlib.contextmanager
+def _plain_copies(folder: Path) -> Iterator[Path]:
+    """Yield a folder of the same name with the files that gguf-py reads, without byte order marks, which it rejects."""
+    with tempfile.TemporaryDirectory(prefix="tritgguf-") as temporary:
+        copies = Path(temporary) / (folder.resolve().name or "model")
+        copies.mkdir()
+        for name in ("README.md", "config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                check_inside(folder / name)
+                (copies / name).write_text(read_text(folder / name), encoding="utf-8", newline="\n")
+        yield copies
 
 
 def _is_well_typed(value: GGUFValue) -> bool:

@@ -69,6 +69,9 @@ class Source(Protocol):
     def release(self, name: str) -> None:
         """Release the memory behind a tensor's views."""
 
+    def label(self, name: str) -> str:
+        """Return the source's own name of a tensor, for messages."""
+
 
 def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],

@@ -52,11 +52,15 @@ _IGNORE_MERGES = ("llama-bpe", "tekken")
 _OLD_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 
-def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF file") -> str:
+def tokenizer_json_from_gguf(
+    metadata: Mapping[str, Any], where: str = "the GGUF file", *, prepend_scheme: str | None = None
+) -> str:
     """Return a tokenizer.json that tokenizes text as llama.cpp does with these `tokenizer.ggml.*` keys.
 
-    Raises TritGgufError for keys that are missing or contradictory, and for an unsupported tokenizer.ggml.model or
-    .pre: an almost correct tokenizer would be worse than none.
+    `prepend_scheme` makes SentencePiece's spaces as transformers' LlamaTokenizer does instead: a space before every
+    part of a text between control tokens (always), before the first part (first), or never. Raises TritGgufError for
+    keys that are missing or contradictory, and for an unsupported tokenizer.ggml.model or .pre: an almost correct
+    tokenizer would be worse than none.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
@@ -93,6 +97,9 @@ def tokenizer_json_from_gguf(metadata: Mapping[str, Any], where: str = "the GGUF
         **parts(metadata, vocabulary, tokens, types, where),
         "post_processor": _post_processor(metadata, tokens, model, where),
     }
+    if model == "llama" and prepend_scheme is not None:
+        metaspace = {"replacement": SPACE_SIGN, "prepend_scheme": prepend_scheme, "split": False}
+        tokenizer |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", **metaspace}}
     text = json.dumps(tokenizer, ensure_ascii=False)
     check_loads(text, where)
     return text

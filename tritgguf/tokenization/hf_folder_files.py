@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from tritgguf.formats.dtypes import shortest_decimal
-from tritgguf.tokenization.tokenizer import Tokenizer
+from tritgguf.tokenization.tokenizer import Tokenizer, stop_ids
 
 # Hugging Face name -> its name in GGUF keys.
 _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -23,9 +23,12 @@ _SAMPLING = {
 
 
 def generation_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return generation_config.json: the stop tokens of `run` and the sampling options that the file recommends."""
+    """Return generation_config.json: the stop tokens and the sampling options that the file recommends.
+
+    The stop tokens are those of the model's original generation_config.json if the file has them, else those of `run`.
+    """
     ids = special_ids(metadata)
-    stops = sorted(tokenizer.stop_tokens, key=lambda token: (token != tokenizer.eos_id, token))
+    stops = stop_ids(metadata) or sorted(tokenizer.stop_tokens, key=lambda token: (token != tokenizer.eos_id, token))
     config: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
     if stops:
         config["eos_token_id"] = stops if len(stops) > 1 else stops[0]

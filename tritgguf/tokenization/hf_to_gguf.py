@@ -6,8 +6,10 @@ converts in the other direction and describes the two tokenizer types.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +22,18 @@ from tritgguf.formats.checked import is_unicode, read_json
 from tritgguf.tokenization.gguf_to_hf import (
     PRE_TOKENIZERS,
     SPACE_SIGN,
-    check_loads,
     merge_pairs,
     tokenizer_json_from_gguf,
 )
+from tritgguf.tokenization.hf_folder_reader import (
+    SPECIAL_NAMES,
+    TokenizerFolder,
+    complete_json,
+    read_tokenizer_folder,
+    special_text,
+)
 from tritgguf.tokenization.sentencepiece_model import Piece, read_pieces
+from tritgguf.tokenization.tokenizer import KEY_STOP_IDS, named_stops
 
 if TYPE_CHECKING:
     from gguf import GGUFValue
@@ -62,27 +71,22 @@ def tokenizer_metadata(
     tokenizer.json is missing, it is made from tokenizer.model. Raises TritGgufError if both are missing, if a file is
     damaged and if the tokenizer type is not supported.
     """
-    json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
-    tokenizer = read_json(json_path) if json_path.is_file() else None
-    if tokenizer is None and not model_path.is_file():
-        raise DamagedFileError(
-            f"{folder}: has no tokenizer.json and no tokenizer.model; save the tokenizer with the model"
-        )
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
-    where = str(json_path if tokenizer is not None else model_path)
-
+    files = read_tokenizer_folder(folder)
     writer = GGUFWriter(path=None, arch="")
-    warnings: list[str] = []
-    if add_space_prefix_key and isinstance(config.get("add_prefix_space"), bool):
-        writer.add_add_space_prefix(config["add_prefix_space"])
-    is_sentencepiece = tokenizer is None or _is_sentencepiece(tokenizer, where)
-    if is_sentencepiece:
-        _add_sentencepiece(writer, tokenizer, config, model_path, vocabulary, where)
+    warnings = list(files.warnings)
+    if add_space_prefix_key and isinstance(files.config.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(files.config["add_prefix_space"])
+    if files.tokenizer is None or _is_sentencepiece(files.tokenizer, files.where):
+        _add_sentencepiece(writer, files, vocabulary)
     else:
-        assert tokenizer is not None
-        warnings += _add_byte_level(writer, tokenizer, vocabulary, where)
-    _add_special(writer, folder, vocabulary, load_merges=not is_sentencepiece)
+        warnings += _add_byte_level(writer, files.tokenizer, files.added, vocabulary, files.where)
+        writer.add_token_merges(_merge_texts(files.tokenizer["model"], files.where))
+    _add_special(writer, files, vocabulary)
+    _add_stop_ids(writer, files, vocabulary)
+    if files.chat_template is not None:
+        writer.add_chat_template(files.chat_template)
+        if names := writer.kv_data[0].get("tokenizer.chat_templates"):
+            names.value.sort()  # gguf-py collects them in a set
     if add_space_prefix_key and vocabulary == _VOCABULARY_WITHOUT_BOS:
         writer.add_add_bos_token(False)
     metadata = {key: value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
@@ -90,13 +94,20 @@ def tokenizer_metadata(
         texts = value.value if isinstance(value.value, list) else [value.value]
         if not is_unicode("".join(text for text in texts if isinstance(text, str))):
             raise DamagedFileError(f"{folder}: {key} would contain half of a surrogate pair, which is not a character")
-    if tokenizer is None:
-        text = tokenizer_json_from_gguf({key: value.value for key, value in metadata.items()}, where=where)
+    if files.tokenizer is not None:
+        text = complete_json(files)
     else:
-        text = json_path.read_text(encoding="utf-8")
-        check_loads(text, where)
+        values = {key: value.value for key, value in metadata.items()}
+        text = tokenizer_json_from_gguf(values, where=files.where, prepend_scheme=_prepend_scheme(files.config))
     writer.add_string(HUGGINGFACE_JSON_KEY, text)
     return {**metadata, HUGGINGFACE_JSON_KEY: writer.kv_data[0][HUGGINGFACE_JSON_KEY]}, warnings
+
+
+def _prepend_scheme(config: Mapping[str, Any]) -> str:
+    """Return where transformers' LlamaTokenizer puts a space before text."""
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") is True else "first"
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
@@ -114,27 +125,6 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any], where: str) -> bool:
     return False
 
 
-def _added_tokens(tokenizer: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> dict[int, Any]:
-    """Return id -> entry of the added tokens, from tokenizer.json if it exists, else from tokenizer_config.json."""
-    if tokenizer is not None:
-        entries = tokenizer.get("added_tokens") or []
-        if not isinstance(entries, list):
-            raise DamagedFileError(f"{where}: added_tokens is not a list")
-    else:
-        decoder = config.get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict) or not all(
-            key.isdecimal() and isinstance(e, dict) for key, e in decoder.items()
-        ):
-            raise DamagedFileError(f"{where}: added_tokens_decoder in tokenizer_config.json is damaged")
-        entries = [{**entry, "id": int(key)} for key, entry in decoder.items()]
-    added = {}
-    for entry in entries:
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
-            raise DamagedFileError(f"{where}: an entry of added_tokens has no id or no content")
-        added[entry["id"]] = entry
-    return added
-
-
 def _added_type(entry: Mapping[str, Any]) -> tuple[str, int]:
     """Return an added token's text and type. User-defined tokens match plain text, so their spaces are plain."""
     text = entry["content"]
@@ -145,17 +135,22 @@ def _added_type(entry: Mapping[str, Any]) -> tuple[str, int]:
 
 def _check_id(token_id: Any, vocabulary: int, where: str) -> int:
     if type(token_id) is not int or not 0 <= token_id < vocabulary:
-        raise DamagedFileError(f"{where}: token id {token_id!r} does not fit config.json's vocab_size of {vocabulary}")
+        raise DamagedFileError(
+            f"{where}: token id {token_id!r} does not fit config.json's vocab_size of {vocabulary}; remove the token,"
+            " or give the model a row for it (resize_token_embeddings in transformers)"
+        )
     return token_id
 
 
-def _add_byte_level(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary: int, where: str) -> list[str]:
+def _add_byte_level(
+    writer: GGUFWriter, tokenizer: Mapping[str, Any], added: Mapping[int, Any], vocabulary: int, where: str
+) -> list[str]:
     tokens = [f"[PAD{token_id}]" for token_id in range(vocabulary)]
     types: list[int] = [TokenType.UNUSED] * vocabulary
     for text, token_id in tokenizer["model"]["vocab"].items():
         tokens[_check_id(token_id, vocabulary, where)] = text
         types[token_id] = TokenType.NORMAL
-    for token_id, entry in _added_tokens(tokenizer, {}, where).items():
+    for token_id, entry in added.items():
         tokens[_check_id(token_id, vocabulary, where)], types[token_id] = _added_type(entry)
     pre = _recognize_pre_tokenizer(tokenizer)
     writer.add_tokenizer_model("gpt2")
@@ -171,19 +166,16 @@ def _add_byte_level(writer: GGUFWriter, tokenizer: Mapping[str, Any], vocabulary
     return [warning]
 
 
-def _add_sentencepiece(
-    writer: GGUFWriter,
-    tokenizer: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
-    model_path: Path,
-    vocabulary: int,
-    where: str,
-) -> None:
-    pieces = read_pieces(model_path) if model_path.is_file() else _pieces_from_json(tokenizer or {}, vocabulary, where)
+def _add_sentencepiece(writer: GGUFWriter, files: TokenizerFolder, vocabulary: int) -> None:
+    where, model_path = files.where, files.model_path
+    if model_path.is_file():
+        pieces = read_pieces(model_path)
+    else:
+        pieces = _pieces_from_json(files.tokenizer or {}, vocabulary, where)
     if len(pieces) > vocabulary:
         raise DamagedFileError(f"{where}: has {len(pieces)} tokens, more than config.json's vocab_size of {vocabulary}")
     pieces += [Piece(f"[PAD{token_id}]", -10000.0, TokenType.UNUSED) for token_id in range(len(pieces), vocabulary)]
-    for token_id, entry in _added_tokens(tokenizer, config, where).items():
+    for token_id, entry in files.added.items():
         text, token_type = _added_type(entry)
         pieces[_check_id(token_id, vocabulary, where)] = Piece(text, -1000.0, token_type)
     writer.add_tokenizer_model("llama")
@@ -214,15 +206,57 @@ def _pieces_from_json(tokenizer: Mapping[str, Any], vocabulary: int, where: str)
     return pieces
 
 
-def _add_special(writer: GGUFWriter, folder: Path, vocabulary: int, *, load_merges: bool) -> None:
-    """Add merges, special token ids, add_bos_token etc. and the chat template with gguf-py."""
+def _merge_texts(model: Mapping[str, Any], where: str) -> list[str]:
+    """Return the merges as GGUF has them, `left right`; a space inside a part is its byte's letter."""
+    return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merge_pairs(model.get("merges"), where)]
+
+
+def _add_special(writer: GGUFWriter, files: TokenizerFolder, vocabulary: int) -> None:
+    """Add special token ids and add_bos_token etc. with gguf-py, which follows llama.cpp's converter.
+
+    It reads them from files, so it gets what they mean together: added tokens of any file, plain UTF-8.
+    """
+    entries = [{**entry, "id": token_id} for token_id, entry in files.added.items()]
+    tokens: list[str] = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+    ids = {text: token_id for token_id, text in enumerate(tokens)}
+    for name in SPECIAL_NAMES:
+        if (text := special_text(files.config, name)) in ids and files.tokenizer is None:
+            entries.append({"id": ids[text], "content": text})
+    processor = None if files.tokenizer is None else files.tokenizer.get("post_processor")
+    config = read_json(files.folder / "config.json") if (files.folder / "config.json").is_file() else {}
+    staged = {
+        "tokenizer.json": {"added_tokens": entries, "post_processor": processor},
+        "tokenizer_config.json": files.config,
+        "config.json": {key: value for key, value in config.items() if key.endswith("_token_id")},
+    }
+    if files.stop_ids and not isinstance(config.get("eos_token_id"), int):
+        staged["config.json"]["eos_token_id"] = files.stop_ids[0]
+    for key, value in staged["config.json"].items():
+        if isinstance(value, int) and value < 0:  # means that there is none
+            staged["config.json"][key] = None
     try:
-        SpecialVocab(folder, load_merges=load_merges, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
-        names = writer.kv_data[0].get("tokenizer.chat_templates")
-        if names is not None:
-            names.value.sort()  # gguf-py collects them in a set
+        with tempfile.TemporaryDirectory(prefix="tritgguf-") as temporary:
+            for name, value in staged.items():
+                (Path(temporary) / name).write_text(json.dumps(value), encoding="utf-8")
+            SpecialVocab(temporary, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
     except Exception as error:  # gguf-py does not check the files, so any exception is possible
-        raise DamagedFileError(f"{folder}: the tokenizer's JSON files are damaged ({error!r})") from error
+        raise DamagedFileError(f"{files.folder}: the tokenizer's JSON files are damaged ({error!r})") from error
+
+
+def _add_stop_ids(writer: GGUFWriter, files: TokenizerFolder, vocabulary: int) -> None:
+    """Add the tokens at which `model.generate` stops, if `run` would not know them all.
+
+    llama.cpp reads three of them: eos, and the keys of the ends of a turn and of a message. It knows others by name.
+    """
+    keys, stops = writer.kv_data[0], [token for token in files.stop_ids if token < vocabulary]
+    id_keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")}
+    known = {keys[key].value for key in id_keys.values() if key in keys}
+    known |= named_stops({entry["content"]: token_id for token_id, entry in files.added.items()})
+    unknown = [token for token in stops if token not in known]
+    for token, name in zip(unknown, [name for name, key in id_keys.items() if key not in keys], strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    if unknown:
+        writer.add_array(KEY_STOP_IDS, stops)
 
 
 def _signature(pre_tokenizer: Any, nesting: int = 0) -> list[tuple[Any, ...]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.formats.checked import check_inside
+from tritgguf.formats.file_kinds import foreign_kind
 
 _BPE = 2
 _NORMAL = 1
@@ -31,6 +33,7 @@ def read_pieces(path: Path) -> list[Piece]:
 
     Raises TritGgufError if the file is not a SentencePiece model, is truncated or has another model type (unigram).
     """
+    check_inside(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -44,9 +47,9 @@ def read_pieces(path: Path) -> list[Piece]:
             elif field == 2:
                 model_type = dict(_fields(_expect_bytes(value))).get(3, model_type)
     except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise DamagedFileError(
-            f"{path}: is not a SentencePiece model ({error}); provide a tokenizer.json instead"
-        ) from error
+        kind = foreign_kind(data)
+        remedy = f"it {kind}" if kind else "provide a tokenizer.json instead"
+        raise DamagedFileError(f"{path}: is not a SentencePiece model ({error}); {remedy}") from error
     if not pieces or model_type != _BPE:
         raise DamagedFileError(f"{path}: is not a SentencePiece model of type BPE; provide a tokenizer.json instead")
     return pieces

@@ -24,7 +24,7 @@ from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 MOST_SECONDS = 5.0
 _START_SECONDS = 60.0  # enough to start Python on a machine under load
 _CODE = "import sys; sys.path[:] = {path!r}; from tritgguf.tokenization.template_worker import main; main()"
-_REMEDY = "--raw gives the model your text as it is"
+_REMEDY = "raw prompts (--raw, raw=True) do without it"
 
 
 class Renderer:

@@ -5,6 +5,7 @@ The bos token and the stop tokens come from the `tokenizer.ggml.*` keys, read as
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import tokenizers
 from tritgguf.errors import DamagedFileError
 
 KEY_HUGGINGFACE = "tokenizer.huggingface.json"
+KEY_STOP_IDS = "tokenizer.ggml.eos_token_ids"
+"""All ids of `eos_token_id` in Hugging Face's files, where one number does not say it."""
 
 # Tokens that end a text because of their names, in addition to those in the file's keys. llama.cpp has the same list,
 # because many files name only one of their model's stop tokens. The last two lines are separators between files, which
@@ -89,13 +92,9 @@ class Tokenizer:
     def _stop_tokens(self, metadata: Mapping[str, Any]) -> frozenset[int]:
         from_keys = (self._token_id(metadata, name) for name in ("eos", "eot", "eom"))
         # Only added tokens count: a vocabulary of source code may contain `</s>` as ordinary text.
-        by_name = {token.content: token_id for token_id, token in self.added_tokens.items()}
-        stops = {token for token in from_keys if token is not None}
-        stops.update(by_name[text] for text in _STOP_TOKEN_NAMES.split() if text in by_name)
-        # In models that stop at <|return|> or <|flush|>, <|end|> only ends one part of the answer.
-        if by_name.keys() & {"<|return|>", "<|flush|>"} and by_name.keys() & {"<|call|>", "<|calls|>"}:
-            stops.discard(by_name.get("<|end|>", -1))
-        return frozenset(stops)
+        by_name = named_stops({token.content: token_id for token_id, token in self.added_tokens.items()})
+        stated = {token for token in from_keys if token is not None} | {*stop_ids(metadata)}
+        return frozenset(stated | by_name)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the tokens of a text.
@@ -121,10 +120,35 @@ class Tokenizer:
         """Return the text of the tokens, without control tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def vocabulary_entry(self, token: int) -> str:
+        """Return how the vocabulary writes a token, such as `Ġthe`; an empty text for one that it does not have."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether a character of the vocabulary's entries stands for a byte, as in GPT-2."""
+        decoder = self._tokenizer.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
     def has_text(self, token: int) -> bool:
         """Tell whether a token has text: it is in the vocabulary and is not a control token."""
         added = self.added_tokens.get(token)
         return self._tokenizer.id_to_token(token) is not None and not (added and added.special)
+
+
+def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Return the ids in KEY_STOP_IDS; none if the file lacks it."""
+    ids = metadata.get(KEY_STOP_IDS)
+    return [token for token in ids if type(token) is int and token >= 0] if isinstance(ids, list) else []
+
+
+def named_stops(added: Mapping[str, int]) -> set[int]:
+    """Return the ids of the added tokens (text -> id) that end a text because of their names."""
+    stops = {added[text] for text in _STOP_TOKEN_NAMES.split() if text in added}
+    # In models that stop at <|return|> or <|flush|>, <|end|> only ends one part of the answer.
+    if added.keys() & {"<|return|>", "<|flush|>"} and added.keys() & {"<|call|>", "<|calls|>"}:
+        stops.discard(added.get("<|end|>", -1))
+    return stops
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:

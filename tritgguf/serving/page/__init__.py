@@ -1,0 +1,1 @@
+"""The chat page: static files, and how they are served."""
