@@ -21,12 +21,10 @@ from numba.core.typed_passes import NativeLowering
 class _LinkedLibrary(JITCodeLibrary):
     """The LLVM code of an inner function and of what it calls, for linking only."""
 
-    def _optimize_functions(self, ll_module: Any) -> None:
-        """Leave the optimization to the kernel; only the data layout must be set before linking."""
-        ll_module.data_layout = self._codegen._data_layout
-
     def _optimize_final_module(self) -> None:
         """Leave the optimization to the kernel."""
+        if not self._linking_libraries:
+            super()._optimize_final_module()
 
     def _finalize_final_module(self) -> None:
         """Make no machine code."""
