@@ -15,8 +15,8 @@ from tiny_models import CHAT_TEMPLATE, edit_json, write_tiny_model
 import tritgguf
 from tritgguf.calibration.text import windows_of_text
 from tritgguf.errors import BadRequestError, ContextFullError, DamagedFileError, MissingExtraError, TritGgufError
+from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.gguf_writer import check_output
 from tritgguf.generation.prompt import prompt_tokens
 from tritgguf.generation.sampling import Sampler, SamplingOptions
 from tritgguf.reference.model import require_torch

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Capture, fails, run_python
@@ -11,6 +17,7 @@ from tiny_models import write_tiny_model
 
 import tritgguf
 from tritgguf.cli import app
+from tritgguf.formats.gguf_file import GgufFile
 
 
 def test_version(capsys: Capture) -> None:
@@ -54,25 +61,61 @@ def test_help_shows_every_option_and_an_example(capsys: Capture, command: str, o
         ["run", "x.gguf", "--frobnicate"],
         ["run", "x.gguf", "--top-k", "many"],
         ["run", "x.gguf", "-c", "-5", "-p", "x"],
-        ["run", "x.gguf", "-t", "0", "-p", "x"],
-        ["run", "x.gguf", "--temp", "-1", "-p", "x"],
+        ["run", "x.gguf", "-n", "-5", "-p", "x"],
+        ["run", "x.gguf", "--prefill-bits", "7", "-p", "x"],
+        ["convert", "somewhere"],
+        ["convert", "somewhere", "x.gguf", "--self", "--text", "x.txt"],
+        ["verify", "one"],
+    ],
+)
+def test_usage_errors_are_one_line(capsys: Capture, arguments: list[str]) -> None:
+    assert "(see --help)" in fails(capsys, *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "x.gguf", "--temp", "nan", "-p", "x"],
+        ["run", "x.gguf", "--top-k", "-3", "-p", "x"],
         ["run", "x.gguf", "-p", "x", "-f", "y"],
         ["run", "missing.gguf", "-p", "x"],
         ["run", "missing.gguf", "-f", "missing.txt"],
         ["run", "x.gguf", "-f", "."],
-        ["convert", "somewhere"],
-        ["verify", "one"],
+        ["run", "x.gguf", "-f", "/dev/null"],
         ["inspect", "missing.gguf"],
     ],
 )
-def test_usage_errors_are_one_line(capsys: Capture, arguments: list[str]) -> None:
+def test_other_errors_are_one_line(capsys: Capture, arguments: list[str]) -> None:
     fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (["inspect", "missing.gguf"], "TritGgufError", 1),
+        (["run", "missing.gguf", "-p", "x", "--top-k", "-3"], "BadRequestError", 1),
+        (["convert", "missing", "x.gguf"], "BadRequestError", 1),
+        (["run", "x.gguf", "-p", "x", "--frobnicate"], "UsageError", 2),
+        (["run", "x.gguf", "-p", "x", "-n", "-5"], "UsageError", 2),
+        (["frobnicate"], "UsageError", 2),
+    ],
+)
+def test_with_json_an_error_is_an_object_on_stdout_too(
+    capsys: Capture, arguments: list[str], kind: str, code: int
+) -> None:
+    assert app.main([*arguments, "--json"]) == code
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
+    assert error["type"] == kind
+    assert captured.err == f"error: {error['message']}\n"
 
 
 @pytest.mark.parametrize("depth", ["0", "5", "-1", "two"])
 def test_a_depth_that_does_not_exist(capsys: Capture, tmp_path: Path, depth: str) -> None:
     source = write_tiny_model(tmp_path / "model")
-    assert "depth" in fails(capsys, "convert", str(source), str(tmp_path / "out.gguf"), "--depth", depth)
+    assert "depth" in fails(
+        capsys, "convert", str(source), str(tmp_path / "out.gguf"), "--depth", depth, code=2 if depth == "two" else 1
+    )
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -104,3 +147,39 @@ def test_python_m(tmp_path: Path) -> None:
     result = run_python("-m", "tritgguf", "inspect", str(tmp_path / "missing.gguf"))
     assert result.returncode == 1
     assert re.fullmatch(r"error: .*missing\.gguf: [^\n]+\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"NUMBA_DISABLE_JIT": "1"}, r"error: NUMBA_DISABLE_JIT is set.*unset it\n"),
+        ({"NUMBA_NUM_THREADS": "0"}, r"error: Numba fails \(.*must be > 0.*\); unset NUMBA_NUM_THREADS\n"),
+    ],
+)
+def test_settings_that_numba_does_not_survive(
+    tiny_trit_file: Callable[..., GgufFile], settings: dict[str, str], line: str
+) -> None:
+    """Commands that need no kernels work nevertheless."""
+    assert run_python("-m", "tritgguf", "--version", env={**os.environ, **settings}).returncode == 0
+    command = ("-m", "tritgguf", "run", str(tiny_trit_file().path), "--raw", "-p", "a", "-n", "1")
+    result = run_python(*command, env={**os.environ, **settings}, stdin=subprocess.DEVNULL)
+    assert result.returncode == 1
+    assert re.fullmatch(line, result.stderr)
+
+
+@pytest.mark.parametrize("threads", ["0", "-1"])
+def test_threads_of_0_and_less_are_the_default(monkeypatch: pytest.MonkeyPatch, capsys: Capture, threads: str) -> None:
+    seen: list[Any] = []
+    integrity = importlib.import_module("tritgguf.formats.integrity")
+    monkeypatch.setattr(integrity, "check", lambda file, *, threads, progress: seen.append(threads))
+    monkeypatch.setattr("tritgguf.cli.check.print_check", lambda report: None)
+    assert app.main(["check", "x.gguf", "-t", threads]) == 0
+    assert seen == [None]
+    assert capsys.readouterr().err == ""
+
+
+def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    for threads, warned in (("2", False), ("3", True)):
+        assert app.main(["check", "missing.gguf", "-t", threads]) == 1
+        assert (f"warning: {threads} threads on 2 processors" in capsys.readouterr().err) == warned

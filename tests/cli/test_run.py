@@ -8,10 +8,8 @@ import io
 import json
 import os
 import re
-import select
-import signal
-import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +71,7 @@ def test_run_prints_the_answer_and_the_timings(capsys: Capture, model: Any) -> N
             "cache_type": None,
             "isa": None,
             "lookup": False,
+            "draft": None,
             "draft_max": 16,
             "on_compilation": terminal.print_compilation_note,
         },
@@ -142,9 +141,71 @@ def test_the_prompt_from_a_pipe(capsys: Capture, model: Any, monkeypatch: pytest
     assert capsys.readouterr().out == "The dog sleeps.\n"
 
 
-def test_an_empty_pipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "no prompt" in fails(capsys, "run", "model.gguf")
+@pytest.mark.parametrize("stdin", [io.TextIOWrapper(io.BytesIO(b"")), None], ids=["empty", "closed"])
+def test_an_empty_pipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch, stdin: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert "no prompt" in fails(capsys, "run", "model.gguf", code=2)
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    """Make stdin a pipe that holds a text."""
+    reader, writer = os.pipe()
+    os.write(writer, text)
+    os.close(writer)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
+
+
+@pytest.mark.parametrize("options", [["-p", "Summarize:"], ["-p", "Summarize:", "-f", "-"]])
+def test_a_pipe_follows_the_prompt(model: Any, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    piped(monkeypatch, b"The dog\nsleeps.\n")
+    assert app.main(["run", "model.gguf", "--raw", *options]) == 0
+    assert model.model.calls[0] == encode(model.tokenizer, "Summarize:\n\nThe dog\nsleeps.")
+
+
+def test_a_file_follows_the_prompt(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    piped(monkeypatch, b"ignored, because the file is named\n")
+    (tmp_path / "text.txt").write_text("The dog\n")
+    assert app.main(["run", "model.gguf", "--raw", "-p", "Say:", "-f", str(tmp_path / "text.txt")]) == 0
+    assert model.model.calls[0] == encode(model.tokenizer, "Say:\n\nThe dog")
+
+
+@pytest.mark.parametrize("stdin", ["/dev/null", "empty", "terminal", "closed"])
+def test_a_prompt_alone(model: Any, monkeypatch: pytest.MonkeyPatch, stdin: str) -> None:
+    """A service's stdin is /dev/null or closed; neither is waited for, and an empty pipe adds nothing."""
+    if stdin == "terminal":
+        at_a_terminal(monkeypatch)
+    elif stdin == "empty":
+        piped(monkeypatch, b"")
+    else:
+        monkeypatch.setattr(sys, "stdin", open("/dev/null") if stdin == "/dev/null" else None)  # noqa: SIM115
+    assert app.main(["run", "model.gguf", "--raw", "-p", "Hi"]) == 0
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi")
+
+
+def test_a_pipe_that_stays_open_is_said(model: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("tritgguf.cli.prompt_source._SECONDS_BEFORE_NOTE", 0.05)
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
+    threading.Timer(0.5, os.close, [writer]).start()
+    assert app.main(["run", "model.gguf", "--raw", "-p", "Hi"]) == 0
+    assert "note: the prompt is being read from standard input; </dev/null leaves that out" in capsys.readouterr().err
+
+
+def test_options_mean_what_they_mean_in_llama_cpp(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """Temperature below 0 is greedy, -n -2 and -1 are no limit, -s -1 draws a seed, --repeat-last-n -1 is all."""
+    seen = record_sampling(monkeypatch)
+    arguments = "--temp -1 -n -2 -s -1 --repeat-last-n -1 --top-k -1 -t -1"
+    assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split()]) == 0
+    assert seen == [SamplingOptions(temperature=0, repeat_last_n=-1, seed=-1, top_k=-1)]
+    assert model.loaded[1]["threads"] is None
+
+
+def test_a_context_beyond_the_training(monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any) -> None:
+    for context, warned in ((64, False), (65, True)):
+        set_context(model, context)
+        model.model.config.context_length = 64
+        assert app.main(["run", "model.gguf", "-p", "Hi"]) == 0
+        assert ("trained for 64 tokens, the context has 65" in capsys.readouterr().err) == warned
 
 
 def test_a_full_context_prints_a_note(capsys: Capture, model: Any) -> None:
@@ -190,7 +251,7 @@ def test_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: Capture, model: Any) ->
     assert app.main(["run", "model.gguf", "-sys", "Be brief."]) == 0
     captured = capsys.readouterr()
     assert captured.out == "Red.\nBlue.\n"
-    assert TIMINGS.search(captured.err)
+    assert len(re.findall(r"decode \d+ tokens", captured.err)) == 2
     said = model.tokenizer.decode(model.model.text)
     assert said.startswith("system\nBe brief.\nuser\nA color?\nassistant\nRed.\nuser\nAnother?\nassistant\nBlue.")
 
@@ -232,7 +293,7 @@ def test_without_a_prompt_there_is_nothing_to_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, option: str
 ) -> None:
     at_a_terminal(monkeypatch)
-    assert app.main(["run", "model.gguf", option]) == 1
+    assert app.main(["run", "model.gguf", option]) == 2
     assert f"{option} needs a prompt" in capsys.readouterr().err
 
 
@@ -241,39 +302,20 @@ def test_without_a_prompt_there_is_nothing_to_continue(
 
 @pytest.mark.real_model
 def test_a_chat_at_a_real_terminal(smollm2_d2: Path) -> None:
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
+    pytest.importorskip("pty")
+    from pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
+
     command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0", "-n", "24"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    screen = ""
-
-    def wait_for(pattern: str) -> None:
-        nonlocal screen
-        while not re.search(pattern, screen):
-            ready, _, _ = select.select([ours], [], [], 120)
-            assert ready, f"{pattern!r} did not come: {screen!r}"
-            screen += os.read(ours, 4096).decode(errors="replace")
-
-    def type_keys(keys: bytes) -> None:
-        nonlocal screen
-        screen = ""
-        os.write(ours, keys)
-
-    try:
-        wait_for("> ")
-        type_keys(b"Write a very long story about a dog.\n")
-        wait_for(r"dog\.\s+\S+ \S+ \S+")
-        os.kill(process.pid, signal.SIGINT)
-        wait_for(r"\n\S*> ")
-        type_keys(b"Hi\n")
-        wait_for(r"Hi\s+\w[^>]*\n\S*> ")
-        type_keys(b"\x04")
-        wait_for(r"decode \d+ tokens")
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        os.close(ours)
+    with PseudoTerminal(command) as terminal:
+        terminal.wait_for("> $")
+        terminal.press(b"Write a very long story about a dog.\r")
+        terminal.wait_for(r"dog\.\s+\S+ \S+ \S+")
+        terminal.press(CTRL_C)
+        terminal.wait_for("\n> $")
+        terminal.press(b"Hi\r")
+        terminal.wait_for(r"Hi\s+\w[^>]*decode \d+ tokens, [^>]*\n> $")
+        terminal.press(CTRL_D)
+        assert terminal.wait_for_end() == 0
 
 
 @pytest.mark.real_model

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from converted_models import as_stock_gguf
+from gguf import GGMLQuantizationType
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
 from tools.recovery.recover_roundtrip import reference_halves
 from tools.recovery.simulated_producer import produce
-from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
+from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor, to_hf
 from tritgguf.conversion.convert import ConvertProgress, convert
+from tritgguf.conversion.depths import DepthChoice, parse_rules
 from tritgguf.conversion.encoders import V2, ScaleSearch
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
@@ -20,6 +23,7 @@ from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.trit_types import DEPTHS, TritType, is_trit_type
 from tritgguf.sources.open import open_source
+from tritgguf.sources.source import Source
 
 Names = Callable[[str], bool]  # selects tensors by GGUF name
 
@@ -158,7 +162,86 @@ def test_recover_needs_trits(tmp_path: Path) -> None:
 
 def test_recover_needs_float16(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model", dtype="F32")
-    assert "is stored as float32, not as halves" in refused(source, tmp_path, encoder="recover")
+    assert "is stored as float32, and its numbers are no halves" in refused(source, tmp_path, encoder="recover")
+
+
+def test_a_float32_checkpoint_of_halves(tmp_path: Path, published: Path) -> None:
+    wide = write_tiny_model(tmp_path / "model")
+    source = open_source(published)
+    write_shards(wide, {source.label(tensor.name): _hf(source, tensor.name) for tensor in source.tensors}, "F32")
+    assert convert(wide, tmp_path / "wide.gguf").encoder == "recover"
+    convert(published, tmp_path / "halves.gguf")
+    assert matrices(tmp_path / "wide.gguf") == matrices(tmp_path / "halves.gguf")
+
+
+def _hf(source: Source, name: str) -> np.ndarray:
+    """Return a tensor of a tiny Llama in Hugging Face's order."""
+    return to_hf("llama", name, source.read(name), 4, 2)
+
+
+def matrices(path: Path) -> dict[str, tuple[int, bytes, bytes]]:
+    """Return name -> type, bytes and codebook of a file's trit tensors."""
+    file = GgufFile(path)
+    packed = [info for info in file.tensors.values() if is_trit_type(info.type_id)]
+    return {
+        info.name: (info.type_id, file.raw(info.name).tobytes(), file.codebook(info.name).tobytes()) for info in packed
+    }
+
+
+@pytest.mark.parametrize("stock_type", [GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0])
+def test_llama_cpps_ternary_types(tmp_path: Path, stock_type: GGMLQuantizationType) -> None:
+    """They give what the F16 file of the same weights gives: one trit, exactly."""
+    folder = write_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=256, head_dim=64)
+    generator, weights = np.random.default_rng(0), random_weights(read_config(folder))
+    for number, (name, tensor) in enumerate(weights.items()):
+        if "proj" in name:
+            scale = np.float16(0.02 + 0.001 * number)
+            weights[name] = scale * generator.integers(-1, 2, tensor.shape).astype(np.float32)
+            weights[name][:, ::256] = scale  # no block is without the scale
+    write_shards(folder, weights, "F16")
+    stock = as_stock_gguf(open_source(folder), tmp_path / "stock.gguf", matrices=stock_type)
+    assert convert(stock, tmp_path / "stock-trits.gguf").encoder == "recover"
+    convert(folder, tmp_path / "trits.gguf")
+    found = matrices(tmp_path / "stock-trits.gguf")
+    assert found == matrices(tmp_path / "trits.gguf")
+    assert {type_id for type_id, _, _ in found.values()} == {TritType.TRIT1}
+    assert len(found) == 14
+
+
+def kept(rules: str) -> DepthChoice:
+    return DepthChoice(tuple(parse_rules(rules)))
+
+
+def test_matrices_that_are_kept_in_f16_are_not_recovered(tmp_path: Path, published: Path) -> None:
+    rule = kept("*=0")
+    report = convert(published, tmp_path / "f16.gguf", choice=rule)
+    assert (report.encoder, report.tensors_by_type["F16"]) == ("v2", 16)
+    source, file = open_source(published), GgufFile(tmp_path / "f16.gguf")
+    for tensor in source.tensors:
+        np.testing.assert_array_equal(file.read_float32(tensor.name), source.read(tensor.name))
+    report = convert(published, tmp_path / "some.gguf", choice=kept("blk.0.*=0"))
+    assert report.encoder == "recover"
+    assert sorted(matrices(tmp_path / "some.gguf")) == sorted(
+        name for name in matrices_of(published) if "blk.1" in name
+    )
+
+
+def matrices_of(folder: Path) -> list[str]:
+    return [tensor.name for tensor in open_source(folder).tensors if quantized_tensor(tensor.name)]
+
+
+def test_a_rule_is_the_maximum_of_a_recovered_matrix(tmp_path: Path, published: Path) -> None:
+    convert(published, tmp_path / "any.gguf")
+    convert(published, tmp_path / "out.gguf", choice=kept("*=2"))
+    free, limited = matrices(tmp_path / "any.gguf"), matrices(tmp_path / "out.gguf")
+    for name, (type_id, _, _) in free.items():
+        assert limited[name][0] == min(type_id, TritType.TRIT2)
+        assert (limited[name] == free[name]) == (type_id <= TritType.TRIT2)
+
+
+def test_a_kept_matrix_without_a_fit_is_no_hindrance(tmp_path: Path, damaged: Path) -> None:
+    report = convert(damaged, tmp_path / "out.gguf", encoder="recover", choice=kept("*.attn_k=0"))
+    assert (report.encoder, len(matrices(tmp_path / "out.gguf"))) == ("recover", 12)
 
 
 def test_recover_needs_matrices(tmp_path: Path, published: Path) -> None:

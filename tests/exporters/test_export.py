@@ -188,7 +188,13 @@ def test_an_interruption_leaves_nothing(tiny_trit_file: Callable[..., GgufFile],
 # -- the command
 
 
-def test_command(tiny_trit_file: Callable[..., GgufFile], empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    tiny_trit_file: Callable[..., GgufFile],
+    empty: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tritgguf.cli.terminal._SECONDS_BETWEEN_LINES", 0.0)  # show every line of progress
     file = str(tiny_trit_file().path)
     assert app.main(["export", file, str(empty / "out"), "--to", "hf", "--max-shard-size", "100KB"]) == 0
     captured = capsys.readouterr()

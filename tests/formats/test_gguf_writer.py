@@ -20,9 +20,10 @@ from random_inputs import CODEBOOK, random_levels
 from cpu_kernels.packed_rows.pack import pack
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
+from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16, F32
-from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter, check_output
+from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 
 METADATA = {
     "general.architecture": GGUFValue("llama", GGUFValueType.STRING),

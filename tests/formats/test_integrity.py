@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from converted_models import as_stock_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import write_tiny_model
 
 from tritgguf.cli import app
+from tritgguf.cli.check import print_check
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.integrity import check
 from tritgguf.formats.trit_types import DEPTHS
+from tritgguf.sources.open import open_source
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,17 @@ def test_a_file_without_checksums(tmp_path: Path, whole: Path, capsys: pytest.Ca
     (tmp_path / "old.gguf").write_bytes(content)
     assert app.main(["check", str(tmp_path / "old.gguf")]) == 0
     assert "none: written by an earlier version" in capsys.readouterr().out
+
+
+def test_a_stock_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock = as_stock_gguf(open_source(write_tiny_model(tmp_path / "model")), tmp_path / "stock.gguf")
+    assert app.main(["check", str(stock)]) == 0
+    assert "none: a stock GGUF file has none" in capsys.readouterr().out
+
+
+def test_the_speed_of_a_small_file_is_not_zero(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_check(replace(check(whole), bytes_per_second=5e6))
+    assert re.search(r"speed +5\.0 MB/s\n", capsys.readouterr().out)
 
 
 def test_the_command(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

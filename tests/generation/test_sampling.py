@@ -148,6 +148,7 @@ def test_a_token_is_penalized_once_however_often_it_came() -> None:
 def test_only_recent_tokens_are_penalized() -> None:
     assert penalized([4.0, 4.0, 4.0], [0, 1, 2], repeat_penalty=2.0, repeat_last_n=2) == [4.0, 2.0, 2.0]
     assert penalized([4.0, 4.0, 4.0], [0, 1, 2], repeat_penalty=2.0, repeat_last_n=0) == [4.0, 4.0, 4.0]
+    assert penalized([4.0, 4.0, 4.0], [0, *[1] * 100], repeat_penalty=2.0, repeat_last_n=-1) == [2.0, 2.0, 4.0]
 
 
 def test_the_penalty_applies_to_greedy_choice() -> None:
@@ -214,6 +215,29 @@ def test_what_is_banned_never_comes(options: dict[str, Any], size: int) -> None:
 def test_everything_banned_is_an_error() -> None:
     with pytest.raises(BadRequestError, match="bans every token"):
         Sampler(SamplingOptions(logit_bias={0: -100, 1: -100})).sample(np.zeros(2, np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("restrictions", [{}, {"top_k": 2}])
+def test_the_smallest_temperature_takes_the_largest(restrictions: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"top_k": 0, "top_p": 1, "min_p": 0, **restrictions}
+    sampler = Sampler(SamplingOptions(temperature=5e-324, seed=1, **options))
+    assert sampler.sample(np.array([1, 3, 2], np.float32)) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [5e-324, 1e-300, 1e308])
+@pytest.mark.parametrize(
+    "options", [{"repeat_penalty": 1}, {"presence_penalty": 1}, {"presence_penalty": -1}, {"frequency_penalty": -1}]
+)
+def test_penalties_of_any_size_leave_what_is_banned_banned(options: dict[str, float], size: float) -> None:
+    sizes: dict[str, Any] = {name: sign * size for name, sign in options.items()}
+    sampler = Sampler(SamplingOptions(**sizes, logit_bias={0: -100}, top_k=0, top_p=1, min_p=0, seed=1))
+    sampler.accept([0, 1, 2])
+    for _ in range(20):
+        token = sampler.sample(np.array([0.5, 0, -1, 2], np.float32))
+        assert 0 < token < 4
+        sampler.accept([token])
 
 
 def test_a_bias_for_a_token_that_does_not_exist_is_an_error() -> None:
@@ -343,7 +367,8 @@ def test_logits_that_are_no_numbers_are_an_error(value: float, options: dict[str
         {"repeat_penalty": 0},
         {"repeat_penalty": -1},
         {"repeat_penalty": math.inf},
-        {"repeat_last_n": -1},
+        {"repeat_last_n": -2},
+        {"top_k": -2},
         {"repeat_last_n": 1 << 70},
         {"seed": -2},
         {"presence_penalty": math.inf},

@@ -15,6 +15,7 @@ from random_inputs import THREAD_POOL
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.recovery.recover_roundtrip import bfloat16_bits, differing_numbers
 from tools.recovery.simulated_producer import HALVES, ORDERS, produce, random_case
+from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization import recover
@@ -265,8 +266,26 @@ def test_not_finite(half: str, value: float) -> None:
     assert reason(weights) == "has a weight that is NaN or infinite"
 
 
+@half_types
+def test_halves_that_are_stored_as_float32(half: str) -> None:
+    generator = np.random.default_rng(9)
+    codes, scales = generator.integers(-4, 5, (40, 8, 16)), generator.choice([0.1, 0.2, 0.3], (40, 8))
+    halves = produce(scales.astype(np.float32), trits_of(codes, 2), "scale / h * level", "float32", half)
+    wide = to_float32(halves)
+    fit, same = find_fit(wide, thread_pool=THREAD_POOL), find_fit(halves, thread_pool=THREAD_POOL)
+    assert isinstance(fit, Fit) and isinstance(same, Fit)
+    np.testing.assert_array_equal(fit.codebook, same.codebook)
+    np.testing.assert_array_equal(fit.encode(wide, THREAD_POOL).levels, same.encode(halves, THREAD_POOL).levels)
+    wide[39, 127] = 0.1  # in the last group, so that the first rows are halves
+    assert reason(wide) == "is stored as float32, and its numbers are no halves"
+    with pytest.raises(ValueError, match="no halves"):
+        fit.encode(wide, THREAD_POOL)
+
+
 def test_other_types() -> None:
-    assert reason(np.zeros((1, 64), np.float32)) == "is stored as float32, not as halves"
+    assert reason(np.full((1, 64), 0.1, np.float32)) == "is stored as float32, and its numbers are no halves"
+    assert reason(np.full((1, 64), np.nan, np.float32)) == "is stored as float32, and its numbers are no halves"
+    assert reason(np.zeros((1, 64))) == "is stored as float64, and its numbers are no halves"
 
 
 def test_another_matrix() -> None:

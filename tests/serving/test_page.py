@@ -185,9 +185,11 @@ def test_keyboard_alone(page: ChatPage, speaker: Speaker) -> None:
     page.tab_to("Settings", backwards=True)
     page.press(Keys.ENTER)
     page.tab_to("Temperature")
-    page.press("9")
+    page.press("9", Keys.TAB)
     assert "from 0 to 2" in page.text("#setting-temperature-problem")
-    page.press(Keys.BACKSPACE, "0")
+    page.tab_to("Temperature", backwards=True)
+    page.press("0")
+    assert page.text("#setting-temperature-problem") == ""
     page.tab_to("JSON schema")
     page.press('{"type": "string"}')
     page.press(Keys.ESCAPE)

@@ -15,9 +15,9 @@ from tritgguf.cli import app
 Capture = pytest.CaptureFixture[str]
 
 
-def fails(capsys: Capture, *arguments: str) -> str:
-    """Run a command, assert that it fails with a one-line error and exit code 1, and return the line."""
-    assert app.main(arguments) == 1
+def fails(capsys: Capture, *arguments: str, code: int = 1) -> str:
+    """Run a command, assert that it fails with a one-line error and an exit code, and return the line."""
+    assert app.main(arguments) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.fullmatch(r"error: [^\n]+\n", captured.err)

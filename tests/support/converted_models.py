@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFValue
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValue
+from gguf.quants import quantize
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
-from tritgguf.formats.gguf_header import F16, F32
+from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 from tritgguf.sources.source import Source
 
@@ -23,14 +23,21 @@ def damaged_model(folder: Path, hf_name: str, value: float, variant: str = "llam
     return folder
 
 
-def as_stock_gguf(source: Source, path: Path, metadata: dict[str, GGUFValue] | None = None) -> Path:
-    """Write a source as a stock GGUF file: matrices in F16, vectors in F32."""
+def as_stock_gguf(
+    source: Source,
+    path: Path,
+    metadata: dict[str, GGUFValue] | None = None,
+    matrices: GGMLQuantizationType = GGMLQuantizationType.F16,
+) -> Path:
+    """Write a source as a stock GGUF file: matrices of the layers in a type, others in F16, vectors in F32."""
     plan = []
     for tensor in source.tensors:
-        type_id, size = (F32, 4) if len(tensor.shape) == 1 else (F16, 2)
-        plan.append(PlannedTensor(tensor.name, tensor.shape, type_id, size * math.prod(tensor.shape)))
+        matrix_type = matrices if quantized_tensor(tensor.name) else GGMLQuantizationType.F16
+        ggml_type = GGMLQuantizationType.F32 if len(tensor.shape) == 1 else matrix_type
+        block, size = GGML_QUANT_SIZES[ggml_type]
+        plan.append(PlannedTensor(tensor.name, tensor.shape, ggml_type, math.prod(tensor.shape) // block * size))
     with StreamingWriter(path, {**source.metadata, **(metadata or {})}, plan) as writer:
         for planned in plan:
             writer.begin(planned)
-            writer.write(source.read(planned.name).astype(np.float32 if planned.type_id == F32 else np.float16))
+            writer.write(quantize(source.read(planned.name), GGMLQuantizationType(planned.type_id)))
     return path

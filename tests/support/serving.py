@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,6 @@ from tritgguf.generation.scheduler import Budget
 from tritgguf.runtime.kv_pool import KVPool
 from tritgguf.runtime.token_batch import TokenBatch
 from tritgguf.serving.server import Server, listening_socket, url_of
-from tritgguf.serving.service import Service
 from tritgguf.serving.settings import ServerSettings
 
 MOST_SECONDS = 30.0  # a hang, on any machine
@@ -33,12 +33,15 @@ class RunningServer:
     Attributes:
         url: where it listens.
         service: its state.
+        connections: of its clients.
         http: a client.
 
     """
 
-    def __init__(self, url: str, service: Service) -> None:
-        self.url, self.service = url, service
+    def __init__(self, url: str, server: Server) -> None:
+        self.url, self.service = url, server.service
+        self.connections = server.server_state.connections
+        self._server = server
         self.http = httpx.Client(base_url=url, timeout=MOST_SECONDS)
 
     @property
@@ -79,6 +82,10 @@ class RunningServer:
             assert time.monotonic() < deadline, "it does not come"
             time.sleep(0.005)
 
+    def end(self) -> None:
+        """Tell the server to end, as a signal does."""
+        self._server.handle_exit(signal.SIGTERM, None)
+
     def check_idle(self) -> None:
         """Wait until nothing runs, and assert that nothing is left of what ran."""
         thread = self.service.engine_thread
@@ -95,7 +102,7 @@ def running_server(model: LoadedModel, **settings: Any) -> Iterator[RunningServe
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     assert started.wait(MOST_SECONDS)
-    running = RunningServer(url_of(bound), server.service)
+    running = RunningServer(url_of(bound), server)
     try:
         yield running
         if not server.service.closing:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tritgguf.formats.gguf_writer import check_output
+from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.reference.decoder_blocks import DecoderBlocks
@@ -64,7 +64,7 @@ def measure_importance(
     """
     started = time.perf_counter()
     output = Path(output)
-    check_output(output, overwrite)
+    check_output(output, overwrite, [source])
     opened = open_source(str(source))
     sums = summed_squares(opened, windows, threads=threads, progress=progress)
     tokens = sum(map(len, windows))

@@ -28,7 +28,8 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(bos)
     if len(ids) < body:
-        raise BadRequestError(f"the calibration text has {len(ids)} tokens; it needs at least {body}, better {tokens}")
+        better = f", better {tokens}" if tokens > length else ""
+        raise BadRequestError(f"the calibration text has {len(ids)} tokens; it needs at least {body}{better}")
     count = min(max(1, tokens // length), len(ids) // body)
     starts = np.linspace(0, len(ids) - body, count).astype(int).tolist()
     return [[*bos, *ids[start : start + body]] for start in starts]

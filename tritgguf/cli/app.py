@@ -6,13 +6,16 @@ dependencies inside the function to keep startup fast: `run` must print its firs
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -24,15 +27,18 @@ from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
+from tritgguf.cli.options import UsageError
 from tritgguf.cli.run import run_command
 from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
 from tritgguf.errors import TritGgufError
+from tritgguf.text_format import one_line
 from tritgguf.version import __version__
 
 if TYPE_CHECKING:
     from types import FrameType
 
+_CLOSED_PIPE = 128 + 13  # as if SIGPIPE had ended the program, which is how other programs end
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -53,32 +59,73 @@ def _unwind_when_terminated() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line and return its exit code (docs/command_line.md).
+
+    0; 1 after an error; 2 if the command line is wrong; 130 after Ctrl-C; 141 if the reader of the output has gone.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a model's text
-    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
     try:
         _unwind_when_terminated()
         command = typer.main.get_command(app)
         code = command.main(args=arguments, prog_name="tritgguf", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except TritGgufError as error:
-        terminal.error(str(error))
-    except usage_error as error:
-        terminal.error(f"{error.format_message()} (see --help)")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _CLOSED_PIPE  # typer has turned the error into an exit
     except BrokenPipeError:
         # The reader closed the pipe, as `head` does. Python flushes stdout again at exit: redirect it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+        return _CLOSED_PIPE
+    except Exception as error:
+        failure = _failure(error)
+        if failure is None:
+            raise
+        terminal.error(failure.message)
+        if "--json" in arguments:
+            with contextlib.suppress(OSError):
+                terminal.print_json({"error": {"type": failure.kind, "message": failure.message}})
+        return failure.code
+
+
+class _Failure(NamedTuple):
+    """What a user is told of an exception."""
+
+    message: str
+    kind: str
+    code: int
+
+
+def _failure(error: Exception) -> _Failure | None:
+    """Return what to tell of an exception; None for one that is a fault of the program."""
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
+    kind = type(error).__name__
+    if isinstance(error, UsageError):
+        return _Failure(f"{error} (see --help)", kind, 2)
+    if isinstance(error, usage_error):
+        return _Failure(f"{error.format_message()} (see --help)", UsageError.__name__, 2)  # type: ignore[attr-defined]
+    if isinstance(error, TritGgufError):
+        return _Failure(str(error), kind, 1)
+    if isinstance(error, OSError):
         reason = error.strerror or str(error)
-        terminal.error(f"{error.filename}: {reason}" if error.filename else reason)
-    except MemoryError:
-        terminal.error("not enough memory; close other programs or give a smaller --ctx-size")
-    return 1
+        return _Failure(f"{error.filename}: {reason}" if error.filename else reason, kind, 1)
+    if isinstance(error, MemoryError):
+        return _Failure("not enough memory; close other programs or give a smaller --ctx-size", kind, 1)
+    settings = [name for name in os.environ if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"]
+    if settings and _comes_from_numba(error):
+        return _Failure(f"Numba fails ({one_line(str(error))}); unset {', '.join(settings)}", kind, 1)
+    return None
+
+
+def _comes_from_numba(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("numba" in Path(frame.filename).parts for frame in frames)
 
 
 def _print_version(wanted: bool) -> None:

@@ -53,9 +53,9 @@ def calibrate_command(
     Example: tritgguf calibrate models/SmolLM2-135M-Instruct -o imatrix.gguf --self
     """
     from tritgguf.calibration.importance import measure_importance
-    from tritgguf.formats.gguf_writer import check_output
+    from tritgguf.formats.durable_output import check_output
 
-    check_output(output, overwrite)
+    check_output(output, overwrite, [source, text])
     windows, origin = read_windows(source, TextOptions(text, own_text, tokens, seed), threads)
     with terminal.progress(in_bytes=False) as report:
         result = measure_importance(

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 def print_check(report: CheckReport) -> None:
     """Print the report of an undamaged file."""
+    no_checksums = "none: a stock GGUF file has none" if report.stock else "none: written by an earlier version"
     rows = [
         ("tensors", str(report.tensors)),
         ("of them in trits", str(report.trit_tensors)),
-        ("checksums", str(report.checksums) if report.checksums else "none: written by an earlier version"),
+        ("checksums", str(report.checksums) if report.checksums else no_checksums),
         ("file", format_bytes(report.file_bytes)),
         ("time", f"{report.seconds:.2f} s"),
-        ("speed", f"{report.bytes_per_second / 1e9:.1f} GB/s"),
+        ("speed", f"{format_bytes(report.bytes_per_second)}/s"),
     ]
     print_table(f"{report.file}: whole", ("", ">"), rows)
 
@@ -42,6 +43,8 @@ def check_command(file: TritFile, threads: Threads = None, as_json: Json = False
 def check_file(file: Path, threads: int | None) -> CheckReport:
     """Check a file, with progress on stderr."""
     from tritgguf.formats.integrity import check
+    from tritgguf.runtime.compiler import require_compiler
 
+    require_compiler()
     with terminal.progress(in_bytes=True) as report:
         return check(file, threads=threads, progress=lambda done, total: report("checking", done, total))

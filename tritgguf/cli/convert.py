@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritgguf.cli import terminal
@@ -32,8 +31,6 @@ from tritgguf.cli.text_windows import TextOptions, read_windows
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from tritgguf.conversion.report import ConvertReport
 
 
@@ -91,15 +88,17 @@ def convert_command(
     from tritgguf.conversion.convert import convert
     from tritgguf.conversion.depths import DepthChoice, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
+    from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
-    from tritgguf.formats.gguf_writer import check_output
+    from tritgguf.formats.durable_output import check_output
 
-    check_output(output, overwrite)
+    target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
-    with SavedText(output, resume=resume) as saved:
+    importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
+    with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(
@@ -109,7 +108,7 @@ def convert_command(
                 output_depth=output_depth,
                 embedding_depth=embedding_depth,
                 encoder=chosen,
-                importance=None if imatrix is None else _importance(source, imatrix),
+                importance=importance,
                 windows=windows,
                 choice=choice,
                 threads=threads,
@@ -117,13 +116,5 @@ def convert_command(
                 resume=resume,
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )
+    result.warnings += warnings
     terminal.print_json(vars(result)) if as_json else print_conversion(result)
-
-
-def _importance(source: str, path: Path) -> dict[str, np.ndarray]:
-    """Read the importance of the source's matrices."""
-    from tritgguf.formats.imatrix import read_importance
-    from tritgguf.sources.open import open_source
-
-    columns = {tensor.name: tensor.shape[-1] for tensor in open_source(source).tensors if len(tensor.shape) == 2}
-    return read_importance(path, columns)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tritgguf.cli.terminal import note
+from tritgguf.errors import TritGgufError
+
+
+class UsageError(TritGgufError):
+    """The command line is wrong, for example because its options contradict each other."""
 
 
 def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
@@ -18,7 +26,7 @@ SourceModel = Annotated[
 ]
 OutputFile = Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead, also of an error.")]
 TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
 InstructionSet = Annotated[
     str | None,
@@ -50,13 +58,55 @@ CacheType = Annotated[
     str | None,
     option("--cache-type", metavar="TYPE", help="Type of the KV cache: f16 or f32.", show_default="f16"),
 ]
+
+
+def _check_threads(threads: int | None) -> int | None:
+    """Return None for 0 and less, which mean the default as in llama.cpp; warn of more threads than processors."""
+    if threads is None or threads < 1:
+        return None
+    from cpu_kernels.threads.cores import physical_cores
+
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = min(processors, 2 * physical_cores())  # a container's quota may allow fewer than the machine has
+    if threads > processors:
+        note(f"warning: {threads} threads on {processors} processors wait for one another; that is far slower")
+    return threads
+
+
 Threads = Annotated[
-    int | None, option("--threads", "-t", "-j", min=1, help="Number of threads.", show_default="the physical cores")
+    int | None,
+    option(
+        "--threads",
+        "-t",
+        "-j",
+        help="Number of threads; 0 or less: the default.",
+        show_default="the physical cores",
+        callback=_check_threads,
+    ),
 ]
 Lookup = Annotated[
     bool, typer.Option("--lookup", help="Guess tokens from equal passages of prompt and answer; same answers, sooner.")
 ]
+DraftFile = Annotated[
+    Path | None,
+    option(
+        "--model-draft",
+        "-md",
+        metavar="FILE",
+        help="A smaller trit file with the same vocabulary, which guesses tokens; same answers.",
+        show_default=False,
+    ),
+]
 DraftMax = Annotated[int, option("--draft-max", "--draft", min=1, help="Most tokens to guess at once.")]
+
+
+def check_predict(count: int) -> int:
+    """Return the largest length of an answer; -1 and llama.cpp's -2 are no limit. Raises UsageError for less."""
+    if count < -2:
+        raise UsageError(f"the number of tokens to predict must be 0 or more, or -1 for no limit, not {count}")
+    return max(count, -1)
+
+
 TextFile = Annotated[
     Path | None,
     option(

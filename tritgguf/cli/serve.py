@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.options import CacheType, InstructionSet, PrefillBits, Threads, TritFile, option
+from tritgguf.cli.answer import warn_beyond_training
+from tritgguf.cli.options import (
+    CacheType,
+    DraftFile,
+    DraftMax,
+    InstructionSet,
+    Lookup,
+    PrefillBits,
+    Threads,
+    TritFile,
+    option,
+)
 from tritgguf.errors import MissingExtraError, TritGgufError
 
 if TYPE_CHECKING:
@@ -70,6 +81,9 @@ def serve_command(
     no_page: NoPage = False,
     prefill_bits: PrefillBits = 8,
     cache_type: CacheType = None,
+    lookup: Lookup = False,
+    draft: DraftFile = None,
+    draft_max: DraftMax = 16,
     isa: InstructionSet = None,
 ) -> None:
     """Serve OpenAI's API and a chat page; Ctrl-C ends it.
@@ -95,7 +109,9 @@ def serve_command(
         raise TritGgufError("an API key must not be empty")
     bound = listening_socket(host, port)
     options = {"context": context or None, "parallel": parallel, "threads": threads, "prefill_bits": prefill_bits}
-    model = _load(file, **options, cache_type=cache_type, isa=isa)
+    guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
+    model = _load(file, **options, **guesses, cache_type=cache_type, isa=isa)
+    warn_beyond_training(model)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
     serve(model, settings, bound, lambda: terminal.note(f"{url_of(bound)}  (Ctrl-C ends the server)"))

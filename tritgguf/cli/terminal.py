@@ -7,29 +7,38 @@ reprogram a terminal, are removed before printing.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from tritgguf.cli.layout import needs_stacking, pairs, stacked, terminal_width, wrap
 from tritgguf.text_format import format_bytes, one_line, strip_control_characters
+
+_SECONDS_BETWEEN_LINES = 1.0  # of progress that is not shown on a terminal
+_WIDTH_FOR_RATES = 80  # columns
+_WIDTH_BESIDE_NAME = 28  # of the shortest bar, the percentage and the time left
 
 
 def error(message: str) -> None:
-    """Print an error: one line on stderr."""
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    """Print an error on stderr: one line, which only a terminal breaks."""
+    note(f"error: {one_line(message)}")
 
 
-def note(message: str) -> None:
-    """Print a message that is not a result, on stderr."""
+def note(message: str, *, dim: bool = False) -> None:
+    """Print a message that is not a result, on stderr; wrapped on a terminal, and faint where it can show that."""
+    if sys.stderr.isatty():
+        message = wrap(message, terminal_width(sys.stderr))
+        if dim and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+            message = f"\x1b[2m{message}\x1b[0m"
     print(message, file=sys.stderr, flush=True)
 
 
-def write_answer(piece: str) -> None:
-    """Print a piece of a model's answer immediately."""
-    sys.stdout.write(strip_control_characters(piece) if sys.stdout.isatty() else piece)
-    sys.stdout.flush()
+def note_pairs(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and what they mean, on stderr."""
+    print(pairs(rows, terminal_width(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -42,6 +51,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     names = [column.removeprefix(">") for column in columns]
     right = [column.startswith(">") for column in columns]
     cells = [[strip_control_characters(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty() and needs_stacking(names, cells, width := terminal_width(sys.stdout)):
+        print(f"{wrap(title, width)}\n\n{stacked(names, cells, width)}\n")
+        return
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -77,7 +89,8 @@ class Report(Protocol):
 def progress(*, in_bytes: bool) -> Iterator[Report]:
     """Show a job's progress on stderr, with the time left and, for bytes, the rate.
 
-    A bar on a terminal, otherwise a line for each tenth. Unless progress is in bytes, it restarts with each stage.
+    A bar on a terminal, otherwise a line for each tenth, one a second at most. Unless progress is in bytes, it restarts
+    with each stage.
     """
     if not sys.stderr.isatty():
         yield _PlainProgress(in_bytes)
@@ -85,12 +98,18 @@ def progress(*, in_bytes: bool) -> Iterator[Report]:
     from rich import progress as bars
     from rich.console import Console
     from rich.markup import escape
+    from rich.table import Column
 
-    columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn()]
-    if in_bytes:
+    console = Console(stderr=True)
+    with_rates = in_bytes and console.width >= _WIDTH_FOR_RATES
+    longest = console.width // 3 if with_rates else console.width - _WIDTH_BESIDE_NAME
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, longest))
+    columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}", table_column=name)]
+    columns += [bars.BarColumn(max(6, min(40, console.width - 60))), bars.TaskProgressColumn()]
+    if with_rates:
         columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     tasks: dict[str, bars.TaskID] = {}
-    with bars.Progress(*columns, bars.TimeRemainingColumn(), console=Console(stderr=True)) as display:
+    with bars.Progress(*columns, bars.TimeRemainingColumn(), console=console) as display:
 
         def report(stage: str, done: int, total: int) -> None:
             key = "" if in_bytes else stage
@@ -106,16 +125,17 @@ class _PlainProgress:
         self._in_bytes = in_bytes
         self._stage: str | None = None
         self._tenth = 0
-        self._start = time.perf_counter()
+        self._start = self._last_line = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not self._in_bytes and stage != self._stage:
             self._stage, self._tenth, self._start = stage, -1, time.perf_counter()
         tenth = done * 10 // total if total else 10
-        if tenth <= self._tenth:
+        now = time.perf_counter()
+        if tenth <= self._tenth or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
-        self._tenth = tenth
-        seconds = time.perf_counter() - self._start
+        self._tenth, self._last_line = tenth, now
+        seconds = now - self._start
         details = [f"{tenth * 10:3d} %", one_line(stage)]
         if done and seconds:
             if self._in_bytes:

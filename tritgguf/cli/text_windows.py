@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritgguf.cli import terminal
-from tritgguf.errors import TritGgufError
+from tritgguf.cli.options import UsageError
 
 if TYPE_CHECKING:
     from tritgguf.conversion.own_text import SavedText
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The options for the calibration text; raises TritGgufError if they contradict each other.
+    """The options for the calibration text; raises UsageError if they contradict each other.
 
     Attributes:
         file: the text file; None for self-generated text.
@@ -32,7 +32,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.file is not None and self.own:
-            raise TritGgufError("--text and --self both select the calibration text; give one of them")
+            raise UsageError("--text and --self both select the calibration text; give one of them")
 
     @property
     def is_given(self) -> bool:

@@ -16,8 +16,10 @@ from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Import
 from tritgguf.conversion.pipeline import encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.report import ConvertReport, conversion_report
-from tritgguf.formats.gguf_writer import StreamingWriter, check_output
+from tritgguf.formats.durable_output import check_output
+from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.journal import Journal
+from tritgguf.runtime.compiler import require_compiler
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
@@ -76,8 +78,8 @@ def convert(
     started = time.perf_counter()
     options = DepthOptions(depth, output_depth, embedding_depth, choice)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
-    output = Path(output)
-    check_output(output, overwrite)
+    output = check_output(output, overwrite, [source], resume=resume)
+    require_compiler()
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)

@@ -77,17 +77,22 @@ class DepthChoice:
         return ", ".join(parts)
 
     def depths(
-        self, weights: Mapping[str, int], depth: int, measure: Callable[[list[str], Sequence[int]], Sensitivities]
+        self,
+        weights: Mapping[str, int],
+        kept: Mapping[str, int],
+        depth: int,
+        measure: Callable[[list[str], Sequence[int]], Sensitivities],
     ) -> dict[str, int]:
         """Return the depths of matrices: GGUF name -> trits per weight, 0 for F16.
 
         Args:
             weights: GGUF name -> number of weights, of the matrices whose depth is to be chosen.
+            kept: GGUF name -> the depth that the rules set (`apply_rules`); names without weights are ignored.
             depth: the default depth.
             measure: returns the sensitivities of the named matrices at some depths.
 
         """
-        kept = apply_rules(weights, self.keep)
+        kept = {name: kept[name] for name in weights if name in kept}
         free = [name for name in weights if name not in kept]
         if self.target_bpw is not None:
             packed = {name: kept_depth for name, kept_depth in kept.items() if kept_depth != F16_DEPTH}

@@ -14,7 +14,7 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.conversion.depths import DepthOptions, Sensitivities
+from tritgguf.conversion.depths import F16_DEPTH, DepthOptions, Sensitivities, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
     Encoder,
@@ -25,7 +25,7 @@ from tritgguf.conversion.encoders import (
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
-from tritgguf.conversion.recovery import RecoveryPlan, plan_recovery
+from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
@@ -80,7 +80,26 @@ class ConversionPlan:
     @property
     def warnings(self) -> list[str]:
         """Warnings for the user, one line each."""
-        return [*self.source.warnings, *_requantization_warning(self.source, self.tensors), *self.recovery.warnings]
+        return [
+            *self.source.warnings,
+            *_requantization_warning(self.source, self.tensors),
+            *self.recovery.warnings,
+            *self._importance_warning(),
+        ]
+
+    def _importance_warning(self) -> list[str]:
+        """Warn if the importance matrix lacks matrices; the embeddings have no inputs that could be measured."""
+        if not isinstance(self.quantizer, ImportanceSearch):
+            return []
+        known = self.quantizer.importance or {}
+        missing = [name for name in self.quantized_depths if name not in known and name != _EMBEDDINGS]
+        if not missing:
+            return []
+        total = sum(name != _EMBEDDINGS for name in self.quantized_depths)
+        return [
+            f"the importance matrix has nothing for {len(missing)} of {total} matrices ({named(missing)}), which are"
+            " quantized without it; is it of this model?"
+        ]
 
     def job(self, threads: int) -> dict[str, Any]:
         """Return everything that determines the file's bytes, for its journal: hashes and plain values."""
@@ -135,9 +154,13 @@ def plan_conversion(
     if isinstance(quantizer, ImportanceSearch):
         _check_columns(source, quantizer.importance or {})
     depths = requested_depths(source, options)
-    unpacked = [name for name in _packable(source, depths) if source.packed(name) is None]
+    packable = _packable(source, depths)
+    kept = apply_rules(packable, options.choice.keep)
+    unpacked = [name for name in packable if source.packed(name) is None and kept.get(name) != F16_DEPTH]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
-    depths |= _chosen_depths(source, depths, recovery, options, windows, thread_pool)
+    recovery = recovery.limited(kept)
+    remaining = {name: weights for name, weights in packable.items() if name not in recovery.fits}
+    depths |= _chosen_depths(source, remaining, kept, options, windows, thread_pool)
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
@@ -193,13 +216,13 @@ def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
 
 def _chosen_depths(
     source: Source,
-    depths: dict[str, int],
-    recovery: RecoveryPlan,
+    weights: dict[str, int],
+    kept: dict[str, int],
     options: DepthOptions,
     windows: Windows | None,
     thread_pool: ThreadPool,
 ) -> dict[str, int]:
-    """Choose the depths of the layers' matrices that are packed and not recovered."""
+    """Choose the depths of matrices, name -> number of weights; `kept` are those that rules set."""
 
     def measure(names: list[str], some_depths: Sequence[int]) -> Sensitivities:
         from tritgguf.calibration.sensitivity import measure_sensitivities
@@ -208,8 +231,7 @@ def _chosen_depths(
             raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
         return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], thread_pool)
 
-    weights = {name: n for name, n in _packable(source, depths).items() if name not in recovery.fits}
-    return options.choice.depths(weights, options.layer_depth, measure)
+    return options.choice.depths(weights, kept, options.layer_depth, measure)
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:

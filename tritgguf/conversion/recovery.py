@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,11 @@ class RecoveryPlan:
     encoder: str
     fits: dict[str, Fit] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def limited(self, depths: Mapping[str, int]) -> RecoveryPlan:
+        """Return the plan without the fits that need more trits than a depth, by GGUF name, allows."""
+        fits = {name: fit for name, fit in self.fits.items() if fit.depth <= depths.get(name, fit.depth)}
+        return replace(self, fits=fits)
 
 
 def plan_recovery(
@@ -110,6 +115,10 @@ def _is_majority(source: Source, found: dict[str, Fit | NoFit]) -> bool:
 
 def _describe_misfits(source: Source, found: dict[str, Fit | NoFit]) -> str:
     misfits = [f"tensor {name} {fit.reason}" for name, fit in found.items() if isinstance(fit, NoFit)]
-    listed = ", ".join(misfits[:_MAX_NAMED])
-    more = f" and {len(misfits) - _MAX_NAMED} more" if len(misfits) > _MAX_NAMED else ""
-    return f"{source.name}: {len(misfits)} of {len(found)} matrices cannot be recovered exactly: {listed}{more}"
+    return f"{source.name}: {len(misfits)} of {len(found)} matrices cannot be recovered exactly: {named(misfits)}"
+
+
+def named(items: Sequence[str]) -> str:
+    """Return the first few items for a message, and how many more there are."""
+    more = f" and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
+    return ", ".join(items[:_MAX_NAMED]) + more

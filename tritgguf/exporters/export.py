@@ -15,8 +15,8 @@ from tritgguf.exporters.hf_folder import export_folder
 from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
 from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.gguf_writer import check_output
 from tritgguf.machine import peak_memory_bytes
+from tritgguf.runtime.compiler import require_compiler
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
@@ -75,6 +75,7 @@ def export(
 
     """
     started = time.perf_counter()
+    require_compiler()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and _HUB_ID.fullmatch(base_model) is None:
@@ -83,10 +84,9 @@ def export(
     if to == "hf":
         durable_output.check_new_folder(output)
     else:
-        check_output(output, overwrite)
+        durable_output.check_output(output, overwrite, [file])
     opened = _open_trit_file(file)
-    report = ExportReport(output, opened.path, to)
-    report.weights = sum(info.n_weights for info in opened.tensors.values())
+    report = ExportReport(output, opened.path, to, weights=sum(info.n_weights for info in opened.tensors.values()))
     on_tensor, thread_pool = _progress_counter(opened, progress), ThreadPool(threads)
     if to == "hf":
         base_model = base_model or _source_hub_id(opened)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tritgguf.errors import BadRequestError, TritGgufError
+from tritgguf.text_format import format_bytes
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -17,7 +18,7 @@ def check_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise TritGgufError(
-            f"{output}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there; make room"
+            f"{output}: needs {format_bytes(needed)}, {format_bytes(needed - free)} more than are free there; make room"
         )
 
 
@@ -43,6 +44,53 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+PART_SUFFIXES = ("", ".part", ".part.journal", ".part.text")
+"""What writers append to the name of an output for the files that they write."""
+
+
+def check_output(
+    output: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), *, resume: bool = False
+) -> Path:
+    """Return the path of the file to write: the output, or the file that it links to.
+
+    `inputs` are the files and folders that are read (others, such as hub ids, are ignored); none of them is ever
+    replaced. Raises BadRequestError unless a regular file can be written there, and if a file exists and `overwrite` is
+    false; with `resume`, the message says whether there is anything to resume.
+    """
+    output = Path(output)
+    target = Path(os.path.realpath(output)) if output.is_symlink() else output
+    if target.is_dir():
+        raise BadRequestError(f"{output}: is a folder; name a file")
+    for path in _files_of(inputs):
+        if any(_is_same(target.with_name(target.name + suffix), path) for suffix in PART_SUFFIXES):
+            raise BadRequestError(f"{output}: writing it would replace {path}, which is read; name another output")
+    if os.path.lexists(target) and not target.is_file():
+        raise BadRequestError(f"{output}: is no regular file (a device, a pipe or a broken link); name another output")
+    if target.exists() and not overwrite:
+        if resume and not target.with_name(target.name + PART_SUFFIXES[1]).exists():
+            raise BadRequestError(
+                f"{output}: is complete, so there is nothing to resume; use --overwrite to write it again"
+            )
+        raise BadRequestError(f"{output}: exists already; name another file or use --overwrite")
+    if not target.parent.is_dir():
+        raise BadRequestError(f"{output}: its folder does not exist; create it first")
+    return target
+
+
+def _files_of(inputs: Iterable[str | Path | None]) -> Iterator[Path]:
+    """Yield the existing files among some paths, and the files in the folders among them."""
+    for path in (Path(given) for given in inputs if given is not None):
+        if path.is_dir():
+            yield from (file for file in path.iterdir() if file.is_file())
+        elif path.exists():
+            yield path
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Tell whether two paths are one file, also through links."""
+    return path.exists() and path.samefile(other)
 
 
 def check_new_folder(output: Path) -> None:

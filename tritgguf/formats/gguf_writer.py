@@ -22,8 +22,8 @@ import xxhash
 from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import DiskError, check_room, disk_errors, sync_folder
+from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, sync_folder
 from tritgguf.formats.journal import Journal, WrittenTensor
 
 if sys.platform != "win32":
@@ -32,6 +32,7 @@ if sys.platform != "win32":
 _ALIGNMENT = 32
 _SYNC_BYTES = 1 << 26
 _SYNC_SECONDS = 0.5
+_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ class StreamingWriter:
         journal: Journal | None = None,
         resume: bool = False,
     ) -> None:
-        self.output = Path(output)
         self.tensors = list(tensors)
         self.resumed: list[WrittenTensor] = []
         self._remaining = 0
@@ -71,7 +71,7 @@ class StreamingWriter:
         self._journal, self._resume = journal, resume
         self._unsynced, self._synced_at = 0, time.monotonic()
         self._unsynced_tensors: list[WrittenTensor] = []
-        check_output(self.output, overwrite)
+        self.output = check_output(output, overwrite)
         self._part = self.output.with_name(f"{self.output.name}.part")
         self._writer = GGUFWriter(None, str(metadata["general.architecture"].value))
         self._writer.kv_data[0] = dict(metadata)
@@ -178,7 +178,7 @@ class StreamingWriter:
     def _open(self) -> BinaryIO:
         """Open and lock the unfinished file; the lock ends with the process."""
         while True:
-            file = cast("BinaryIO", os.fdopen(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
+            file = cast("BinaryIO", os.fdopen(os.open(self._part, _OPEN_FLAGS, 0o666), "r+b"))
             if sys.platform == "win32":
                 return file
             try:
@@ -274,13 +274,3 @@ class StreamingWriter:
 def _is_interruption(error: BaseException) -> bool:
     """Tell whether an error allows resuming: Ctrl-C, exit or a disk error."""
     return isinstance(error, (KeyboardInterrupt, SystemExit, DiskError))
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise BadRequestError unless a file can be written at `output`."""
-    if output.is_dir():
-        raise BadRequestError(f"{output}: is a folder; name a file")
-    if output.exists() and not overwrite:
-        raise BadRequestError(f"{output}: exists already; name another file or use --overwrite")
-    if not output.parent.is_dir():
-        raise BadRequestError(f"{output}: its folder does not exist; create it first")

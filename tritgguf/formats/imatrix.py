@@ -15,23 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import disk_errors, sync_folder
+from tritgguf.formats.durable_output import check_output, disk_errors, sync_folder
 from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_lfs_pointer
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32, MAGIC
-from tritgguf.formats.gguf_writer import check_output
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_ENTRIES = 1 << 20
 _MAX_NAME_BYTES = 1 << 16
 
 
-def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, np.ndarray]:
+def read_importance(
+    path: str | Path, columns: Mapping[str, int], unknown: list[str] | None = None
+) -> dict[str, np.ndarray]:
     """Read the importance of some matrices.
 
     Args:
         path: a GGUF or `.dat` file of llama.cpp's `imatrix` or of `tritgguf calibrate`.
         columns: GGUF name -> columns of the matrices to read; other matrices in the file are ignored.
+        unknown: if given, the names of those other matrices are appended.
 
     Returns:
         GGUF name -> float32 [columns], for the matrices that the file contains with at least one input.
@@ -49,7 +51,11 @@ def read_importance(path: str | Path, columns: Mapping[str, int]) -> dict[str, n
     if is_lfs_pointer(head):
         raise DamagedFileError(f"{path}: {foreign_kind(head)}")
     found = {}
-    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path, columns):
+    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path):
+        if name not in columns:
+            if unknown is not None:
+                unknown.append(name)
+            continue
         if importance.shape != (columns[name],):
             raise DamagedFileError(
                 f"{path}: {name} has {importance.size} columns, but {columns[name]} in the model; this importance"
@@ -71,6 +77,8 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
         raise DamagedFileError(f"{path}: is a GGUF file, but not an importance matrix (general.type is not imatrix)")
+    in_file = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
+    yield from ((name, np.empty(0)) for name in in_file if name not in columns)
     for name in columns:
         sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
         if sums is None and counts is None:
@@ -87,7 +95,7 @@ def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np
             raise DamagedFileError(f"{path}: {name}{_COUNTS} is not a number; make the file again")
 
 
-def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _from_dat(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     remaining = path.stat().st_size
 
     with path.open("rb") as file:
@@ -111,7 +119,7 @@ def _from_dat(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.
             name = take(number(_MAX_NAME_BYTES)).decode("utf-8", "replace")
             calls, size = number((1 << 31) - 1), number((1 << 31) - 1)
             values = np.frombuffer(take(4 * size), "<f4")
-            if name in columns and calls > 0:
+            if calls > 0:
                 yield name, values / np.float64(calls)
 
 
@@ -142,8 +150,7 @@ def write_importance(
     """
     from gguf import GGUFWriter
 
-    path = Path(path)
-    check_output(path, overwrite)
+    path = check_output(path, overwrite)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with disk_errors(path):

@@ -41,7 +41,9 @@ class CheckReport:
     tensors: int
     trit_tensors: int
     checksums: int
-    """Number of tensors with a checksum; files of earlier versions have none."""
+    """Number of tensors with a checksum; stock files and files of earlier versions have none."""
+    stock: bool
+    """Whether another program wrote the file, so that its structure and the weights in F16 and F32 are all there is."""
     file_bytes: int
     seconds: float
     bytes_per_second: float
@@ -84,6 +86,7 @@ def check(
         tensors=len(tensors),
         trit_tensors=sum(trit_types.is_trit_type(info.type_id) for info in tensors),
         checksums=sum(trit_types.checksum_key(info.name) in file.metadata for info in tensors),
+        stock=trit_types.KEY_VERSION not in file.metadata,
         file_bytes=Path(path).stat().st_size,
         seconds=ended - started,
         bytes_per_second=total / (ended - opened),

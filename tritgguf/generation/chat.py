@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tritgguf.errors import BadRequestError
 from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import chat_tokens, system_message
 from tritgguf.generation.result import Generation
@@ -29,6 +30,7 @@ class Chat:
 
     Attributes:
         messages: the history. An answer joins it when its stream ends, whole or as far as it came.
+        max_tokens: the largest length of an answer, as in `generate`.
 
     """
 
@@ -58,11 +60,32 @@ class Chat:
         """
         self._model = loaded(model)
         self._sampler = Sampler(sampling_options(sampling, options))
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._stop = stop_list(stop)
         self._start = system_message(system)
         self._stream: TextStream | None = None
         self.messages: list[Message] = list(self._start)
+
+    @property
+    def system(self) -> str | None:
+        """The system message; None for none. A new one counts from the next message on, for the whole history."""
+        return self._start[0]["content"] if self._start else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._end_answer()
+        said = self.messages[1:] if self.messages[:1] == self._start[:1] and self._start else self.messages
+        self._start = system_message(text)
+        self.messages = [*self._start, *said]
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are chosen; assign other options for the answers to come."""
+        return self._sampler.options
+
+    @sampling.setter
+    def sampling(self, options: SamplingOptions) -> None:
+        self._sampler = Sampler(options)
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -75,12 +98,27 @@ class Chat:
         Raises TritGgufError, and leaves the history as it was, when there is no room for the message.
         """
         self._end_answer()
-        question: Message = {"role": "user", "content": text}
-        tokens = chat_tokens(self._model, [*self.messages, question])
+        return self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def regenerate(self) -> TextStream:
+        """Return the stream of another answer to the last message, which takes the place of the one before.
+
+        Raises BadRequestError when there is no message to answer, or as `ask`.
+        """
+        self._end_answer()
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        messages = self.messages[:-1] if answered else self.messages
+        if not messages or messages[-1]["role"] != "user":
+            raise BadRequestError("there is no message to answer again; ask something first")
+        return self._answer(messages)
+
+    def _answer(self, messages: list[Message]) -> TextStream:
+        """Return the stream that answers the last of the messages, which become the history."""
+        tokens = chat_tokens(self._model, messages)
         self._stream = TextStream(
-            self._model, tokens, self._sampler, max_tokens=self._max_tokens, stop=self._stop, on_end=self._remember
+            self._model, tokens, self._sampler, max_tokens=self.max_tokens, stop=self._stop, on_end=self._remember
         )
-        self.messages.append(question)
+        self.messages[:] = messages
         return self._stream
 
     def _end_answer(self) -> None:

@@ -19,6 +19,7 @@ from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.generation.engine import Engine
     from tritgguf.generation.speculation import Speculation
     from tritgguf.runtime.model import Model
@@ -46,6 +47,11 @@ class LoadedModel:
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self.engine.context
+
+    @property
+    def trained_context(self) -> int:
+        """Tokens that the model was trained to see together."""
+        return self.engine.model.config.context_length
 
     def logits(self, tokens: Sequence[int] | str, *, first: int = 0) -> np.ndarray:
         """Return the logits behind each token of a text.
@@ -157,6 +163,7 @@ def load(
     cache_type: str | None = None,
     isa: str | None = None,
     lookup: bool = False,
+    draft: str | Path | None = None,
     draft_max: int = 16,
     on_compilation: Callable[[], None] | None = None,
 ) -> LoadedModel:
@@ -175,6 +182,7 @@ def load(
         isa: the instruction set, such as "avx2"; None for the best that works here.
         lookup: whether to guess next tokens from equal passages of prompt and answer, and evaluate several at once
             where that saves time. Answers stay the same.
+        draft: the trit file of a smaller model with the same vocabulary, which guesses instead.
         draft_max: how many tokens are guessed at most.
         on_compilation: called if kernels have to be compiled first, which takes about half a minute on a machine's
             first run.
@@ -197,23 +205,42 @@ def load(
     if template is not None:
         start_renderer()  # beside the rest of loading
     tokenizer = Tokenizer(file.metadata, name=str(path))
-    bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
-    model = Model(file, threads=threads, exact=exact, isa=isa, **bits)
-    speculation = _make_speculation(path, lookup=lookup, draft_max=draft_max)
+    model = Model(file, prefill_bits=prefill_bits, decode_bits=decode_bits, exact=exact, threads=threads, isa=isa)
+    draft_model = None if draft is None else Model(_draft_file(draft, file), threads=threads, isa=isa)
+    speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
     engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type, speculation)
-    start += _compile(model, on_compilation, batches=parallel > 1 or speculation is not None)
+    start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
     return LoadedModel(Path(path), tokenizer, template, time.perf_counter() - start, engine)
 
 
-def _make_speculation(path: str | Path, *, lookup: bool, draft_max: int) -> Speculation | None:
+def _draft_file(path: str | Path, file: GgufFile) -> GgufFile:
+    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.generation.draft_model import check_vocabularies
+
+    draft = GgufFile(path)
+    check_vocabularies(file, draft)
+    return draft
+
+
+def _make_speculation(
+    model: Model, draft_model: Model | None, *, lookup: bool, draft_max: int, parallel: int
+) -> Speculation | None:
+    """Return what guesses tokens; None where nothing shall."""
     if draft_max < 1:
-        raise BadRequestError(f"{path}: draft_max must be 1 or more, not {draft_max}")
-    if not lookup:
+        raise BadRequestError(f"--draft-max (draft_max) must be 1 or more, not {draft_max}")
+    if lookup and draft_model is not None:
+        raise BadRequestError("tokens are guessed by --lookup or by --model-draft (draft), not by both; leave one out")
+    if not lookup and draft_model is None:
         return None
-    from tritgguf.generation.lookup import Lookup
     from tritgguf.generation.speculation import Speculation
 
-    return Speculation(Lookup(), draft_max)
+    if draft_model is None:
+        from tritgguf.generation.lookup import Lookup
+
+        return Speculation(Lookup(), draft_max)
+    from tritgguf.generation.draft_model import drafting
+
+    return Speculation(drafting(draft_model, model, parallel), draft_max)
 
 
 def _make_engine(
@@ -236,16 +263,20 @@ def _make_engine(
     )
 
 
-def _compile(model: Model, on_compilation: Callable[[], None] | None, *, batches: bool) -> float:
+def _compile(
+    model: Model, draft_model: Model | None, on_compilation: Callable[[], None] | None, *, batches: bool
+) -> float:
     """Make the kernels ready; return the seconds that it took if some had to be compiled, else 0."""
     start, compiled = time.perf_counter(), list[bool]()
 
     def announce() -> None:
-        compiled.append(True)
-        if on_compilation is not None:
+        if not compiled and on_compilation is not None:
             on_compilation()
+        compiled.append(True)
 
     model.compile(announce, batches=batches)
+    if draft_model is not None:
+        draft_model.compile(announce)
     return time.perf_counter() - start if compiled else 0.0
 
 

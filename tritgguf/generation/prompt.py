@@ -42,7 +42,7 @@ def system_message(system: str | None) -> list[Message]:
 def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
     """Return the prompt of a chat's next answer; TritGgufError for what is no chat, or without a chat template."""
     for message in messages if isinstance(messages, Sequence) else [messages]:
-        if not _is_message(message):
+        if not is_message(message):
             raise BadRequestError(f'a message is {{"role": ..., "content": ...}}, two texts, not {message!r:.60}')
     if model.chat_template is None:
         raise BadRequestError(
@@ -56,5 +56,6 @@ def chat_tokens(model: LoadedModel, messages: Sequence[Message]) -> list[int]:
         raise type(error)(f"{model.path}: {error}") from error
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
+    """Tell whether a value is a message: a role and a content, both texts."""
     return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))

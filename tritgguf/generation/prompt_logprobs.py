@@ -6,12 +6,11 @@ forward pass to the few numbers that are wanted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from tritgguf.generation.sampling import TokenLogprobs
+from tritgguf.generation.sampling import TokenLogprobs, token_logprobs
 
 
 class PromptLogprobs:
@@ -24,19 +23,15 @@ class PromptLogprobs:
     def reduce(self, rows: np.ndarray, first: int) -> np.ndarray:
         """Return float64 [rows, 1 + 2 top]: the next token's log probability, the likeliest tokens, and theirs.
 
-        `rows` are logits, float32 [rows, vocabulary], of the prompt's tokens from position `first` on.
+        `rows` are logits, float32 [rows, vocabulary], of the prompt's tokens from position `first` on. What does not
+        exist, such as a token behind the last, is NaN.
         """
         kept = np.full((len(rows), 1 + 2 * self._top), np.nan)
-        for place, row in enumerate(rows):
-            top = min(self._top, len(row))
-            normalizer = log_sum_exp(row)
-            if first + place + 1 < len(self._prompt):
-                kept[place, 0] = row[self._prompt[first + place + 1]] - normalizer
-            if top:
-                likeliest = np.argpartition(-row, top - 1)[:top] if top > 1 else np.array([row.argmax()])
-                likeliest = likeliest[np.argsort(-row[likeliest], kind="stable")]
-                kept[place, 1 : 1 + top] = likeliest
-                kept[place, 1 + self._top : 1 + self._top + top] = row[likeliest] - normalizer
+        for numbers, row, token in zip(kept, rows, self._prompt[first + 1 :], strict=False):
+            found = token_logprobs(row, token, self._top)
+            numbers[0] = found.logprob
+            for place, (other, logprob) in enumerate(found.top):
+                numbers[1 + place], numbers[1 + self._top + place] = other, logprob
         return kept
 
     def of_tokens(self, outputs: np.ndarray) -> list[TokenLogprobs]:
@@ -44,14 +39,6 @@ class PromptLogprobs:
         found = []
         for token, row in zip(self._prompt[1:], outputs, strict=False):
             tokens, values = row[1 : 1 + self._top], row[1 + self._top :]
-            top = tuple(
-                (int(other), float(value)) for other, value in zip(tokens, values, strict=True) if value == value
-            )
-            found.append(TokenLogprobs(token, float(row[0]), top))
+            top = [(int(other), float(value)) for other, value in zip(tokens, values, strict=True) if value == value]
+            found.append(TokenLogprobs(token, float(row[0]), tuple(top)))
         return found
-
-
-def log_sum_exp(logits: np.ndarray) -> float:
-    """Return log(sum(exp(logits))) of a row, float32 [vocabulary], added up in float64."""
-    largest = float(logits.max())
-    return largest + math.log(float(np.exp(logits - np.float32(largest)).sum(dtype=np.float64)))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _SET = 64  # logits whose maximum is taken at once
 _BANNED = -100  # a logit bias of this bans its token, as in OpenAI's API
 _LOWEST = np.finfo(np.float32).min
+_LARGEST = 1e30  # of penalized logits, so that their differences are numbers
+_SMALLEST_TEMPERATURE = 1e-6  # below, the likeliest token is all but certain
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class SamplingOptions:
     """How the next token is chosen; the defaults are llama.cpp's. Raises BadRequestError for impossible values.
 
     temperature: 0 always takes the likeliest token, higher is wilder.
-    top_k: keep the k likeliest tokens; 0 or less keeps all.
+    top_k: keep the k likeliest tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of tokens that has this probability; 1 keeps all.
     min_p: keep tokens at least this probable compared with the likeliest; 0 keeps all.
     repeat_penalty: what logits of recent tokens are divided by (multiplied, if negative); 1 does nothing.
-    repeat_last_n: how many tokens are recent.
+    repeat_last_n: how many tokens are recent; -1: all of them.
     seed: of the random draw; -1 takes a new one each time.
     presence_penalty: what is subtracted from the logits of tokens that the answer has; 0 does nothing.
     frequency_penalty: what is subtracted from them for each time that the answer has them; 0 does nothing.
@@ -69,7 +71,8 @@ class SamplingOptions:
         _require(0 <= self.top_p <= 1, "top-p", "between 0 and 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min-p", "between 0 and 1", self.min_p)
         _require(math.isfinite(penalty) and penalty > 0, "repeat-penalty", "more than 0", penalty)
-        _require(0 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more", self.repeat_last_n)
+        _require(-1 <= self.repeat_last_n < 1 << 31, "repeat-last-n", "0 or more, or -1 for all", self.repeat_last_n)
+        _require(self.top_k >= -1, "top-k", "1 or more, or 0 or -1 for all", self.top_k)
         _require(self.seed >= -1, "seed", "0 or more, or -1 for a new one each time", self.seed)
         _require(math.isfinite(self.presence_penalty), "presence-penalty", "a finite number", self.presence_penalty)
         _require(math.isfinite(self.frequency_penalty), "frequency-penalty", "a finite number", self.frequency_penalty)
@@ -174,7 +177,7 @@ class Sampler:
         self.logprobs: list[TokenLogprobs] = []
         self._constraint, self._top_logprobs = constraint, top_logprobs
         self._random = np.random.Generator(np.random.PCG64(self.seed))
-        self._recent: deque[int] = deque(maxlen=options.repeat_last_n)
+        self._recent: deque[int] = deque(maxlen=None if options.repeat_last_n == -1 else options.repeat_last_n)
         self._counts = Counter[int]()  # of the tokens of this answer
         self._sampled: int | None = None  # what `sample` has returned, until `accept` receives it
         self._biased = np.array(list(options.logit_bias), np.int64)
@@ -214,9 +217,13 @@ class Sampler:
         if self.options.temperature == 0 or self.options.top_k == 1:
             return likeliest
         if self.options.top_k <= 0 and self.options.top_p == 1 and self.options.min_p == 0:
-            return self._draw(np.exp((logits - logits[likeliest]) / np.float32(self.options.temperature)))
+            return self._draw(np.exp((logits - logits[likeliest]) / np.float32(self._temperature)))
         tokens, probabilities = self.distribution(logits)
         return int(tokens[self._draw(probabilities)])
+
+    @property
+    def _temperature(self) -> float:
+        return max(self.options.temperature, _SMALLEST_TEMPERATURE)
 
     def _draw(self, weights: np.ndarray) -> int:
         """Return a place, each as probable as its weight says."""
@@ -237,7 +244,7 @@ class Sampler:
             kept = kept[: np.searchsorted(cumulative, self.options.top_p) + 1]
         if self.options.min_p > 0:
             kept = kept[kept >= kept[0] + math.log(self.options.min_p)]
-        return tokens[: len(kept)], _softmax((kept - kept[0]) / self.options.temperature)
+        return tokens[: len(kept)], _softmax((kept - kept[0]) / self._temperature)
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with bias and penalties: a copy, or the same array if there are none."""
@@ -251,11 +258,15 @@ class Sampler:
         logits[self._biased] += self._biases
         if repeats:
             recent = np.array(sorted(set(self._recent)))
-            values = logits[recent]
-            logits[recent] = np.where(values > 0, values / options.repeat_penalty, values * options.repeat_penalty)
+            values = logits[recent].astype(np.float64)
+            with np.errstate(divide="ignore", over="ignore"):  # penalties may have any size
+                values = np.where(values > 0, values / options.repeat_penalty, values * options.repeat_penalty)
+            logits[recent] = _finite(values, logits[recent])
         if counts:
             tokens, times = np.array(list(self._counts)), np.array(list(self._counts.values()))
-            logits[tokens] -= (options.presence_penalty + options.frequency_penalty * times).astype(np.float32)
+            with np.errstate(over="ignore"):
+                values = logits[tokens] - (options.presence_penalty + options.frequency_penalty * times)
+            logits[tokens] = _finite(values, logits[tokens])
         return logits
 
     def _constrained(self, logits: np.ndarray) -> np.ndarray:
@@ -273,6 +284,11 @@ def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:
     likeliest = _likeliest(logits, top).tolist() if top else []
     pairs = ((other, float(logits[other]) - log_sum) for other in likeliest)
     return TokenLogprobs(token, float(logits[token]) - log_sum, tuple(pairs))
+
+
+def _finite(values: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return penalized logits within bounds; what was banned before stays banned."""
+    return np.where(before < _LOWEST, before, np.clip(values, -_LARGEST, _LARGEST))
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:

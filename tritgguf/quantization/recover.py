@@ -5,7 +5,8 @@ has an exact fit if there are levels and at most 27 scales that decode (`docs/fo
 its weights. `docs/recovery.md` describes the method and when it fails.
 
 A half is a float16 or bfloat16 number as its bit pattern, uint16. A scale is the bit pattern of a float32 number as an
-integer (`cpu_kernels/encoding/recover.py`). Matrices have dtype float16, or uint16 for the bits of bfloat16.
+integer (`cpu_kernels/encoding/recover.py`). Matrices have dtype float16, uint16 for the bits of bfloat16, or float32 if
+every weight is a half: checkpoints that were widened, and GGUF's ternary types TQ1_0 and TQ2_0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ _MISFITS = 4096  # misfits to collect before the codebook is updated
 _LARGEST_FINITE = 0x7F7FFFFF  # as a float32
 
 
+class NotHalvesError(ValueError):
+    """A number is no half, so the matrix was not rounded to halves."""
+
+
 class HalfType(enum.Enum):
     """The type of halves; its value is the dtype of arrays that store them."""
 
@@ -56,6 +61,16 @@ class HalfType(enum.Enum):
         """Convert halves, uint16, to float32."""
         return to_float32(halves.view(self.value))
 
+    def narrow(self, weights: np.ndarray) -> np.ndarray:
+        """Return weights in the dtype of this type; NotHalvesError unless it holds them."""
+        if weights.dtype == self.value:
+            return weights
+        if weights.dtype == np.float32 and not np.isnan(weights).any():
+            halves = self.round(weights)
+            if np.array_equal(self.widen(halves), weights):
+                return halves.view(self.value)
+        raise NotHalvesError("has weights that are no halves")
+
 
 @dataclass(frozen=True)
 class NoFit:
@@ -76,19 +91,22 @@ class Fit:
     Attributes:
         depth: the least depth that reproduces the matrix.
         codebook: float32 [27], ascending scales; unused entries repeat the last one.
+        half_type: the type of the weights, also if they are stored as float32.
 
     """
 
     depth: int
     codebook: np.ndarray
+    half_type: HalfType
 
     def encode(self, weights: np.ndarray, thread_pool: ThreadPool | None = None) -> QuantizedMatrix:
-        """Encode the matrix that the fit was found for: float16 or the bits of bfloat16 [rows, columns].
+        """Encode the matrix that the fit was found for: float16, the bits of bfloat16 or float32 [rows, columns].
 
         Decoding and rounding to halves reproduces every weight, except that -0.0 becomes 0.0: the format has no level
         for it. Raises ValueError if the fit does not reproduce a weight.
         """
-        half_type, groups = HalfType(weights.dtype), _groups(weights)
+        half_type = self.half_type
+        groups = _groups(half_type.narrow(weights))
         offset = level_offset(self.depth)
         entries, table = _decoding_tables(self, half_type)
         levels, indices = np.empty(groups.shape, np.uint8), np.empty(groups.shape[:2], np.uint8)
@@ -122,21 +140,36 @@ def find_fit(
     """Find the least depth that reproduces every weight of a matrix, and its codebook; NoFit says why there is none.
 
     Args:
-        weights: [rows, columns], columns a multiple of 64: float16, or uint16 for the bits of bfloat16. Other dtypes
-            have no fit. A `MatrixRows` is read once per codebook.
+        weights: [rows, columns], columns a multiple of 64: float16, uint16 for the bits of bfloat16, or float32 whose
+            numbers are all halves. Others have no fit. A `MatrixRows` is read once per codebook.
         deepest: the greatest depth to try.
         thread_pool: the threads to use; None for all cores.
 
     """
-    if weights.dtype not in [half_type.value for half_type in HalfType]:
-        return NoFit(f"is stored as {weights.dtype}, not as halves")
     matrix = MatrixRows.of(weights) if isinstance(weights, np.ndarray) else weights
-    found: Fit | NoFit = NoFit("has no weights")
-    for depth in range(DEPTHS[0], deepest + 1) if math.prod(matrix.shape) else ():
-        found = _find_fit_of_depth(matrix, HalfType(matrix.dtype), depth, thread_pool or default_thread_pool())
-        if isinstance(found, Fit):
-            break
-    return found
+    found: Fit | NoFit | None = None if math.prod(matrix.shape) else NoFit("has no weights")
+    for half_type in HalfType if found is None else ():  # numbers may be halves of both types, but fit only one
+        try:
+            narrowed = _narrowed(matrix, half_type)
+            for depth in range(DEPTHS[0], deepest + 1):
+                found = _find_fit_of_depth(narrowed, half_type, depth, thread_pool or default_thread_pool())
+                if isinstance(found, Fit):
+                    return found
+        except NotHalvesError:
+            continue
+    return found or NoFit(f"is stored as {matrix.dtype}, and its numbers are no halves")
+
+
+def _narrowed(matrix: MatrixRows, half_type: HalfType) -> MatrixRows:
+    """Return a matrix with its rows as halves, checked as they are read; NotHalvesError if a first one is not."""
+    if matrix.dtype == half_type.value:
+        return matrix
+    half_type.narrow(matrix.read(0, min(matrix.multiple, matrix.shape[0]))[:1])
+
+    def read(first: int, last: int) -> np.ndarray:
+        return half_type.narrow(matrix.read(first, last))
+
+    return MatrixRows(matrix.shape, half_type.value, read, matrix.multiple)
 
 
 def _groups(weights: np.ndarray) -> np.ndarray:
@@ -164,7 +197,7 @@ def _find_fit_of_depth(matrix: MatrixRows, half_type: HalfType, depth: int, thre
         if isinstance(codebook, NoFit):
             return codebook
         if is_sampled:
-            fit = Fit(depth, codebook)
+            fit = Fit(depth, codebook, half_type)
             indices, groups = _misfits(matrix, fit, half_type, thread_pool)
             if not indices.size:
                 return fit

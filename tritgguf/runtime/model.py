@@ -18,6 +18,7 @@ from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations
 from tritgguf.errors import BadRequestError
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.runtime.compiler import require_compiler
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.decode_pass import DecodePass
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, KVPool, pages_of
@@ -62,6 +63,7 @@ class Model:
         for name, bits in (("prefill_bits", prefill_bits), ("decode_bits", decode_bits)):
             if bits not in (8, 16):
                 raise BadRequestError(f"{file.path}: {name} must be 8 or 16, not {bits}")
+        require_compiler()
         self.thread_pool = ThreadPool(threads, isa=isa)
         try:
             _ = self.thread_pool.isa
@@ -146,6 +148,11 @@ class Model:
                 self._run(batch, arrays, logits, hidden)
             if logits is not None:
                 apply_softcap(self.config, logits)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model's file."""
+        return self._file.path.stat().st_size
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raise TritGgufError when there are no tokens, int64 [n], or one that does not exist."""

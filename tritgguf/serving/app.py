@@ -17,7 +17,7 @@ from starlette.responses import Response
 from tritgguf.errors import TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.serving import chat_completions, completions, embeddings, information, reference_page, tokens
-from tritgguf.serving.errors import ApiError, bad_request, internal_error
+from tritgguf.serving.errors import ApiError, bad_request
 from tritgguf.serving.limits import BodyLimits
 from tritgguf.serving.page import files
 from tritgguf.serving.responses import error_response
@@ -55,7 +55,6 @@ def create_app(model: LoadedModel, settings: ServerSettings) -> FastAPI:
             TritGgufError: _library_error,
             RequestValidationError: _validation_error,
             HTTPException: _http_error,
-            Exception: _unexpected_error,
         },
     )
     app.state.service = service
@@ -87,11 +86,6 @@ async def _library_error(request: Request, error: Exception) -> Response:
     if public.status == 500:
         _LOGGER.error("%s", error)
     return error_response(public)
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    """Answer without a word of what it was; uvicorn's log has it."""
-    return error_response(internal_error())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

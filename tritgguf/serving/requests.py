@@ -176,6 +176,7 @@ def timings(run: RunningRequest | None) -> dict[str, Any]:
         "predicted_ms": round(predicted_ms, 3),
         "predicted_per_token_ms": round(predicted_ms / run.decoded_tokens, 3) if run.decoded_tokens else 0.0,
         "predicted_per_second": round(1000 * run.decoded_tokens / predicted_ms, 3) if predicted_ms else 0.0,
+        **({"draft_n": run.drafted_tokens, "draft_n_accepted": run.accepted_tokens} if run.drafted_tokens else {}),
     }
 
 

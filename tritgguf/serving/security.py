@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tritgguf.serving.errors import ApiError
+from tritgguf.serving.errors import ApiError, internal_error
 from tritgguf.serving.responses import error_response
 from tritgguf.serving.settings import ServerSettings
 
+_LOGGER = logging.getLogger(__name__)
 _LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 _WILDCARDS = ("0.0.0.0", "::", "")
 _PUBLIC_PATHS = ("/health", "/v1/health")
@@ -85,7 +87,7 @@ class KeyPolicy:
 
 
 class Gate:
-    """Middleware: refuses what is not allowed, before anything else reads it, and adds headers to every answer."""
+    """Middleware: refuses what is not allowed before anything else reads it, and adds headers to every answer."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, public_paths: Iterable[str] = ()) -> None:
         """Guard an app; `public_paths` need no key, besides /health."""
@@ -100,15 +102,25 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in present)]
             await send(message)
 
         error = self._refusal(scope)
         answer = self._app if error is None else error_response(error)
-        await answer(scope, receive, send_with_headers)
+        try:
+            await answer(scope, receive, send_with_headers)
+        except Exception:
+            _LOGGER.exception("a request has failed")
+            if started:
+                raise
+            await error_response(internal_error())(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

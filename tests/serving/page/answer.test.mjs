@@ -66,3 +66,20 @@ test("a message that the server refused is not sent again", () => {
   const messages = [{ role: "user", content: "Too long" }, refused, { role: "user", content: "Short" }];
   assert.deepEqual(requestMessages(messages, ""), [{ role: "user", content: "Short" }]);
 });
+
+test("tool calls are sent with their results, and left out without", () => {
+  const calls = [{ id: "a", name: "first", arguments: "{}" }];
+  const asking = { ...newAnswer(0), status: "done", content: "Wait.", toolCalls: calls };
+  const user = { role: "user", content: "Now?" };
+  const result = { role: "tool", callId: "a", name: "first", content: "noon" };
+  assert.deepEqual(requestMessages([user, asking, result], ""), [
+    user,
+    {
+      role: "assistant",
+      content: "Wait.",
+      tool_calls: [{ id: "a", type: "function", function: { name: "first", arguments: "{}" } }],
+    },
+    { role: "tool", tool_call_id: "a", content: "noon" },
+  ]);
+  assert.deepEqual(requestMessages([user, asking, user], ""), [user, { role: "assistant", content: "Wait." }, user]);
+});

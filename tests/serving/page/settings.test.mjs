@@ -20,9 +20,17 @@ test("settings that are set are numbers and a schema", () => {
   });
 });
 
+test("tools may be functions alone", () => {
+  const tool = { type: "function", function: { name: "first" } };
+  const fields = requestFields({ ...DEFAULTS, tools: JSON.stringify([tool, { name: "second" }]) });
+  assert.deepEqual(fields, { tools: [tool, { type: "function", function: { name: "second" } }] });
+  assert.deepEqual(requestFields({ ...DEFAULTS, tools: "[]" }), {});
+});
+
 test("impossible values are named", () => {
   const wrong = [["temperature", "-1"], ["temperature", "warm"], ["top_p", "1.5"], ["top_k", "1.5"], ["max_tokens", "0"],
-    ["jsonSchema", "{"], ["jsonSchema", "[1]"], ["jsonSchema", "null"]];
+    ["jsonSchema", "{"], ["jsonSchema", "[1]"], ["jsonSchema", "null"],
+    ["tools", "{}"], ["tools", "[{}]"], ["tools", "[null]"]];
   for (const [name, value] of wrong) {
     assert.equal(typeof problemOf(name, value), "string", `${name} = ${value}`);
     assert.deepEqual(wrongSettings({ ...DEFAULTS, [name]: value }), [name]);

@@ -45,14 +45,24 @@ export function isEmpty(answer) {
 /** The messages of a request: what the model gets to see of a conversation. */
 export function requestMessages(messages, systemPrompt) {
   const sent = systemPrompt ? [{ role: "system", content: systemPrompt }] : [];
-  messages.forEach(({ role, content }, index) => {
+  messages.forEach((message, index) => {
+    const { role, content } = message;
     const last = sent.at(-1);
     if (role === "user" && isRefused(messages[index + 1])) return;
     // An answer that failed leaves two messages of the user in a row, which many templates refuse.
     if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
+    else if (role === "tool") sent.push({ role, tool_call_id: message.callId, content });
+    else if (message.toolCalls?.length && messages[index + 1]?.role === "tool") sent.push(withToolCalls(message));
     else if (role === "user" || content) sent.push({ role, content });
   });
   return sent;
+}
+
+function withToolCalls({ role, content, toolCalls }) {
+  const calls = toolCalls.map((call) => (
+    { id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }
+  ));
+  return { role, content: content || null, tool_calls: calls };
 }
 
 /** True for an answer that a server refuses to give, whenever it is asked: what it answers is not sent again. */

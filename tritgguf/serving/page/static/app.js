@@ -32,6 +32,7 @@ const answering = new Answering({ onpiece, onend });
 const list = new MessageList({
   edit: editMessage,
   regenerate,
+  returnResults,
   openSettings: () => panel.open("apiKey"),
   isLive: (answer) => answering.isLive(answer),
 });
@@ -85,6 +86,13 @@ function answer() {
 function regenerate() {
   if (answering.has(current.id) || !settingsAreRight()) return;
   if (current.messages.at(-1)?.role === "assistant") current.messages.pop();
+  answer();
+  message.focus();
+}
+
+function returnResults(results) {
+  if (answering.has(current.id) || !settingsAreRight()) return;
+  current.messages.push(...results);
   answer();
   message.focus();
 }
@@ -205,7 +213,7 @@ function showSidebar() {
 }
 
 function showStatus() {
-  const inUse = [["systemPrompt", "System prompt"], ["jsonSchema", "JSON schema"]];
+  const inUse = [["systemPrompt", "System prompt"], ["jsonSchema", "JSON schema"], ["tools", "Tools"]];
   byId("in-use").replaceChildren(...inUse.filter(([name]) => settings[name].trim()).map(([name, label]) => el(
     "button", { type: "button", class: "chip", title: "In use; see the settings", onclick: () => panel.open(name) }, label,
   )));

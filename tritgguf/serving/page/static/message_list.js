@@ -1,6 +1,6 @@
 // The messages of the conversation that is shown, and the scrolling.
 
-import { AnswerMessage, UserMessage } from "./message_view.js";
+import { AnswerMessage, ToolMessage, UserMessage } from "./message_view.js";
 
 const NEAR_THE_END = 48; // pixels
 const PAUSE = 50; // milliseconds between two updates of a growing answer
@@ -10,7 +10,7 @@ export class MessageList {
   #timer = null;
   #follows = true;
 
-  /** actions: {edit(index, text), regenerate(), openSettings(), isLive(answer)}. */
+  /** actions: {edit(index, text), regenerate(), returnResults(messages), openSettings(), isLive(answer)}. */
   constructor(actions) {
     this.actions = actions;
     this.element = document.getElementById("messages");
@@ -48,6 +48,7 @@ export class MessageList {
 
   #viewOf(message, index) {
     if (message.role === "user") return new UserMessage(message, (text) => this.actions.edit(index, text));
+    if (message.role === "tool") return new ToolMessage(message);
     return new AnswerMessage(message, this.actions);
   }
 

@@ -25,7 +25,7 @@ export class UserMessage {
   }
 
   #edit() {
-    const area = el("textarea", { value: this.message.content, "aria-label": "Message" });
+    const area = el("textarea", { rows: 1, value: this.message.content, "aria-label": "Message" });
     const cancel = () => {
       this.#show();
       this.element.querySelector(".actions button:last-child").focus();
@@ -60,11 +60,28 @@ const NOTES = {
   left: "The page was left while this answer was written. What had come is kept.",
 };
 
-/** An answer of the model. actions: {regenerate, openSettings, isLive}, functions. */
+/** What a tool has returned, as the user wrote it. */
+export class ToolMessage {
+  element = el("li", { class: "message" });
+
+  constructor(message) {
+    this.message = message;
+    this.element.append(el("h2", { class: "hidden" }, "Tool"), toolFrame(message.name, "returned", message.content));
+  }
+}
+
+function toolFrame(name, what, text) {
+  const head = el("span", {}, icon("tool"), el("b", {}, name), ` ${what}`);
+  const pre = el("pre", { tabIndex: 0, role: "region", "aria-label": `${name} ${what}` }, text);
+  return el("div", { class: "code tool" }, el("div", { class: "code-head" }, head, copyButton("Copy", () => text)), pre);
+}
+
+/** An answer of the model. actions: {regenerate, returnResults, openSettings, isLive}, functions. */
 export class AnswerMessage {
   #markdown = new MarkdownView();
   #reasoning = null;
   #tools = el("div", { class: "tools" });
+  #shownTools = "";
   #foot = el("div", { class: "foot" });
   #waiting = el("p", { class: "waiting" }, el("span", {}, "Reading"));
   element = el("li", { class: "message answer" });
@@ -84,7 +101,7 @@ export class AnswerMessage {
     this.#waiting.hidden = !(live && isEmpty(message));
     this.#showReasoning(live);
     this.#markdown.update(message.content);
-    this.#showToolCalls();
+    this.#showToolCalls(last && message.status === "done");
     this.#foot.replaceChildren(...(live ? [] : this.#footOf(last)));
   }
 
@@ -104,15 +121,24 @@ export class AnswerMessage {
     this.#reasoning.querySelector(".thoughts").textContent = message.reasoning.trim();
   }
 
-  #showToolCalls() {
-    const calls = this.message.toolCalls ?? [];
-    this.#tools.replaceChildren(...calls.filter(Boolean).map((call) => el(
-      "div",
-      { class: "code tool" },
-      el("div", { class: "code-head" }, el("span", {}, icon("tool"), el("b", {}, call.name || "…"), " tool call"),
-        copyButton("Copy the arguments", () => call.arguments)),
-      el("pre", { tabIndex: 0, role: "region", "aria-label": `Arguments of ${call.name}` }, indented(call.arguments)),
+  #showToolCalls(asks) {
+    const calls = (this.message.toolCalls ?? []).filter(Boolean);
+    const shown = JSON.stringify([calls, asks]);
+    if (shown === this.#shownTools) return; // a result may be half written
+    this.#shownTools = shown;
+    const frames = calls.map((call) => toolFrame(call.name || "…", "tool call", indented(call.arguments)));
+    const oninput = (event) => fitHeight(event.target);
+    const areas = calls.map((call) => (
+      el("textarea", { rows: 1, placeholder: "What it returns", "aria-label": `Result of ${call.name}`, oninput })
+    ));
+    if (asks) frames.forEach((frame, index) => frame.append(areas[index]));
+    this.#tools.replaceChildren(...frames);
+    if (!asks || !calls.length) return;
+    const send = () => this.actions.returnResults(calls.map((call, index) => (
+      { role: "tool", callId: call.id, name: call.name, content: areas[index].value }
     )));
+    const label = calls.length > 1 ? "Send the results" : "Send the result";
+    this.#tools.append(el("button", { type: "button", class: "quiet-button", onclick: send }, label));
   }
 
   #footOf(last) {

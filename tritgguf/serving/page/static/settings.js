@@ -10,7 +10,7 @@ export const SAMPLING = [
 ];
 
 export const DEFAULTS = {
-  systemPrompt: "", jsonSchema: "", apiKey: "",
+  systemPrompt: "", jsonSchema: "", tools: "", apiKey: "",
   ...Object.fromEntries(SAMPLING.map(({ name }) => [name, ""])),
 };
 
@@ -42,7 +42,8 @@ export function saveSettings(storage, settings) {
 export function problemOf(name, value) {
   const text = value.trim();
   if (text === "") return null;
-  if (name === "jsonSchema") return problemOfSchema(text);
+  if (name === "jsonSchema") return problemOfJson(text, isObject, 'A JSON schema is an object, such as {"type": "object"}.');
+  if (name === "tools") return problemOfJson(text, isListOfTools, "Tools are a list of functions, each with a name.");
   const rule = SAMPLING.find((option) => option.name === name);
   if (!rule) return null;
   const number = Number(text);
@@ -51,15 +52,19 @@ export function problemOf(name, value) {
   return fits && number >= rule.min && number <= rule.max ? null : `This must be ${kind} from ${rule.min} to ${rule.max}.`;
 }
 
-function problemOfSchema(text) {
+function problemOfJson(text, fits, otherwise) {
   try {
-    const schema = JSON.parse(text);
-    const isSchema = typeof schema === "object" && schema !== null && !Array.isArray(schema);
-    return isSchema ? null : "A JSON schema is an object, such as {\"type\": \"object\"}.";
+    return fits(JSON.parse(text)) ? null : otherwise;
   } catch (error) {
     return `This is not JSON: ${error.message}`;
   }
 }
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const functionOf = (tool) => (isObject(tool?.function) ? tool.function : tool);
+const isListOfTools = (value) => (
+  Array.isArray(value) && value.every((tool) => isObject(tool) && typeof functionOf(tool).name === "string")
+);
 
 /** The names of the settings that are wrong. */
 export function wrongSettings(settings) {
@@ -74,5 +79,7 @@ export function requestFields(settings) {
     const schema = JSON.parse(settings.jsonSchema);
     fields.response_format = { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
   }
+  const tools = settings.tools.trim() ? JSON.parse(settings.tools) : [];
+  if (tools.length) fields.tools = tools.map((tool) => ({ type: "function", function: functionOf(tool) }));
   return fields;
 }

@@ -8,6 +8,8 @@ const TEXTS = [
     placeholder: "You are a helpful assistant." },
   { name: "jsonSchema", label: "JSON schema", help: "Answers are JSON that follows it.", rows: 5, code: true,
     placeholder: '{"type": "object", "properties": {…}}' },
+  { name: "tools", label: "Tools", help: "Functions that the model may call. You write what they return.", rows: 5, code: true,
+    placeholder: '[{"name": "get_weather", "parameters": {…}}]' },
 ];
 
 export class SettingsPanel {
@@ -18,12 +20,13 @@ export class SettingsPanel {
   constructor(settings, onchange) {
     this.settings = settings;
     this.onchange = onchange;
-    const [systemPrompt, jsonSchema] = TEXTS.map((text) => this.#textField(text));
+    const [systemPrompt, jsonSchema, tools] = TEXTS.map((text) => this.#textField(text));
     document.getElementById("settings-fields").append(
       systemPrompt,
       el("fieldset", {}, el("legend", {}, "Sampling"), el("p", { class: "help" }, "Empty: as the server is set."),
         el("div", { class: "numbers" }, ...SAMPLING.map((rule) => this.#numberField(rule)))),
       jsonSchema,
+      tools,
       this.#keyField(),
     );
     this.#dialog.addEventListener("click", (event) => {
@@ -37,6 +40,7 @@ export class SettingsPanel {
   open(name) {
     if (!this.#dialog.open) this.#dialog.showModal();
     for (const { name: text } of TEXTS) fitHeight(this.#inputs.get(text));
+    for (const [each, input] of this.#inputs) this.#check(each, input);
     this.#inputs.get(name)?.focus();
   }
 
@@ -72,9 +76,10 @@ export class SettingsPanel {
     );
     input.addEventListener("input", () => {
       this.settings[name] = input.value;
-      this.#check(name, input, field);
+      if (input.getAttribute("aria-invalid") === "true") this.#check(name, input, field);
       this.onchange();
     });
+    input.addEventListener("change", () => this.#check(name, input, field)); // not while it is half written
     this.#check(name, input, field);
     return field;
   }

@@ -1,0 +1,32 @@
+"""The OpenAPI schema, judged by schemathesis: whatever a request has in it, the server does not fail."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from serving import RunningServer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.name.lower())
+def test_no_request_makes_the_server_fail(server: RunningServer, mode: schemathesis.GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    tried = set()
+    for found in schema.get_all_operations():
+        assert isinstance(found, Ok)
+        operation = found.ok()
+        if mode == schemathesis.GenerationMode.NEGATIVE and operation.method.upper() == "GET":
+            continue  # there is nothing in it that could be wrong
+
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def call(case: schemathesis.Case) -> None:
+            case.call_and_validate(checks=[not_a_server_error], timeout=30)
+
+        call()
+        tried.add(operation.path)
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"} <= tried
