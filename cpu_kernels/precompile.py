@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numba
@@ -27,13 +28,16 @@ from cpu_kernels.threads.bandwidth import read
 from cpu_kernels.threads.cores import physical_cores
 
 LAZY_VARIABLE = "TRITGGUF_LAZY_KERNELS"  # if set, kernels are compiled when they are first needed
-Progress = Callable[[int, int], None]  # kernels that are compiled, and all kernels
+Progress = Callable[[int, int], None]  # work that is done, and all work
+Display = Callable[[], AbstractContextManager[Progress]]  # shows the progress while it is entered
 
 # Each worker has half a gigabyte; more than this many gain nothing, because the largest kernel takes as long as all.
 _MOST_WORKERS = 4
+# About the seconds for one version of a kernel; less than a second for most.
+_SECONDS = {"decode_batch": 8, "decode": 7, "trit_gemm": 3, "quantize_columns": 3, "attend_layers": 2}
 
 
-def precompile(isa: str | None = None, progress: Progress | None = None) -> bool:
+def precompile(isa: str | None, display: Display) -> bool:
     """Compile all kernels that are not in the cache yet; return whether there was anything to do.
 
     Nothing happens if no cache folder can be written, if `TRITGGUF_LAZY_KERNELS` is set, or if Python cannot be started
@@ -41,7 +45,7 @@ def precompile(isa: str | None = None, progress: Progress | None = None) -> bool
 
     Args:
         isa: as in `instruction_set.choose`.
-        progress: called after each kernel.
+        display: called if there is something to compile; shows the progress.
 
     Raises:
         ValueError: as `instruction_set.choose` does.
@@ -59,8 +63,9 @@ def precompile(isa: str | None = None, progress: Progress | None = None) -> bool
         with _locked(mark.with_suffix(".lock")):
             if mark.exists():  # another process was faster
                 return False
-            if _run_workers(name_of(number), progress or (lambda done, total: None)):
-                mark.touch()
+            with display() as progress:
+                if _run_workers(name_of(number), progress):
+                    mark.touch()
     except OSError:
         return False
     return True
@@ -90,20 +95,25 @@ def _run_workers(isa: str, progress: Progress) -> bool:
     """Let worker processes compile all kernels; return whether they did."""
     from cpu_kernels.all_kernels import all_kernels
 
-    total = len(all_kernels(instruction_set.chosen(isa)))
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    finished: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    for number in range(total):
-        waiting.put(number)
+    waiting: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # number, versions, seconds of each
+    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # seconds of a version; None: a worker has died
+    kernels = all_kernels(instruction_set.chosen(isa))
+    seconds = [_SECONDS.get(kernel.__name__, 1) for kernel in kernels]
+    versions = [len(signatures) for signatures in kernels.values()]
+    jobs = list(zip(range(len(kernels)), versions, seconds, strict=True))
+    for job in sorted(jobs, key=lambda job: -job[1] * job[2]):
+        waiting.put(job)
+    total, done = sum(count * each for _, count, each in jobs), 0
     workers = [_start_worker(isa) for _ in range(min(_MOST_WORKERS, physical_cores()))]
-    threads = [threading.Thread(target=_feed, args=(worker, waiting, finished), daemon=True) for worker in workers]
     try:
-        for thread in threads:
-            thread.start()
+        for worker in workers:
+            threading.Thread(target=_feed, args=(worker, waiting, finished), daemon=True).start()
         progress(0, total)
-        for done in range(1, total + 1):
-            if not finished.get():
+        while done < total:
+            step = finished.get()
+            if step is None:
                 return False
+            done += step
             progress(done, total)
         return True
     finally:
@@ -128,24 +138,27 @@ def _start_worker(isa: str) -> subprocess.Popen[str]:
 
 
 def _feed(
-    worker: subprocess.Popen[str], waiting: queue.SimpleQueue[int], finished: queue.SimpleQueue[bool]
+    worker: subprocess.Popen[str],
+    waiting: queue.SimpleQueue[tuple[int, int, int]],
+    finished: queue.SimpleQueue[int | None],
 ) -> None:
     """Give a worker one kernel after the other."""
     assert worker.stdin is not None and worker.stdout is not None
     with contextlib.suppress(queue.Empty):
         while True:
-            number = waiting.get_nowait()
+            number, versions, seconds = waiting.get_nowait()
             try:
                 worker.stdin.write(f"{number}\n")
                 worker.stdin.flush()
-                finished.put(bool(worker.stdout.readline()))
-            except (OSError, ValueError):  # the worker has died
-                finished.put(False)
+                for _ in range(versions):
+                    finished.put(seconds if worker.stdout.readline() else None)
+            except (OSError, ValueError):  # the worker has died, or was killed
+                finished.put(None)
                 return
 
 
 def _work(isa: str) -> None:
-    """Compile the kernels whose numbers come in through stdin; answer each with a line."""
+    """Compile the kernels whose numbers come in through stdin; answer with a line for each version."""
     from cpu_kernels.all_kernels import all_kernels
 
     gc.disable()  # a sixth of the time
@@ -154,4 +167,4 @@ def _work(isa: str) -> None:
         kernel, signatures = kernels[int(line)]
         for signature in signatures:
             kernel.compile(signature)
-        print(line, end="", flush=True)
+            print(line, end="", flush=True)

@@ -91,6 +91,7 @@ def convert_command(
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
+    from tritgguf.runtime.compiler import prepare_kernels
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
@@ -98,6 +99,7 @@ def convert_command(
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
+    prepare_kernels()
     with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:

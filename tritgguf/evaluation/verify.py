@@ -159,6 +159,7 @@ def verify_files(
     """
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.reference.model import ReferenceModel, require_torch
+    from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
     if not files:
@@ -172,6 +173,7 @@ def verify_files(
         check_same_model(file, opened)
     windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
 
+    start += prepare_kernels(isa)
     runner = _Runner(threads, isa)
     file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
     report("load source", 0, 1)

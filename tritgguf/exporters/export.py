@@ -16,7 +16,7 @@ from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
 from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.machine import peak_memory_bytes
-from tritgguf.runtime.compiler import require_compiler
+from tritgguf.runtime.compiler import prepare_kernels
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
@@ -74,8 +74,7 @@ def export(
         TritGgufError: bad input, or the output cannot be written; no output is left.
 
     """
-    started = time.perf_counter()
-    require_compiler()
+    started = time.perf_counter() + prepare_kernels()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and _HUB_ID.fullmatch(base_model) is None:

@@ -196,10 +196,12 @@ def load(
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
     from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
     file = GgufFile(path)
+    start += prepare_kernels(isa)
     template = file.metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     if template is not None:
