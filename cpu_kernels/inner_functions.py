@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.dispatcher import Dispatcher
 from numba.core.typed_passes import NativeLowering
 
 
@@ -85,3 +86,16 @@ def make_inner(dispatcher: Any) -> None:
     dispatcher.targetoptions.update(no_cpython_wrapper=True, no_cfunc_wrapper=True)
     dispatcher._compiler.pipeline_class = _InnerCompiler
     dispatcher.add_overload = add_overload
+
+
+def make_functions_of_numba_inner() -> None:
+    """Do the same with Numba's own implementations of NumPy functions, in a process that only compiles."""
+    dispatcher_class: Any = Dispatcher
+    construct = dispatcher_class.__init__
+
+    def construct_inner(self: Any, py_func: Any, *arguments: Any, **options: Any) -> None:
+        construct(self, py_func, *arguments, **options)
+        if py_func.__module__.startswith("numba."):
+            make_inner(self)
+
+    dispatcher_class.__init__ = construct_inner

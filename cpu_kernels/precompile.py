@@ -22,6 +22,7 @@ from pathlib import Path
 import numba
 
 from cpu_kernels import kernel_cache
+from cpu_kernels.inner_functions import make_functions_of_numba_inner
 from cpu_kernels.simd import instruction_set
 from cpu_kernels.simd.variants import name_of
 from cpu_kernels.threads.bandwidth import read
@@ -162,6 +163,7 @@ def _work(isa: str) -> None:
     from cpu_kernels.all_kernels import all_kernels
 
     gc.disable()  # a sixth of the time
+    make_functions_of_numba_inner()  # a tenth
     kernels = list(all_kernels(instruction_set.chosen(isa)).items())
     for line in sys.stdin:
         kernel, signatures = kernels[int(line)]

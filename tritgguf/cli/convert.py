@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 
 def print_conversion(report: ConvertReport) -> None:
-    """Print the report of a conversion."""
+    """Print the report of a conversion, and what to do next."""
+    from tritgguf.conversion.next_steps import next_steps
+
     print_table(
         f"{report.source} -> {report.output}",
         ("type", ">tensors", ">size"),
@@ -58,6 +60,8 @@ def print_conversion(report: ConvertReport) -> None:
         note(f"note: kept in F16, because their row length is not a multiple of 64: {names}")
     for warning in report.warnings:
         note(f"warning: {warning}")
+    for step in next_steps(report):
+        note(step)
 
 
 def convert_command(
