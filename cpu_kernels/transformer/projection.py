@@ -67,6 +67,11 @@ class Activations:
         return self.x[index], self.integers[index], self.offsets[index], self.scales[index]
 
 
+def quantize_vector(vector: VectorBuffers) -> None:
+    """Quantize one vector, a result of `Activations.vector`, in this thread."""
+    quantize_vectors(*(array[np.newaxis] for array in vector), 0, 1)
+
+
 class Batch:
     """Activations for the prefill kernels, quantized in blocks of six tokens.
 
