@@ -88,17 +88,34 @@ class Step(ABC):
 class PackedGroups(Step):
     """Neighbouring groups of one packed row: 16, 8 or 4 lanes."""
 
-    def __init__(self, vectors: Vectors, lanes: int, row: ir.Value, groups: ir.Value, first_group: ir.Value) -> None:
-        """Start at group `first_group` (lane 0) of the row at address `row`, which has `groups` groups."""
+    def __init__(
+        self,
+        vectors: Vectors,
+        lanes: int,
+        row: ir.Value,
+        groups: ir.Value,
+        first_group: ir.Value,
+        ahead: ir.Value | None = None,
+    ) -> None:
+        """Start at group `first_group` (lane 0) of the row at address `row`, which has `groups` groups.
+
+        Memory is asked for `ahead` bytes behind what is read, if that is given.
+        """
         super().__init__(vectors, lanes)
-        self._row, self._groups, self._first_group = row, groups, first_group
+        self._row, self._groups, self._first_group, self._ahead = row, groups, first_group, ahead
+
+    def _load_words(self, offset: ir.Value, count: int) -> ir.Value:
+        address = self.vectors.builder.add(self._row, offset)
+        if self._ahead is not None:
+            self.vectors.prefetch(self.vectors.builder.add(address, self._ahead))
+        return self.vectors.load(address, I16, count)
 
     def plane(self, words_per_group: int, start_in_words_per_group: int) -> ir.Value:
         """Load a plane with 2 words per group or 1."""
         builder = self.vectors.builder
         start = builder.mul(self._groups, I64(2 * start_in_words_per_group))
         offset = builder.add(start, builder.mul(self._first_group, I64(2 * words_per_group)))
-        return self.vectors.load(builder.add(self._row, offset), I16, words_per_group * self.lanes)
+        return self._load_words(offset, words_per_group * self.lanes)
 
     def shared_plane(self, groups_per_word: int, start_in_half_words_per_group: int) -> ir.Value:
         """Load a plane with one word per 2 or 4 groups."""
@@ -107,7 +124,7 @@ class PackedGroups(Step):
         shift = {2: 0, 4: 1}[groups_per_word]  # bytes = 2 * group / groups_per_word
         offset = builder.add(start, builder.lshr(self._first_group, I64(shift)))
         count = self.lanes // groups_per_word
-        words = self.vectors.load(builder.add(self._row, offset), I16, count)
+        words = self._load_words(offset, count)
         return self.vectors.shuffle(words, [lane // groups_per_word for lane in range(self.lanes)])
 
     def lane_factors(self, factors: Sequence[int]) -> Sequence[int]:
@@ -158,38 +175,6 @@ class GroupLanes(PackedGroups):
         else:
             x = self.vectors.load(self._plane_of_vector(pair // 2), I8, 4 * self.lanes)
             self.sums = self.vectors.dot_quads(self.sums, self.join_pairs(self._even, levels), x)
-
-
-class StoredGroups(PackedGroups):
-    """Neighbouring groups of one row whose levels are stored, to multiply them several times.
-
-    They are stored as the activations of `GroupLanes` lie: int16 [8, lanes, 2] or uint8 [4, lanes, 4].
-    """
-
-    def __init__(
-        self,
-        vectors: Vectors,
-        lanes: int,
-        row: ir.Value,
-        groups: ir.Value,
-        first_group: ir.Value,
-        target: ir.Value,
-        bits: int,
-    ) -> None:
-        """Store levels of 8 or 16 `bits` at address `target`; the other arguments are as in `PackedGroups`."""
-        super().__init__(vectors, lanes, row, groups, first_group)
-        self._target, self._bits = target, bits
-        self._even: ir.Value | None = None
-
-    def use_levels(self, pair: int, levels: ir.Value) -> None:
-        """Store the levels; of 8 bits, two pairs at a time."""
-        plane_bytes = 4 * self.lanes
-        if self._bits == 16:
-            self.vectors.store(levels, self._target, plane_bytes * pair)
-        elif pair % 2 == 0:
-            self._even = levels
-        else:
-            self.vectors.store(self.join_pairs(self._even, levels), self._target, plane_bytes * (pair // 2))
 
 
 class RowLanes(Step):

@@ -10,7 +10,8 @@ from numba.extending import intrinsic
 
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, GroupLanes
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
-from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
+from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
+from cpu_kernels.transformer.half_dot import dot_last_columns, multiply_half_vector
 
 HALVES = 0  # the depth of a float16 matrix; 1 to 4 are the depths of trit matrices
 _LANES = (16, 8, 4)
@@ -65,53 +66,6 @@ def _trit_row_dot(typing_context, depth, isa, words, integers, offsets, scales, 
     return types.float32(*arguments), generate
 
 
-@intrinsic
-def _half_row_dot(typing_context, isa, row, x, columns):
-    """Emit the dot product of a float16 row and a float32 vector, float32; both are given as addresses."""
-
-    def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, isa.count)
-        row, x, columns = arguments[1:]
-        unrolled = 4
-        accumulators = [cgutils.alloca_once(builder, vector(FLOAT, 16)) for _ in range(unrolled)]
-        for accumulator in accumulators:
-            builder.store(vectors.constant(FLOAT, 0.0, 16), accumulator)
-
-        def emit(first: ir.Value, accumulator: ir.Value, lane_offset: int) -> None:
-            halves = vectors.load(builder.add(row, builder.mul(first, I64(2))), HALF, 16, 2 * lane_offset)
-            floats = vectors.load(builder.add(x, builder.mul(first, I64(4))), FLOAT, 16, 4 * lane_offset)
-            weights = builder.fpext(halves, vector(FLOAT, 16))
-            builder.store(vectors.fma(weights, floats, builder.load(accumulator)), accumulator)
-
-        block = 16 * unrolled
-        blocks = builder.sdiv(columns, I64(block))
-        with cgutils.for_range(builder, blocks) as loop:
-            ahead = builder.add(row, builder.mul(loop.index, I64(2 * block)))
-            for line in range(0, 2 * block, 64):
-                vectors.prefetch(ahead, _PREFETCH_BYTES + line)
-            for number, accumulator in enumerate(accumulators):
-                emit(builder.mul(loop.index, I64(block)), accumulator, 16 * number)
-        done = builder.mul(blocks, I64(block))
-        vectors_left = builder.sdiv(builder.sub(columns, done), I64(16))
-        with cgutils.for_range(builder, vectors_left) as loop:
-            emit(builder.add(done, builder.mul(loop.index, I64(16))), accumulators[0], 0)
-        done = builder.add(done, builder.mul(vectors_left, I64(16)))
-        tail = cgutils.alloca_once(builder, FLOAT)
-        builder.store(FLOAT(0.0), tail)
-        with cgutils.for_range(builder, builder.sub(columns, done)) as loop:
-            column = builder.add(done, loop.index)
-            half = vectors.load(builder.add(row, builder.mul(column, I64(2))), HALF, 1)
-            other = vectors.load(builder.add(x, builder.mul(column, I64(4))), FLOAT, 1)
-            weight = builder.fpext(builder.extract_element(half, I32(0)), FLOAT)
-            product = builder.fmul(weight, builder.extract_element(other, I32(0)))
-            builder.store(builder.fadd(builder.load(tail), product), tail)
-        total = [builder.load(accumulator) for accumulator in accumulators]
-        whole = builder.fadd(builder.fadd(total[0], total[1]), builder.fadd(total[2], total[3]))
-        return builder.fadd(vectors.sum(whole), builder.load(tail))
-
-    return types.float32(isa, *[types.intp] * 3), generate
-
-
 @numba.njit(cache=True)
 def _trit_rows(depth, isa, address, row_bytes, integers, sums, scales, steps, y, first, last):
     """Compute rows `first` to before `last` of one packed matrix."""
@@ -125,10 +79,12 @@ def _trit_rows(depth, isa, address, row_bytes, integers, sums, scales, steps, y,
 @numba.njit(cache=True)
 def half_rows(isa, address, x, y, first, last):
     """Compute rows `first` to before `last` of one float16 matrix."""
-    row = address + first * len(x) * 2
-    for r in range(first, last):
-        y[r] = _half_row_dot(isa, row, x.ctypes.data, len(x))
-        row += len(x) * 2
+    columns, row_bytes = len(x), 2 * len(x)
+    row = address + first * row_bytes
+    multiply_half_vector(isa, row, row_bytes, last - first, x.ctypes.data, columns // 16, y[first:].ctypes.data)
+    if columns % 16:
+        for r in range(first, last):
+            y[r] += dot_last_columns(address + r * row_bytes, x.ctypes.data, columns // 16 * 16, columns)
 
 
 @numba.njit(cache=True)

@@ -1,4 +1,8 @@
-"""Matrix times a few vectors: what `gemv` gives for each of them, to the bit, with every row read and unpacked once."""
+"""Matrix times a few vectors: what `gemv` gives for each of them, to the bit, with every row read once.
+
+The vectors are copied into the order in which they are read, and multiplied panel by panel: so many columns that those
+of all vectors stay in the first-level cache while some rows pass.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +10,35 @@ import numba
 import numpy as np
 
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4
-from cpu_kernels.packed_rows.layout import PAIRS
+from cpu_kernels.simd.variants import AVX512_NO_VNNI
 from cpu_kernels.transformer.batch_dot import (
-    C1,
-    C2,
-    C3,
-    C4,
+    EIGHTH,
+    HALF,
     LANES,
-    PANEL_STEPS,
-    ROW_BYTES,
-    ROW_SCALES_BYTES,
+    QUARTER,
     ROWS,
+    SUMMED,
+    WHOLE,
     arrange_vectors,
-    dot_panel,
+    dot_rows,
     sum_lanes,
-    unpack_panel,
+    vectors_at_once,
 )
-from cpu_kernels.transformer.batch_dot_halves import BLOCK, SUMS, arrange_floats, dot_halves
 from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
+from cpu_kernels.transformer.half_dot import arrange_floats, dot_half_rows, dot_last_columns
 
-_STEPS, _STEPS_OF_8_BITS = PANEL_STEPS[16], PANEL_STEPS[8]
-_MOST_VECTORS = 16  # for which a row is unpacked once
-_AT_ONCE = 4
-_HALF_VECTORS = 8  # whose columns stay in the first-level cache while some rows of float16 pass
-_HALF_ROWS = 64  # of float16, which stay in the second-level cache while all vectors pass
+_MOST_VECTORS = 16  # for which a row is fetched once
+_PANEL_BYTES = 36 << 10  # of the vectors that are multiplied at once: they stay in the first-level cache
+_HALF_PANEL_BYTES = 24 << 10  # the same of float32 vectors
+_HALF_PANEL_ROWS = 16  # of float16, a power of two up to ROWS
 _ALIGNMENT = 64
 # Where things lie in the scratch, in bytes
-_LEVELS = 0
-_SCALES = _LEVELS + ROWS * ROW_BYTES
-_TOTALS = _SCALES + ROWS * ROW_SCALES_BYTES
+_TOTALS = 0
 _TOTALS_OF_8 = _TOTALS + _MOST_VECTORS * ROWS * 4 * 16
 _TOTALS_OF_4 = _TOTALS_OF_8 + _MOST_VECTORS * ROWS * 4 * 8
 _RESULTS = _TOTALS_OF_4 + _MOST_VECTORS * ROWS * 4 * 4
-_TAILS = _RESULTS + _MOST_VECTORS * ROWS * 4
-_OTHERS = _TAILS + _MOST_VECTORS * ROWS * 4
-_VECTORS = _OTHERS + _MOST_VECTORS * ROWS * 4 * 16
+_VECTORS = _RESULTS + SUMMED * 4
+_WIDE, _NARROW = vectors_at_once(AVX512_NO_VNNI), vectors_at_once(0)
 
 
 @numba.njit(cache=True)
@@ -56,20 +54,24 @@ def scratch_for(threads: int, columns: int) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _unpack_rows(isa, depth, integers, row, row_bytes, rows, groups, first_group, steps, rest, table, base):
-    """Unpack one panel of some rows into the scratch."""
-    ahead = ROWS * row_bytes
-    for r in range(rows):
-        levels, scales = base + _LEVELS + r * ROW_BYTES, base + _SCALES + r * ROW_SCALES_BYTES
-        if depth == 1:
-            unpack_panel(isa, D1, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        elif depth == 2:
-            unpack_panel(isa, D2, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        elif depth == 3:
-            unpack_panel(isa, D3, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        else:
-            unpack_panel(isa, D4, integers, row, groups, first_group, steps, rest, table, levels, scales, ahead)
-        row += row_bytes
+def _aligned(scratch):
+    """Return how many bytes of a scratch to skip."""
+    return -scratch.ctypes.data % _ALIGNMENT
+
+
+@numba.njit(cache=True)
+def _at_once(isa):
+    """Return how many vectors are multiplied at once, at most."""
+    return _WIDE if len(isa) >= AVX512_NO_VNNI else _NARROW
+
+
+@numba.njit(cache=True)
+def _room(at_once, vectors):
+    """Return for how many vectors up to `at_once` are multiplied: for all, a half, a quarter or an eighth of these."""
+    room = at_once
+    while room > 1 and room // 2 >= vectors:
+        room //= 2
+    return room
 
 
 @numba.njit(cache=True)
@@ -79,114 +81,129 @@ def _group_bytes(integers):
 
 
 @numba.njit(cache=True)
-def _arrange(depth, integers, offsets, units, base):
-    """Copy up to 16 vectors into the scratch, four by four."""
-    groups = units.shape[1]
+def _arrange(isa, depth, integers, offsets, units, base):
+    """Copy up to 16 vectors into the scratch, as many together as are multiplied at once."""
+    groups, at_once = units.shape[1], _at_once(isa)
     own_offsets = offsets[:, depth - 1]
     strides = integers.strides[0], own_offsets.strides[0], units.strides[0]
-    for v in range(0, len(units), _AT_ONCE):
+    for v in range(0, len(units), at_once):
+        count = min(at_once, len(units) - v)
         out = base + _VECTORS + v * groups * _group_bytes(integers)
         own = integers[v], own_offsets[v].ctypes.data, units[v].ctypes.data
-        arrange_vectors(*own, strides, groups, min(_AT_ONCE, len(units) - v), out)
+        arrange_vectors(*own, strides, groups, count, max(_room(at_once, count), 2), out)
 
 
 @numba.njit(cache=True)
-def _dot_vectors(isa, integers, groups, first_group, steps, rest, rows, base):
-    """Multiply the unpacked panel with up to 16 vectors in the scratch, whose `integers` say how many and of what."""
-    vectors = len(integers)
-    levels, scales = base + _LEVELS, base + _SCALES
+def _dot_vectors(isa, depth, integers, matrix, place, base):
+    """Multiply some columns of packed rows with the vectors in the scratch; see `dot_rows`."""
+    vectors, groups, at_once, first_group = len(integers), matrix[2], _at_once(isa), place[0]
     add = first_group > 0
-    for v in range(0, vectors, _AT_ONCE):
-        left = vectors - v
-        x = base + _VECTORS + (v * groups + min(left, _AT_ONCE) * first_group) * _group_bytes(integers)
-        totals = (
+    for v in range(0, vectors, at_once):
+        room = max(_room(at_once, vectors - v), 2)
+        x = base + _VECTORS + (v * groups + room * first_group) * _group_bytes(integers)
+        ends = (
             base + _TOTALS + v * ROWS * 64,
             base + _TOTALS_OF_8 + v * ROWS * 32,
             base + _TOTALS_OF_4 + v * ROWS * 16,
         )
-        if left >= 4:
-            dot_panel(isa, C4, integers, levels, scales, x, steps, rest, totals, rows, add)
-        elif left == 3:
-            dot_panel(isa, C3, integers, levels, scales, x, steps, rest, totals, rows, add)
-        elif left == 2:
-            dot_panel(isa, C2, integers, levels, scales, x, steps, rest, totals, rows, add)
+        if room == at_once:
+            dot_rows(isa, depth, WHOLE, integers, matrix, place, x, ends, add)
+        elif room == at_once // 2:
+            dot_rows(isa, depth, HALF, integers, matrix, place, x, ends, add)
         else:
-            dot_panel(isa, C1, integers, levels, scales, x, steps, rest, totals, rows, add)
+            dot_rows(isa, depth, QUARTER, integers, matrix, place, x, ends, add)
 
 
 @numba.njit(cache=True)
-def _aligned(scratch):
-    """Return how many bytes of a scratch to skip."""
-    return -scratch.ctypes.data % _ALIGNMENT
+def _dot_panel(isa, depth, integers, matrix, place, base):
+    """Do what `_dot_vectors` does for a depth that is no type."""
+    if depth == 1:
+        _dot_vectors(isa, D1, integers, matrix, place, base)
+    elif depth == 2:
+        _dot_vectors(isa, D2, integers, matrix, place, base)
+    elif depth == 3:
+        _dot_vectors(isa, D3, integers, matrix, place, base)
+    else:
+        _dot_vectors(isa, D4, integers, matrix, place, base)
+
+
+@numba.njit(cache=True)
+def _sum_totals(isa, rest, y, start, rows, scratch):
+    """Add the lanes of the totals of some rows and all vectors."""
+    shift = _aligned(scratch)
+    base = scratch.ctypes.data + shift
+    results = scratch[(shift + _RESULTS) // 4 :]
+    for v in range(len(y)):
+        for r in range(0, rows, SUMMED):
+            k = v * ROWS + r
+            ends = base + _TOTALS + 64 * k, base + _TOTALS_OF_8 + 32 * k, base + _TOTALS_OF_4 + 16 * k
+            if rows - r >= SUMMED:
+                sum_lanes(isa, ends, rest, y[v, start + r :].ctypes.data)
+                continue
+            sum_lanes(isa, ends, rest, base + _RESULTS)
+            for some in range(rows - r):
+                y[v, start + r + some] = results[some]
 
 
 @numba.njit(cache=True)
 def _trit_rows_batch(isa, address, depth, row_bytes, table, integers, groups, y, first, last, scratch):
     """Compute rows `first` to `last` of one packed matrix times the vectors in the scratch, up to 16."""
-    shift = _aligned(scratch)
-    base = scratch.ctypes.data + shift
-    results = scratch[(shift + _RESULTS) // 4 :]
+    base = scratch.ctypes.data + _aligned(scratch)
     steps, rest = groups // LANES, groups % LANES
-    totals = (base + _TOTALS, base + _TOTALS_OF_8, base + _TOTALS_OF_4)
-    at_once = _STEPS if integers.shape[1] == PAIRS else _STEPS_OF_8_BITS
+    at_once = _room(_at_once(isa), len(y))
+    panels = max(1, -(-groups * at_once * _group_bytes(integers) // _PANEL_BYTES))
     for start in range(first, last, ROWS):
         rows = min(ROWS, last - start)
-        row = address + start * row_bytes
-        for step in range(0, max(steps, 1), at_once):
-            some = min(at_once, steps - step)
-            own_rest = rest if step + some == steps else 0
-            place = step * LANES, some, own_rest
-            _unpack_rows(isa, depth, integers, row, row_bytes, rows, groups, *place, table.ctypes.data, base)
-            _dot_vectors(isa, integers, groups, *place, rows, base)
-        sum_lanes(isa, totals, rest, base + _RESULTS, (len(y) * ROWS + 15) // 16)
-        for v in range(len(y)):
-            for r in range(rows):
-                y[v, start + r] = results[v * ROWS + r]
+        matrix = address + start * row_bytes, rows, groups, table.ctypes.data
+        for panel in range(panels):
+            begin, end = steps * panel // panels, steps * (panel + 1) // panels
+            place = begin * LANES, end - begin, rest if panel == panels - 1 else 0
+            _dot_panel(isa, depth, integers, matrix, place, base)
+        _sum_totals(isa, rest, y, start, rows, scratch)
 
 
 @numba.njit(cache=True)
-def _dot_half_rows(isa, row, row_bytes, rows, x, base, arranged):
-    """Multiply some rows of float16 with some vectors, which lie at `arranged`, too."""
-    columns, stride = x.shape[1], x.strides[0]
-    bytes_of_sum = columns // BLOCK * LANES * 4
-    for number in range(SUMS):
-        for v in range(0, len(x), _AT_ONCE):
-            left, own = len(x) - v, x[v].ctypes.data
-            some = arranged + (v * SUMS + number * min(left, _AT_ONCE)) * bytes_of_sum
-            out = (base + _TOTALS + v * ROWS * 64, base + _OTHERS + v * ROWS * 64, base + _TAILS + v * ROWS * 4)
-            if left >= 4:
-                dot_halves(isa, C4, number, row, row_bytes, rows, own, stride, columns, some, out)
-            elif left == 3:
-                dot_halves(isa, C3, number, row, row_bytes, rows, own, stride, columns, some, out)
-            elif left == 2:
-                dot_halves(isa, C2, number, row, row_bytes, rows, own, stride, columns, some, out)
-            else:
-                dot_halves(isa, C1, number, row, row_bytes, rows, own, stride, columns, some, out)
+def _dot_half_panel(isa, vectors, steps, matrix, place, base):
+    """Multiply some columns of float16 rows with the vectors in the scratch; see `dot_half_rows`."""
+    at_once, first = _at_once(isa), place[0]
+    add = first > 0
+    for v in range(0, vectors, at_once):
+        room = _room(at_once, vectors - v)
+        x = base + _VECTORS + (v * steps + room * first) * LANES * 4
+        totals = base + _TOTALS + v * ROWS * 64
+        if room == at_once:
+            dot_half_rows(isa, WHOLE, matrix, place, x, totals, add)
+        elif room == at_once // 2:
+            dot_half_rows(isa, HALF, matrix, place, x, totals, add)
+        elif room == at_once // 4:
+            dot_half_rows(isa, QUARTER, matrix, place, x, totals, add)
+        else:
+            dot_half_rows(isa, EIGHTH, matrix, place, x, totals, add)
 
 
 @numba.njit(cache=True)
 def _half_rows_batch(isa, address, x, y, first, last, scratch):
     """Compute rows `first` to `last` of one float16 matrix times up to 16 vectors."""
-    columns, row_bytes = x.shape[1], 2 * x.shape[1]
-    shift = _aligned(scratch)
-    base = scratch.ctypes.data + shift
-    results, tails = scratch[(shift + _RESULTS) // 4 :], scratch[(shift + _TAILS) // 4 :]
-    vector_bytes = columns // BLOCK * BLOCK * 4
-    for v in range(0, len(x), _AT_ONCE):
-        some = base + _VECTORS + v * vector_bytes
-        arrange_floats(x[v].ctypes.data, x.strides[0], columns, min(_AT_ONCE, len(x) - v), some)
-    ends = (base + _TOTALS, base + _TOTALS_OF_8, base + _TOTALS_OF_4)
-    for block in range(first, last, _HALF_ROWS):
-        for v in range(0, len(x), _HALF_VECTORS):
-            vectors = min(_HALF_VECTORS, len(x) - v)
-            for start in range(block, min(block + _HALF_ROWS, last), ROWS):
-                rows = min(ROWS, last - start)
-                row = address + start * row_bytes
-                _dot_half_rows(isa, row, row_bytes, rows, x[v : v + vectors], base, base + _VECTORS + v * vector_bytes)
-                sum_lanes(isa, ends, 0, base + _RESULTS, (vectors * ROWS + 15) // 16)
-                for w in range(vectors):
-                    for r in range(rows):
-                        y[v + w, start + r] = results[w * ROWS + r] + tails[w * ROWS + r]
+    columns, row_bytes, vectors, at_once = x.shape[1], 2 * x.shape[1], len(x), _at_once(isa)
+    base = scratch.ctypes.data + _aligned(scratch)
+    steps = columns // LANES
+    for v in range(0, vectors, at_once):
+        count = min(at_once, vectors - v)
+        some = base + _VECTORS + v * steps * LANES * 4
+        arrange_floats(x[v].ctypes.data, x.strides[0], columns, count, _room(at_once, count), some)
+    panels = max(1, -(-steps * LANES * 4 * _room(at_once, vectors) // _HALF_PANEL_BYTES))
+    for start in range(first, last, _HALF_PANEL_ROWS):
+        rows = min(_HALF_PANEL_ROWS, last - start)
+        matrix = address + start * row_bytes, row_bytes, rows
+        for panel in range(panels):
+            begin, end = steps * panel // panels, steps * (panel + 1) // panels
+            _dot_half_panel(isa, vectors, steps, matrix, (begin, end - begin), base)
+        _sum_totals(isa, 0, y, start, rows, scratch)
+    done = steps * LANES
+    if done < columns:
+        for v in range(vectors):
+            for r in range(first, last):
+                y[v, r] += dot_last_columns(address + r * row_bytes, x[v].ctypes.data, done, columns)
 
 
 @numba.njit(cache=True)
@@ -214,7 +231,7 @@ def multiply_rows_batch(isa, address, depth, steps, activations, y, first, last,
     Args:
         isa, address, depth, steps: as in `multiply_rows`.
         activations: as in `multiply_rows`, with one axis more in front: of the vectors.
-        y: float32 [vectors, rows of the matrix], out; rows may lie anywhere.
+        y: float32 [vectors, rows of the matrix], out; the rows of a vector are neighbours.
         first, last: the rows to compute.
         scratch: one thread's row of `scratch_for`.
 
@@ -231,7 +248,7 @@ def multiply_rows_batch(isa, address, depth, steps, activations, y, first, last,
     base = scratch.ctypes.data + _aligned(scratch)
     for v in range(0, len(x), _MOST_VECTORS):
         some = slice(v, min(v + _MOST_VECTORS, len(x)))
-        _arrange(depth, integers[some], offsets[some], units[some], base)
+        _arrange(isa, depth, integers[some], offsets[some], units[some], base)
         _trit_rows_batch(isa, address, depth, row_bytes, steps, integers[some], groups, y[some], first, last, scratch)
 
 

@@ -20,7 +20,7 @@ from cpu_kernels.threads import bandwidth
 _PROGRAM = """
 import numpy as np
 from cpu_kernels.threads.bandwidth import read
-assert read(np.ones(4, np.int64), 0, 1) == 4
+assert read(np.ones(4, np.int64), 0, 0, 1) == 4
 print(sum(read.stats.cache_hits.values()), sum(read.stats.cache_misses.values()))
 """
 
@@ -86,7 +86,7 @@ def compile_with(cache: KernelCache) -> Any:
 
     kernel = numba.njit(nogil=True)(bandwidth.read.py_func)
     kernel._cache = cache
-    assert kernel(np.ones(3, np.int64), 0, 1) == 3
+    assert kernel(np.ones(3, np.int64), 0, 0, 1) == 3
     return kernel
 
 

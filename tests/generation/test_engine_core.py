@@ -39,6 +39,23 @@ def test_logits_of_a_request_that_had_to_give_way_come_once(tiny_trit_file: File
     engine.check()
 
 
+def test_a_short_request_has_its_first_token_in_three_passes_while_long_prompts_are_read() -> None:
+    model: Any = ScriptedModel([40] * 400)
+    engine = Engine(model, context=2100, parallel=6)
+    answer = engine.submit(Request([3], greedy(), max_tokens=200))  # passes beside it take 48 tokens of prompts
+    long_ones = [engine.submit(Request([place] * 2000, greedy(), max_tokens=2)) for place in (4, 5)]
+    for _ in range(4):
+        engine.step()
+    for arrival in range(3):
+        short = engine.submit(Request([6 + arrival] * 100, greedy(), max_tokens=2))
+        passes = 0
+        while not short.generated:
+            engine.step()
+            passes += 1
+        assert passes <= 3
+    assert not answer.ended and all(request.is_prompt for request in long_ones)
+
+
 def test_the_only_request_gives_way_to_pages_of_the_cache_that_equal_its_own() -> None:
     """It holds copies of two pages that the cache holds too, and a third one with it: the cache cannot let go of any.
 

@@ -255,14 +255,14 @@ class OnlyOnce:
 
     def __init__(self, size: int) -> None:
         self.seen = list[int]()
-        self._allowed = np.ones(size, bool)
+        self._mask = np.zeros(size, np.float32)
 
-    def allowed(self) -> np.ndarray:
-        return self._allowed
+    def mask(self) -> np.ndarray:
+        return self._mask
 
     def accept(self, token: int) -> None:
         self.seen.append(token)
-        self._allowed[token] = False
+        self._mask[token] = -np.inf
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, ALL, {}, {"top_k": 5}])

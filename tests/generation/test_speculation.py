@@ -74,6 +74,33 @@ def test_tokens_log_probabilities_and_random_numbers_stay_the_same(
     assert 0 < ours.accepted_tokens < ours.drafted_tokens
 
 
+class EveryThird:
+    """A constraint: the n-th token of an answer is one of those that leave n mod 3."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def mask(self) -> np.ndarray:
+        return np.where(np.arange(VOCABULARY) % 3 == self._count % 3, np.float32(0), np.float32(-np.inf))
+
+    def accept(self, token: int) -> None:
+        assert self.mask()[token] == 0
+        self._count += 1
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_constraint_sees_the_tokens_of_the_answer_alone(model: Model, right: bool) -> None:
+    """Whether or not the draft keeps to it."""
+    samplers = [Sampler(SamplingOptions(seed=8), constraint=EveryThird()) for _ in range(2)]
+    plain = run(engine_of(model, None), Request(PROMPT, samplers[0], max_tokens=40))
+    answer = plain.tokens[len(PROMPT) :]
+    engine = engine_of(model, answer if right else [token + 1 for token in answer])
+    ours = run(engine, Request(PROMPT, samplers[1], max_tokens=40))
+    assert ours.tokens == plain.tokens
+    assert [token % 3 for token in answer[:6]] == [0, 1, 2, 0, 1, 2]
+    assert ours.drafted_tokens > 0 and (ours.accepted_tokens > 0) == right
+
+
 class MarkovModel(ScriptedModel):
     """The next token depends on the last one alone; only tokens 0 to 5 come."""
 

@@ -218,3 +218,15 @@ def test_a_request_for_each_half_of_a_connection(server: RunningServer) -> None:
             answer += connection.recv(10_000)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_all_bodies_together_are_bounded() -> None:
+    with running_server(scripted([40] * 100), most_body_bytes=1000) as server:
+        held = [server.connect() for _ in range(17)]
+        for connection in held:
+            connection.sendall(request_bytes("/v1/completions", b" " * 950, length=1000))
+        assert held[-1].recv(100).startswith(b"HTTP/1.1 503 ")
+        for connection in held:
+            connection.close()
+        server.wait_until(lambda: not server.connections)
+        assert server.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200

@@ -173,6 +173,69 @@ def test_attacks_do_nothing(page: ChatPage, speaker: Speaker) -> None:
     assert page.driver.execute_script("return window.pwned ?? window.reported ?? null") is None
 
 
+MARKDOWN = """# Title
+
+A [link][1], ~~no~~ *yes*.
+
+- one
+  - nested
+
+- two
+
+  more of two
+1. other
+
+> quote
+goes on
+
+| a | b |
+|---|--:|
+| 1 | 2 |
+
+```js
+let x;
+
+let y;
+```
+Text under it\r\nwith a line\tbreak
+====
+
+***
+
+[1]: https://example.com "Title"
+"""
+
+
+def test_growing_markdown_ends_as_the_whole(page: ChatPage) -> None:
+    script = """
+        const [text, done] = arguments;
+        import("/markdown.js").then(({ MarkdownView }) => {
+            const html = (view) => view.element.innerHTML;
+            const whole = new MarkdownView();
+            whole.update(text, false);
+            const different = [1, 2, 3, 7].filter((size) => {
+                const growing = new MarkdownView();
+                let lost = false;
+                for (let end = 0; end <= text.length; end += size) {
+                    growing.update(text.slice(0, end), true);
+                    lost ||= end > 30 && !growing.element.textContent.startsWith("Title");
+                }
+                growing.update(text, false);
+                return lost || html(growing) !== html(whole);
+            });
+            const deep = new MarkdownView();
+            deep.update("> ".repeat(20000), true);
+            deep.update("> ".repeat(20000) + "x", false);
+            done([different, html(whole), deep.element.textContent.length]);
+        });
+    """
+    different, html, length = page.driver.execute_async_script(script, MARKDOWN)
+    assert not different
+    assert html.count("<li>") == 4
+    assert 'href="https://example.com"' in html
+    assert length == 40001
+
+
 def test_keyboard_alone(page: ChatPage, speaker: Speaker) -> None:
     assert page.focused() == "Message"
     say(speaker, "Yes.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
 from tritgguf.cli.answer import AnswerWriter, print_context_note, print_timings
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from tritgguf.generation.text_stream import TextStream
 
 
-def chat_at_terminal(model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int) -> None:
+def chat_at_terminal(
+    model: LoadedModel, system: str | None, sampling: SamplingOptions, max_tokens: int, **rules: Any
+) -> None:
     """Chat until the user leaves."""
     from tritgguf.generation.chat import Chat
 
-    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens)
+    chat = Chat(model, system=system, sampling=sampling, max_tokens=max_tokens, **rules)
     commands = ChatCommands(chat)
     editor = LineEditor(commands.names)
     terminal.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows what else there is.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ from tritgguf.cli.options import (
     option,
 )
 from tritgguf.cli.prompt_source import read_prompt
+from tritgguf.errors import BadRequestError
 
 if TYPE_CHECKING:
     from tritgguf.generation.loaded_model import LoadedModel
@@ -71,6 +73,12 @@ FrequencyPenalty = Annotated[
     float, option("--frequency-penalty", help="Penalty for each time that the answer has a token; 0: none.")
 ]
 Seed = Annotated[int, option("--seed", "-s", help="Seed of sampling; -1: random.")]
+JsonSchema = Annotated[
+    Path | None, option("--json-schema", metavar="FILE", help="File with a JSON schema that the answer follows.")
+]
+GrammarFile = Annotated[
+    Path | None, option("--grammar", metavar="FILE", help="File with a grammar that it follows, Lark's or llama.cpp's.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Use 31-bit activations; far slower.")]
 CheckFirst = Annotated[bool, typer.Option("--check", help="Check the whole file first, as `check` does.")]
@@ -93,6 +101,8 @@ def run_command(
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = -1,
+    json_schema: JsonSchema = None,
+    grammar: GrammarFile = None,
     raw: Raw = False,
     prefill_bits: PrefillBits = 8,
     exact: Exact = False,
@@ -111,6 +121,7 @@ def run_command(
 
     Example: tritgguf run d3.gguf -p "Name three primary colors."
     """
+    from tritgguf.generation.prompt_check import check_prompt_fits
     from tritgguf.generation.sampling import SamplingOptions
 
     penalties = (presence_penalty, frequency_penalty)
@@ -118,6 +129,9 @@ def run_command(
     text = read_prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
+    rules = _rules(json_schema, grammar)
+    if text is not None:
+        check_prompt_fits(file, text, system=system, raw=raw, context=context or None)
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
@@ -125,9 +139,9 @@ def run_command(
     model = _load(file, context=context or None, **settings, **guesses)
     warn_beyond_training(model)
     if text is None:
-        chat_at_terminal(model, system, sampling, predict)
+        chat_at_terminal(model, system, sampling, predict, **rules)
     else:
-        _answer(model, text, system, sampling, predict, raw=raw, as_json=as_json)
+        _answer(model, text, system, sampling, predict, rules, raw=raw, as_json=as_json)
 
 
 def _load(file: Path, **settings: Any) -> LoadedModel:
@@ -147,17 +161,21 @@ def _answer(
     system: str | None,
     sampling: SamplingOptions,
     max_tokens: int,
+    rules: dict[str, Any],
     *,
     raw: bool,
     as_json: bool,
 ) -> None:
     """Answer one prompt."""
+    from tritgguf.generation.grammar import compile_grammar
     from tritgguf.generation.prompt import prompt_tokens
     from tritgguf.generation.sampling import Sampler
     from tritgguf.generation.text_stream import TextStream
 
     tokens = prompt_tokens(model, text, system=system, raw=raw)
-    stream = TextStream(model, tokens, Sampler(sampling), max_tokens=max_tokens, continues_prompt=raw)
+    grammar = compile_grammar(model, **rules)
+    sampler = Sampler(sampling, constraint=None if grammar is None else grammar.constraint())
+    stream = TextStream(model, tokens, sampler, max_tokens=max_tokens, continues_prompt=raw)
     if as_json:
         answer = stream.finish()
         terminal.print_json({"model": model.path, **vars(answer), "timings": answer.timings.as_dict()})
@@ -169,3 +187,20 @@ def _answer(
             writer.end()
     print_context_note(model, answer)
     print_timings(answer.timings)
+
+
+def _rules(json_schema: Path | None, grammar: Path | None) -> dict[str, Any]:
+    """Return what the answer has to follow as keyword arguments of `compile_grammar`."""
+    from tritgguf.formats.text_file import read_text
+    from tritgguf.generation.grammar import check_llguidance
+
+    if json_schema is None and grammar is None:
+        return {}
+    check_llguidance()
+    rules: dict[str, Any] = {"grammar": read_text(grammar)} if grammar is not None else {}
+    if json_schema is not None:
+        try:
+            rules["json_schema"] = json.loads(read_text(json_schema))
+        except ValueError as error:
+            raise BadRequestError(f"{json_schema}: is no JSON ({error})") from error
+    return rules

@@ -14,9 +14,10 @@ import numpy as np
 
 from cpu_kernels.simd import variants
 from cpu_kernels.threads.bandwidth import read_bandwidth
+from tritgguf.diagnostics.grammar_times import grammar_seconds
 from tritgguf.diagnostics.kernel_times import KernelTime, decode_launch_seconds, decode_seconds, prefill_times, shares
 from tritgguf.errors import TritGgufError
-from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.trit_types import TritType, is_trit_type
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits
 from tritgguf.runtime.model import Model
@@ -77,6 +78,8 @@ class BenchReport:
     """Share of a token's time that launching the threads and meeting at barriers takes by itself; None: no decode."""
     prefill_launch_share: float | None
     """The same of a prompt; None also where kernels were not looked at."""
+    grammar_seconds: float | None
+    """What the constraint of a JSON schema takes for a token; None: no decode, or no llguidance."""
 
     @property
     def speeds(self) -> list[Speed]:
@@ -121,6 +124,7 @@ class BenchReport:
             "read_bandwidth": self.read_bandwidth,
             "launch_share": self.launch_share,
             "prefill_launch_share": self.prefill_launch_share,
+            "grammar_seconds": self.grammar_seconds,
             "kernels": {
                 "prefill": [vars(kernel) for kernel in self.prefill_kernels],
                 "decode": [vars(kernel) for kernel in self.decode_kernels],
@@ -145,6 +149,8 @@ class BenchReport:
             ]
             if self.launch_share is not None:
                 rows.append(("thread launch and barriers, of a token", f"{self.launch_share:.1%}"))
+            if self.grammar_seconds is not None and self.decode is not None:
+                rows.append(("JSON schema, added to a token", f"{self.grammar_seconds * self.decode.mean:.1%}"))
             tables.append((f"decode: {self.decode.test if self.decode else ''}", ("", ">"), rows))
         for title, kernels in (("one prompt", self.prefill_kernels), ("one token", self.decode_kernels)):
             if kernels:
@@ -186,7 +192,7 @@ def bench(
     """
     if prompt_tokens + generated_tokens == 0:
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
-    file, context = GgufFile(path), depth + max(prompt_tokens, generated_tokens)
+    file, context = open_trit_file(path), depth + max(prompt_tokens, generated_tokens)
     model = Model(file, threads=threads, prefill_bits=prefill_bits, isa=isa)
     sequence = SingleSequence(model, context, cache_type=cache_type)
     check_cache_fits(model.config, context, cache_type, str(file.path))
@@ -194,7 +200,6 @@ def bench(
     prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
     prefill = _time_prefill(sequence, prompt, depth, repetitions) if prompt else None
     decode = _time_decode(sequence, generated, depth, repetitions) if generated else None
-    bandwidth = read_bandwidth(model.thread_pool, repetitions)
     config, weights, thread_pool = model.config, ModelWeights(file, model.config), model.thread_pool
     prompt_times, decode_kernels = None, list[KernelTime]()
     if prefill is not None and by_kernel:
@@ -207,11 +212,12 @@ def bench(
         **_facts(file, model),
         prefill=prefill,
         decode=decode,
-        read_bandwidth=bandwidth,
+        read_bandwidth=read_bandwidth(model.thread_pool, repetitions),
         prefill_kernels=[] if prompt_times is None else shares(prompt_times.seconds),
         decode_kernels=decode_kernels,
         launch_share=None if decode is None else decode_launch_seconds(config, weights, thread_pool) * decode.mean,
         prefill_launch_share=None if prompt_times is None else prompt_times.launch_share,
+        grammar_seconds=None if decode is None else grammar_seconds(file, model.config.vocab_size),
     )
 
 

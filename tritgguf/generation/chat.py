@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import BadRequestError
+from tritgguf.generation.grammar import compile_grammar
 from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import chat_tokens, system_message
 from tritgguf.generation.result import Generation
@@ -41,6 +42,8 @@ class Chat:
         system: str | None = None,
         max_tokens: int = UNLIMITED,
         stop: str | Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
         sampling: SamplingOptions | None = None,
         **options: Unpack[SamplingKeywords],
     ) -> None:
@@ -51,15 +54,18 @@ class Chat:
             system: a system message before everything else.
             max_tokens: as in `generate`, for each answer.
             stop: as in `generate`.
+            json_schema: as in `generate`, for each answer.
+            grammar: as in `generate`, for each answer.
             sampling: as in `generate`.
             **options: as in `generate`.
 
         Raises:
-            TritGgufError: impossible or unknown options.
+            TritGgufError: impossible or unknown options, a schema or grammar that cannot be held.
 
         """
         self._model = loaded(model)
         self._sampler = Sampler(sampling_options(sampling, options))
+        self._grammar = compile_grammar(self._model, json_schema=json_schema, grammar=grammar)
         self.max_tokens = max_tokens
         self._stop = stop_list(stop)
         self._start = system_message(system)
@@ -115,6 +121,8 @@ class Chat:
     def _answer(self, messages: list[Message]) -> TextStream:
         """Return the stream that answers the last of the messages, which become the history."""
         tokens = chat_tokens(self._model, messages)
+        if self._grammar is not None:
+            self._sampler.constraint = self._grammar.constraint()
         self._stream = TextStream(
             self._model, tokens, self._sampler, max_tokens=self.max_tokens, stop=self._stop, on_end=self._remember
         )

@@ -90,8 +90,6 @@ class DraftModel:
                 continue
             follower.learn(request.tokens)
             room = max(0, min(count, self._pool.context - len(request.tokens) + 1))
-            if max(request.tokens[follower.stored :]) >= self._model.config.vocab_size:
-                room = 0  # a token that fills up the other model's vocabulary
             right = min(1.0, follower.right / follower.guessed)
             expected.append([right**place for place in range(1, room + 1)])
         return expected
@@ -107,7 +105,7 @@ class DraftModel:
             self._pool.truncate(follower.sequence, follower.stored)
             missing = len(request.tokens) - follower.stored
             count = min(missing, left)
-            if not self._reserve(follower, count + length - 1):
+            if not self._knows(self._next_tokens(request, count)) or not self._reserve(follower, count + length - 1):
                 continue
             left -= count
             behind.append((request, count))
@@ -167,6 +165,10 @@ class DraftModel:
             follower.stored += count
             if follower.stored < len(request.tokens):
                 follower.draft = []  # there is more to evaluate
+
+    def _knows(self, tokens: Sequence[int]) -> bool:
+        """Tell whether the draft model has all tokens; some fill up the vocabulary of the other one alone."""
+        return max(tokens) < self._model.config.vocab_size
 
     def _next_tokens(self, request: RunningRequest, count: int) -> list[int]:
         stored = self._followers[request].stored

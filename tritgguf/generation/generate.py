@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from tritgguf.errors import BadRequestError
+from tritgguf.generation.grammar import compile_grammar
 from tritgguf.generation.loaded_model import LoadedModel, loaded
 from tritgguf.generation.prompt import prompt_tokens
 from tritgguf.generation.result import Generation
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         raw: bool
         max_tokens: int | None
         stop: str | Sequence[str] | None
+        json_schema: Mapping[str, Any] | None
+        grammar: str | None
         sampling: SamplingOptions | None
 
     class _KeywordsOfOne(_Keywords, total=False):
@@ -72,6 +75,8 @@ def generate(
     raw: bool = False,
     max_tokens: int | None = UNLIMITED,
     stop: str | Sequence[str] | None = (),
+    json_schema: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
     stream: bool = False,
     sampling: SamplingOptions | None = None,
     on_text: Callable[[str], None] | None = None,
@@ -88,6 +93,8 @@ def generate(
         raw: continue the prompt as it is, without the chat template, control tokens in it included.
         max_tokens: how many tokens to generate at most; -1 goes on until the model stops or the context is full.
         stop: a text or several that end the answer; they are not part of it. The first that is complete counts.
+        json_schema: a JSON schema that the answer follows; {"type": "object"} for any JSON object.
+        grammar: a grammar that the answer follows, in Lark's notation or llama.cpp's (docs/structured_output.md).
         stream: return an iterator over pieces of text, whose `result` is the generation.
         sampling: how tokens are chosen.
         on_text: receives each piece of text as it comes.
@@ -97,7 +104,8 @@ def generate(
         A `Generation`; for a list of prompts, a list of them in the same order; with `stream`, a `TextStream`.
 
     Raises:
-        TritGgufError: a prompt longer than the context, no chat template in the file, impossible options.
+        TritGgufError: a prompt longer than the context, no chat template in the file, impossible options, a schema or
+            grammar that cannot be held.
 
     """
     model = loaded(model)
@@ -109,8 +117,11 @@ def generate(
     stops, chosen = stop_list(stop), sampling_options(sampling, options)
     tokens = [prompt_tokens(model, text, messages=chat, system=system, raw=raw) for text, chat in prompts]
 
+    rules = compile_grammar(model, json_schema=json_schema, grammar=grammar)
+
     def start(ids: list[int]) -> TextStream:
-        return TextStream(model, ids, Sampler(chosen), max_tokens=max_tokens, stop=stops, continues_prompt=raw)
+        sampler = Sampler(chosen, constraint=None if rules is None else rules.constraint())
+        return TextStream(model, ids, sampler, max_tokens=max_tokens, stop=stops, continues_prompt=raw)
 
     if is_batch:
         return _finish_all(map(start, tokens))

@@ -152,6 +152,7 @@ class Sampler:
     Attributes:
         options: how tokens are chosen.
         seed: of the draw, also where the options leave it open.
+        constraint: which tokens may come; it is for one answer, so another answer needs another one.
         logprobs: one for each token that was sampled, stop tokens included; empty unless `top_logprobs` was given.
 
     """
@@ -167,7 +168,7 @@ class Sampler:
 
         Args:
             options: how tokens are chosen.
-            constraint: which tokens may come; it is for one answer.
+            constraint: which tokens may come.
             top_logprobs: how many of the likeliest tokens `logprobs` lists, 0 or more; None keeps no logprobs.
 
         """
@@ -175,7 +176,7 @@ class Sampler:
         self.options = options
         self.seed = int.from_bytes(os.urandom(4), "little") if options.seed == -1 else options.seed
         self.logprobs: list[TokenLogprobs] = []
-        self._constraint, self._top_logprobs = constraint, top_logprobs
+        self.constraint, self._top_logprobs = constraint, top_logprobs
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._recent: deque[int] = deque(maxlen=None if options.repeat_last_n == -1 else options.repeat_last_n)
         self._counts = Counter[int]()  # of the tokens of this answer
@@ -192,8 +193,8 @@ class Sampler:
             self._counts.clear()
             return
         self._counts.update(tokens)
-        if self._constraint is not None:
-            self._constraint.accept(tokens[0])
+        if self.constraint is not None:
+            self.constraint.accept(tokens[0])
         self._sampled = None
 
     def sample(self, logits: np.ndarray) -> int:
@@ -271,10 +272,7 @@ class Sampler:
 
     def _constrained(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with -inf for what the constraint forbids, or the same array if nothing is forbidden."""
-        if self._constraint is None:
-            return logits
-        allowed = self._constraint.allowed()
-        return np.where(allowed, logits, np.float32(-np.inf))
+        return logits if self.constraint is None else logits + self.constraint.mask()
 
 
 def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:

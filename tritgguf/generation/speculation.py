@@ -23,8 +23,8 @@ _WORTH_DRAFTING = 1.1  # times the tokens per second without: estimates are not 
 
 # Time of a pass of so many generated tokens over that of one, measured with d=2: Qwen2.5-Coder-1.5B, two cores of
 # an AMD EPYC of the Zen 5 generation (docs/engine.md). With AVX2, and for SmolLM2, ratios are alike up to 8 tokens.
-_PASS_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-_PASS_COSTS = (1.0, 1.6, 2.0, 2.8, 5.0, 10.0, 20.0)
+_MEASURED = {1: 1.0, 2: 1.6, 4: 2.0, 8: 2.8, 16: 5.0, 32: 10.0, 64: 20.0}
+_PASS_COSTS = np.interp(range(_MOST_TOKENS + 1), list(_MEASURED), list(_MEASURED.values())).tolist()
 
 
 class Drafter(Protocol):
@@ -87,25 +87,23 @@ def draft_lengths(expected: Sequence[Sequence[float]], generated: int, step_cost
         step_cost: see `Drafter`.
 
     """
-    tokens = [
+    lengths = [0] * len(expected)
+    if generated >= _MOST_TOKENS:
+        return lengths
+    tokens = sorted(
         (-probability, place, request)
         for request, probabilities in enumerate(expected)
         for place, probability in enumerate(probabilities)
-    ]
-    lengths = [0] * len(expected)
-    best, best_rate = lengths.copy(), _WORTH_DRAFTING * generated / _pass_cost(generated)
+    )
+    best, best_rate = lengths.copy(), _WORTH_DRAFTING * generated / _PASS_COSTS[generated]
     worth = float(generated)  # tokens that the pass probably gives
-    for count, (negative, _, request) in enumerate(sorted(tokens)[: max(0, _MOST_TOKENS - generated)], 1):
+    for count, (negative, _, request) in enumerate(tokens[: _MOST_TOKENS - generated], 1):
         lengths[request] += 1
         worth -= negative
-        rate = worth / (_pass_cost(generated + count) + step_cost * max(lengths))
+        rate = worth / (_PASS_COSTS[generated + count] + step_cost * max(lengths))
         if rate > best_rate:
             best, best_rate = lengths.copy(), rate
     return best
-
-
-def _pass_cost(tokens: int) -> float:
-    return float(np.interp(tokens, _PASS_TOKENS, _PASS_COSTS))
 
 
 def _may_be_drafted(chunk: Chunk) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from tritgguf.generation.loaded_model import LoadedModel
@@ -85,12 +86,11 @@ class Answer:
         self._decoded = self._shown = 0  # characters
         self._held = list[PlacedLogprobs]()
 
-    async def pieces(self, engine_thread: EngineThread) -> AsyncIterator[Piece]:
+    async def pieces(self, engine_thread: EngineThread) -> AsyncGenerator[Piece, None]:
         """Generate the answer; raises the error that ends it. It is cancelled when the iteration ends early."""
         job = engine_thread.submit(self.request)
         self.running = job.running
-        tokens_of_passes = job.tokens()
-        try:
+        async with aclosing(job.tokens()) as tokens_of_passes:
             async for tokens in tokens_of_passes:
                 text = "".join(self._step(token) for token in tokens)
                 if self._stops.found:
@@ -100,8 +100,6 @@ class Answer:
                     yield piece
                 if self.finish_reason:
                     return
-        finally:
-            await tokens_of_passes.aclose()  # type: ignore[attr-defined]  # a generator
         self._decoded += len(rest := self._decoder.flush())
         text = self._stops.feed(rest) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.found else self.running.finish_reason or "interrupted"

@@ -19,6 +19,7 @@ from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.serving import chat_completions, completions, embeddings, information, reference_page, tokens
 from tritgguf.serving.errors import ApiError, bad_request
 from tritgguf.serving.limits import BodyLimits
+from tritgguf.serving.openapi_schema import describe_errors
 from tritgguf.serving.page import files
 from tritgguf.serving.responses import error_response
 from tritgguf.serving.security import Gate
@@ -61,6 +62,7 @@ def create_app(model: LoadedModel, settings: ServerSettings) -> FastAPI:
     for part in (chat_completions, completions, embeddings, tokens, information, reference_page):
         app.include_router(part.router)
     files.add_routes(app, page_files)
+    describe_errors(app)
     return app
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -46,22 +47,29 @@ class ChatCompletion:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self.answers: Sequence[Answer] = make_answers(
-            service, body, [prompt], max_tokens=max_tokens, top_logprobs=top_logprobs, continues_prompt=False
+            service,
+            body,
+            [prompt],
+            max_tokens=max_tokens,
+            top_logprobs=top_logprobs,
+            continues_prompt=False,
+            grammar=service.grammars.of_request(body),
         )
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield chunks: the role, the text as it comes, the reason for the end, and the usage if it is wanted."""
         for index in range(len(self.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for index, piece in self._service.merged(self.answers):
-            answer = self.answers[index]
-            if piece is None:
-                yield {**self._chunk(index, {}, finish_reason(answer)), "timings": timings(answer.running)}
-            else:
-                chunk = self._chunk(index, {"content": piece.text}, logprobs=self._logprobs(piece.logprobs))
-                if self._body.timings_per_token:
-                    chunk["timings"] = timings(answer.running)
-                yield chunk
+        async with aclosing(self._service.merged(self.answers)) as pieces:
+            async for index, piece in pieces:
+                answer = self.answers[index]
+                if piece is None:
+                    yield {**self._chunk(index, {}, finish_reason(answer)), "timings": timings(answer.running)}
+                else:
+                    chunk = self._chunk(index, {"content": piece.text}, logprobs=self._logprobs(piece.logprobs))
+                    if self._body.timings_per_token:
+                        chunk["timings"] = timings(answer.running)
+                    yield chunk
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield {
                 **self._head("chat.completion.chunk"),

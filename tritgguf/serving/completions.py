@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -63,10 +64,11 @@ class Completions:
             max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
             top_logprobs=body.logprobs,
             continues_prompt=True,
+            grammar=service.grammars.of_request(body),
         )
         self._echoes = [ScoredPrompt(service, prompt, body.logprobs) for prompt in prompts] if body.echo else []
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield chunks: the prompt if it is wanted, the text as it comes, the reason for the end, and the usage."""
         for echo in self._echoes:
             await echo.score()
@@ -74,10 +76,11 @@ class Completions:
             if (scored := self._echo(index)) is not None:
                 yield self._chunk(self._choice(index, scored.text, scored.logprobs, None))
         if self._generates:
-            async for index, piece in self._service.merged(self.answers):
-                reason = finish_reason(self.answers[index]) if piece is None else None
-                text, logprobs = (piece.text, piece.logprobs) if piece else ("", [])
-                yield self._chunk(self._choice(index, text, logprobs, reason))
+            async with aclosing(self._service.merged(self.answers)) as pieces:
+                async for index, piece in pieces:
+                    reason = finish_reason(self.answers[index]) if piece is None else None
+                    text, logprobs = (piece.text, piece.logprobs) if piece else ("", [])
+                    yield self._chunk(self._choice(index, text, logprobs, reason))
         else:
             for index in range(len(self.answers)):
                 yield self._chunk(self._choice(index, "", [], "length"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request, RunningRequest
@@ -25,7 +25,7 @@ class EngineJob:
         self._owner = owner
         self._progress = asyncio.Event()
 
-    async def tokens(self) -> AsyncIterator[list[int]]:
+    async def tokens(self) -> AsyncGenerator[list[int], None]:
         """Yield the generated tokens, all that have come since the last time; raise the error that ended the request.
 
         The request is cancelled when the iteration ends early.

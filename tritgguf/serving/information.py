@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from tritgguf.generation.sampling import SamplingOptions
 from tritgguf.serving.errors import ApiError, shutdown_error
@@ -104,7 +104,7 @@ async def slots(request: Request) -> Response:
     return JsonResponse(shown)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Return counters for Prometheus, as llama-server names them."""
     return Response(exposition(request.app.state.service), media_type=CONTENT_TYPE)

@@ -14,6 +14,7 @@ from tritgguf.serving.responses import error_response
 from tritgguf.serving.settings import ServerSettings
 
 MOST_JSON_DEPTH = 100
+_MOST_BODIES = 16  # of the largest size, that are held at once
 _MOST_DISCARDED_BYTES = 256 << 20  # of a body that is too large, so that its sender reads the answer
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
@@ -24,51 +25,78 @@ class BodyLimits:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._most_bytes, self._seconds = settings.most_body_bytes, settings.body_seconds
+        self._held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body()
         try:
-            body = await self._read(scope, receive)
-            if body is None:
+            if not await self._read(scope, receive, body):
                 return  # the client has gone
-            if json_depth(body) > MOST_JSON_DEPTH:
+            if json_depth(body.bytes()) > MOST_JSON_DEPTH:
                 raise bad_request(f"the body is nested more than {MOST_JSON_DEPTH} levels deep")
+            await self._app(scope, _replay(body.bytes(), receive), send)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
+        finally:
+            self._held -= body.size
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive, body: _Body) -> bool:
         try:
-            return await asyncio.wait_for(self._read_all(scope, receive), self._seconds)
+            return await asyncio.wait_for(self._read_all(scope, receive, body), self._seconds)
         except asyncio.TimeoutError:
             message = f"the body has not come within {self._seconds:g} seconds"
             raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
 
-    async def _read_all(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read_all(self, scope: Scope, receive: Receive, body: _Body) -> bool:
+        """Read a body; return whether all of it has come before the client has left."""
         announced = Headers(scope=scope).get("content-length", "0")
         too_large = not announced.isdigit() or int(announced[:20]) > self._most_bytes
-        parts, size, more = list[bytes](), 0, True
-        while more:
+        discarded, more = 0, True
+        while more and discarded <= _MOST_DISCARDED_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
+                return False
             part, more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            too_large = too_large or size > self._most_bytes
+            too_large = too_large or body.size + len(part) > self._most_bytes
             if too_large:
-                parts.clear()
-                if size > _MOST_DISCARDED_BYTES:
-                    break
+                discarded += len(part)
             else:
-                parts.append(part)
+                self._hold(body, part)
         if too_large:
-            message_text = f"the body has more than {self._most_bytes} bytes"
-            raise ApiError(413, message_text, code="body_too_large", headers={"Connection": "close"})
-        return b"".join(parts)
+            reason = f"the body has more than {self._most_bytes} bytes"
+            raise ApiError(413, reason, code="body_too_large", headers={"Connection": "close"})
+        return True
+
+    def _hold(self, body: _Body, part: bytes) -> None:
+        """Add a part to a body; a 503 if all bodies together are too large."""
+        if self._held + len(part) > _MOST_BODIES * self._most_bytes:
+            headers = {"Connection": "close", "Retry-After": "1"}
+            raise ApiError(503, "too many requests are being sent", type="unavailable_error", headers=headers)
+        body.add(part)
+        self._held += len(part)
+
+
+class _Body:
+    """A body, as far as it has come."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, part: bytes) -> None:
+        """Take the next part."""
+        self._parts.append(part)
+        self.size += len(part)
+
+    def bytes(self) -> bytes:
+        """Return all of it."""
+        if len(self._parts) != 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0]
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -59,7 +59,7 @@ class GenerationBody(Body):
     cache_prompt: bool = True
     timings_per_token: bool = False
     grammar: str | None = None
-    json_schema: dict[str, Any] | bool | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 class JsonSchemaFormat(BaseModel):
@@ -68,7 +68,7 @@ class JsonSchemaFormat(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     name: str = ""
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -79,7 +79,7 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
 class ChatMessage(BaseModel):

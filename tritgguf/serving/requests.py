@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tritgguf.errors import TritGgufError
+from tritgguf.generation.grammar import Grammar
 from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.sampling import Sampler, SamplingOptions
 from tritgguf.generation.stop_strings import stop_list
@@ -36,7 +37,7 @@ class Completion(Protocol):
 
     answers: Sequence[Answer]
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield the events of a streamed answer."""
 
     async def result(self) -> dict[str, Any]:
@@ -91,13 +92,15 @@ def make_answers(
     max_tokens: int | None,
     top_logprobs: int | None,
     continues_prompt: bool,
+    grammar: Grammar | None = None,
 ) -> list[Answer]:
     """Return the answers to prompts, `n` to each, in OpenAI's order: all of the first prompt, then the second's."""
     answers = []
     for prompt in prompts:
         for choice in range(body.n or 1):
             options = sampling_options(service, body, choice)
-            sampler = Sampler(options, top_logprobs=top_logprobs)
+            constraint = None if grammar is None else grammar.constraint()
+            sampler = Sampler(options, constraint=constraint, top_logprobs=top_logprobs)
             answers.append(
                 Answer(
                     service.model,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -54,7 +55,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, service: Service, events: AsyncIterator[Mapping[str, Any]], on_close: Callable[[], None]
+        self, service: Service, events: AsyncGenerator[Mapping[str, Any], None], on_close: Callable[[], None]
     ) -> None:
         """Send `events`; `on_close` is called when the last is sent, or nobody reads them any more."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -80,11 +81,9 @@ class EventStream(Response):
             self._on_close()
 
     async def _send_events(self, send: Send) -> None:
-        try:
-            async for event in self._events:
+        async with aclosing(self._events) as events:
+            async for event in events:
                 await _send_event(send, dump(event))
-        finally:
-            await self._events.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 async def _send_event(send: Send, data: str) -> None:

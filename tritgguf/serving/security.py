@@ -20,7 +20,8 @@ _WILDCARDS = ("0.0.0.0", "::", "")
 _PUBLIC_PATHS = ("/health", "/v1/health")
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
-    " font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types dompurify"
 )
 _HEADERS = (
     (b"content-security-policy", PAGE_POLICY.encode("ascii")),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from tritgguf.generation.loaded_model import LoadedModel
@@ -13,6 +14,7 @@ from tritgguf.serving.answers import Answer, Piece
 from tritgguf.serving.engine_thread import EngineThread
 from tritgguf.serving.errors import ApiError, from_exception, internal_error, shutdown_error
 from tritgguf.serving.settings import ServerSettings
+from tritgguf.serving.structured_output import Grammars
 from tritgguf.serving.token_texts import TokenTexts
 from tritgguf.version import __version__
 
@@ -52,6 +54,7 @@ class Service:
         engine_thread: runs the requests.
         totals: what has been counted.
         token_texts: texts of single tokens.
+        grammars: forms of answers, compiled.
         room: limits the evaluations that only want log probabilities or embeddings.
         closing: whether the server is about to end: it takes no new requests.
         cut: set when requests that still run are to end.
@@ -68,7 +71,7 @@ class Service:
         self.cut = asyncio.Event()
         self.room = asyncio.Semaphore(model.engine.parallel)
         self._places = 0
-        self._tasks = set[asyncio.Task[None]]()
+        self.grammars = Grammars(model)
         self.token_texts = TokenTexts(model.tokenizer)
         self._private = {str(path): self.alias for path in (model.path.absolute(), model.path)}
 
@@ -96,7 +99,7 @@ class Service:
 
     # -- answers
 
-    async def merged(self, answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece | None]]:
+    async def merged(self, answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece | None], None]:
         """Generate answers side by side; yield the number of one and its next piece, and None when it has ended.
 
         No more of them run at once than the engine has sequences, so that a long list leaves room for other requests.
@@ -107,15 +110,14 @@ class Service:
 
         async def generate(number: int, answer: Answer) -> None:
             try:
-                async with room:
-                    async for piece in answer.pieces(self.engine_thread):
+                async with room, aclosing(answer.pieces(self.engine_thread)) as pieces:
+                    async for piece in pieces:
                         await ready.put((number, piece))
                 await ready.put((number, None))
             except Exception as error:
                 await ready.put((number, error))
 
         tasks = [asyncio.create_task(generate(number, answer)) for number, answer in enumerate(answers)]
-        self._tasks.update(tasks)
         running = len(tasks)
         try:
             while running:
@@ -128,7 +130,6 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._tasks.difference_update(tasks)
             for answer in answers:
                 if answer.running is not None:
                     self.totals.add(answer.running)

@@ -67,7 +67,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     template, seconds = values.pop("template"), values.pop("seconds")
     try:
         with resource_limits(seconds):  # includes compiling, because Jinja evaluates constants then
-            text = _compile(template).render(tools=None, documents=None, **values)
+            text = _compile(template).render({"tools": None, "documents": None, **values})
         if len(text) > MOST_CHARACTERS:
             raise TemplateError(f"it makes a text of more than {MOST_CHARACTERS} characters")
         return {"text": text, "last": False}

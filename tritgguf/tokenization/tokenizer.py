@@ -96,6 +96,16 @@ class Tokenizer:
         stated = {token for token in from_keys if token is not None} | {*stop_ids(metadata)}
         return frozenset(stated | by_name)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def as_json(self) -> str:
+        """Return the text of its tokenizer.json."""
+        with self._setting_options:
+            return self._tokenizer.to_str()
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the tokens of a text.
 

@@ -50,8 +50,10 @@ test("damaged entries are passed over", () => {
   const storage = storageOf();
   const store = new Conversations(storage);
   store.save(conversation("a", 1));
-  storage.setItem("tritgguf.conversation.a", '{"messages": 3}');
-  assert.equal(store.get("a"), null);
+  for (const messages of ["3", "[null]", "[{}]", '[{"role": "assistant", "content": "x"}]', '[{"role": "x", "content": ""}]']) {
+    storage.setItem("tritgguf.conversation.a", `{"messages": ${messages}}`);
+    assert.equal(store.get("a"), null, messages);
+  }
   for (const text of ["{", "3", "null", "[1, null, {}]"]) {
     storage.setItem("tritgguf.conversations", text);
     assert.deepEqual(store.list(), []);

@@ -202,10 +202,11 @@ function show() {
 
 /** Tell which keys do what. answer: the one that is being written, or null. */
 function showKeys(answer) {
-  const speed = answer?.tokensPerSecond ? ` · ${inWords(answer.tokensPerSecond)}` : "";
-  const text = answer ? `Escape stops${speed}` : "Enter sends, Shift + Enter starts a line";
+  const speed = answer?.tokensPerSecond ? inWords(answer.tokensPerSecond) : "";
+  const keys = answer ? "Escape stops" : "Enter sends, Shift + Enter starts a line";
+  const hasKeys = !matchMedia("(hover: none)").matches; // a phone has none of them
+  const text = [hasKeys ? keys : "", speed].filter(Boolean).join(" · ");
   if (byId("keys").textContent !== text) byId("keys").textContent = text;
-  byId("keys").classList.toggle("live", Boolean(answer));
 }
 
 function showSidebar() {

@@ -36,7 +36,7 @@ export class Conversations {
   /** A conversation by its id; null if there is none or it is damaged. */
   get(id) {
     const found = this.#read(PREFIX + id);
-    return Array.isArray(found?.messages) ? found : null;
+    return Array.isArray(found?.messages) && found.messages.every(isMessage) ? found : null;
   }
 
   /**
@@ -104,6 +104,12 @@ export class Conversations {
       return null;
     }
   }
+}
+
+function isMessage(message) {
+  if (typeof message?.content !== "string") return false;
+  if (message.role === "assistant") return typeof message.reasoning === "string" && Array.isArray(message.toolCalls);
+  return message.role === "user" || message.role === "tool";
 }
 
 /** The browser's storage, or if it is blocked, one that lasts as long as the page. */

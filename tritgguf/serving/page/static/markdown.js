@@ -33,22 +33,43 @@ const marked = new Marked({
   },
 });
 
-/** An element that shows a growing Markdown text, and leaves the blocks alone that have not changed. */
+const UNSETTLED = 4; // blocks at the end that more text may change: a list, the space behind it, and what follows
+
+/** An element that shows a growing Markdown text. While it grows, only its end is read again. */
 export class MarkdownView {
-  #shown = [];
+  #shown = []; // the source of each block
   element = el("div", { class: "prose" });
 
-  update(text) {
-    const blocks = marked.lexer(text);
-    // A definition of a link changes blocks above it, whose text stays the same.
+  /** Show a text. grows: whether more of it will come. */
+  update(text, grows) {
+    try {
+      this.#update(text, grows);
+    } catch (error) {
+      // Text that is nested thousands of levels deep exceeds the browser's stack.
+      if (!(error instanceof RangeError)) throw error;
+      this.#shown = [];
+      this.element.replaceChildren(el("div", { class: "block unformatted" }, text));
+    }
+  }
+
+  #update(text, grows) {
+    let settled = this.#shown.slice(0, grows ? -UNSETTLED : 0);
+    if (!text.startsWith(settled.join(""))) settled = [];
+    let blocks = marked.lexer(text.slice(settled.join("").length));
     const defines = Object.keys(blocks.links).length > 0;
-    let same = 0;
-    while (!defines && same < this.#shown.length && blocks[same]?.raw === this.#shown[same]) same += 1;
+    if (defines && settled.length) {
+      settled = [];
+      blocks = marked.lexer(text);
+    }
+    const sources = [...settled, ...blocks.map((block) => block.raw)];
+    // A definition of a link changes blocks above it, whose source stays the same.
+    let same = settled.length;
+    while (!defines && same < this.#shown.length && sources[same] === this.#shown[same]) same += 1;
     while (this.element.childElementCount > same) this.element.lastElementChild.remove();
-    for (const block of blocks.slice(same)) {
+    for (const block of blocks.slice(same - settled.length)) {
       this.element.append(el("div", { class: "block" }, elementsOf(block)));
     }
-    this.#shown = blocks.map((block) => block.raw);
+    this.#shown = sources;
   }
 }
 

@@ -100,7 +100,7 @@ export class AnswerMessage {
     this.element.classList.toggle("live", live);
     this.#waiting.hidden = !(live && isEmpty(message));
     this.#showReasoning(live);
-    this.#markdown.update(message.content);
+    this.#markdown.update(message.content, live);
     this.#showToolCalls(last && message.status === "done");
     this.#foot.replaceChildren(...(live ? [] : this.#footOf(last)));
   }

@@ -1,0 +1,66 @@
+"""What the form of an answer must be: `response_format`, `json_schema` and `grammar`, as one compiled grammar."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from tritgguf.generation.grammar import JSON_OBJECT, Grammar, compile_grammar
+from tritgguf.serving.errors import bad_request
+from tritgguf.serving.protocol import ChatBody, CompletionBody, ResponseFormat
+
+if TYPE_CHECKING:
+    from tritgguf.generation.loaded_model import LoadedModel
+
+_MOST_GRAMMARS = 32
+
+
+class Grammars:
+    """Compiles grammars, and keeps those that were used last: programs ask for the same form again and again."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._kept: OrderedDict[str, Grammar | None] = OrderedDict()
+        self._lock = threading.Lock()  # requests are prepared in several threads
+
+    def of_request(self, body: ChatBody | CompletionBody) -> Grammar | None:
+        """Return the grammar that a request asks for; None for any text.
+
+        Raises ApiError for more than one, and BadRequestError for one that cannot be held, with the reason.
+        """
+        schema = _schema_of_format(body.response_format)
+        given = {"response_format": schema, "json_schema": body.json_schema, "grammar": body.grammar or None}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise bad_request(f"an answer has one form: give either {' or '.join(names)}", names[0])
+        if body.grammar:
+            return self._compiled("grammar", body.grammar)
+        schema = schema if schema is not None else body.json_schema
+        return None if schema is None else self._compiled("json_schema", schema)
+
+    def _compiled(self, kind: str, source: Any) -> Grammar | None:
+        key = kind + json.dumps(source)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        compiled = compile_grammar(self._model, **{kind: source})
+        with self._lock:
+            self._kept[key] = compiled
+            if len(self._kept) > _MOST_GRAMMARS:
+                self._kept.popitem(last=False)
+        return compiled
+
+
+def _schema_of_format(response_format: ResponseFormat | None) -> Any:
+    if response_format is None or response_format.type == "text":
+        return None
+    named = response_format.json_schema
+    schema = response_format.schema_ if named is None else named.schema_
+    if response_format.type == "json_object":
+        return JSON_OBJECT if schema is None else schema
+    if schema is None:
+        raise bad_request("response_format of type json_schema needs json_schema.schema", "response_format")
+    return schema
