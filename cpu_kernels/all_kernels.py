@@ -185,7 +185,7 @@ def _machine(isa: Type) -> Signatures:
     return {
         self_test._run: [(isa, _array(np.uint16, 1), _array(np.uint16, 1), _bytes(1), _floats(1), *outputs)],
         unpack._unpack_rows: [(isa, rows, _INTEGER, _bytes(3), _bytes(2), *_SHARE)],
-        bandwidth.read: [(_integers(1), *_SHARE)],
+        bandwidth.read: [(_integers(1), _INTEGER, *_SHARE)],
         barrier.repeat_barrier: [(_integers(1), _INTEGER, *_SHARE)],
     }
 
