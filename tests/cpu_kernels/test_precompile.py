@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from numba.core.dispatcher import Dispatcher
 from tiny_models import write_tiny_model
 
+import cpu_kernels
 from cpu_kernels import precompile
+from cpu_kernels.all_kernels import all_kernels
+from cpu_kernels.inner_functions import is_inner
+from cpu_kernels.simd.variants import PORTABLE, as_type
 
 # Runs commands in one process and prints the kernels that were compiled there.
 _PROGRAM = """
@@ -66,6 +74,17 @@ def test_nothing_is_compiled_after_the_first_use(tmp_path: Path) -> None:
     )
     assert "numba compiles" not in printed
     assert "compiling" not in errors
+
+
+def test_every_kernel_is_listed_with_its_arguments() -> None:
+    listed = all_kernels(as_type(PORTABLE))
+    for kernel, signatures in listed.items():
+        arguments = len(inspect.signature(kernel.py_func).parameters)
+        assert {len(signature) for signature in signatures} == {arguments}, kernel.__name__
+    modules = pkgutil.walk_packages(cpu_kernels.__path__, "cpu_kernels.")
+    names = [vars(importlib.import_module(module.name)) for module in modules]
+    kernels = {value for module in names for value in module.values() if isinstance(value, Dispatcher)}
+    assert {kernel.__name__ for kernel in kernels if not is_inner(kernel)} == {kernel.__name__ for kernel in listed}
 
 
 def test_a_lazy_process_compiles_nothing_up_front(monkeypatch: pytest.MonkeyPatch) -> None:
