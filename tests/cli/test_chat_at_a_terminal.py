@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -138,8 +139,32 @@ def test_without_readline_lines_that_arrive_at_once_are_one_message(tmp_path: Pa
         terminal.wait_for(SPEED + "> $")
         terminal.press(f"/save {tmp_path / 'chat.json'}\n".encode())
         terminal.wait_for("2 messages saved")
+        terminal.press(b"x" * 5000 + b"\n")
+        assert "warning: the terminal cuts lines after" in terminal.wait_for(SPEED + "> $")
         terminal.press(b"last\n" + CTRL_D)
         terminal.wait_for(SPEED)
         assert terminal.wait_for_end() == 0
     assert messages(tmp_path / "chat.json") == [("user", "one\ntwo"), ("assistant", ANSWER)]
-    assert (tmp_path / "answers").read_text() == f"{ANSWER}\n{ANSWER}\n"
+    assert (tmp_path / "answers").read_text() == f"{ANSWER}\n" * 3  # no escape sequences, no wrapping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_an_answer_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
+    with chat(seconds=0.1) as terminal:
+        terminal.press(b"Hi\r")
+        terminal.wait_for("The dog")
+        assert not terminal.echoes
+        terminal.process.send_signal(number)
+        assert terminal.wait_for_end() == 128 + number
+        assert terminal.echoes
+
+
+def test_a_long_text_is_pasted_whole(tmp_path: Path) -> None:
+    """A terminal that reads line by line would cut lines at 4,095 bytes."""
+    text = "\n".join(f"{n} " + "words " * 700 for n in range(3))
+    with chat() as terminal:
+        terminal.press(PASTE_BEGIN + text.replace("\n", "\r").encode() + PASTE_END + b"\r")
+        terminal.wait_for(SPEED + "> $")
+        terminal.press(f"/save {tmp_path / 'chat.json'}\r".encode())
+        terminal.wait_for("2 messages saved")
+    assert messages(tmp_path / "chat.json")[0] == ("user", text)

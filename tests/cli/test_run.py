@@ -92,11 +92,11 @@ def test_run_says_how_many_guesses_were_right(
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     seen = record_sampling(monkeypatch)
-    arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 99 -t 2"
+    arguments = "--temp 0.5 --top-k 7 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -c 999 -t 2"
     penalties = "--presence-penalty 0.3 --frequency-penalty -0.2"
     assert app.main(["run", "model.gguf", "-p", "Hi", *arguments.split(), *penalties.split()]) == 0
     assert seen == [SamplingOptions(0.5, 7, 0.8, 0.1, 1.1, 9, 3, 0.3, -0.2)]
-    assert model.loaded[1]["context"] == 99
+    assert model.loaded[1]["context"] == 999
     assert model.loaded[1]["threads"] == 2
 
 
@@ -182,13 +182,27 @@ def test_a_prompt_alone(model: Any, monkeypatch: pytest.MonkeyPatch, stdin: str)
     assert model.model.calls[0] == encode(model.tokenizer, "Hi")
 
 
-def test_a_pipe_that_stays_open_is_said(model: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_pipe_that_stays_open(model: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture, comes: bool) -> None:
+    """Programs that start others leave a pipe of their own open: it is waited for, but not for long."""
     monkeypatch.setattr("tritgguf.cli.prompt_source._SECONDS_BEFORE_NOTE", 0.05)
+    monkeypatch.setattr("tritgguf.cli.prompt_source._SECONDS_BEFORE_END", 60.0 if comes else 0.1)
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
-    threading.Timer(0.5, os.close, [writer]).start()
+
+    def write() -> None:
+        os.write(writer, b"The dog")
+        os.close(writer)
+
+    if comes:
+        threading.Timer(0.5, write).start()
     assert app.main(["run", "model.gguf", "--raw", "-p", "Hi"]) == 0
-    assert "note: the prompt is being read from standard input; </dev/null leaves that out" in capsys.readouterr().err
+    assert model.model.calls[0] == encode(model.tokenizer, "Hi\n\nThe dog" if comes else "Hi")
+    errors = capsys.readouterr().err
+    assert "note: waiting for the text on standard input that follows the prompt; </dev/null leaves it out" in errors
+    assert ("note: nothing came" in errors) != comes
+    if not comes:
+        os.close(writer)
 
 
 def test_options_mean_what_they_mean_in_llama_cpp(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:

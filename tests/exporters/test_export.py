@@ -109,7 +109,7 @@ def test_a_missing_codebook(tiny_trit_file: Callable[..., GgufFile], empty: Path
 @pytest.mark.parametrize("to", FORMATS)
 def test_not_a_trit_file(tiny_trit_file: Callable[..., GgufFile], empty: Path, tmp_path: Path, to: str) -> None:
     export(tiny_trit_file().path, tmp_path / "stock.gguf", to="f16")
-    assert_refused(empty, "holds no trits", tmp_path / "stock.gguf", to)
+    assert_refused(empty, "is a stock GGUF file", tmp_path / "stock.gguf", to)
     assert_refused(empty, "cannot be read", tmp_path / "missing.gguf", to)
 
 

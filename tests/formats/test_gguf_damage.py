@@ -86,7 +86,7 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none.gguf", "cannot be read .No such file")
-    assert_refused(tmp_path, "cannot be read .Is a directory")
+    assert_refused(tmp_path, "is a folder, not a GGUF file")
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 4 << 24])

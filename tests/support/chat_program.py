@@ -20,7 +20,7 @@ def main(answer: str, seconds: float, options: list[str]) -> int:
     from tritgguf.cli import app
     from tritgguf.generation import loaded_model
 
-    model: Any = scripted([], context=4096)
+    model: Any = scripted([], context=1 << 16)
     tokens = [*encode(model.tokenizer, answer), END]
     forward = model.model.forward
 

@@ -47,6 +47,11 @@ class PseudoTerminal:
     def shown(self) -> str:
         return _ESCAPE_SEQUENCES.sub("", self.written).replace("\r", "")
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows keys that are pressed, as it does unless a program has changed that."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
+
     def press(self, keys: bytes) -> None:
         """Press keys and forget what was shown before."""
         self.written = ""

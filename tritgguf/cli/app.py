@@ -49,13 +49,15 @@ app = typer.Typer(
 
 
 def _unwind_when_terminated() -> None:
-    """Make SIGTERM raise SystemExit, so that a command cleans up and stays resumable as after Ctrl-C."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that a command cleans up and stays resumable as after Ctrl-C."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, end)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +57,7 @@ def calibrate_command(
     from tritgguf.calibration.importance import measure_importance
     from tritgguf.formats.durable_output import check_output
 
+    started = time.perf_counter()
     check_output(output, overwrite, [source, text])
     windows, origin = read_windows(source, TextOptions(text, own_text, tokens, seed), threads)
     with terminal.progress(in_bytes=False) as report:
@@ -67,6 +70,7 @@ def calibrate_command(
             overwrite=overwrite,
             progress=lambda done, total: report("calibrating, decoder blocks", done, total),
         )
+    result = replace(result, seconds=time.perf_counter() - started)  # with the time that the text took
     if as_json:
         terminal.print_json(vars(result))
     else:

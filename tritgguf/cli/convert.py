@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from tritgguf.cli import terminal
@@ -92,6 +93,7 @@ def convert_command(
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
 
+    started = time.perf_counter()
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
@@ -117,4 +119,5 @@ def convert_command(
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )
     result.warnings += warnings
+    result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(vars(result)) if as_json else print_conversion(result)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tritgguf.cli import terminal
@@ -15,7 +13,7 @@ from tritgguf.cli.options import UsageError
 from tritgguf.errors import BadRequestError
 
 _STANDARD_INPUT = "-"
-_SECONDS_BEFORE_NOTE = 2.0
+_SECONDS_BEFORE_NOTE, _SECONDS_BEFORE_END = 1.0, 5.0
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -38,36 +36,43 @@ def _file_or_pipe(has_prompt: bool, file: Path | None) -> str | None:
             raise BadRequestError(f"{file}: is empty; give a file with a prompt")
         return text or None
     is_asked_for = file is not None
-    if has_prompt and not is_asked_for and not _is_pipe_or_file():
+    if has_prompt and not is_asked_for and not _has_piped_text():
         return None
     if not is_asked_for and sys.stdin is not None and sys.stdin.isatty():
         return None
     if sys.stdin is None:
         raise UsageError("there is no prompt, and standard input is closed; give one with -p or -f")
-    with _note_while_waiting():
-        text = read_text(_STANDARD_INPUT).removesuffix("\n")
+    text = read_text(_STANDARD_INPUT).removesuffix("\n")
     if not text and not has_prompt:
         raise UsageError("there is no prompt on standard input; give one with -p or -f")
     return text or None
 
 
-def _is_pipe_or_file() -> bool:
-    """Tell whether stdin has been redirected to hold a text; services have /dev/null or a socket there, or nothing."""
+def _has_piped_text() -> bool:
+    """Tell whether a text has been redirected to stdin.
+
+    Services have /dev/null or a socket there, or nothing. Programs that start others often leave a pipe of their own
+    open, in which nothing ever comes: it is not waited for long.
+    """
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
         return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-@contextmanager
-def _note_while_waiting() -> Iterator[None]:
-    """Say after two seconds what is waited for: a pipe may have been inherited, and never end."""
-    message = "note: the prompt is being read from standard input; </dev/null leaves that out"
-    timer = threading.Timer(_SECONDS_BEFORE_NOTE, terminal.note, [message])
-    timer.daemon = True
-    timer.start()
+    if not stat.S_ISFIFO(mode):
+        return stat.S_ISREG(mode)
     try:
-        yield
-    finally:
-        timer.cancel()
+        if _has_data(_SECONDS_BEFORE_NOTE):
+            return True
+        terminal.note("note: waiting for the text on standard input that follows the prompt; </dev/null leaves it out")
+        if _has_data(_SECONDS_BEFORE_END - _SECONDS_BEFORE_NOTE):
+            return True
+    except (OSError, ValueError):  # on Windows only sockets can be waited for
+        return True
+    terminal.note(f"note: nothing came in {_SECONDS_BEFORE_END:.0f} s, so it is left out; -f - waits for it")
+    return False
+
+
+def _has_data(seconds: float) -> bool:
+    """Wait until stdin has data or has ended; tell whether it has."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(ready)

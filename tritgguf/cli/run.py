@@ -121,6 +121,7 @@ def run_command(
 
     Example: tritgguf run d3.gguf -p "Name three primary colors."
     """
+    from tritgguf.generation.prompt_check import check_prompt_fits
     from tritgguf.generation.sampling import SamplingOptions
 
     penalties = (presence_penalty, frequency_penalty)
@@ -129,6 +130,8 @@ def run_command(
     if text is None and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
     rules = _rules(json_schema, grammar)
+    if text is not None:
+        check_prompt_fits(file, text, system=system, raw=raw, context=context or None)
     if check_first:
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}

@@ -43,13 +43,19 @@ class TextOptions:
 def read_windows(
     source: str, options: TextOptions, threads: int | None, saved: SavedText | None = None
 ) -> tuple[list[list[int]], str]:
-    """Return the selected text as windows of tokens, and its name."""
+    """Return the selected text as windows of tokens, and its name.
+
+    The source and the packages that calibrating needs are looked at first: generating a text takes minutes.
+    """
     from tritgguf.conversion.own_text import calibration_windows
+    from tritgguf.reference.model import require_torch
     from tritgguf.sources.open import open_source
 
+    opened = open_source(source)
+    require_torch()
     with terminal.progress(in_bytes=False) as report:
         return calibration_windows(
-            open_source(source),
+            opened,
             options.file,
             options.tokens,
             seed=options.seed,

@@ -17,7 +17,7 @@ from cpu_kernels.threads.bandwidth import read_bandwidth
 from tritgguf.diagnostics.grammar_times import grammar_seconds
 from tritgguf.diagnostics.kernel_times import KernelTime, decode_launch_seconds, decode_seconds, prefill_times, shares
 from tritgguf.errors import TritGgufError
-from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.trit_types import TritType, is_trit_type
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits
 from tritgguf.runtime.model import Model
@@ -192,7 +192,7 @@ def bench(
     """
     if prompt_tokens + generated_tokens == 0:
         raise TritGgufError("there is nothing to measure; give a number of tokens with -p or -n")
-    file, context = GgufFile(path), depth + max(prompt_tokens, generated_tokens)
+    file, context = open_trit_file(path), depth + max(prompt_tokens, generated_tokens)
     model = Model(file, threads=threads, prefill_bits=prefill_bits, isa=isa)
     sequence = SingleSequence(model, context, cache_type=cache_type)
     check_cache_fits(model.config, context, cache_type, str(file.path))

@@ -157,7 +157,7 @@ def verify_files(
     The source's logits are computed once for all files. Arguments and errors are those of `verify`; TritGgufError also
     if the files tokenize the text differently.
     """
-    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.reference.model import ReferenceModel, require_torch
     from tritgguf.sources.open import open_source
 
@@ -166,7 +166,7 @@ def verify_files(
     start = time.perf_counter()
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
-    trit_files = [GgufFile(file) for file in files]
+    trit_files = [open_trit_file(file) for file in files]
     opened = open_source(str(source))
     for file in trit_files:
         check_same_model(file, opened)

@@ -14,13 +14,13 @@ from tritgguf.errors import TritGgufError
 from tritgguf.exporters.hf_folder import export_folder
 from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
 from tritgguf.formats import durable_output, trit_types
-from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.file_kinds import is_hub_id
+from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.runtime.compiler import require_compiler
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KEY_SOURCE = "general.source.repo_url"
 _HUB = "https://huggingface.co/"
 
@@ -78,7 +78,7 @@ def export(
     require_compiler()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
-    if base_model is not None and _HUB_ID.fullmatch(base_model) is None:
+    if base_model is not None and not is_hub_id(base_model):
         raise TritGgufError(f"base model {base_model} is not a hub id (organization/name)")
     output, max_shard_bytes = Path(output), _parse_size(max_shard_size)
     if to == "hf":
@@ -123,9 +123,7 @@ def _progress_counter(file: GgufFile, progress: Callable[[str, int, int], None] 
 
 def _open_trit_file(path: str | Path) -> GgufFile:
     """Open a trit file and check that each packed tensor has a codebook."""
-    file = GgufFile(path)
-    if trit_types.KEY_VERSION not in file.metadata:
-        raise TritGgufError(f"{path}: holds no trits ({trit_types.KEY_VERSION} is missing); there is nothing to export")
+    file = open_trit_file(path)
     for name, info in file.tensors.items():
         if trit_types.is_trit_type(info.type_id):
             file.codebook(name)
@@ -148,4 +146,4 @@ def _source_hub_id(file: GgufFile) -> str | None:
     """Return the hub id of the source model if the file names it, else None."""
     url = str(file.metadata.get(_KEY_SOURCE, ""))
     hub_id = url.removeprefix(_HUB).strip("/")
-    return hub_id if url.startswith(_HUB) and _HUB_ID.fullmatch(hub_id) else None
+    return hub_id if url.startswith(_HUB) and is_hub_id(hub_id) else None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 _LFS = b"version https://git-lfs.github.com/spec/"
 # First bytes of files that users take for a model, and what to do instead.
 _KINDS = (
@@ -15,6 +19,7 @@ _KINDS = (
     (b"fmgg", "is a GGML file from before GGUF; fetch a GGUF file of the model"),
     (b"GGUF", "is a GGUF file"),
 )
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEB_PAGES = (b"<!doctype html", b"<html")
 HEAD_BYTES = 64
 """How many bytes of a file these functions look at."""
@@ -39,3 +44,15 @@ def foreign_kind(head: bytes) -> str | None:
 def is_safetensors(head: bytes) -> bool:
     """Tell whether a file looks like safetensors, which has no magic number: the length of a JSON object, then it."""
     return head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < 1 << 32
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether a text has the form of a model's name on the Hugging Face hub, `organization/name`."""
+    return _HUB_ID.fullmatch(text) is not None and not text.endswith((".gguf", ".safetensors"))
+
+
+def conversion_command(source: str | Path) -> str:
+    """Return the command that makes a trit file of a folder, a hub id or a stock GGUF file."""
+    name = Path(source).resolve().name
+    output = f"{name.removesuffix('.gguf')}-trit.gguf" if name.endswith(".gguf") else f"{name}.gguf"
+    return f"tritgguf convert {shlex.quote(str(source))} {shlex.quote(output)}"

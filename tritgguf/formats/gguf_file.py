@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.formats import trit_types
-from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_safetensors
+from tritgguf.formats.file_kinds import HEAD_BYTES, conversion_command, foreign_kind, is_hub_id, is_safetensors
 from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, Metadata, TensorInfo
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
     from cpu_kernels.threads.thread_pool import ThreadPool
 _WEIGHTS_AT_ONCE = 1 << 22  # gguf-py's dequantization takes several times this in temporary arrays
+
+
+def open_trit_file(path: str | Path) -> GgufFile:
+    """Open a file that `convert` wrote; raises as `GgufFile`, and BadRequestError for a stock GGUF file."""
+    file = GgufFile(path)
+    if trit_types.KEY_VERSION not in file.metadata:
+        raise BadRequestError(f"{path}: is a stock GGUF file; pack it into trits first: {conversion_command(path)}")
+    return file
 
 
 class GgufFile:
@@ -60,7 +68,7 @@ class GgufFile:
                     raise DamagedFileError(f"{self.path}: not a GGUF file{_kind(head)}")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise TritGgufError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise TritGgufError(f"{self.path}: {_why_unreadable(self.path, error)}") from error
 
     def _check_version(self) -> None:
         version = self.metadata.get(trit_types.KEY_VERSION)
@@ -182,3 +190,13 @@ def _kind(head: bytes) -> str:
         return "; it is a safetensors file: give the folder that contains it and config.json"
     kind = None if head.startswith(MAGIC) else foreign_kind(head)
     return f"; it {kind}" if kind else ""
+
+
+def _why_unreadable(path: Path, error: OSError) -> str:
+    """Return why there is no GGUF file at a path, and how to make one of what is there."""
+    if path.is_dir():
+        is_model = (path / "config.json").exists()
+        return f"is a folder, not a GGUF file{f'; make one first: {conversion_command(path)}' if is_model else ''}"
+    if isinstance(error, FileNotFoundError) and is_hub_id(str(path)):
+        return f"no such file; if it is a model on the hub, make a GGUF file first: {conversion_command(path)}"
+    return f"cannot be read ({error.strerror})"

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import interrupts_deferred
-from tritgguf.errors import BadRequestError, ContextFullError
+from tritgguf.errors import BadRequestError
 from tritgguf.generation.engine_core import EngineCore
-from tritgguf.generation.request import Request, RunningRequest
+from tritgguf.generation.request import Request, RunningRequest, check_prompt_length
 from tritgguf.generation.scheduler import Budget
 from tritgguf.generation.speculation import Speculation
 from tritgguf.runtime.kv_pool import pages_of
@@ -83,11 +83,7 @@ class Engine:
             raise BadRequestError(f"max_tokens must be a whole number, 0 or more, not {request.max_tokens!r:.60}")
         if not all(map(_is_whole, request.prompt)):
             raise BadRequestError("a prompt consists of token ids, which are whole numbers")
-        if len(request.prompt) > self.context:
-            raise ContextFullError(
-                f"the prompt has {len(request.prompt)} tokens, the context holds {self.context};"
-                " shorten it or choose a larger context (--ctx-size, context=)"
-            )
+        check_prompt_length(len(request.prompt), self.context)
         self.model.check_tokens(np.asarray(request.prompt))
         if not 0 <= request.first_output < len(request.prompt):
             raise BadRequestError(f"the first output must be one of tokens 0 to {len(request.prompt) - 1}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from tritgguf.errors import BadRequestError
 from tritgguf.generation.log_softmax import log_softmax
+from tritgguf.generation.prompt_format import PromptFormat
 from tritgguf.generation.request import Request, Wanted
 from tritgguf.generation.result import Score
 from tritgguf.tokenization.tokenizer import Tokenizer
@@ -26,20 +27,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class LoadedModel:
+class LoadedModel(PromptFormat):
     """A model ready to generate; all of it may be used from several threads at once.
 
     Attributes:
-        path: its file.
-        tokenizer: its tokenizer.
-        chat_template: the Jinja template of its chats; None where the file has none.
+        path, tokenizer, chat_template: as in `PromptFormat`.
         load_seconds: how long loading took; compiling not counted.
 
     """
 
-    path: Path
-    tokenizer: Tokenizer
-    chat_template: str | None = field(repr=False)
     load_seconds: float
     engine: Engine = field(repr=False)
 
@@ -195,11 +191,11 @@ def load(
     if (context is not None and context < 1) or parallel < 1:
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
-    from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
-    file = GgufFile(path)
+    file = open_trit_file(path)
     template = file.metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     if template is not None:

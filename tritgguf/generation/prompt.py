@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.generation.chat_messages import checked_messages, checked_tools, with_tools_as_text
-from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.generation.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
     from tritgguf.tokenization.chat_template import Message
 
 
 def prompt_tokens(
-    model: LoadedModel,
+    model: PromptFormat,
     prompt: str | None,
     *,
     messages: Sequence[Message] | None = None,
@@ -41,7 +41,7 @@ def system_message(system: str | None) -> list[Message]:
 
 
 def chat_tokens(
-    model: LoadedModel,
+    model: PromptFormat,
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -79,8 +79,3 @@ def chat_tokens(
         return encode_chat(model.tokenizer, template, chat, tools=functions or None, options=template_options)
     except TritGgufError as error:
         raise type(error)(f"{model.path}: {error}") from error
-
-
-def is_message(value: Any) -> bool:
-    """Tell whether a value is a message: a role and a content, both texts."""
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))

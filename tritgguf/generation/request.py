@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from tritgguf.errors import ContextFullError
 from tritgguf.generation.result import FinishReason
 
 
@@ -108,3 +109,12 @@ class RunningRequest:
     def ended(self) -> bool:
         """Whether nothing more will come."""
         return self.cancelled or self.finish_reason is not None or self.error is not None
+
+
+def check_prompt_length(tokens: int, context: int) -> None:
+    """Raise ContextFullError if a prompt of so many tokens does not fit into the context."""
+    if tokens > context:
+        raise ContextFullError(
+            f"the prompt has {tokens} tokens, the context holds {context};"
+            " shorten it or choose a larger context (--ctx-size, context=)"
+        )

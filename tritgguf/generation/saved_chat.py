@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import disk_errors, write_text
 from tritgguf.formats.text_file import read_text
-from tritgguf.generation.prompt import is_message
 
 if TYPE_CHECKING:
     from tritgguf.tokenization.chat_template import Message
@@ -44,6 +43,10 @@ def load_messages(path: Path) -> list[Message]:
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: is no JSON ({error}); give a file that /save wrote") from error
     messages = content.get("messages") if isinstance(content, dict) else content
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise DamagedFileError(f'{path}: has no "messages" of a chat; give a file that /save wrote')
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

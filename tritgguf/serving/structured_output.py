@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tritgguf.generation.grammar import JSON_OBJECT, Grammar, compile_grammar
 from tritgguf.serving.errors import bad_request
 from tritgguf.serving.protocol import ChatBody, CompletionBody, ResponseFormat
+from tritgguf.serving.tool_choice import ToolChoice
 
 if TYPE_CHECKING:
     from tritgguf.generation.loaded_model import LoadedModel
@@ -25,7 +26,7 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar | None] = OrderedDict()
         self._lock = threading.Lock()  # requests are prepared in several threads
 
-    def of_request(self, body: ChatBody | CompletionBody) -> Grammar | None:
+    def of_request(self, body: ChatBody | CompletionBody, choice: ToolChoice | None = None) -> Grammar | None:
         """Return the grammar that a request asks for; None for any text.
 
         Raises ApiError for more than one, and BadRequestError for one that cannot be held, with the reason.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from tritgguf.errors import BadRequestError
+from tritgguf.formats.file_kinds import is_hub_id
 from tritgguf.sources.gguf import GgufSource
 from tritgguf.sources.hf_folder import HfFolderSource
 from tritgguf.sources.hub import download
 from tritgguf.sources.source import Source
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_source(location: str | Path, *, revision: str | None = None) -> Source:
@@ -24,6 +22,6 @@ def open_source(location: str | Path, *, revision: str | None = None) -> Source:
         return HfFolderSource(path)
     if path.is_file():
         return GgufSource(path)
-    if _HUB_ID.fullmatch(str(location)) is None or str(location).endswith((".gguf", ".safetensors")):
+    if not is_hub_id(str(location)):
         raise BadRequestError(f"{location}: no such file or folder, and no hub id (organization/name) either")
     return HfFolderSource(download(str(location), revision), hub_id=str(location))
