@@ -62,7 +62,9 @@ EXAMPLES: list[tuple[ChatFormat, str, tuple[str, str, list[tuple[str, str]]]]] =
     (HERMES, '<tool_call>\n{"name": "w"}\n</tool_call>\n', ("", "", [("w", "{}")])),
     (HERMES, '<tool_call>{"name": "w", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", "", [("w", '{"a": 1}')])),
     (HERMES, "<tool_call>nothing</tool_call>", ("<tool_call>nothing</tool_call>", "", [])),
-    (HERMES, '<tool_call>{"nam', ('<tool_call>{"nam', "", [])),
+    (HERMES, 'Yes. <tool_call>{"nam', ("Yes.", "", [])),  # cut
+    (HERMES, '{"name": "w", "arguments": {}}', ('{"name": "w", "arguments": {}}', "", [])),
+    (HERMES, '```json\n{"name": 1}\n```', ('```json\n{"name": 1}\n```', "", [])),
     (HERMES, '<tool_call>{"name": "w", "arguments": {"a', ("", "", [("w", '{"a')])),
     (THINKING, "<think>\nHm.\n</think>\n\nYes.", ("Yes.", "Hm.", [])),
     (
@@ -121,10 +123,30 @@ def test_an_answer_means_the_same_however_it_is_cut(form: ChatFormat, text: str,
 
 @pytest.mark.parametrize(("form", "text"), [example[:2] for example in EXAMPLES if example[0].tools != "harmony"])
 def test_without_tools_a_call_is_content(form: ChatFormat, text: str) -> None:
-    content, thoughts, calls = parsed(form, list(text), tools=False)
+    content, thoughts, calls = parsed(form, list(text), tools=False, names=["w"])
     assert calls == []
     if not form.thinks:
         assert (content, thoughts) == (text, "")
+
+
+BARE = f'{{"name": "w", "arguments": {CITY}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BARE, ("", "", [("w", CITY)])),
+        (f"```json\n{BARE}\n```", ("", "", [("w", CITY)])),
+        (f"```\n{BARE}\n```\nSo.", ("So.", "", [("w", CITY)])),
+        (BARE.replace('"w"', '"other"'), (BARE.replace('"w"', '"other"'), "", [])),
+        ("```python\nprint()\n```", ("```python\nprint()\n```", "", [])),
+        ("```", ("```", "", [])),
+        (f"So: {BARE}", (f"So: {BARE}", "", [])),
+    ],
+)
+def test_a_call_without_tags_counts_at_the_beginning(text: str, expected: Any) -> None:
+    for pieces in [[text], list(text), *([text[:cut], text[cut:]] for cut in range(len(text)))]:
+        assert parsed(HERMES, pieces, names=["w"]) == expected
 
 
 def test_thoughts_that_the_prompt_begins() -> None:
@@ -154,7 +176,7 @@ def test_an_id_of_the_model_is_kept() -> None:
     form=st.sampled_from([HERMES, THINKING, LLAMA, MISTRAL, MISTRAL_ARGS, HARMONY]),
 )
 def test_nonsense_never_fails_and_cuts_do_not_matter(text: str, form: ChatFormat) -> None:
-    assert parsed(form, [text]) == parsed(form, list(text))
+    assert parsed(form, [text], names=["w"]) == parsed(form, list(text), names=["w"])
 
 
 @given(value=st.dictionaries(st.text(max_size=5), st.recursive(st.text() | st.integers() | st.none(), st.lists)))

@@ -68,6 +68,11 @@ def test_calls_whole_and_streamed(calls: int) -> None:
     assert sum(1 for chunk in chunks if chunk.choices[0].delta.tool_calls) >= 2 * calls
 
 
+def test_one_call_if_no_more_are_wanted() -> None:
+    with running_server(scripted(CALL * 2, 4000)) as server:
+        assert len(chat(server, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+
+
 def test_what_is_no_call_is_content() -> None:
     with running_server(scripted("<tool_call>nothing", 4000)) as server:
         choice = chat(server).choices[0]
@@ -102,6 +107,25 @@ def test_calls_and_results_go_back(server: RunningServer) -> None:
     with_call = server.post("/tokenize", messages=messages, tools=[WEATHER]).json()["tokens"]
     text = server.post("/detokenize", tokens=with_call).json()["content"]
     assert "get_weather" in text and "rain<|im_end|>" in text and "Tells the weather." in text
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_has_to_come_always_parses(server: RunningServer, choice: Any, stream: bool) -> None:
+    options: dict[str, Any] = {"tool_choice": choice, "temperature": 1.5, "max_tokens": 150, "seed": 3}
+    options |= {"parallel_tool_calls": False}
+    if stream:
+        chunks = list(chat(server, stream=True, **options))
+        calls, reason = streamed_calls(chunks), chunks[-1].choices[0].finish_reason
+    else:
+        whole = chat(server, **options).choices[0]
+        calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+        reason = whole.finish_reason
+    assert reason == "tool_calls"
+    ((name, arguments),) = calls
+    assert name == "get_weather"
+    assert json.loads(arguments)["city"] in ("Oslo", "Rome")
+    assert json.loads(arguments)["days"] in (1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -50,34 +50,46 @@ _Mode: TypeAlias = "Callable[[], bool]"
 
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 _LONGEST_HEADER = 400
+_BARE_CALL = re.compile(r"\s*(?:```(?:json)?\s*)?")
+_FENCE = "```json"
 _HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 
 
 class AnswerParser:
     """Splits an answer into deltas; no part of a marker gets into them, wherever the pieces of text are cut.
 
-    What looks like a call and is none becomes content.
+    What looks like a call and is none becomes content. A call that the end of the answer cuts before its name is
+    complete is left out.
 
     Attributes:
         calls: how many calls have begun.
 
     """
 
-    def __init__(self, chat_format: ChatFormat, *, tools: bool = True, in_thoughts: bool = False) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        *,
+        tools: bool = True,
+        names: Collection[str] = (),
+        in_thoughts: bool = False,
+    ) -> None:
         """Begin.
 
         Args:
             chat_format: how the model writes.
             tools: whether it may call tools; if not, what looks like a call is content.
+            names: those of the tools. An answer that begins with the JSON object of a call to one of them, in a block
+                of code perhaps, is that call: small models forget the tags.
             in_thoughts: whether the prompt has begun its thoughts.
 
         """
         self.calls = 0
-        self._format, self._tools = chat_format, tools
+        self._format, self._tools, self._names = chat_format, tools, names
         self._rest = ""
         self._deltas: list[Delta] = []
         self._at_start = True  # of the content: white space there says nothing
-        self._marker = ""  # in front of the call that is being read
+        self._marker = self._closing = ""  # in front of the call that is being read, and behind it
         self._reader: CallReader | None = None
         self._begun = False  # whether that call's start has been told
         self._final = False
@@ -125,9 +137,14 @@ class AnswerParser:
         if self._tools:
             opening = self._format.markers[0]
             modes[opening] = self._mistral_header if self._format.tools == "mistral-args" else self._call
-            if self._format.tools == "llama" and self._at_start and not self.calls and self._rest.lstrip()[:1] == "{":
-                self._begin_call("")
-                return True
+            if self._at_start and not self.calls and (self._format.tools == "llama" or self._names):
+                opening = _BARE_CALL.match(self._rest)[0]  # type: ignore[index]
+                if self._rest[len(opening) :].startswith("{"):
+                    self._rest = self._rest[len(opening) :]
+                    self._begin_call(opening, closing="```" if "`" in opening else "")
+                    return True
+                if not self._final and _FENCE.startswith(self._rest.strip()):
+                    return False  # a block of code may begin
         return self._text_until(modes, ContentDelta)
 
     def _thoughts(self) -> bool:
@@ -142,7 +159,7 @@ class AnswerParser:
             self._rest = self._rest[place + len(marker) :]
             self._at_start, self._mode = True, modes[marker]
             if self._mode == self._call:
-                self._begin_call(marker)
+                self._begin_call(marker, closing=self._format.markers[1] if self._format.tools == "hermes" else "")
             return True
         held = 0 if self._final else max((overlap(self._rest, marker) for marker in modes), default=0)
         ready = self._rest[: len(self._rest) - held]
@@ -154,8 +171,8 @@ class AnswerParser:
 
     # -- calls
 
-    def _begin_call(self, marker: str, name: str | None = None) -> None:
-        self._marker, self._reader, self._begun = marker, CallReader(name), False
+    def _begin_call(self, marker: str, name: str | None = None, closing: str = "") -> None:
+        self._marker, self._closing, self._reader, self._begun = marker, closing, CallReader(name), False
         self._mode = self._call
 
     def _call(self) -> bool:
@@ -166,6 +183,10 @@ class AnswerParser:
             self._rest = self._rest.lstrip(" \t\r\n[" if self._format.tools != "llama" else " \t\r\n")
         self._rest = reader.feed(self._rest)
         if not self._begun and reader.name is not None and not reader.has_failed:
+            is_marked = bool(self._marker.strip("` \t\r\njson")) or self._format.tools in ("llama", "harmony")
+            if not (is_marked or self.calls or reader.name in self._names):
+                self._give_up_call()
+                return True
             self._begun = True
             self._deltas.append(ToolCallStart(self.calls, reader.call_id or self._new_id(), reader.name))
             self.calls += 1
@@ -182,7 +203,8 @@ class AnswerParser:
     def _give_up_call(self) -> None:
         """Take for content what was no call; the arguments of one that has begun stay as they are."""
         assert self._reader is not None
-        raw = "" if self._begun else self._marker + self._reader.raw()
+        was_cut = self._final and self._marker in self._format.markers and not self._reader.has_failed
+        raw = "" if self._begun or was_cut else self._marker + self._reader.raw()
         self._reader, self._at_start = None, self._at_start and not raw
         if raw:
             self._deltas.append(ContentDelta(raw))
@@ -194,9 +216,9 @@ class AnswerParser:
             self._mode = self._harmony_rest
             return True
         self._rest = self._rest.lstrip(" \t\r\n,;]")
-        closing = self._format.markers[1] if self._format.tools == "hermes" else ""
+        closing = self._closing
         if self._rest.startswith("{") and self._format.tools != "mistral-args":
-            self._begin_call("")
+            self._begin_call("", closing=closing)
         elif closing and self._rest.startswith(closing):
             self._rest = self._rest[len(closing) :]
         elif not self._rest or (not self._final and closing.startswith(self._rest)):

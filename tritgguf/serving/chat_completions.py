@@ -49,6 +49,10 @@ class ChatCompletion:
         prompt = client_errors(lambda: chat_prompt(service, body, choice.tools), service, "messages")
         written = chat_format(model.chat_template)
         in_thoughts = written.begins_in_thoughts(model.tokenizer, prompt)
+        if choice.must_call:
+            grammar = service.grammars.of_calls(body, choice, written, in_thoughts=in_thoughts)
+        else:
+            grammar = service.grammars.of_request(body)
         self.answers: Sequence[Answer] = make_answers(
             service,
             body,
@@ -56,12 +60,11 @@ class ChatCompletion:
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             continues_prompt=False,
-            grammar=service.grammars.of_request(body, choice),
+            grammar=grammar,
             shown_tokens=written.marker_tokens(model.tokenizer),
         )
-        self._deltas = [
-            ChatDeltas(written, tools=bool(choice.tools), in_thoughts=in_thoughts) for _ in range(len(self.answers))
-        ]
+        options = {"tools": bool(choice.tools), "in_thoughts": in_thoughts, "several": choice.several}
+        self._deltas = [ChatDeltas(written, **options) for _ in self.answers]
 
     async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield chunks: the role, the answer as it comes, the reason for the end, and the usage if it is wanted."""

@@ -17,8 +17,9 @@ class ChatDeltas:
 
     """
 
-    def __init__(self, chat_format: ChatFormat, *, tools: bool, in_thoughts: bool) -> None:
-        """Begin; `tools` and `in_thoughts` as `AnswerParser` takes them."""
+    def __init__(self, chat_format: ChatFormat, *, tools: bool, in_thoughts: bool, several: bool = True) -> None:
+        """Begin; `tools` and `in_thoughts` as `AnswerParser` takes them. Without `several`, the first call counts."""
+        self._several = several
         # The text of a model that neither thinks nor calls is its content, to the last space.
         is_plain = not (tools or chat_format.thinks or chat_format.tools == "harmony")
         self._parser = None if is_plain else AnswerParser(chat_format, tools=tools, in_thoughts=in_thoughts)
@@ -32,15 +33,14 @@ class ChatDeltas:
         """Return what a piece of text tells."""
         if self._parser is None:
             return [{"content": text}] if text else []
-        return _as_dicts(self._parser.feed(text))
+        return self._as_dicts(self._parser.feed(text))
 
     def finish(self) -> list[dict[str, Any]]:
         """Return what was held back, at the end."""
-        return [] if self._parser is None else _as_dicts(self._parser.finish())
+        return [] if self._parser is None else self._as_dicts(self._parser.finish())
 
-
-def _as_dicts(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-    return [_as_dict(delta) for delta in deltas]
+    def _as_dicts(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+        return [_as_dict(delta) for delta in deltas if self._several or getattr(delta, "index", 0) == 0]
 
 
 def _as_dict(delta: Delta) -> dict[str, Any]:

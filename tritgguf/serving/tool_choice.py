@@ -35,16 +35,12 @@ def tool_choice(body: ChatBody) -> ToolChoice:
     if choice == "required":
         if not tools:
             raise _error("tool_choice is required, and there are no tools")
-        return _must_call(ToolChoice(tools, must_call=True, several=several))
+        return ToolChoice(tools, must_call=True, several=several)
     name = _named(choice)
     chosen = [tool for tool in tools if isinstance(tool.get("function"), dict) and tool["function"].get("name") == name]
     if not chosen:
         raise _error(f"tool_choice names {name!r:.80}, which is none of the tools")
-    return _must_call(ToolChoice(chosen, must_call=True, several=False))
-
-
-def _must_call(choice: ToolChoice) -> ToolChoice:
-    raise _error("tool_choice can be auto or none: that a tool is called cannot be enforced yet")
+    return ToolChoice(chosen, must_call=True, several=False)
 
 
 def _named(choice: str | dict[str, Any]) -> str:
