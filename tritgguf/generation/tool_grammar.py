@@ -69,7 +69,7 @@ class _GrammarWriter:
         start = f"thoughts{'' if in_thoughts else '?'} {calls}" if thoughts else calls
         rules = [f"start: {start}", "call: " + " | ".join(f"call_{number}" for number in range(len(functions)))]
         for number, function in enumerate(functions):
-            schema = {**function["parameters"], "x-guidance": json_options()}
+            schema = {**function.get("parameters", {"type": "object"}), "x-guidance": json_options()}
             rules.append(f"call_{number}: {self._call(function['name'], f'arguments_{number}')}")
             rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
         return "\n".join([*rules, *thoughts])
