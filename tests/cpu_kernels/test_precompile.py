@@ -84,7 +84,9 @@ def test_every_kernel_is_listed_with_its_arguments() -> None:
     modules = pkgutil.walk_packages(cpu_kernels.__path__, "cpu_kernels.")
     names = [vars(importlib.import_module(module.name)) for module in modules]
     kernels = {value for module in names for value in module.values() if isinstance(value, Dispatcher)}
-    assert {kernel.__name__ for kernel in kernels if not is_inner(kernel)} == {kernel.__name__ for kernel in listed}
+    assert {kernel.py_func.__name__ for kernel in kernels if not is_inner(kernel)} == {
+        kernel.py_func.__name__ for kernel in listed
+    }
 
 
 def test_a_lazy_process_compiles_nothing_up_front(monkeypatch: pytest.MonkeyPatch) -> None:

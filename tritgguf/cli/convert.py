@@ -65,6 +65,14 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
+def _start() -> float:
+    """Compile the kernels if this machine has not done so; return the time after that."""
+    from tritgguf.runtime.compiler import prepare_kernels
+
+    prepare_kernels()
+    return time.perf_counter()
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -96,16 +104,14 @@ def convert_command(
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
-    from tritgguf.runtime.compiler import prepare_kernels
 
-    started = time.perf_counter()
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
+    started = _start()
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
-    prepare_kernels()
     with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
