@@ -183,3 +183,12 @@ def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch, capsys: C
     for threads, warned in (("2", False), ("3", True)):
         assert app.main(["check", "missing.gguf", "-t", threads]) == 1
         assert (f"warning: {threads} threads on 2 processors" in capsys.readouterr().err) == warned
+
+
+def test_an_output_that_lacks_characters(tiny_trit_file: Callable[..., GgufFile]) -> None:
+    """A Windows console may have cp1252: what it lacks becomes question marks."""
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    result = run_python("-m", "tritgguf", "inspect", str(tiny_trit_file().path), env=environment, encoding="cp1252")
+    assert result.returncode == 0
+    assert "['? t'" in result.stdout.replace('"', "'")  # the space of byte-level BPE is \u0120
+    assert result.stderr == ""

@@ -139,11 +139,13 @@ def test_without_readline_lines_that_arrive_at_once_are_one_message(tmp_path: Pa
         terminal.wait_for(SPEED + "> $")
         terminal.press(f"/save {tmp_path / 'chat.json'}\n".encode())
         terminal.wait_for("2 messages saved")
+        terminal.press(b"x" * 5000 + b"\n")
+        assert "warning: the terminal cuts lines after" in terminal.wait_for(SPEED + "> $")
         terminal.press(b"last\n" + CTRL_D)
         terminal.wait_for(SPEED)
         assert terminal.wait_for_end() == 0
     assert messages(tmp_path / "chat.json") == [("user", "one\ntwo"), ("assistant", ANSWER)]
-    assert (tmp_path / "answers").read_text() == f"{ANSWER}\n{ANSWER}\n"
+    assert (tmp_path / "answers").read_text() == f"{ANSWER}\n" * 3  # no escape sequences, no wrapping
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -6,6 +6,7 @@ written to), `test_cli` (closed pipes).
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,3 +136,29 @@ def test_a_context_beyond_memory_is_refused_before_anything_is_allocated(tiny_tr
         load(file.path, context=10**12)
     for part in (file.path.name, f"{needed:,}", "--ctx-size"):
         assert part in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("command", "closed", "code"),
+    [
+        (["run", "a.gguf", "-p", "hi", "-n", "2"], "2>&-", 0),
+        (["inspect", "a.gguf"], ">&-", 0),
+        (["export", "a.gguf", "b.gguf", "--to", "f16"], "<&- >&- 2>&-", 0),
+        (["inspect", "missing.gguf"], "<&- >&-", 1),
+        (["--version"], "<&- >&- 2>&-", 0),
+    ],
+)
+def test_closed_standard_streams(
+    tmp_path: Path, tiny_trit_file: Files, command: list[str], closed: str, code: int
+) -> None:
+    """Services and cron close them; nothing fails, and nothing that is printed gets into a file."""
+    (tmp_path / "a.gguf").symlink_to(tiny_trit_file().path)
+    line = shlex.join([sys.executable, "-m", "tritgguf", *command])
+    done = subprocess.run(f"{line} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout == "") == (command[0] != "run")
+    assert done.stderr == ("" if code == 0 else "error: missing.gguf: cannot be read (No such file or directory)\n")
+    for path in tmp_path.glob("*.gguf"):
+        GgufFile(path)
+    assert not list(tmp_path.glob("*.part*"))

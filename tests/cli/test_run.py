@@ -116,6 +116,21 @@ def test_run_json(capsys: Capture, model: Any) -> None:
     assert set(answer["timings"]) >= {"load_seconds", "prompt_tokens_per_second", "decode_tokens_per_second"}
 
 
+def test_an_answer_follows_the_schema_or_grammar_of_a_file(capsys: Capture, model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"const": [1]}', "utf-8")
+    (tmp_path / "rules.gbnf").write_text('root ::= "dog"', "utf-8")
+    run = ["run", "model.gguf", "-p", "Hi"]
+    assert app.main([*run, "--json-schema", str(tmp_path / "schema.json")]) == 0
+    assert json.loads(capsys.readouterr().out) == [1]
+    assert app.main([*run, "--grammar", str(tmp_path / "rules.gbnf")]) == 0
+    assert capsys.readouterr().out == "dog\n"
+    assert app.main([*run, "--json-schema", str(tmp_path / "rules.gbnf")]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.match(r"error: .*rules.gbnf: is no JSON", err)
+
+
 def test_the_prompt_from_a_file(model: Any, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Hi \u00e9\n\n", encoding="utf-16")
     assert app.main(["run", "model.gguf", "--raw", "-f", str(tmp_path / "prompt.txt")]) == 0

@@ -77,6 +77,8 @@ def test_bench(tiny_file: Path) -> None:
     rates = report.decode_rates
     assert rates is not None
     assert report.decode is not None
+    assert report.grammar_seconds is None or report.grammar_seconds > 0
+    assert report.as_dict()["grammar_seconds"] == report.grammar_seconds
     assert rates["weights_per_second"] == pytest.approx(MATRIX_WEIGHTS * report.decode.mean)
     assert rates["bytes_per_second"] == pytest.approx(report.bytes_per_token * report.decode.mean)
     assert rates["share_of_read_bandwidth"] == pytest.approx(rates["bytes_per_second"] / report.read_bandwidth)

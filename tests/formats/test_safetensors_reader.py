@@ -104,6 +104,10 @@ def other_dtype(folder: Path) -> None:
             replaced("model.layers.0.mlp.experts.0.weight", np.ones(3, np.float32)),
             r"experts\.0\.weight does not belong",
         ),
+        (
+            replaced("model.layers.0.mlp.down_proj.SCB", np.ones(128, np.float32)),
+            r"down_proj\.SCB belongs to quantized weights; convert the original",
+        ),
         (cut, r"model\.safetensors: truncated or damaged"),
         (cut_header, r"model\.safetensors: truncated or damaged"),
         (only_pickled, r"only pickled weights \(pytorch_model\.bin\)"),

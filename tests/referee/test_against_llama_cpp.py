@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from awkward_strings import awkward_strings
+from gguf import GGUFValue, GGUFValueType
 from real_models import MODELS
 from sequences import open_sequence
-from stock_gguf import write_float32, write_vocabulary
+from stock_gguf import write_float32, write_keys, write_vocabulary
 from tiny_models import CHAT_TEMPLATE, VARIANTS, write_tiny_model
 
 from tools.llama_cpp.referee import Referee, relative_difference, render
@@ -30,7 +31,8 @@ from tritgguf.generation.loaded_model import load
 from tritgguf.sources.open import open_source
 from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.chat_template import Message
-from tritgguf.tokenization.tokenizer import Tokenizer
+from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
+from tritgguf.tokenization.tokenizer import KEY_HUGGINGFACE, Tokenizer
 
 THREADS = 1  # both wait for one another by spinning, which two threads on a busy machine pay dearly for
 SMOLLM2, QWEN = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"
@@ -84,6 +86,25 @@ def test_token_ids(referee_library: Path, tmp_path: Path, name: str) -> None:
                     assert is_known(tokenizer, string, ours, theirs), (string, add_special, parse_special)
                     known += 1
     assert compared > 1400
+    assert known <= 16
+
+
+@pytest.mark.parametrize("pre", ["default", "refact", "olmo", "dbrx", "gpt-4o", "llama4", "falcon3"])
+def test_token_ids_of_stock_files(referee_library: Path, tmp_path: Path, smollm2_folder: Path, pre: str) -> None:
+    """A file without Hugging Face's tokenizer: its keys alone give the ids of llama.cpp."""
+    metadata = {key: value for key, value in open_source(smollm2_folder).metadata.items() if key != KEY_HUGGINGFACE}
+    metadata["tokenizer.ggml.pre"] = GGUFValue(pre, GGUFValueType.STRING)
+    file = write_keys(metadata, tmp_path / "stock.gguf")
+    text = tokenizer_json_from_gguf({key: value.value for key, value in metadata.items()})
+    tokenizer = Tokenizer({**GgufFile(file).metadata, KEY_HUGGINGFACE: text})
+    known = 0
+    with Referee(referee_library, file) as referee:
+        for string in awkward_strings():
+            ours = tokenizer.encode(string, add_special=True, parse_special=False)
+            theirs = referee.tokenize(string, add_special=True, parse_special=False)
+            if ours != theirs:
+                assert is_known(tokenizer, string, ours, theirs), string
+                known += 1
     assert known <= 16
 
 

@@ -54,6 +54,28 @@ def write_stock(
     return path
 
 
+def test_a_default_pre_tokenizer_is_a_warning(tmp_path: Path) -> None:
+    folder = open_source(write_tiny_model(tmp_path / "folder"))
+    folder.metadata["tokenizer.ggml.pre"] = gguf.GGUFValue("default", gguf.GGUFValueType.STRING)
+    (warning,) = open_source(write_stock(tmp_path / "stock.gguf", folder)).warnings
+    assert "tokenizer.ggml.pre is default" in warning
+    assert open_source(write_stock(tmp_path / "with-json.gguf", folder, leave_out=())).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("adapter", "is not a model: it is a LoRA adapter; merge"),
+        ("mmproj", "image encoder"),
+        ("x", "general.type is x"),
+    ],
+)
+def test_gguf_files_that_are_no_models(tmp_path: Path, kind: str, message: str) -> None:
+    folder = open_source(write_tiny_model(tmp_path / "folder"))
+    folder.metadata["general.type"] = gguf.GGUFValue(kind, gguf.GGUFValueType.STRING)
+    fails(write_stock(tmp_path / "stock.gguf", folder), message)
+
+
 @pytest.mark.parametrize("variant", ["llama-tied", "llama3-rope", "llama-biases", "mistral", "qwen2"])
 def test_a_stock_file_is_the_same_source_as_its_folder(tmp_path: Path, variant: str) -> None:
     folder = open_source(write_tiny_model(tmp_path / "folder", variant))

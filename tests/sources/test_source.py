@@ -169,6 +169,22 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
             np.testing.assert_array_equal(source.read(name), whole.read(name))
 
 
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path) -> None:
+    """Its names lack `model.`; transformers loads it as a causal model, so it is one here too."""
+    from transformers import AutoModelForCausalLM
+
+    folder = write_tiny_model(tmp_path / "model", "llama-tied")
+    whole = {tensor.name: open_source(folder).read(tensor.name) for tensor in open_source(folder).tensors}
+    weights = random_weights(read_config(folder))
+    write_shards(folder, {name.removeprefix("model."): array for name, array in weights.items()}, "BF16")
+    source = open_source(folder)
+    assert {tensor.name for tensor in source.tensors} == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(source.read(name), array)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    np.testing.assert_array_equal(source.read("token_embd.weight"), theirs.detach().float().numpy())
+
+
 def test_buffers_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
     weights = random_weights(read_config(folder))

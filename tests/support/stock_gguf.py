@@ -27,7 +27,12 @@ def write_float32(file: GgufFile, output: Path) -> Path:
 
 def write_vocabulary(source: Source, output: Path) -> Path:
     """Write a source's metadata as `convert` does, without tensors; return the new file's path."""
-    with StreamingWriter(output, _all_float32(source.metadata), []):
+    return write_keys(source.metadata, output)
+
+
+def write_keys(metadata: Mapping[str, GGUFValue], output: Path) -> Path:
+    """Write a file of keys without tensors; return its path."""
+    with StreamingWriter(output, _all_float32(metadata), []):
         return output
 
 

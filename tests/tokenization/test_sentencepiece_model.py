@@ -96,6 +96,16 @@ def test_the_tokens_of_added_tokens_json(tmp_path: Path) -> None:
     assert (chat.count(439), chat.count(440)) == (1, 2)  # the message's own is text
 
 
+def test_added_tokens_json_that_repeats_the_first_pieces(tmp_path: Path) -> None:
+    """As Mistral-7B-OpenOrca's, which llama.cpp's first converter refused."""
+    added = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 439, "<|im_start|>": 440}
+    values = tokenizer_values(write_model_only(tmp_path / "m", added, eos_token="<|im_end|>"))
+    assert values["tokenizer.ggml.tokens"][:3] == ["<unk>", "<s>", "</s>"]
+    assert (values["tokenizer.ggml.bos_token_id"], values["tokenizer.ggml.eos_token_id"]) == (1, 439)
+    ids = Tokenizer.from_str(values[HUGGINGFACE_JSON_KEY]).encode("<|im_start|>a<|im_end|></s>").ids
+    assert [token for token in ids if token in added.values()] == [1, 440, 439, 2]
+
+
 def test_special_tokens_map_names_the_special_ones(tmp_path: Path) -> None:
     folder = write_model_only(tmp_path / "m", {"[END]": 439, "[MORE]": 440})
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "[END]", "lstrip": False}}))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awkward_strings import awkward_strings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_checks import tokenizer_values
-from tiny_models import tiny_tokenizer_json, write_tokenizer_folder
+from tiny_models import edit_json, tiny_tokenizer_json, write_tokenizer_folder
 from tokenizers import Tokenizer
 
 from tritgguf.errors import TritGgufError
@@ -123,6 +124,71 @@ def test_no_space_prefix_where_the_keys_say_so(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(" the").ids) == " the"
 
 
+GPT2_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTES = {**GPT2_BYTES, "use_regex": False}
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def hf_split(pattern: str, behavior: str, *, invert: bool) -> list[dict[str, Any]]:
+    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}, BYTES]
+
+
+# tokenizer.ggml.pre -> the pre-tokenizer in the tokenizer.json of a family whose stock files have it, and the name that
+# `convert` writes for that tokenizer.json.
+HF_PRE_TOKENIZERS = {
+    "refact": ([{"type": "Digits", "individual_digits": True}, GPT2_BYTES], "smollm"),  # Granite
+    "olmo": ([GPT2_BYTES], "gpt-2"),  # OLMo
+    "dbrx": (hf_split(CL100K, "Removed", invert=True), "smaug-bpe"),  # Phi-4, OLMo-2
+    "gpt-4o": (hf_split(O200K, "Isolated", invert=False), "gpt-4o"),  # gpt-oss, Phi-4-mini
+    "llama4": (hf_split(O200K, "Isolated", invert=False), "gpt-4o"),
+}
+
+
+@pytest.mark.parametrize("pre", HF_PRE_TOKENIZERS)
+def test_pre_tokenizers_give_the_ids_of_the_familys_tokenizer_json(tmp_path: Path, pre: str) -> None:
+    steps, name = HF_PRE_TOKENIZERS[pre]
+    folder = write_tokenizer_folder(tmp_path, "gpt-2")
+    edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    values = tokenizer_values(folder)
+    assert values["tokenizer.ggml.pre"] == name
+    original = Tokenizer.from_str(values[HUGGINGFACE_JSON_KEY])
+    made = Tokenizer.from_str(tokenizer_json_from_gguf({**values, "tokenizer.ggml.pre": pre}))
+    for text in awkward_strings():
+        assert made.encode(text).ids == original.encode(text).ids, text
+
+
+def test_the_default_pre_tokenizer_splits_as_llama_cpp_does() -> None:
+    """By hand: punctuation first, then as GPT-2, then runs of digits, then groups of three digits."""
+    letters = [chr(code) for code in range(33, 127)] + ["\u0120"]
+    values = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*letters, "12", "\u0120a", "\u01201", "a.", "34"],
+        "tokenizer.ggml.merges": ["1 2", "\u0120 a", "\u0120 1", "a .", "3 4"],
+    }
+    tokenizer = Tokenizer.from_str(tokenizer_json_from_gguf(values))
+    assert tokenizer.encode("a. a 1 12345").tokens == [
+        "a",
+        ".",
+        "\u0120a",
+        "\u0120",
+        "1",
+        "\u0120",
+        "12",
+        "3",
+        "4",
+        "5",
+    ]
+
+
 @pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", [3]), ("smaug-bpe", [0, 1, 2])])
 def test_llama_3_takes_a_word_that_is_a_token_as_it_is(pre: str, expected: list[int]) -> None:
     values = {
@@ -138,7 +204,11 @@ def test_llama_3_takes_a_word_that_is_a_token_as_it_is(pre: str, expected: list[
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("smollm", {"tokenizer.ggml.pre": "deepseek-llm"}, "pre is deepseek-llm, but only smollm"),
+        (
+            "smollm",
+            {"tokenizer.ggml.pre": "deepseek-llm"},
+            r"pre is deepseek-llm, but only a\.x-4\.0, .*, default, .*smollm",
+        ),
         ("smollm", {"tokenizer.ggml.pre": None}, "convert the Hugging Face checkpoint instead"),
         ("smollm", {"tokenizer.ggml.model": "bert"}, "model is bert"),
         ("smollm", {"tokenizer.ggml.tokens": None}, r"tokens is missing"),

@@ -25,10 +25,11 @@ def main(
     context: Annotated[int, typer.Option(help="Context of each, in tokens.")] = 4096,
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
+    decode_bits: Annotated[int, typer.Option(help="Bits of generated tokens' activations, 8 or 16.")] = 16,
 ) -> None:
     """Serve a model."""
     settings, bound = ServerSettings(queue=queue, shutdown_seconds=2, page=False), listening_socket("127.0.0.1", 0)
-    model = load(file, context=context, parallel=parallel, threads=threads)
+    model = load(file, context=context, parallel=parallel, threads=threads, decode_bits=decode_bits)
     serve(model, settings, bound, lambda: print(url_of(bound), flush=True))
     result = {"leaked": False, "reason": ""}
     try:

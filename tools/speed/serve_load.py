@@ -220,9 +220,10 @@ def main(
     seconds: Annotated[float, typer.Option(help="How long soak lasts.")] = 300.0,
     parallel: Annotated[int, typer.Option(help="Answers that the server generates at once.", min=1)] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 64,
+    decode_bits: Annotated[int, typer.Option(help="Bits of generated tokens' activations, 8 or 16.")] = 16,
 ) -> None:
     """Measure a server under load; print one JSON object."""
-    options = ("--parallel", str(parallel), "--queue", str(queue))
+    options = ("--parallel", str(parallel), "--queue", str(queue), "--decode-bits", str(decode_bits))
     with running_server(file, *options) as (url, process, end):
         results = asyncio.run(_measure(url, process, set(only.split(",")), tokens, turns, seconds))
     terminal.print_json({**results, "pages": end})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import select
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ _PROMPT, _CONTINUATION = "> ", "... "
 _QUOTES = '"""'
 _CONTINUES = "\\"
 _SECONDS_BETWEEN_PASTED_LINES = 0.03
+_LONGEST_LINE = 1023 if sys.platform == "darwin" else 4095  # that a terminal gives a program without readline
 # Terminals mark what is pasted while this is switched on ("bracketed paste").
 _MARK_PASTES, _DO_NOT_MARK_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 
@@ -92,6 +94,10 @@ class LineEditor:
                 lines.append(input())
         except EOFError:
             self._has_ended = True  # after these lines
+        if self._readline is None and any(len(line.encode(errors="replace")) >= _LONGEST_LINE for line in lines):
+            terminal.note(
+                f"warning: the terminal cuts lines after {_LONGEST_LINE} bytes; run -f FILE takes longer ones"
+            )
         return "\n".join(lines)
 
     def _has_text(self) -> bool:
@@ -122,19 +128,23 @@ def _terminal_settings() -> list[Any] | None:
     """Return the settings of the terminal at stdin; None if there is none."""
     try:
         import termios
-
+    except ImportError:
+        return None
+    try:
         return termios.tcgetattr(sys.stdin)
-    except (ImportError, ValueError, termios.error):
+    except (ValueError, termios.error):
         return None
 
 
 def _gnu_readline() -> ModuleType | None:
-    """Return the module if it is GNU readline: libedit, which may be behind it, does not know pasted texts."""
+    """Return the module if it is GNU readline and the terminal marks pasted texts; libedit does not know them."""
+    if os.environ.get("TERM") == "dumb":
+        return None
     try:
         import readline
     except ImportError:
         return None
-    return None if "libedit" in (readline.__doc__ or "") else readline
+    return readline if "GNU readline" in (readline.__doc__ or "") else None
 
 
 def _opened_quotes(line: str) -> tuple[bool, str]:

@@ -12,6 +12,7 @@ from tritgguf.cli import terminal
 from tritgguf.cli.answer import warn_beyond_training
 from tritgguf.cli.options import (
     CacheType,
+    DecodeBits,
     DraftFile,
     DraftMax,
     InstructionSet,
@@ -80,6 +81,7 @@ def serve_command(
     timeout: Timeout = 600.0,
     no_page: NoPage = False,
     prefill_bits: PrefillBits = 8,
+    decode_bits: DecodeBits = 16,
     cache_type: CacheType = None,
     lookup: Lookup = False,
     draft: DraftFile = None,
@@ -108,7 +110,8 @@ def serve_command(
     if not all(settings.api_keys):
         raise TritGgufError("an API key must not be empty")
     bound = listening_socket(host, port)
-    options = {"context": context or None, "parallel": parallel, "threads": threads, "prefill_bits": prefill_bits}
+    bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
+    options = {"context": context or None, "parallel": parallel, "threads": threads, **bits}
     guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
     model = _load(file, **options, **guesses, cache_type=cache_type, isa=isa)
     warn_beyond_training(model)

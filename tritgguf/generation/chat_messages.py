@@ -94,11 +94,8 @@ def _checked_tool(tool: Any) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise BadRequestError(f"the parameters of the tool {function['name']:.40} must be a JSON schema")
-    described = {"description": "", **{key: value for key, value in function.items() if value is not None}}
-    return {
-        "type": "function",
-        "function": {**described, "parameters": parameters or {"type": "object", "properties": {}}},
-    }
+    described = {key: value for key, value in function.items() if value is not None}
+    return {"type": "function", "function": described}
 
 
 def with_tools_as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:

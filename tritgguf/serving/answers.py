@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Container, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -52,6 +52,7 @@ class Answer:
         stop: Sequence[str] = (),
         ignore_stop_tokens: bool = False,
         continues_prompt: bool = False,
+        shown_tokens: Container[int] = (),
         cache_prompt: bool = True,
         with_logprobs: bool = False,
     ) -> None:
@@ -65,6 +66,7 @@ class Answer:
             stop: texts that end the answer and are not part of it.
             ignore_stop_tokens: whether the answer goes on where the model would end it.
             continues_prompt: whether the text goes on where the prompt ends, in the middle of a sentence perhaps.
+            shown_tokens: control tokens that are part of the text.
             cache_prompt: whether the prompt's beginning is taken over from earlier requests.
             with_logprobs: whether pieces come with log probabilities.
 
@@ -80,7 +82,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.running: RunningRequest | None = None
         self._sampler, self._with_logprobs = sampler, with_logprobs
-        self._decoder = StreamDecoder(model.tokenizer, prompt if continues_prompt else ())
+        self._decoder = StreamDecoder(model.tokenizer, prompt if continues_prompt else (), shown_tokens)
         self._stops = StopStrings(stop)
         self.generated = 0
         self._decoded = self._shown = 0  # characters

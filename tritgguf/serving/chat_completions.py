@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tritgguf.generation.prompt import chat_tokens
+from tritgguf.generation.chat_format import chat_format
 from tritgguf.serving.answers import Answer, Piece, PlacedLogprobs
+from tritgguf.serving.chat_deltas import ChatDeltas, whole_message
 from tritgguf.serving.protocol import ChatBody
 from tritgguf.serving.requests import (
+    chat_prompt,
     client_errors,
     collect,
     finish_reason,
@@ -24,6 +26,7 @@ from tritgguf.serving.requests import (
     usage,
 )
 from tritgguf.serving.service import Service
+from tritgguf.serving.tool_choice import tool_choice
 
 router = APIRouter(tags=["completions"])
 
@@ -42,56 +45,74 @@ class ChatCompletion:
         """Make the prompt and the answers; ApiError or TritGgufError for impossible values."""
         self._service, self._body = service, body
         self._id, self._created = response_id("chatcmpl"), now()
-        messages: Any = [message.model_dump(exclude_unset=True) for message in body.messages]
-        prompt = client_errors(lambda: chat_tokens(service.model, messages), service, "messages")
-        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        model, choice = service.model, tool_choice(body)
+        prompt = client_errors(lambda: chat_prompt(service, body, choice.tools), service, "messages")
+        written = chat_format(model.chat_template)
+        in_thoughts = written.begins_in_thoughts(model.tokenizer, prompt)
+        if choice.must_call:
+            grammar = service.grammars.of_calls(body, choice, written, in_thoughts=in_thoughts)
+        else:
+            grammar = service.grammars.of_request(body)
         self.answers: Sequence[Answer] = make_answers(
             service,
             body,
             [prompt],
-            max_tokens=max_tokens,
-            top_logprobs=top_logprobs,
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             continues_prompt=False,
-            grammar=service.grammars.of_request(body),
+            grammar=grammar,
+            shown_tokens=written.marker_tokens(model.tokenizer),
         )
+        options = {"tools": bool(choice.tools), "in_thoughts": in_thoughts, "several": choice.several}
+        self._deltas = [ChatDeltas(written, **options) for _ in self.answers]
 
     async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
-        """Yield chunks: the role, the text as it comes, the reason for the end, and the usage if it is wanted."""
+        """Yield chunks: the role, the answer as it comes, the reason for the end, and the usage if it is wanted."""
         for index in range(len(self.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async with aclosing(self._service.merged(self.answers)) as pieces:
             async for index, piece in pieces:
-                answer = self.answers[index]
-                if piece is None:
-                    yield {**self._chunk(index, {}, finish_reason(answer)), "timings": timings(answer.running)}
-                else:
-                    chunk = self._chunk(index, {"content": piece.text}, logprobs=self._logprobs(piece.logprobs))
-                    if self._body.timings_per_token:
-                        chunk["timings"] = timings(answer.running)
+                for chunk in self._chunks_of(index, piece):
                     yield chunk
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            yield {
-                **self._head("chat.completion.chunk"),
-                "choices": [],
-                "usage": usage(self.answers, len(self.answers)),
-            }
+            whole = usage(self.answers, len(self.answers))
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": whole}
+
+    def _chunks_of(self, index: int, piece: Piece | None) -> Iterator[dict[str, Any]]:
+        """Yield the chunks for a piece of an answer, or for its end."""
+        answer, deltas = self.answers[index], self._deltas[index]
+        if piece is None:
+            for delta in deltas.finish():
+                yield self._chunk(index, delta)
+            yield {**self._chunk(index, {}, self._reason(index)), "timings": timings(answer.running)}
+            return
+        logprobs = self._logprobs(piece.logprobs)
+        for delta in deltas.feed(piece.text) or ([{}] if piece.logprobs else []):
+            chunk = self._chunk(index, delta, logprobs=logprobs)
+            if self._body.timings_per_token:
+                chunk["timings"] = timings(answer.running)
+            yield chunk
+            logprobs = None  # they are told once
 
     async def result(self) -> dict[str, Any]:
         """Return the whole answer."""
         pieces = await collect(self._service, self.answers)
-        choices = [self._choice(index, answer, pieces[index]) for index, answer in enumerate(self.answers)]
         return {
             **self._head("chat.completion"),
-            "choices": choices,
+            "choices": [self._choice(index, parts) for index, parts in enumerate(pieces)],
             "usage": usage(self.answers, len(self.answers)),
             "timings": timings(self.answers[0].running),
         }
 
-    def _choice(self, index: int, answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        deltas = self._deltas[index].feed("".join(piece.text for piece in pieces)) + self._deltas[index].finish()
         logprobs = self._logprobs([placed for piece in pieces for placed in piece.logprobs])
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer)}
+        reason = self._reason(index)
+        return {"index": index, "message": whole_message(deltas), "logprobs": logprobs, "finish_reason": reason}
+
+    def _reason(self, index: int) -> str:
+        reason = finish_reason(self.answers[index])
+        return "tool_calls" if reason == "stop" and self._deltas[index].has_calls else reason
 
     def _chunk(
         self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1000
 _MOST_CHOICES = 128
 _MOST_PROMPTS = 256
+_MOST_TOOLS = 256
 _MOST_TOKENS_OF_A_BODY = 1 << 20
 _MOST_LOGPROBS = 20
 _INT32, _INT64 = 2**31 - 1, 2**63
@@ -99,7 +100,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -130,6 +131,8 @@ class TokenizeBody(Body):
     content: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     parse_special: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -13,12 +13,13 @@ from starlette.responses import Response
 
 from tritgguf.errors import TritGgufError
 from tritgguf.generation.grammar import Grammar
+from tritgguf.generation.prompt import chat_tokens
 from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.sampling import Sampler, SamplingOptions
 from tritgguf.generation.stop_strings import stop_list
 from tritgguf.serving.answers import Answer, Piece
 from tritgguf.serving.errors import bad_request
-from tritgguf.serving.protocol import GenerationBody
+from tritgguf.serving.protocol import ChatBody, GenerationBody, TokenizeBody
 from tritgguf.serving.responses import (
     ClientGoneError,
     EventStream,
@@ -93,6 +94,7 @@ def make_answers(
     top_logprobs: int | None,
     continues_prompt: bool,
     grammar: Grammar | None = None,
+    shown_tokens: Container[int] = (),
 ) -> list[Answer]:
     """Return the answers to prompts, `n` to each, in OpenAI's order: all of the first prompt, then the second's."""
     answers = []
@@ -110,11 +112,19 @@ def make_answers(
                     stop=stop_list(body.stop),
                     ignore_stop_tokens=body.ignore_eos,
                     continues_prompt=continues_prompt,
+                    shown_tokens=shown_tokens,
                     cache_prompt=body.cache_prompt,
                     with_logprobs=top_logprobs is not None,
                 )
             )
     return answers
+
+
+def chat_prompt(service: Service, body: ChatBody | TokenizeBody, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    """Return the tokens of a chat; TritGgufError as `chat_tokens`."""
+    messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
+    options = body.chat_template_kwargs or None
+    return chat_tokens(service.model, messages, tools=tools, template_options=options)
 
 
 def prompt_of_text(service: Service, text: str, param: str) -> list[int]:

@@ -8,10 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tritgguf.generation.prompt import chat_tokens
 from tritgguf.serving.errors import bad_request
 from tritgguf.serving.protocol import DetokenizeBody, TokenizeBody
-from tritgguf.serving.requests import client_errors
+from tritgguf.serving.requests import chat_prompt, client_errors
 from tritgguf.serving.responses import JsonResponse
 from tritgguf.serving.service import Service
 
@@ -37,8 +36,7 @@ def _tokens(service: Service, body: TokenizeBody) -> list[int]:
     if len(given) != 1:
         raise bad_request("give either content, prompt or messages", "content")
     if body.messages is not None:
-        messages: Any = [message.model_dump(exclude_unset=True) for message in body.messages]
-        return client_errors(lambda: chat_tokens(service.model, messages), service, "messages")
+        return client_errors(lambda: chat_prompt(service, body, body.tools or ()), service, "messages")
     add_special = body.add_special if body.content is not None else body.add_special_tokens is not False
     text = body.content if body.content is not None else body.prompt
     return service.model.tokenizer.encode(text or "", add_special=bool(add_special), parse_special=body.parse_special)

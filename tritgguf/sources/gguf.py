@@ -15,7 +15,7 @@ from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import TritType, is_trit_type
 from tritgguf.sources.source import PackedTensor, SourceTensor, check_shapes
-from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
+from tritgguf.tokenization.gguf_to_hf import DEFAULT_PRE, tokenizer_json_from_gguf
 from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tritgguf.formats.gguf_file import GgufFile
 
+_PRE_KEY = "tokenizer.ggml.pre"
 # These keys describe the tensor types; `convert` writes its own.
 _TYPE_KEYS = ("general.file_type", "general.quantization_version")
 # Value of general.type -> what the file is.
@@ -54,6 +55,11 @@ class GgufSource:
         self.dimensions = self._check_tensors()
         self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._file.tensors.values()]
         self.metadata = _gguf_metadata(self._file)
+        if HUGGINGFACE_JSON_KEY not in self._file.metadata and self._file.metadata.get(_PRE_KEY) == DEFAULT_PRE:
+            self.warnings.append(
+                f"{path}: {_PRE_KEY} is {DEFAULT_PRE}, so text is split as llama.cpp does, which may differ from the"
+                " original tokenizer; convert the Hugging Face checkpoint if there is one"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor dequantized: float32, contiguous; TritGgufError if gguf-py cannot dequantize its type."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Buffers that old checkpoints store with the weights; llama.cpp's converter skips the same three.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_PREFIX = "model."
+# Tensors that bitsandbytes, GPTQ, AWQ, quanto and FP8 checkpoints have beside or in place of the weights.
+_QUANTIZED = (".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", "._scale", ".weight_scale_inv")
 
 
 class HfFolderSource:
@@ -104,10 +107,18 @@ class HfFolderSource:
     def _select_tensors(self) -> dict[str, StoredTensor]:
         """Return the tensors to convert by GGUF name; check their names, dtypes and shapes against config.json."""
         selected: dict[str, StoredTensor] = {}
-        for hf_name, stored in open_shards(self.folder).items():
+        stored_tensors = open_shards(self.folder)
+        # A checkpoint of the model without its head lacks the prefix; transformers loads it all the same.
+        prefix = "" if any(name.startswith(_PREFIX) for name in stored_tensors) else _PREFIX
+        for hf_name, stored in stored_tensors.items():
             if hf_name.endswith(_BUFFERS):
                 continue
-            name = tensor_names.gguf_tensor_name(self.architecture.gguf_name, hf_name)
+            full_name = hf_name if hf_name.startswith("lm_head.") else prefix + hf_name
+            name = tensor_names.gguf_tensor_name(self.architecture.gguf_name, full_name)
+            if name is None and hf_name.endswith(_QUANTIZED):
+                raise DamagedFileError(
+                    f"{stored.path}: tensor {hf_name} belongs to quantized weights; convert the original checkpoint"
+                )
             if name is None:
                 raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} does not belong to a {self.architecture.hf_class}"

@@ -16,6 +16,7 @@ from gguf import TokenType
 from tritgguf.errors import DamagedFileError
 from tritgguf.tokenization.tokenizer import tokenizer_errors
 
+DEFAULT_PRE = "default"
 SPACE_SIGN = "\u2581"  # SentencePiece's character for a space
 
 
@@ -37,6 +38,12 @@ _TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_CONTRACTION}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTION}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre -> the pre-tokenizer steps in tokenizer.json. With ignore_merges, a word that is in the vocabulary
 # becomes that token without merging; smaug-bpe is llama-bpe without ignore_merges.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
@@ -46,10 +53,27 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)],
     "smaug-bpe": [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)],
     "tekken": [_split(_TEKKEN_SPLIT), _byte_level(use_regex=False)],
+    "gpt-4o": [_split(_GPT4O_SPLIT), _byte_level(use_regex=False)],
     "deepseek-r1-qwen": [_split(_QWEN2_SPLIT), _byte_level(use_regex=False)],
 }
+# What llama.cpp does for `default`, its name for a pre-tokenizer that its converter does not know.
+_DEFAULT_STEPS = [
+    _split(r"[\p{P}\$\+<=>\^~\|]+"),
+    _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    _split(r"\p{N}+"),
+    _split(r"[0-9][0-9][0-9]"),
+    _byte_level(use_regex=False),
+]
 _IGNORE_MERGES = ("llama-bpe", "tekken")
-_OLD_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+_SAME = {
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+    "smollm": "refact starcoder command-r codeshell exaone minerva-7b",
+    "gpt-2": "olmo mpt jais phi-2 trillion granite-docling exaone4 gigachat a.x-4.0 mellum",
+    "smaug-bpe": "dbrx",
+    "gpt-4o": "llama4 minimax-m2",
+}
+_OTHER_NAMES = {other: name for name, others in _SAME.items() for other in others.split()}
+"""Other values of tokenizer.ggml.pre -> the name in PRE_TOKENIZERS that splits text in the same way."""
 
 
 def tokenizer_json_from_gguf(
@@ -113,16 +137,18 @@ def _byte_level_parts(
     where: str,
 ) -> dict[str, Any]:
     pre = _pre_name(metadata)
-    if pre not in PRE_TOKENIZERS:
+    steps = _DEFAULT_STEPS if pre == DEFAULT_PRE else PRE_TOKENIZERS.get(pre)
+    if steps is None:
+        known = ", ".join(sorted([*PRE_TOKENIZERS, *_OTHER_NAMES, DEFAULT_PRE]))
         raise DamagedFileError(
-            f"{where}: tokenizer.ggml.pre is {pre}, but only {', '.join(PRE_TOKENIZERS)} are supported;"
+            f"{where}: tokenizer.ggml.pre is {pre}, but only {known} are supported;"
             " convert the Hugging Face checkpoint instead, which has a tokenizer.json"
         )
     merges = merge_pairs(_list_of(metadata, "tokenizer.ggml.merges", str, where), where)
     model = {"type": "BPE", "ignore_merges": pre in _IGNORE_MERGES, "vocab": vocabulary, "merges": merges}
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": _byte_level(use_regex=True),
         "model": model,
     }
@@ -201,7 +227,7 @@ def _post_processor(
 
 def _pre_name(metadata: Mapping[str, Any]) -> str:
     pre = str(metadata.get("tokenizer.ggml.pre", "missing"))
-    return _OLD_NAMES.get(pre, pre)
+    return _OTHER_NAMES.get(pre, pre)
 
 
 def _special_id(metadata: Mapping[str, Any], name: str, default: int | None, tokens: Sequence[str], where: str) -> int:

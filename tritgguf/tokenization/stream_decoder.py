@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tritgguf.tokenization.tokenizer import Tokenizer
 
@@ -16,11 +16,12 @@ class StreamDecoder:
 
     A token may end inside a character's UTF-8 bytes, which decode to a replacement character. Such text is held back
     until the next tokens complete the character. Some tokenizers drop the space before the first word of a text, so a
-    token is decoded together with the tokens before it. `context` are the tokens before the first one, if any.
+    token is decoded together with the tokens before it. `context` are the tokens before the first one, if any. Control
+    tokens have no text, but for those of `shown`, whose names are returned.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), shown: Container[int] = ()) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
         self._window = list(context[-_CONTEXT_TOKENS:])  # tokens already returned as text, then incomplete ones
         while tokenizer.decode(self._window).startswith(_REPLACEMENT):
             del self._window[0]
@@ -36,7 +37,8 @@ class StreamDecoder:
     def step(self, token: int) -> str:
         """Take the next token and return the text that it completes, possibly none."""
         if not self._tokenizer.has_text(token):
-            return ""
+            is_shown = token in self._shown and token in self._tokenizer.added_tokens
+            return self.flush() + str(self._tokenizer.added_tokens[token].content) if is_shown else ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         # A character has at most four bytes; if four tokens do not complete one, the text is invalid UTF-8.
