@@ -16,13 +16,15 @@ import numpy as np
 
 from cpu_kernels.transformer.attention_tile import (
     PANEL,
-    add_product,
+    SCALE_BYTES,
     largest_of,
     max_rows,
+    multiply_keys,
+    multiply_values,
     powers_of_two,
     product_columns,
 )
-from cpu_kernels.transformer.kv_pages import PAGE, keys_address, values_address
+from cpu_kernels.transformer.kv_pages import PAGE, keys_address, scales_address, values_address
 
 MAX_ROWS = 8  # the largest result of `max_rows`
 LOG2_E = 1.4426950408889634
@@ -54,8 +56,8 @@ def _softmax_weights(isa, scores, r, low, valid, padded, softcap, row, sums, lar
 
 @numba.njit(cache=True)
 def _attend_tile(
-    isa, queries, row, rows, per_token, kv, keys, values, tile, end, lowest, position, softcap, scores, sums, largest,
-    totals,
+    isa, queries, row, rows, per_token, kv, page, keys, values, tile, end, lowest, position, softcap, scores, sums,
+    largest, totals,
 ):  # fmt: skip
     """Compute attention of `rows` queries from `row` over positions `tile` to before `end`; see `attend_rows`."""
     dim, size, columns = queries.shape[1], kv.element.itemsize, product_columns(len(isa))
@@ -71,8 +73,10 @@ def _attend_tile(
         for k in range(padded):
             scores[r, k] = np.float32(0.0)
     for c in range(0, padded, columns):
-        panel = tile_keys + (c // PANEL * PANEL * dim + c % PANEL) * size
-        add_product(isa, kv.element, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * PAGE)
+        panel = tile_keys + c // PANEL * PANEL * dim * size
+        scales = scales_address(kv, page, panel) + c % PANEL * SCALE_BYTES
+        panel += c % PANEL * size
+        multiply_keys(isa, kv.element, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * PAGE, scales)
     for r in range(rows):
         low = max(0, lowest + (row + r) // per_token - tile)
         valid = min(count, position + (row + r) // per_token + 1 - tile)
@@ -82,8 +86,10 @@ def _attend_tile(
             for k in range(padded):
                 scores[r, k] = np.float32(0.0)
     for c in range(0, dim, columns):
-        panel = tile_values + (c // PANEL * PAGE * PANEL + c % PANEL) * size
-        add_product(isa, kv.element, rows, scores_at, 4 * PAGE, panel, count, sums_at + 4 * c, 4 * dim)
+        panel = tile_values + c // PANEL * PAGE * PANEL * size
+        scales = scales_address(kv, page, panel)
+        panel += c % PANEL * size
+        multiply_values(isa, kv.element, rows, scores_at, 4 * PAGE, panel, count, sums_at + 4 * c, 4 * dim, scales)
 
 
 @numba.njit(cache=True)
@@ -113,12 +119,13 @@ def attend_rows(
     tile, last = first, position + (rows - 1) // per_token
     while tile <= last:
         end = (tile // PAGE + 1) * PAGE
+        page = kv.table[sequence, tile // PAGE]
         keys = keys_address(kv, sequence, layer, head, tile)
         values = values_address(kv, sequence, layer, head, tile)
         for row in range(0, rows, step):
             _attend_tile(
-                isa, queries, row, min(step, rows - row), per_token, kv, keys, values, tile, end, lowest, position,
-                softcap, scores, sums, largest, totals,
+                isa, queries, row, min(step, rows - row), per_token, kv, page, keys, values, tile, end, lowest,
+                position, softcap, scores, sums, largest, totals,
             )  # fmt: skip
         tile = end
 

@@ -9,28 +9,36 @@ zeros to a multiple of 32. A page is one array of `layers * kv_heads` heads of k
 
     keys    [layers, kv_heads, 256 / 32, padded_dim, 32]
     values  [layers, kv_heads, padded_dim / 32, 256, 32]
+
+With int8 (q8_0), float16 scales follow in the order of these numbers, one for 32 dimensions of a position:
+
+    keys    [layers, kv_heads, 256 / 32, padded_dim / 32, 32 positions]
+    values  [layers, kv_heads, padded_dim / 32, 256]
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from cpu_kernels.simd.vectors import FLOAT, I16
-from cpu_kernels.transformer.attention_tile import PANEL, emit_narrow, stored_element
+from cpu_kernels.simd.vectors import FLOAT, HALF, I8, I16
+from cpu_kernels.transformer.attention_tile import PANEL, SCALE_BYTES, emit_narrow, stored_element
 
 PAGE = 256  # positions
+_LARGEST = np.float32(127)  # of int8
 
 
 class KeyValues(NamedTuple):
     """The page table of all sequences, and the rotation tables."""
 
     table: np.ndarray  # int64 [sequences, pages of a sequence]: addresses of pages
-    element: np.ndarray  # [1], uint16 (the bits of float16) or float32: only its dtype is used, that of keys and values
+    element: (
+        np.ndarray
+    )  # [1], uint16 (the bits of float16), float32 or int8: only its dtype is used, that of keys and values
     layers: int
     kv_heads: int
     padded_dim: int
@@ -43,9 +51,10 @@ def padded_dimension(head_dim: int) -> int:
     return -(-head_dim // PANEL) * PANEL
 
 
-def page_elements(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Return the number of elements of a page."""
-    return 2 * layers * kv_heads * PAGE * padded_dimension(head_dim)
+def page_elements(layers: int, kv_heads: int, head_dim: int, element: np.dtype[Any]) -> int:
+    """Return the size of a page in elements of this type, the scales of int8 included."""
+    numbers = 2 * layers * kv_heads * PAGE * padded_dimension(head_dim)
+    return numbers + numbers // PANEL * SCALE_BYTES if element == np.int8 else numbers
 
 
 @intrinsic
@@ -55,6 +64,8 @@ def store_narrowed(typing_context, element, address, value):
     def generate(context, builder, signature, arguments):
         _, address, value = arguments
         stored = stored_element(element)
+        if stored is I8:
+            raise TypeError("int8 needs a scale: store_scaled")
         pointer = builder.inttoptr(address, (FLOAT if stored is FLOAT else I16).as_pointer())
         builder.store(emit_narrow(builder, stored, value), pointer)
         return context.get_dummy_value()
@@ -76,13 +87,93 @@ def values_address(kv, sequence, layer, head, position):
     return kv.table[sequence, position // PAGE] + start
 
 
+@intrinsic
+def _store_half(typing_context, address, value):
+    """Emit the store of a float32 as float16; return what was stored, as float32."""
+
+    def generate(context, builder, signature, arguments):
+        address, value = arguments
+        half = emit_narrow(builder, HALF, value)
+        builder.store(half, builder.inttoptr(address, I16.as_pointer()))
+        return builder.fpext(builder.bitcast(half, HALF), FLOAT)
+
+    return types.float32(types.intp, types.float32), generate
+
+
+@intrinsic
+def _store_byte(typing_context, address, value):
+    """Emit the store of a float32 that is a whole number of int8."""
+
+    def generate(context, builder, signature, arguments):
+        address, value = arguments
+        builder.store(builder.fptosi(value, I8), builder.inttoptr(address, I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32), generate
+
+
+@numba.njit(cache=True)
+def scales_address(kv, page, address):
+    """Return the address of the scale of the 32 numbers at an address in a page; of keys, of the first position's."""
+    numbers = 2 * kv.layers * kv.kv_heads * PAGE * kv.padded_dim
+    return page + numbers + (address - page) // PANEL * SCALE_BYTES
+
+
+@numba.njit(cache=True)
+def _store_scaled(vector, first, address, stride, scale_address):
+    """Store 32 numbers of a vector from `first` on, zeros behind its end, as int8; the scale is float16.
+
+    A number that is no number makes the scale none either.
+    """
+    largest, bad, last = np.float32(0), False, min(len(vector), first + PANEL)
+    for k in range(first, last):
+        largest = max(largest, abs(vector[k]))
+        bad = bad or vector[k] != vector[k]
+    scale = _store_half(scale_address, np.float32(np.nan) if bad else largest / _LARGEST)
+    inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+    for k in range(first, first + PANEL):
+        number = np.rint(vector[k] * inverse) if k < last and not bad else np.float32(0)
+        _store_byte(address + (k - first) * stride, max(-_LARGEST, min(_LARGEST, number)))
+
+
+@numba.njit(cache=True)
+def _store_scaled_head(kv, page, keys, values, row, key, value):
+    """Store one head's key and value as int8; `row` is the position in the page."""
+    for first in range(0, kv.padded_dim, PANEL):
+        block = keys + row // PANEL * PANEL * kv.padded_dim + first * PANEL
+        scale = scales_address(kv, page, block) + row % PANEL * SCALE_BYTES
+        _store_scaled(key, first, block + row % PANEL, PANEL, scale)
+        block = values + (first // PANEL * PAGE + row) * PANEL
+        _store_scaled(value, first, block, 1, scales_address(kv, page, block))
+
+
+@numba.njit(cache=True)
+def _store_narrowed_head(kv, keys, values, row, key, value):
+    """Store one head's key and value as floating-point numbers; `row` is the position in the page."""
+    size = kv.element.itemsize
+    panel = keys + row // PANEL * PANEL * kv.padded_dim * size
+    for k in range(len(key)):
+        store_narrowed(kv.element, panel + (k * PANEL + row % PANEL) * size, key[k])
+    for k in range(len(value)):
+        store_narrowed(kv.element, values + ((k // PANEL * PAGE + row) * PANEL + k % PANEL) * size, value[k])
+
+
+def _store_at(kv, page, keys, values, row, key, value):
+    """Store one head's key and value in the element type of `kv`, which is chosen when this is compiled."""
+
+
+@overload(_store_at)
+def _choose_store(kv, page, keys, values, row, key, value):
+    if stored_element(kv.types[KeyValues._fields.index("element")]) is I8:
+        return lambda kv, page, keys, values, row, key, value: _store_scaled_head(
+            kv, page, keys, values, row, key, value
+        )
+    return lambda kv, page, keys, values, row, key, value: _store_narrowed_head(kv, keys, values, row, key, value)
+
+
 @numba.njit(cache=True)
 def store_head(kv, sequence, layer, head, position, key, value):
     """Store one head's key and value, float32 [head_dim] each, at a position of a sequence."""
-    size, row = kv.element.itemsize, position % PAGE
-    panel = keys_address(kv, sequence, layer, head, position) + row // PANEL * PANEL * kv.padded_dim * size
-    for k in range(len(key)):
-        store_narrowed(kv.element, panel + (k * PANEL + row % PANEL) * size, key[k])
+    keys = keys_address(kv, sequence, layer, head, position)
     values = values_address(kv, sequence, layer, head, position)
-    for k in range(len(value)):
-        store_narrowed(kv.element, values + ((k // PANEL * PAGE + row) * PANEL + k % PANEL) * size, value[k])
+    _store_at(kv, kv.table[sequence, position // PAGE], keys, values, position % PAGE, key, value)

@@ -286,5 +286,5 @@ def test_check_finds_a_page_that_is_counted_wrong() -> None:
 
 
 def test_an_unknown_cache_type() -> None:
-    with pytest.raises(BadRequestError, match="a cache cannot hold q8_0; choose from f16, f32"):
-        new_pool(cache_type="q8_0")
+    with pytest.raises(BadRequestError, match="a cache cannot hold q4_0; choose from f16, f32, q8_0"):
+        new_pool(cache_type="q4_0")

@@ -174,6 +174,10 @@ BODIES = {
     "/v1/chat/completions": b'{"messages":[{"role":"user","content":"a"}],"max_tokens":5,"temperature":0.5,"n":1,'
     b'"stop":["a"],"logit_bias":{"1":5},"seed":1,"top_k":5,"logprobs":true,"top_logprobs":1,"min_p":0.5,"stream":true,'
     b'"response_format":{"type":"json_schema","json_schema":{"schema":{"enum":["a",1]}}},"chat_template_kwargs":{"a":1}}',
+    "/v1/chat/completions?": b'{"messages":[{"role":"user","content":[{"type":"text","text":"a"}]},{"role":"assistant",'
+    b'"tool_calls":[{"id":"1","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","content":"a"}],"max_tokens":5,'
+    b'"tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","required":["a"]}}}],'
+    b'"tool_choice":{"function":{"name":"f"}},"parallel_tool_calls":false}',
     "/v1/completions": b'{"prompt":[[1,2],"a"],"max_tokens":5,"echo":true,"logprobs":1,"n":1,"stop":"a","top_p":0.5}',
     "/v1/embeddings": b'{"input":["a",[1,2]],"encoding_format":"base64","dimensions":128}',
     "/tokenize": b'{"content":"a","add_special":true,"with_pieces":true}',

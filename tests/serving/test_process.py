@@ -21,7 +21,7 @@ from serving import MOST_SECONDS
 from tritgguf.cli import app
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.serving import server
-from tritgguf.serving.server import listening_socket
+from tritgguf.serving.address import listening_socket
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.scheduler import Budget
 from tritgguf.runtime.kv_pool import KVPool
 from tritgguf.runtime.token_batch import TokenBatch
-from tritgguf.serving.server import Server, listening_socket, url_of
+from tritgguf.serving.address import listening_socket, url_of
+from tritgguf.serving.server import Server
 from tritgguf.serving.settings import ServerSettings
 
 MOST_SECONDS = 30.0  # a hang, on any machine

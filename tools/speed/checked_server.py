@@ -15,7 +15,8 @@ import typer
 
 from tools import tool_command
 from tritgguf.generation.loaded_model import load
-from tritgguf.serving.server import listening_socket, serve, url_of
+from tritgguf.serving.address import listening_socket, url_of
+from tritgguf.serving.server import serve
 from tritgguf.serving.settings import ServerSettings
 
 

@@ -65,7 +65,7 @@ DecodeBits = Annotated[
 ]
 CacheType = Annotated[
     str | None,
-    option("--cache-type", metavar="TYPE", help="Type of the KV cache: f16 or f32.", show_default="f16"),
+    option("--cache-type", metavar="TYPE", help="Type of the KV cache: f16, f32 or q8_0.", show_default="f16"),
 ]
 
 

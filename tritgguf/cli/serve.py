@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +29,8 @@ from tritgguf.errors import MissingExtraError, TritGgufError
 
 if TYPE_CHECKING:
     from tritgguf.generation.loaded_model import LoadedModel
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 Host = Annotated[str, option("--host", metavar="NAME", help="Address to listen on.")]
 Port = Annotated[int, option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")]
@@ -93,7 +98,7 @@ def serve_command(
     Example: tritgguf serve d3.gguf
     """
     _require_extra()
-    from tritgguf.serving.server import listening_socket, serve, url_of
+    from tritgguf.serving.address import listening_socket, url_of
     from tritgguf.serving.settings import ServerSettings
 
     settings = ServerSettings(
@@ -110,6 +115,8 @@ def serve_command(
     if not all(settings.api_keys):
         raise TritGgufError("an API key must not be empty")
     bound = listening_socket(host, port)
+    importing = threading.Thread(target=_import_packages, daemon=True)  # beside loading
+    importing.start()
     bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
     options = {"context": context or None, "parallel": parallel, "threads": threads, **bits}
     guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
@@ -117,17 +124,22 @@ def serve_command(
     warn_beyond_training(model)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
+    importing.join()
+    from tritgguf.serving.server import serve
+
     serve(model, settings, bound, lambda: terminal.note(f"{url_of(bound)}  (Ctrl-C ends the server)"))
 
 
 def _require_extra() -> None:
     """Raise MissingExtraError without the packages of the extra `server`."""
-    try:
-        import tritgguf.serving.server  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("tritgguf", "cpu_kernels"):
-            raise
-        raise MissingExtraError("serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'") from error
+    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
+        raise MissingExtraError("serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'")
+
+
+def _import_packages() -> None:
+    """Import what takes long and has nothing in common with what loading a model imports."""
+    for package in _PACKAGES:
+        importlib.import_module(package)
 
 
 def _load(file: Path, **settings: Any) -> LoadedModel:

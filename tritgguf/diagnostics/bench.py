@@ -182,7 +182,7 @@ def bench(
         threads: None for the physical cores.
         repetitions: how often each test is run, after a warm-up that is not counted.
         prefill_bits: of the prompt's activations, 8 or 16.
-        cache_type: what keys and values are kept in, "f16" or "f32".
+        cache_type: what keys and values are kept in, "f16", "f32" or "q8_0".
         isa: the instruction set, such as "avx2"; None for the best that works here.
         by_kernel: whether to measure the kernels too, which takes as long again.
         on_compilation: called if kernels have to be compiled first.

@@ -174,7 +174,7 @@ def load(
         decode_bits: of the activations of generated tokens, 16 or 8; 8 is less accurate, and faster for several
             generations at once.
         exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
-        cache_type: what keys and values are kept in, "f16" or "f32"; None for the former, or the latter if `exact`.
+        cache_type: what keys and values are kept in: "f16", "f32" or "q8_0"; None for f16, or f32 if `exact`.
         isa: the instruction set, such as "avx2"; None for the best that works here.
         lookup: whether to guess next tokens from equal passages of prompt and answer, and evaluate several at once
             where that saves time. Answers stay the same.

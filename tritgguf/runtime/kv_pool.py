@@ -21,7 +21,11 @@ from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.rotations import RotationTables
 
 # As llama.cpp names them. Kernels take float16 as its bits.
-CACHE_TYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+CACHE_TYPES: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype(np.uint16),
+    "f32": np.dtype(np.float32),
+    "q8_0": np.dtype(np.int8),
+}
 DEFAULT_CACHE_TYPE = "f16"
 _NO_PAGE = -1
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -39,7 +43,8 @@ def pages_of(tokens: int) -> int:
 def page_bytes(config: ModelConfig, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
     """Return the bytes of a page."""
     sizes = config.dimensions
-    return page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim) * CACHE_TYPES[cache_type].itemsize
+    element = CACHE_TYPES[cache_type]
+    return page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim, element) * element.itemsize
 
 
 def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
@@ -100,7 +105,7 @@ class KVPool:
         self.lengths = np.zeros(sequences, np.int64)
         self.references = np.zeros(pages, np.int32)
         self.states = np.zeros((sequences, state_bytes), np.uint8)
-        self._elements = page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim)
+        self._elements = page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim, self.element.dtype)
         self._pages = np.full(self.table.shape, _NO_PAGE, np.int32)
         self._held = np.zeros(sequences, np.int64)  # pages of each sequence
         self._storage: dict[int, np.ndarray] = {}

@@ -86,7 +86,7 @@ class Model:
         """Return a pool for `sequences` sequences of at most `context` tokens.
 
         `pages` None is enough for all of them at once, and for a copy of a shared page each. `cache_type` is what keys
-        and values are kept in, "f16" or "f32"; None is `default_cache_type`.
+        and values are kept in, "f16", "f32" or "q8_0"; None is `default_cache_type`.
         """
         if pages is None:
             pages = sequences * (pages_of(context) + 1)

@@ -14,7 +14,6 @@ from types import FrameType
 
 import uvicorn
 
-from tritgguf.errors import TritGgufError
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.serving.app import create_app
 from tritgguf.serving.http_protocol import GuardedProtocol
@@ -23,29 +22,6 @@ from tritgguf.serving.settings import ServerSettings
 
 _SECONDS_AFTER_CUT = 3.0  # for the last events of answers that were cut
 _KEEP_ALIVE_SECONDS = 30
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address but does not listen yet; TritGgufError where that fails."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise TritGgufError(
-            f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
-        ) from error
-    return bound
-
-
-def url_of(bound: socket.socket) -> str:
-    """Return the URL of a server that listens on a socket."""
-    host, port = bound.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def serve(
@@ -57,7 +33,6 @@ def serve(
     `on_start` is called when the server listens.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    gc.collect()
     gc.freeze()  # the model's objects stay; collections need not look at them
     Server(model, settings, on_start).run(sockets=[bound])
 
