@@ -19,6 +19,8 @@ from typing import Any
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 
+from cpu_kernels.inner_functions import is_inner, make_inner
+
 _PACKAGE = Path(__file__).resolve().parent
 _logger = logging.getLogger(_PACKAGE.name)
 _numba_enable_caching = Dispatcher.enable_caching
@@ -73,10 +75,17 @@ def folder_of(kernel: Any) -> Path | None:
 
 
 def _enable_caching(dispatcher: Any) -> None:
-    """Replace the cache of this package's kernels; functions of other packages keep Numba's cache."""
+    """Replace the cache of this package's kernels; functions of other packages keep Numba's cache.
+
+    Inner functions have none: they are part of the kernels that call them.
+    """
     if not Path(inspect.getfile(dispatcher.py_func)).resolve().is_relative_to(_PACKAGE):
         _numba_enable_caching(dispatcher)
         return
+    if is_inner(dispatcher):
+        make_inner(dispatcher)
+        return
+    dispatcher.targetoptions["no_cfunc_wrapper"] = True
     try:
         dispatcher._cache = KernelCache(dispatcher.py_func)
     except (RuntimeError, OSError):

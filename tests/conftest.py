@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from real_models import MODELS
 from tiny_models import write_tiny_model
 
+from cpu_kernels import precompile
 from cpu_kernels.simd import instruction_set, variants
 from tritgguf.formats.gguf_file import GgufFile
 
@@ -71,6 +72,7 @@ VARIANTS = [name for name, isa in variants.NAMES.items() if isa in instruction_s
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test once with each instruction-set variant that this processor has."""
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, request.param)
+    monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # a test needs few kernels of each variant
     return str(request.param)
 
 

@@ -17,7 +17,7 @@ from cpu_kernels.packed_rows.layout import GROUP_SIZE
 _LANES = 16  # rows quantized at once
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
+@numba.njit(cache=True, fastmath={"contract", "nsz"})
 def _try_step(columns, factor, first, step, offset, levels, errors, costs):
     """Quantize one group of 16 rows with one step.
 

@@ -177,6 +177,39 @@ class GroupLanes(PackedGroups):
             self.sums = self.vectors.dot_quads(self.sums, self.join_pairs(self._even, levels), x)
 
 
+class StoredGroups(PackedGroups):
+    """Neighbouring groups of one row whose levels are stored, to multiply them several times.
+
+    They are stored as the activations of `GroupLanes` lie: int16 [8, lanes, 2] or uint8 [4, lanes, 4].
+    """
+
+    def __init__(
+        self,
+        vectors: Vectors,
+        lanes: int,
+        row: ir.Value,
+        groups: ir.Value,
+        first_group: ir.Value,
+        target: ir.Value,
+        bits: int,
+        ahead: ir.Value,
+    ) -> None:
+        """Store levels of 8 or 16 `bits` at address `target`; the other arguments are as in `PackedGroups`."""
+        super().__init__(vectors, lanes, row, groups, first_group, ahead)
+        self._target, self._bits = target, bits
+        self._even: ir.Value | None = None
+
+    def use_levels(self, pair: int, levels: ir.Value) -> None:
+        """Store the levels; of 8 bits, two pairs at a time."""
+        plane_bytes = 4 * self.lanes
+        if self._bits == 16:
+            self.vectors.store(levels, self._target, plane_bytes * pair)
+        elif pair % 2 == 0:
+            self._even = levels
+        else:
+            self.vectors.store(self.join_pairs(self._even, levels), self._target, plane_bytes * (pair // 2))
+
+
 class RowLanes(Step):
     """One group of 16 neighbouring rows; the levels are stored in a tile.
 

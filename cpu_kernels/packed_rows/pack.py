@@ -26,9 +26,9 @@ def pack(
     """
     rows, columns = levels.shape
     words = np.empty((rows, columns // BLOCK_SIZE * WORDS_PER_BLOCK[depth]), np.uint16)
-    (thread_pool or default_thread_pool()).run(
-        _PACKERS[depth], levels.reshape(rows, -1, GROUP_SIZE), scale_indices, words
-    )
+    # Contiguous arrays only, so that Numba compiles one version.
+    groups = np.ascontiguousarray(levels).reshape(rows, -1, GROUP_SIZE)
+    (thread_pool or default_thread_pool()).run(_PACKERS[depth], groups, np.ascontiguousarray(scale_indices), words)
     return words.view(np.uint8)
 
 

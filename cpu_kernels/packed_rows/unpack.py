@@ -50,6 +50,7 @@ def unpack(rows: np.ndarray, depth: int, thread_pool: ThreadPool | None = None) 
 
     """
     words = rows.view(np.uint16)
+    words.flags.writeable = False  # like arrays of a mapped file, so that Numba compiles one version only
     groups = words.shape[1] // WORDS_PER_BLOCK[depth] * (BLOCK_SIZE // GROUP_SIZE)
     levels = np.empty((len(rows), groups, GROUP_SIZE), np.uint8)
     indices = np.empty((len(rows), groups), np.uint8)

@@ -52,7 +52,7 @@ def _operations(typing_context, isa, left, right, small, table, highs, sums, qua
     return types.void(isa, *[types.intp] * 8), generate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _run(isa, left, right, small, table, highs, sums, quads, looked_up):
     """Run `_operations` on arrays; `table` is float32 [32]."""
     _operations(

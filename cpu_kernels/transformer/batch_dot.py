@@ -26,7 +26,7 @@ _ROWS_AHEAD = 8  # how far ahead memory is asked for
 # How many vectors are multiplied at once, as a share of the most that an instruction set has registers for: as a type,
 # see `instruction_set`
 WHOLE, HALF, QUARTER, EIGHTH = ((), (0,), (0,) * 2, (0,) * 3)
-_REST_LANES = (8, 4)
+REST_LANES = (8, 4)
 
 
 def vectors_at_once(isa: int, share: int = 0) -> int:
@@ -44,9 +44,9 @@ def parts_of_a_step(isa: int) -> int:
     return 1 if isa >= AVX512_NO_VNNI else 2
 
 
-def _rests(builder: ir.IRBuilder, rest: ir.Value, emit: Callable[[int, ir.Value], None]) -> None:
+def for_rests(builder: ir.IRBuilder, rest: ir.Value, emit: Callable[[int, ir.Value], None]) -> None:
     """Call `emit` with 8 and with 4 lanes where `rest` has so many groups, and with the number of groups before."""
-    for lanes in _REST_LANES:
+    for lanes in REST_LANES:
         with builder.if_then(builder.icmp_signed("!=", builder.and_(rest, I64(lanes)), I64(0)), likely=False):
             emit(lanes, builder.and_(rest, I64(-2 * lanes)))
 
@@ -93,7 +93,7 @@ def arrange_vectors(typing_context, integers, offsets, scales, strides, groups, 
             copy(LANES, builder.shl(step.index, I64(4)))
         done = builder.and_(groups, I64(-LANES))
         rest = builder.and_(groups, I64(LANES - 1))
-        _rests(builder, rest, lambda lanes, before: copy(lanes, builder.add(done, before)))
+        for_rests(builder, rest, lambda lanes, before: copy(lanes, builder.add(done, before)))
         return context.get_dummy_value()
 
     strides_type = types.UniTuple(types.intp, 3)
@@ -259,7 +259,7 @@ def dot_rows(typing_context, isa, depth, share, integers, matrix, place, x, tota
         matrix, place, x, totals, add = arguments[4:]
         first_row, rows, groups, address = cgutils.unpack_tuple(builder, matrix)
         first_group, steps, rest = cgutils.unpack_tuple(builder, place)
-        starts = dict(zip((LANES, *_REST_LANES), cgutils.unpack_tuple(builder, totals), strict=True))
+        starts = dict(zip((LANES, *REST_LANES), cgutils.unpack_tuple(builder, totals), strict=True))
         table = [vectors.load(address, FLOAT, 16), vectors.load(address, FLOAT, 16, offset=64)]
         blocks = builder.udiv(groups, I64(BLOCK_SIZE // GROUP_SIZE))
         row_bytes = builder.mul(blocks, I64(2 * WORDS_PER_BLOCK[depth.count]))
@@ -271,7 +271,7 @@ def dot_rows(typing_context, isa, depth, share, integers, matrix, place, x, tota
             row.start(own, groups, first_group, x, ahead, ends)
             row.whole_steps(steps, add)
             done = builder.shl(steps, I64(4))
-            _rests(builder, rest, lambda lanes, before: row.rest(lanes, builder.add(done, before)))
+            for_rests(builder, rest, lambda lanes, before: row.rest(lanes, builder.add(done, before)))
         return context.get_dummy_value()
 
     numbers = [types.UniTuple(types.intp, 4), types.UniTuple(types.intp, 3), types.intp, types.UniTuple(types.intp, 3)]
@@ -310,7 +310,7 @@ def sum_lanes(typing_context, isa, totals, rest, results):
     def generate(context, builder, signature, arguments):
         vectors = Vectors(builder, isa.count)
         packed, rest, results = arguments[1:]
-        totals = dict(zip((LANES, *_REST_LANES), cgutils.unpack_tuple(builder, packed), strict=True))
+        totals = dict(zip((LANES, *REST_LANES), cgutils.unpack_tuple(builder, packed), strict=True))
 
         def folded(lanes: int) -> ir.Value:
             return _fold(vectors, [vectors.load(totals[lanes], FLOAT, lanes, 4 * k * lanes) for k in range(SUMMED)])
@@ -318,7 +318,9 @@ def sum_lanes(typing_context, isa, totals, rest, results):
         result = cgutils.alloca_once(builder, vector(FLOAT, SUMMED))
         vectors_of_zeros = vectors.constant(FLOAT, 0.0, SUMMED)
         builder.store(builder.fadd(vectors_of_zeros, folded(LANES)), result)
-        _rests(builder, rest, lambda lanes, _: builder.store(builder.fadd(builder.load(result), folded(lanes)), result))
+        for_rests(
+            builder, rest, lambda lanes, _: builder.store(builder.fadd(builder.load(result), folded(lanes)), result)
+        )
         vectors.store(builder.load(result), results)
         return context.get_dummy_value()
 

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4
+from cpu_kernels.packed_rows.layout import PAIRS, WORDS_PER_BLOCK
 from cpu_kernels.simd.variants import AVX512_NO_VNNI
 from cpu_kernels.transformer.batch_dot import (
     EIGHTH,
@@ -26,6 +27,15 @@ from cpu_kernels.transformer.batch_dot import (
 )
 from cpu_kernels.transformer.gemv import HALVES, half_rows, multiply_rows
 from cpu_kernels.transformer.half_dot import arrange_floats, dot_half_rows, dot_last_columns
+from cpu_kernels.transformer.stored_dot import (
+    PANEL_STEPS,
+    ROW_BYTES,
+    ROW_SCALES_BYTES,
+    STORED_ROWS,
+    STORED_VECTORS,
+    dot_panel,
+    unpack_panel,
+)
 
 _MOST_VECTORS = 16  # for which a row is fetched once
 _PANEL_BYTES = 36 << 10  # of the vectors that are multiplied at once: they stay in the first-level cache
@@ -37,7 +47,11 @@ _TOTALS = 0
 _TOTALS_OF_8 = _TOTALS + _MOST_VECTORS * ROWS * 4 * 16
 _TOTALS_OF_4 = _TOTALS_OF_8 + _MOST_VECTORS * ROWS * 4 * 8
 _RESULTS = _TOTALS_OF_4 + _MOST_VECTORS * ROWS * 4 * 4
-_VECTORS = _RESULTS + SUMMED * 4
+_LEVELS = _RESULTS + SUMMED * 4
+_SCALES = _LEVELS + STORED_ROWS * ROW_BYTES
+_VECTORS = _SCALES + STORED_ROWS * ROW_SCALES_BYTES
+_STEPS, _STEPS_OF_8_BITS = PANEL_STEPS[16], PANEL_STEPS[8]
+_BLOCK_BYTES = (0, *[2 * WORDS_PER_BLOCK[depth] for depth in (1, 2, 3, 4)])
 _WIDE, _NARROW = vectors_at_once(AVX512_NO_VNNI), vectors_at_once(0)
 
 
@@ -66,6 +80,12 @@ def _at_once(isa):
 
 
 @numba.njit(cache=True)
+def _stores(isa, vectors):
+    """Return whether levels of packed rows are stored for several rounds of vectors."""
+    return len(isa) < AVX512_NO_VNNI and vectors > STORED_VECTORS
+
+
+@numba.njit(cache=True)
 def _room(at_once, vectors):
     """Return for how many vectors up to `at_once` are multiplied: for all, a half, a quarter or an eighth of these."""
     room = at_once
@@ -90,7 +110,30 @@ def _arrange(isa, depth, integers, offsets, units, base):
         count = min(at_once, len(units) - v)
         out = base + _VECTORS + v * groups * _group_bytes(integers)
         own = integers[v], own_offsets[v].ctypes.data, units[v].ctypes.data
-        arrange_vectors(*own, strides, groups, count, max(_room(at_once, count), 2), out)
+        room = STORED_VECTORS if _stores(isa, len(units)) else max(_room(at_once, count), 2)
+        arrange_vectors(*own, strides, groups, count, room, out)
+
+
+@numba.njit(cache=True)
+def _dot_stored(isa, depth, integers, matrix, place, base):
+    """Do what `_dot_vectors` does, with levels that are stored for all vectors: see `stored_dot`."""
+    address, rows, groups, table = matrix
+    row_bytes = groups // 4 * _BLOCK_BYTES[len(depth)]
+    most = _STEPS if integers.shape[1] == PAIRS else _STEPS_OF_8_BITS
+    for row in range(0, rows, STORED_ROWS):
+        some = min(STORED_ROWS, rows - row)
+        for step in range(0, max(place[1], 1), most):
+            steps, first = min(most, place[1] - step), place[0] + step * LANES
+            rest = place[2] if step + most >= place[1] else 0
+            for r in range(some):
+                start, levels = address + (row + r) * row_bytes, base + _LEVELS + r * ROW_BYTES
+                ends = levels, base + _SCALES + r * ROW_SCALES_BYTES, STORED_ROWS * row_bytes
+                unpack_panel(isa, depth, integers, start, groups, first, steps, rest, table, *ends)
+            for v in range(0, len(integers), STORED_VECTORS):
+                x = base + _VECTORS + (v * groups + STORED_VECTORS * first) * _group_bytes(integers)
+                k = v * ROWS + row
+                totals = base + _TOTALS + 64 * k, base + _TOTALS_OF_8 + 32 * k, base + _TOTALS_OF_4 + 16 * k
+                dot_panel(isa, integers, base + _LEVELS, base + _SCALES, x, steps, rest, totals, some, first > 0)
 
 
 @numba.njit(cache=True)
@@ -98,6 +141,9 @@ def _dot_vectors(isa, depth, integers, matrix, place, base):
     """Multiply some columns of packed rows with the vectors in the scratch; see `dot_rows`."""
     vectors, groups, at_once, first_group = len(integers), matrix[2], _at_once(isa), place[0]
     add = first_group > 0
+    if _stores(isa, vectors):
+        _dot_stored(isa, depth, integers, matrix, place, base)
+        return
     for v in range(0, vectors, at_once):
         room = max(_room(at_once, vectors - v), 2)
         x = base + _VECTORS + (v * groups + room * first_group) * _group_bytes(integers)

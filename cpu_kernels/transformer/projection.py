@@ -21,7 +21,6 @@ from cpu_kernels.transformer.activations import (
     VectorBuffers,
     quantization_error_of_batch,
     quantize_batch,
-    quantize_row,
     quantize_vectors,
 )
 from cpu_kernels.transformer.aligned import aligned_zeros
@@ -66,6 +65,11 @@ class Activations:
     def vector(self, index: int) -> VectorBuffers:
         """Return views of one vector's arrays."""
         return self.x[index], self.integers[index], self.offsets[index], self.scales[index]
+
+
+def quantize_vector(vector: VectorBuffers) -> None:
+    """Quantize one vector, a result of `Activations.vector`, in this thread."""
+    quantize_vectors(*(array[np.newaxis] for array in vector), 0, 1)
 
 
 class Batch:
@@ -206,10 +210,11 @@ class Projection:
             batch.quantize(thread_pool)
             self.multiply(batch, out[np.newaxis], thread_pool, exact=True)
             return
-        vector = Activations(1, self.columns).vector(0)
-        vector[0][:] = x
-        quantize_row(*vector)
-        thread_pool.run(gemv, thread_pool.isa, self.addresses, self.matrix_rows, self.depths, self.steps, vector, out)
+        activations = Activations(1, self.columns)
+        activations.x[0] = x
+        activations.quantize(thread_pool)
+        matrices = self.addresses, self.matrix_rows, self.depths, self.steps
+        thread_pool.run(gemv, thread_pool.isa, *matrices, activations.vector(0), out)
 
     def multiply_vectors(
         self, activations: Activations, out: np.ndarray, thread_pool: ThreadPool, scratch: np.ndarray | None = None

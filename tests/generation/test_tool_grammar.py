@@ -111,3 +111,10 @@ def test_what_cannot_be_required_is_refused(model: LoadedModel) -> None:
         tool_grammar(model, FORMS[0], [])
     with pytest.raises(BadRequestError, match="not"):
         tool_grammar(model, FORMS[0], [{"function": {"name": "f", "parameters": {"not": {}}}}])
+
+
+def test_a_function_takes_no_arguments_that_it_does_not_name(model: LoadedModel) -> None:
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    for seed in range(3):
+        reason, deltas = answer(model, FORMS[0], tools, seed, parallel=False)
+        assert (reason, calls_of(deltas)) == ("stop", [("now", {})])

@@ -7,8 +7,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.pack import pack
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
-from cpu_kernels.transformer.projection import Activations, Batch, Matrix
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, quantize_vector
 from tritgguf.formats.trit_types import row_bytes
 
 THREAD_POOL = ThreadPool(2)
@@ -69,7 +68,7 @@ def vector_integers(x: np.ndarray, bits: int = 16) -> tuple[np.ndarray, np.ndarr
     """Quantize one vector, float32 [columns], for the decode kernels; return integers and step sizes, [1, ...]."""
     vector = Activations(1, len(x), bits=bits).vector(0)
     vector[0][:] = x
-    quantize_row(*vector)
+    quantize_vector(vector)
     _, integers, _, step_sizes = vector
     # A unit is elements j, j + 8, or of 8 bits 2 j, 2 j + 1, 2 j + 8, 2 j + 9.
     units, groups, unit_size = integers.shape

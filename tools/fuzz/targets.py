@@ -21,8 +21,7 @@ import numpy as np
 from cpu_kernels.packed_rows.check_words import first_damaged_row
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
-from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection, quantize_vector
 from tools.fuzz.mutations import MarkedBytes, mark_gguf, mutate_bytes, mutate_json
 from tools.models import families
 from tritgguf.cli import app
@@ -193,7 +192,7 @@ class Targets:
             projection = Projection([Matrix(data, rows, columns, depth, codebook)])
             vector = Activations(1, columns).vector(0)
             vector[0][:] = generator.standard_normal(columns)
-            quantize_row(*vector)
+            quantize_vector(vector)
             projection.multiply_vector(vector[0], np.empty(rows, np.float32), ThreadPool(1))
             batch = Batch(7, columns, bits=rng.choice((8, 16)))
             batch.x[:] = generator.standard_normal((7, columns))

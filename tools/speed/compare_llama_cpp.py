@@ -313,7 +313,9 @@ def _compare(
 def main(
     shape: Annotated[str, typer.Option(help="|".join(SHAPES))] = "qwen2.5-1.5b",
     print_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    print_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table instead.")] = False,
+    print_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/speed.md instead.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file, written after every ratio.")] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file for a bar chart.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Show this JSON file; measure nothing.")] = None,

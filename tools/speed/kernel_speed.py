@@ -20,10 +20,9 @@ import numpy as np
 from cpu_kernels.packed_rows.pack import pack
 from cpu_kernels.simd import instruction_set, variants
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.gemm import trit_gemm
 from cpu_kernels.transformer.gemv import gemv
-from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection
+from cpu_kernels.transformer.projection import Activations, Batch, Matrix, Projection, quantize_vector
 
 ROWS, COLUMNS, TOKENS = 1024, 1536, 256
 
@@ -59,7 +58,7 @@ def measure(depth: int, isa: tuple[int, ...]) -> tuple[float, float, float]:
     x = generator.standard_normal((TOKENS, COLUMNS)).astype(np.float32)
     vector = Activations(1, COLUMNS).vector(0)
     vector[0][:] = x[0]
-    quantize_row(*vector)
+    quantize_vector(vector)
     decode = best_time(
         lambda: gemv(isa, part.addresses, part.matrix_rows, part.depths, part.steps, vector, out[0], 0, 1), 50
     )

@@ -32,6 +32,7 @@ from tritgguf.cli.run import run_command
 from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
 from tritgguf.errors import TritGgufError
+from tritgguf.runtime.compilation_display import show_with
 from tritgguf.text_format import one_line
 from tritgguf.version import __version__
 
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a model's text
     try:
         _unwind_when_terminated()
+        show_with(terminal.compilation_progress)
         command = typer.main.get_command(app)
         code = command.main(args=arguments, prog_name="tritgguf", standalone_mode=False)
         sys.stdout.flush()

@@ -56,9 +56,11 @@ def calibrate_command(
     """
     from tritgguf.calibration.importance import measure_importance
     from tritgguf.formats.durable_output import check_output
+    from tritgguf.runtime.compiler import prepare_kernels
 
     started = time.perf_counter()
     check_output(output, overwrite, [source, text])
+    prepare_kernels()
     windows, origin = read_windows(source, TextOptions(text, own_text, tokens, seed), threads)
     with terminal.progress(in_bytes=False) as report:
         result = measure_importance(

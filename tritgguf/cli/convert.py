@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 
 def print_conversion(report: ConvertReport) -> None:
-    """Print the report of a conversion."""
+    """Print the report of a conversion, and what to do next."""
+    from tritgguf.conversion.next_steps import next_steps
+
     print_table(
         f"{report.source} -> {report.output}",
         ("type", ">tensors", ">size"),
@@ -59,6 +61,16 @@ def print_conversion(report: ConvertReport) -> None:
         note(f"note: kept in F16, because their row length is not a multiple of 64: {names}")
     for warning in report.warnings:
         note(f"warning: {warning}")
+    for step in next_steps(report):
+        note(step)
+
+
+def _start() -> float:
+    """Compile the kernels if this machine has not done so; return the time after that."""
+    from tritgguf.runtime.compiler import prepare_kernels
+
+    prepare_kernels()
+    return time.perf_counter()
 
 
 def convert_command(
@@ -93,8 +105,8 @@ def convert_command(
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
 
-    started = time.perf_counter()
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
+    started = _start()
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -118,6 +118,13 @@ def progress(*, in_bytes: bool) -> Iterator[Report]:
             display.update(tasks[key], completed=done, total=total, description=escape(strip_control_characters(stage)))
 
         yield report
+
+
+@contextmanager
+def compilation_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show how far the kernels are compiled, which happens once."""
+    with progress(in_bytes=False) as report:
+        yield lambda done, total: report("compiling the kernels for this processor, once", done, total)
 
 
 class _PlainProgress:

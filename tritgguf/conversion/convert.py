@@ -19,7 +19,7 @@ from tritgguf.conversion.report import ConvertReport, conversion_report
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.journal import Journal
-from tritgguf.runtime.compiler import require_compiler
+from tritgguf.runtime.compiler import prepare_kernels
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
@@ -79,7 +79,7 @@ def convert(
     options = DepthOptions(depth, output_depth, embedding_depth, choice)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
     output = check_output(output, overwrite, [source], resume=resume)
-    require_compiler()
+    started += prepare_kernels()
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)

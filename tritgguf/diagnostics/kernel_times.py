@@ -12,7 +12,6 @@ import numpy as np
 
 from cpu_kernels.threads.barrier import repeat_barrier
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import make_scratch
 from cpu_kernels.transformer.gemv import gemv
@@ -181,11 +180,12 @@ def decode_seconds(
 def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:
     """Return kernel and arguments that multiply all matrices of some projections with one vector."""
     matrices = Projection([matrix for projection in projections for matrix in projection.matrices])
-    vector = Activations(1, matrices.columns).vector(0)
-    vector[0][:] = np.random.default_rng(0).standard_normal(matrices.columns)
-    quantize_row(*vector)
+    activations = Activations(1, matrices.columns)
+    activations.x[:] = np.random.default_rng(0).standard_normal(matrices.columns)
+    activations.quantize(ThreadPool(1))
     out = np.empty(matrices.rows, np.float32)
-    return gemv, isa, matrices.addresses, matrices.matrix_rows, matrices.depths, matrices.steps, vector, out
+    arrays = matrices.addresses, matrices.matrix_rows, matrices.depths, matrices.steps
+    return gemv, isa, *arrays, activations.vector(0), out
 
 
 def _attention(

@@ -28,6 +28,7 @@ import numpy as np
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_logits, largest_difference
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS, common_windows, shipped_text
+from tritgguf.runtime.compiler import prepare_kernels
 
 if TYPE_CHECKING:
     from tritgguf.evaluation.layer_errors import LayerError
@@ -163,7 +164,7 @@ def verify_files(
 
     if not files:
         return []
-    start = time.perf_counter()
+    start = time.perf_counter() + prepare_kernels(isa)
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
     trit_files = [open_trit_file(file) for file in files]

@@ -17,7 +17,7 @@ from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.file_kinds import is_hub_id
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.machine import peak_memory_bytes
-from tritgguf.runtime.compiler import require_compiler
+from tritgguf.runtime.compiler import prepare_kernels
 
 FORMATS = ("hf", *STOCK_TYPES)
 _SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
@@ -74,8 +74,7 @@ def export(
         TritGgufError: bad input, or the output cannot be written; no output is left.
 
     """
-    started = time.perf_counter()
-    require_compiler()
+    started = time.perf_counter() + prepare_kernels()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and not is_hub_id(base_model):

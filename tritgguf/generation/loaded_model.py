@@ -191,11 +191,11 @@ def load(
     if (context is not None and context < 1) or parallel < 1:
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     start = time.perf_counter()
-    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
-    file = open_trit_file(path)
+    file, compile_seconds = _open(path, isa)
+    start += compile_seconds
     template = file.metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     if template is not None:
@@ -207,6 +207,15 @@ def load(
     engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type, speculation)
     start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
     return LoadedModel(Path(path), tokenizer, template, time.perf_counter() - start, engine)
+
+
+def _open(path: str | Path, isa: str | None) -> tuple[GgufFile, float]:
+    """Open the file, and compile the kernels if this machine has not done so; return how long that took, too."""
+    from tritgguf.formats.gguf_file import open_trit_file
+    from tritgguf.runtime.compiler import prepare_kernels
+
+    file = open_trit_file(path)
+    return file, prepare_kernels(isa)
 
 
 def _draft_file(path: str | Path, file: GgufFile) -> GgufFile:

@@ -55,6 +55,14 @@ def tool_grammar(
     return Grammar(model.tokenizer, model.engine.model.config.vocab_size, LLMatcher.grammar_from_lark(text))
 
 
+def _closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of arguments; a function takes none that it does not name, unless the schema says so."""
+    says = {"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+    if "properties" not in parameters or says & parameters.keys():
+        return parameters
+    return {**parameters, "additionalProperties": False}
+
+
 class _GrammarWriter:
     """Writes a grammar in Lark's notation for the vocabulary of a model."""
 
@@ -69,7 +77,7 @@ class _GrammarWriter:
         start = f"thoughts{'' if in_thoughts else '?'} {calls}" if thoughts else calls
         rules = [f"start: {start}", "call: " + " | ".join(f"call_{number}" for number in range(len(functions)))]
         for number, function in enumerate(functions):
-            schema = {**function.get("parameters", {"type": "object"}), "x-guidance": json_options()}
+            schema = {**_closed(function.get("parameters", {"type": "object"})), "x-guidance": json_options()}
             rules.append(f"call_{number}: {self._call(function['name'], f'arguments_{number}')}")
             rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
         return "\n".join([*rules, *thoughts])

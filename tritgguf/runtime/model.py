@@ -18,7 +18,7 @@ from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Activations
 from tritgguf.errors import BadRequestError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.runtime.compiler import require_compiler
+from tritgguf.runtime.compiler import prepare_kernels, require_compiler
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.decode_pass import DecodePass
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, KVPool, pages_of
@@ -60,10 +60,10 @@ class Model:
         at once. `exact` multiplies all activations with 31 bits, at a fraction of the speed. `isa` names the
         instruction set; None takes the best that works here. Other numbers of bits raise BadRequestError.
         """
+        require_compiler()
         for name, bits in (("prefill_bits", prefill_bits), ("decode_bits", decode_bits)):
             if bits not in (8, 16):
                 raise BadRequestError(f"{file.path}: {name} must be 8 or 16, not {bits}")
-        require_compiler()
         self.thread_pool = ThreadPool(threads, isa=isa)
         try:
             _ = self.thread_pool.isa
@@ -79,6 +79,7 @@ class Model:
         self._decode_pass = DecodePass(self.config, self._weights, self.thread_pool.threads, bits=decode_bits)
         self._outputs = Activations(0, self.config.dimensions.hidden)
         self._one_at_a_time = threading.Lock()  # the passes share their buffers
+        prepare_kernels(isa)
 
     def new_kv_pool(
         self, *, context: int, sequences: int = 1, pages: int | None = None, cache_type: str | None = None
@@ -111,9 +112,9 @@ class Model:
         with announcing_compilation(announce):
             arrays = pool.key_values(self._rotations)
             self._prompt_pass.run(compiler, token, np.array([[0, 1, 0, 0]]), arrays)
-            if self._decode_bits == 16:
+            if self._decode_bits == 16 and not self.exact:
                 self._decode_pass.run_one(compiler, 0, 0, 0, arrays, logits[0])
-            if self._decode_bits == 8 or batches:
+            if (self._decode_bits == 8 or batches) and not self.exact:
                 self._decode_pass.run(compiler, token, token, token, arrays)
             self._multiply_head(hidden[:1], logits[:1], compiler)
             if batches:

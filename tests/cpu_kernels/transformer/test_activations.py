@@ -7,6 +7,7 @@ from collections.abc import Callable
 import naive
 import numpy as np
 import pytest
+from inner_kernels import as_kernel
 from random_inputs import THREAD_POOL, batch_integers, batch_of, vector_integers, vectors
 
 from cpu_kernels.threads.thread_pool import ThreadPool
@@ -80,7 +81,7 @@ def test_offsets_are_minus_h_times_the_sum(depth: int) -> None:
     np.testing.assert_array_equal(offsets, expected)
     vector = Activations(1, 192).vector(0)
     vector[0][:] = x[4]
-    quantize_row(*vector)
+    as_kernel(quantize_row)(*vector)
     np.testing.assert_array_equal(vector[2][depth - 1], expected[4])
 
 
@@ -161,7 +162,7 @@ def test_normalize(tokens: int, columns: int) -> None:
     summed = stream + residual
     expected = naive.root_mean_square_norm(summed.astype(np.float64), weight.astype(np.float64), 1e-5)
     alone, out = stream[0].copy(), np.empty(columns, np.float32)
-    normalize_row(alone, residual[0], weight, np.float32(1e-5), out)
+    as_kernel(normalize_row)(alone, residual[0], weight, np.float32(1e-5), out)
     np.testing.assert_array_equal(alone, summed[0])
     np.testing.assert_allclose(out, expected[0], rtol=3e-6)
     batch = Batch(tokens, columns)
@@ -188,7 +189,7 @@ def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stre
     summed = stream + scale * added
     expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
     out = np.empty(96, np.float32)
-    add_and_rms_norm(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    as_kernel(add_and_rms_norm)(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
     largest = np.abs(summed).max()
     np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
@@ -197,7 +198,7 @@ def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stre
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])
 def test_normalize_extreme_vectors(value: float) -> None:
     stream, out = np.full(64, value, np.float32), np.empty(64, np.float32)
-    normalize_row(stream, np.zeros(64, np.float32), np.ones(64, np.float32), np.float32(1e-6), out)
+    as_kernel(normalize_row)(stream, np.zeros(64, np.float32), np.ones(64, np.float32), np.float32(1e-6), out)
     assert np.isfinite(out).all()
     assert (np.abs(out) <= 1.0001).all()
 
@@ -211,7 +212,7 @@ def test_swiglu(tokens: int, columns: int, gelu: bool) -> None:
     with np.errstate(over="ignore"):
         expected = x / (1 + np.exp(-inner)) * up
     out = np.empty(columns, np.float32)
-    swiglu(gate[0], up[0], gelu, out)
+    as_kernel(swiglu)(gate[0], up[0], gelu, out)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
     batch = Batch(tokens, columns)
     both = np.concatenate([gate, up], axis=1)
@@ -230,5 +231,5 @@ def test_swiglu(tokens: int, columns: int, gelu: bool) -> None:
 @pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
 def test_swiglu_of_extreme_vectors(value: float, gelu: bool) -> None:
     out = np.empty(64, np.float32)
-    swiglu(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
+    as_kernel(swiglu)(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
     np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inner_kernels import as_kernel
 from paged_layers import PagedLayers, angles, random, random_layers
 from random_inputs import THREAD_POOL
 
@@ -80,9 +81,9 @@ def test_rotate(interleaved: bool) -> None:
     head, position_angles = random(DIM), angles(CONTEXT, DIM)[7]
     cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
     out = np.zeros_like(head)
-    rotate(head, cosines, sines, interleaved, out)
+    as_kernel(rotate)(head, cosines, sines, interleaved, out)
     np.testing.assert_allclose(out, naive.rotate(head, position_angles, interleaved), atol=1e-6)
-    rotate(head, cosines, sines, interleaved, head)
+    as_kernel(rotate)(head, cosines, sines, interleaved, head)
     np.testing.assert_array_equal(head, out)
 
 
@@ -165,10 +166,10 @@ def attend_to_last(
     kv, scratch = layer.key_values(), layer.scratch(heads, threads)
     qkv = qkv.copy()
     for thread in range(threads):
-        attend_token(chosen(), kv, scratch, 0, qkv, bias, norm, options, 0, position, thread, threads)
+        as_kernel(attend_token)(chosen(), kv, scratch, 0, qkv, bias, norm, options, 0, position, thread, threads)
     outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
     for thread in range(threads):
-        merge_splits(chosen(), scratch, 0, options.windows[0], position, layer.dim, outs[thread], thread)
+        as_kernel(merge_splits)(chosen(), scratch, 0, options.windows[0], position, layer.dim, outs[thread], thread)
         np.testing.assert_array_equal(outs[thread], outs[0])
     return outs[0]
 

@@ -21,10 +21,9 @@ from random_inputs import (
 )
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import quantize_row
 from cpu_kernels.transformer.gemv import gemv
 from cpu_kernels.transformer.gemv_batch import scratch_for
-from cpu_kernels.transformer.projection import Activations, Matrix, Projection
+from cpu_kernels.transformer.projection import Activations, Matrix, Projection, quantize_vector
 from tritgguf.formats.trit_types import DEPTHS
 
 depths = pytest.mark.parametrize("depth", DEPTHS)
@@ -38,7 +37,7 @@ def activations_of(x: np.ndarray, bits: int = 16) -> Activations:
     result = Activations(*x.shape, bits=bits)
     result.x[:] = x
     for index in range(len(x)):
-        quantize_row(*result.vector(index))
+        quantize_vector(result.vector(index))
     return result
 
 

@@ -1,0 +1,196 @@
+"""Every kernel that the program runs, with the argument types that it runs it with: what `precompile` compiles.
+
+A kernel that is missing here is compiled when it is first needed (`tests/cpu_kernels/test_precompile.py` notices it).
+So is generation with keys and values in anything but float16, which few need. Arrays of files are read-only; all arrays
+are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.core.types import Type
+from numba.np.numpy_support import from_dtype
+
+from cpu_kernels.encoding import error_feedback, quantize, recover, search
+from cpu_kernels.packed_rows import check_words, pack, unpack
+from cpu_kernels.simd import self_test
+from cpu_kernels.threads import bandwidth, barrier
+from cpu_kernels.transformer import (
+    activations,
+    attend_layers,
+    attend_token,
+    attention,
+    decode,
+    decode_batch,
+    gemm,
+    gemv,
+    gemv_batch,
+    kv_pages,
+    layer_options,
+    rotation,
+)
+
+_INTEGER, _FLOAT, _BOOLEAN = types.int64, types.float32, types.boolean
+_SHARE = (_INTEGER, _INTEGER)  # thread, threads
+
+
+def _array(dtype: Any, dimensions: int, *, readonly: bool = False) -> Type:
+    return types.Array(from_dtype(np.dtype(dtype)), dimensions, "C", readonly=readonly)
+
+
+def _floats(dimensions: int, *, readonly: bool = False) -> Type:
+    return _array(np.float32, dimensions, readonly=readonly)
+
+
+def _integers(dimensions: int) -> Type:
+    return _array(np.int64, dimensions)
+
+
+def _bytes(dimensions: int) -> Type:
+    return _array(np.uint8, dimensions)
+
+
+def _named(of: Any, *fields: Type) -> Type:
+    return types.NamedTuple(fields, of)
+
+
+def _vectors(bits: int, dimensions: int) -> Type:
+    """Return the type of `VectorBuffers`: of one vector (1), or of several (2)."""
+    integers = _array(f"int{bits}", dimensions + 2)
+    return types.Tuple([_floats(dimensions), integers, _array(np.int32, dimensions + 1), _floats(dimensions)])
+
+
+def _batch(bits: int) -> tuple[Type, ...]:
+    """Return the types of a `Batch`'s integers, offsets and scales."""
+    return _array(f"int{bits}", 5), _array(np.int32, 4), _floats(3)
+
+
+_WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _floats(3), *[_floats(2)] * 10)
+_HEAD = _named(decode.OutputHead, _floats(1), _integers(1), _integers(1), _integers(1), _floats(2))
+_SCRATCH = _named(attend_token.Scratch, _floats(3), _floats(3), _floats(5), _floats(4), _floats(4))
+_OPTIONS = _named(
+    layer_options.LayerOptions, _FLOAT, _FLOAT, _BOOLEAN, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN, _integers(1), _integers(1)
+)
+_SINGLE_BUFFERS = _named(
+    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 4, _vectors(16, 2)
+)
+_KEY_VALUES = {
+    cache: _named(kv_pages.KeyValues, _integers(2), _array(dtype, 1), *[_INTEGER] * 3, _floats(3), _floats(3))
+    for cache, dtype in (("f16", np.uint16), ("f32", np.float32))
+}
+
+
+def _batch_buffers(bits: int) -> Type:
+    vectors = _vectors(bits, 2)
+    return _named(
+        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 3, vectors, _floats(2)
+    )
+
+
+Signatures = Mapping[Any, list[tuple[Type, ...]]]
+
+
+def _encoding() -> Signatures:
+    """Return the kernels of conversions, checks and exports."""
+    stored = [_floats(2, readonly=True), _array(np.uint16, 2, readonly=True)]
+    levels = (_bytes(2), _bytes(2))
+    halves, entries = _array(np.uint16, 3, readonly=True), _array(np.uint32, 1)
+    searched = (_floats(2), _floats(1), _BOOLEAN, _floats(1), _FLOAT)
+    packers = (pack._pack_1, pack._pack_2, pack._pack_3, pack._pack_4)
+    return {
+        quantize.best_candidates: [(weights, _INTEGER, _FLOAT, _floats(2), *_SHARE) for weights in stored],
+        quantize.round_to_codebook: [
+            (weights, _INTEGER, _floats(2), _floats(1), _floats(1), _FLOAT, *levels, *_SHARE) for weights in stored
+        ],
+        search.best_scales: [(*searched, _floats(2), *_SHARE)],
+        search.round_to_best: [(*searched, *levels, *_SHARE)],
+        error_feedback.quantize_columns: [
+            (_floats(2), _floats(2), _floats(1), _FLOAT, *levels, _floats(2), *_SHARE),
+        ],
+        recover.allowed_scales: [
+            (_array(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),
+        ],
+        recover.find_misfits: [(halves, entries, _integers(2), *_SHARE)],
+        recover.encode_halves: [(halves, entries, _bytes(2), _bytes(3), _bytes(2), *_SHARE)],
+        **{packer: [(_bytes(3), _bytes(2), _array(np.uint16, 2), *_SHARE)] for packer in packers},
+        unpack._scale_rows: [(_bytes(2), _bytes(2), _floats(1), _INTEGER, _floats(2), *_SHARE)],
+        check_words.first_damaged_row: [(_array(np.uint16, 2), _INTEGER)],
+        check_words.first_not_finite: [(_array(bits, 1), _INTEGER) for bits in ("uint16", "uint32")],
+    }
+
+
+def _prompts(isa: Type) -> Signatures:
+    """Return the kernels of prompts."""
+    kept = (_floats(2), _floats(2), _floats(1), _FLOAT, _floats(1, readonly=True), _FLOAT, _floats(2))
+    halves, sizes = _array(np.uint16, 1, readonly=True), (_INTEGER, _INTEGER)
+    return {
+        gemm.trit_gemm: [
+            (isa, halves, *sizes, _floats(1), *_batch(bits), _floats(2), _INTEGER, *_SHARE) for bits in (8, 16)
+        ],
+        gemm.half_gemm: [(isa, halves, _INTEGER, _floats(2), _floats(2), _INTEGER, *_SHARE)],
+        activations.add_and_rms_norm_batch: [(*kept, *_batch(bits), *_SHARE) for bits in (8, 16)],
+        activations.quantize_batch: [(_floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)],
+        activations.swiglu_batch: [
+            (_floats(2), _BOOLEAN, _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
+        ],
+        activations.quantization_error_of_batch: [
+            (_floats(2), _array(np.int16, 5), _floats(3), _floats(2), *_SHARE),
+        ],
+        rotation.rotate_and_store: [
+            (_floats(2), _floats(1), _floats(1), _OPTIONS, _INTEGER, kv, _INTEGER, _integers(1), _integers(1), *_SHARE)
+            for kv in _KEY_VALUES.values()
+        ],
+        attention.attend: [
+            (isa, _floats(2), _OPTIONS, _INTEGER, kv, _integers(2), _INTEGER, _floats(2), *_SHARE)
+            for kv in _KEY_VALUES.values()
+        ],
+    }
+
+
+def _generation(isa: Type) -> Signatures:
+    """Return the kernels of generated tokens."""
+    matrices = (isa, _integers(1), _integers(1), _integers(1), _floats(2))
+    f16, place = _KEY_VALUES["f16"], (_INTEGER, _INTEGER)
+    return {
+        decode.decode: [
+            (isa, _WEIGHTS, _HEAD, f16, _SCRATCH, _SINGLE_BUFFERS, _OPTIONS, *place, _floats(1), _integers(1), *_SHARE)
+        ],
+        decode_batch.decode_batch: [
+            (
+                isa, _WEIGHTS, _floats(1), f16, _SCRATCH, _batch_buffers(bits), _OPTIONS,
+                *[_integers(1)] * 3, *_SHARE,
+            )
+            for bits in (16, 8)
+        ],
+        gemv.gemv: [(*matrices, _vectors(16, 1), _floats(1), *_SHARE)],
+        gemv_batch.gemv_batch: [(*matrices, _vectors(16, 2), _floats(2), _floats(2), *_SHARE)],
+        activations.quantize_vectors: [(*_vectors(16, 2).types, *_SHARE)],  # type: ignore[attr-defined]
+        attend_layers.attend_layers: [
+            (
+                isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
+                _INTEGER, _floats(2), _integers(1), *_SHARE,
+            ),
+        ],
+    }  # fmt: skip
+
+
+def _machine(isa: Type) -> Signatures:
+    """Return the kernels that examine the machine."""
+    outputs = (_array(np.uint16, 2), _array(np.int32, 2), _array(np.int32, 2), _floats(1))
+    rows = _array(np.uint16, 2, readonly=True)
+    return {
+        self_test._run: [(isa, _array(np.uint16, 1), _array(np.uint16, 1), _bytes(1), _floats(1), *outputs)],
+        unpack._unpack_rows: [(isa, rows, _INTEGER, _bytes(3), _bytes(2), *_SHARE)],
+        bandwidth.read: [(_integers(1), _INTEGER, *_SHARE)],
+        barrier.repeat_barrier: [(_integers(1), _INTEGER, *_SHARE)],
+    }
+
+
+def all_kernels(isa: tuple[int, ...]) -> Signatures:
+    """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
+    isa_type = types.UniTuple(types.int64, len(isa))
+    return {**_generation(isa_type), **_prompts(isa_type), **_encoding(), **_machine(isa_type)}

@@ -1,0 +1,27 @@
+"""What a conversion tells the user to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tritgguf.conversion.next_steps import next_steps
+from tritgguf.conversion.report import ConvertReport
+
+
+def report(depth: int, encoder: str, weights: int = 134_515_008) -> ConvertReport:
+    return ConvertReport(Path("my model.gguf"), "models/SmolLM2", depth, encoder, weights=weights)
+
+
+@pytest.mark.parametrize(("depth", "encoder"), [(3, "v2"), (4, "best"), (2, "calibrated"), (1, "recover")])
+def test_a_good_file_is_run(depth: int, encoder: str) -> None:
+    assert next_steps(report(depth, encoder)) == ["run it: tritgguf run 'my model.gguf' -p \"Why is the sky blue?\""]
+
+
+def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
+    advice = next_steps(report(2, "v2"))[1]
+    assert "about 6 min" in advice
+    command = "tritgguf convert models/SmolLM2 'my model.gguf' --depth 2 --encoder calibrated --overwrite"
+    assert advice.splitlines()[-1].strip() == command
+    assert "about 60 min" in next_steps(report(1, "best", 1_543_714_304))[1]
