@@ -149,6 +149,19 @@ def test_a_call_without_tags_counts_at_the_beginning(text: str, expected: Any) -
         assert parsed(HERMES, pieces, names=["w"]) == expected
 
 
+@pytest.mark.parametrize("form", [HERMES, THINKING, MISTRAL, MISTRAL_ARGS])
+def test_a_marker_that_the_end_cuts_behind_a_call_is_left_out(form: ChatFormat) -> None:
+    call = (
+        f"[TOOL_CALLS]w[ARGS]{OTHER}"
+        if form is MISTRAL_ARGS
+        else f'{form.markers[0]}{{"name": "w", "arguments": {OTHER}}}'
+    )
+    end = form.markers[1] if form.tools == "hermes" else ""
+    for text in (end, f"{end}\n{form.markers[0]}", *([end + "<think>"] if form.thinks else [])):
+        for cut in range(len(text)):
+            assert parsed(form, [call + text[:cut]]) == ("", "", [("w", OTHER)]), text[:cut]
+
+
 def test_thoughts_that_the_prompt_begins() -> None:
     assert parsed(THINKING, list("\nHm.\n</think>\n\nYes."), in_thoughts=True) == ("Yes.", "Hm.", [])
 

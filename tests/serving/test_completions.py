@@ -76,6 +76,13 @@ def test_log_probabilities_of_the_prompt_are_those_of_score(
             assert all(value <= most for value, most in zip(given, best, strict=True))
 
 
+def test_streamed_log_probabilities_have_the_places_of_whole_ones(server: RunningServer) -> None:
+    options: dict[str, Any] = {"max_tokens": 4, "echo": True, "logprobs": 0, "temperature": 0}
+    whole = complete(server, "The quick", **options).choices[0].logprobs.text_offset
+    chunks = list(complete(server, "The quick", stream=True, **options))
+    assert [place for chunk in chunks for place in chunk.choices[0].logprobs.text_offset] == whole
+
+
 def test_text_offsets_are_places_in_the_text(server: RunningServer) -> None:
     choice = complete(server, "The \U0001f422 quick", max_tokens=0, echo=True, logprobs=0).choices[0]
     assert choice.text == "The \U0001f422 quick"

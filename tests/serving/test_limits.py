@@ -14,10 +14,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 from scripted_model import scripted
 from serving import RunningServer, request_bytes, running_server
 
 from tritgguf.serving.limits import MOST_JSON_DEPTH, json_depth
+from tritgguf.serving.protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody
 
 JSON = {"content-type": "application/json"}
 
@@ -41,6 +43,64 @@ def test_the_depth_of_json(value: Any, wrapped: int) -> None:
 def test_brackets_in_a_text_are_no_depth(server: RunningServer) -> None:
     assert server.post("/tokenize", content="[{" * 500).status_code == 200
     assert server.post("/tokenize", content='"[' * 500 + "\\").status_code == 200
+
+
+def test_no_text_makes_the_first_look_at_it_long(server: RunningServer) -> None:
+    """Each quote could be the first of a string, and none is its last: a search from each of them would not end."""
+    body = b"[" * (MOST_JSON_DEPTH + 1) + b'"' + b'\\"' * 1_000_000
+    assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == 400
+
+
+def test_a_body_in_another_encoding(server: RunningServer) -> None:
+    text = '{"prompt": "\u2200", "x": ' + "[" * 300 + "]" * 300 + "}"  # a byte of the character is that of a quote
+    response = server.http.post("/v1/completions", content=text.encode("utf-16-le"), headers=JSON)
+    assert response.status_code == 400
+    assert "UTF-8" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "given"),
+    [
+        (CompletionBody, {"prompt": [1.5] * 1000}),
+        (CompletionBody, {"prompt": [[1.5] * 1000] * 100}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(token): "1" for token in range(1000)}}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {f"\ud800{token}": 1 for token in range(1000)}}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * 1000}),
+        (ChatBody, {"messages": [1] * 1000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (ChatBody, {"messages": [{"role": "user", "content": "a"}], "tools": [1] * 1000}),
+        (EmbeddingBody, {"input": [[]] * 1000}),
+        (DetokenizeBody, {"tokens": ["1"] * 1000}),
+    ],
+)
+def test_a_thousand_mistakes_are_not_listed(body: type[BaseModel], given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        body.model_validate(given)
+    assert caught.value.error_count() < 6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
+        ({"prompt": []}, "prompt: List should have at least 1 item"),
+        ({"prompt": 5}, "prompt: Input should be a valid string"),
+    ],
+)
+def test_the_message_says_what_is_wrong(server: RunningServer, given: dict[str, Any], message: str) -> None:
+    assert server.error("/v1/completions", **{"prompt": "a", **given})["message"].startswith(message)
+
+
+def test_null_is_the_default(server: RunningServer) -> None:
+    names = ("ignore_eos", "cache_prompt", "timings_per_token", "stream", "n", "stop", "seed", "echo", "logprobs")
+    assert server.post("/v1/completions", prompt="a", max_tokens=1, **dict.fromkeys(names)).status_code == 200
+
+
+def test_a_request_has_a_bounded_number_of_answers(server: RunningServer) -> None:
+    error = server.error("/v1/completions", prompt=["a"] * 256, n=2, max_tokens=1)
+    assert error["param"] == "n"
+    assert "512 answers" in error["message"]
 
 
 def test_a_body_that_is_too_deep(server: RunningServer) -> None:

@@ -98,12 +98,15 @@ def test_pages_of_other_sites_are_kept_out(server: RunningServer, guarded: Runni
     assert "access-control-allow-origin" not in asked(server, "https://app.example").headers
     assert asked(guarded, "https://app.example").headers["access-control-allow-origin"] == "https://app.example"
     assert "access-control-allow-origin" not in asked(guarded, "https://evil.example").headers
+    own = {"Origin": "https://app.example", **preflight, "Access-Control-Request-Headers": "x-stainless-lang, x-own"}
+    assert guarded.http.options("/v1/completions", headers=own).status_code == 200
     refused = guarded.http.get("/v1/models", headers={"Origin": "https://app.example"})
     assert refused.headers["access-control-allow-origin"] == "https://app.example"  # so that the page can read why
     # A form of another page's cannot send JSON without asking first.
-    response = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
-    assert response.status_code == 400
-    assert "application/json" in response.json()["error"]["message"]
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "text/plain; application/json"}, {}):
+        response = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+        assert response.status_code == 400
+        assert "application/json" in response.json()["error"]["message"]
 
 
 def test_headers_for_browsers_are_everywhere(server: RunningServer) -> None:

@@ -84,6 +84,20 @@ def test_what_is_no_call_is_content() -> None:
             assert chat(server, **options).choices[0].message.content == CALL
 
 
+def test_a_call_without_tags_counts_unless_json_was_asked_for() -> None:
+    call = {"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}
+    with running_server(scripted(json.dumps(call), 4000)) as server:
+        choice = chat(server).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == call["arguments"]
+    form: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"const": call}}}
+    with running_server(scripted([], 4000)) as server:
+        choice = chat(server, response_format=form, max_tokens=200).choices[0]
+    assert json.loads(choice.message.content) == call
+    assert choice.message.tool_calls is None
+
+
 def test_thoughts_are_told_apart() -> None:
     script = "<think>\nLet me see.\n</think>\n\nIt rains."
     with running_server(scripted(script, 4000, THINKING)) as server:

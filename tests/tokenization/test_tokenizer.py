@@ -165,6 +165,14 @@ def test_added_tokens_that_are_not_control_tokens_are_always_parsed() -> None:
     assert len(encode(tokens, "<tool_call>")) == 1
 
 
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_a_long_text_has_the_tokens_of_its_parts(parse_special: bool) -> None:
+    """Long texts are encoded by another function of the library, which lets other threads run."""
+    tokens, part = tokenizer(), "Hello world, <|im_end|>\n"
+    once = tokens.encode(part, add_special=False, parse_special=parse_special)
+    assert tokens.encode(part * 1000, add_special=False, parse_special=parse_special) == once * 1000
+
+
 def test_bytes_that_were_no_utf8_become_replacement_characters() -> None:
     text = b"caf\xe9 \xff".decode("utf-8", "surrogateescape")
     assert tokenizer().decode(encode(tokenizer(), text)) == "caf\ufffd \ufffd"

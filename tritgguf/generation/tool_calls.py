@@ -59,7 +59,7 @@ class AnswerParser:
     """Splits an answer into deltas; no part of a marker gets into them, wherever the pieces of text are cut.
 
     What looks like a call and is none becomes content. A call that the end of the answer cuts before its name is
-    complete is left out.
+    complete is left out, and so is a marker behind a call that the end cuts.
 
     Attributes:
         calls: how many calls have begun.
@@ -112,7 +112,7 @@ class AnswerParser:
         if self._reader is not None:
             self._give_up_call()
             deltas += self.feed("")
-        if self._rest and not (self._rest.isspace() and self.calls):
+        if not self.calls:  # behind a call, it is the beginning of what would close it or open another
             self._emit(ContentDelta, self._rest)
         self._rest = ""
         return deltas + self._take()
@@ -161,7 +161,9 @@ class AnswerParser:
             if self._mode == self._call:
                 self._begin_call(marker, closing=self._format.markers[1] if self._format.tools == "hermes" else "")
             return True
-        held = 0 if self._final else max((overlap(self._rest, marker) for marker in modes), default=0)
+        held = max((overlap(self._rest, marker) for marker in modes), default=0)
+        if self._final and not self.calls:
+            held = 0  # the answer ends with what is no marker
         ready = self._rest[: len(self._rest) - held]
         if modes and not (self._final and not self.calls):  # white space in front of a marker says nothing
             ready = ready.rstrip()
@@ -221,7 +223,7 @@ class AnswerParser:
             self._begin_call("", closing=closing)
         elif closing and self._rest.startswith(closing):
             self._rest = self._rest[len(closing) :]
-        elif not self._rest or (not self._final and closing.startswith(self._rest)):
+        elif closing.startswith(self._rest):  # may go on, unless the answer is cut here
             return False
         else:
             self._at_start, self._mode = True, self._content

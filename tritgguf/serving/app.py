@@ -71,7 +71,8 @@ def _middleware(settings: ServerSettings, public_paths: Sequence[str]) -> list[M
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
+        allow_headers=["*"],  # clients add their own, such as openai-node's X-Stainless-Lang
+        expose_headers=["Retry-After"],
     )
     gate = Middleware(Gate, settings=settings, public_paths=public_paths)
     limits = Middleware(BodyLimits, settings=settings)
@@ -102,13 +103,27 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found: dict[str, Any] = dict(error.errors()[0])
+    found = _most_telling(error.errors())
     if found["type"] == "json_invalid":
         return error_response(bad_request("the body is not valid JSON"))
     if found["type"] in ("model_attributes_type", "missing") and len(found["loc"]) == 1:
         return error_response(bad_request("the body must be a JSON object, sent as Content-Type: application/json"))
-    place = [str(part)[:80] for part in found["loc"][1:]]
-    # Of a value that may have several types, the place ends with the name of the one that was tried.
+    place = [str(part)[:80] for part in found["loc"][1:] if not _names_a_type(part)]
     param = place[0] if place else None
     message = f"{'.'.join(place)[:200]}: {found['msg']}"[:_MOST_MESSAGE]
     return error_response(bad_request(message, param))
+
+
+def _most_telling(errors: Sequence[Any]) -> dict[str, Any]:
+    """Return the error to tell a client: the first, or one of the same parameter that is about more than the type.
+
+    Of a value that may have several types, there is an error for each: a list that is too long is no text either.
+    """
+    first: dict[str, Any] = dict(errors[0])
+    same = (dict(error) for error in errors if error["loc"][:2] == first["loc"][:2])
+    return next((error for error in same if not error["type"].endswith("_type")), first)
+
+
+def _names_a_type(part: Any) -> bool:
+    """Tell whether a part of an error's place is the name of a type that was tried, such as list[int]."""
+    return isinstance(part, str) and (part in ("str", "constrained-str") or "[" in part)

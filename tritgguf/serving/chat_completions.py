@@ -63,8 +63,10 @@ class ChatCompletion:
             grammar=grammar,
             shown_tokens=written.marker_tokens(model.tokenizer),
         )
-        options = {"tools": bool(choice.tools), "in_thoughts": in_thoughts, "several": choice.several}
-        self._deltas = [ChatDeltas(written, **options) for _ in self.answers]
+        # Where a form is asked for, JSON that looks like a call without its tags is the answer.
+        names = [] if grammar is not None else choice.names
+        options: dict[str, Any] = {"tools": bool(choice.tools), "names": names, "several": choice.several}
+        self._deltas = [ChatDeltas(written, in_thoughts=in_thoughts, **options) for _ in self.answers]
 
     async def events(self) -> AsyncGenerator[Mapping[str, Any], None]:
         """Yield chunks: the role, the answer as it comes, the reason for the end, and the usage if it is wanted."""

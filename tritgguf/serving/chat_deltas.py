@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tritgguf.generation.chat_format import ChatFormat
@@ -17,12 +17,21 @@ class ChatDeltas:
 
     """
 
-    def __init__(self, chat_format: ChatFormat, *, tools: bool, in_thoughts: bool, several: bool = True) -> None:
-        """Begin; `tools` and `in_thoughts` as `AnswerParser` takes them. Without `several`, the first call counts."""
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        *,
+        tools: bool,
+        in_thoughts: bool,
+        names: Collection[str] = (),
+        several: bool = True,
+    ) -> None:
+        """Begin; options as `AnswerParser` takes them. Without `several`, the first call counts."""
         self._several = several
         # The text of a model that neither thinks nor calls is its content, to the last space.
         is_plain = not (tools or chat_format.thinks or chat_format.tools == "harmony")
-        self._parser = None if is_plain else AnswerParser(chat_format, tools=tools, in_thoughts=in_thoughts)
+        options: dict[str, Any] = {"tools": tools, "names": names, "in_thoughts": in_thoughts}
+        self._parser = None if is_plain else AnswerParser(chat_format, **options)
 
     @property
     def has_calls(self) -> bool:

@@ -14,6 +14,7 @@ from tritgguf.serving.answers import Answer, Piece, PlacedLogprobs
 from tritgguf.serving.errors import bad_request
 from tritgguf.serving.protocol import CompletionBody
 from tritgguf.serving.requests import (
+    choices_of,
     collect,
     finish_reason,
     make_answers,
@@ -52,10 +53,10 @@ class Completions:
         """Make the prompts and the answers; ApiError or TritGgufError for impossible values."""
         if body.suffix:
             raise bad_request("suffix is not supported; write the model's own tokens for it into the prompt", "suffix")
-        if body.best_of is not None and body.best_of != (body.n or 1):
+        if body.best_of is not None and body.best_of != choices_of(body):
             raise bad_request("best_of must be n: all answers are returned", "best_of")
         self._service, self._body = service, body
-        self._id, self._created, self._choices = response_id("cmpl"), now(), body.n or 1
+        self._id, self._created, self._choices = response_id("cmpl"), now(), choices_of(body)
         prompts = prompts_of(service, body.prompt, "prompt")
         self.answers: Sequence[Answer] = make_answers(
             service,
@@ -80,7 +81,7 @@ class Completions:
                 async for index, piece in pieces:
                     reason = finish_reason(self.answers[index]) if piece is None else None
                     text, logprobs = (piece.text, piece.logprobs) if piece else ("", [])
-                    yield self._chunk(self._choice(index, text, logprobs, reason))
+                    yield self._chunk(self._choice(index, text, self._behind_echo(index, logprobs), reason))
         else:
             for index in range(len(self.answers)):
                 yield self._chunk(self._choice(index, "", [], "length"))
@@ -117,8 +118,14 @@ class Completions:
         reason = finish_reason(answer) if self._generates else "length"
         if echo is None:
             return self._choice(index, text, logprobs, reason)
-        moved = [PlacedLogprobs(placed.logprobs, placed.offset + len(echo.text)) for placed in logprobs]
-        return self._choice(index, echo.text + text, [*echo.logprobs, *moved], reason)
+        logprobs = [*echo.logprobs, *self._behind_echo(index, logprobs)]
+        return self._choice(index, echo.text + text, logprobs, reason)
+
+    def _behind_echo(self, index: int, logprobs: Sequence[PlacedLogprobs]) -> list[PlacedLogprobs]:
+        """Return log probabilities of an answer, placed behind the prompt if the text begins with it."""
+        echo = self._echo(index)
+        length = len(echo.text) if echo is not None else 0
+        return [PlacedLogprobs(placed.logprobs, placed.offset + length) for placed in logprobs]
 
     def _choice(self, index: int, text: str, logprobs: Sequence[PlacedLogprobs], reason: str | None) -> dict[str, Any]:
         shown = None if self._body.logprobs is None else self._logprobs(logprobs)

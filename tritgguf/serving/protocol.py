@@ -1,13 +1,14 @@
 """The bodies of requests: OpenAI's, with the parameters that llama-server and vLLM add.
 
 Parameters that are not listed here are ignored, as OpenAI's server does. Numbers are numbers and not their texts.
+Lists are bounded, and the first wrong element ends the check of one: an error for each of millions takes gigabytes.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1000
 _MOST_CHOICES = 128
@@ -15,13 +16,30 @@ _MOST_PROMPTS = 256
 _MOST_TOOLS = 256
 _MOST_TOKENS_OF_A_BODY = 1 << 20
 _MOST_LOGPROBS = 20
+_MOST_MESSAGES, _MOST_PARTS = 10_000, 10_000
+_MOST_BIAS = 100
 _INT32, _INT64 = 2**31 - 1, 2**63
 
+
+def _first_wrong_bias(biases: Any) -> Any:
+    """Refuse the first wrong bias; pydantic would note an error for each."""
+    for token, bias in biases.items() if isinstance(biases, dict) else ():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (token.isascii() and is_number and -_MOST_BIAS <= bias <= _MOST_BIAS):
+            raise ValueError(f"the bias of token {token[:40]!a} must be a number from -{_MOST_BIAS} to {_MOST_BIAS}")
+    return biases
+
+
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=_MOST_TOKENS_OF_A_BODY)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=_MOST_TOKENS_OF_A_BODY, fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(max_length=_MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=-1, le=_INT32)]
+Stops = Annotated[list[Stop], Field(max_length=_MOST_STOPS, fail_fast=True)]
+Prompts = Annotated[list[str | Tokens], Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True)]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS, fail_fast=True)]
+Parts = Annotated[list[dict[str, Any]], Field(max_length=_MOST_PARTS, fail_fast=True)]
+Bias = Annotated[Finite, Field(ge=-_MOST_BIAS, le=_MOST_BIAS)]
 
 
 class Body(BaseModel):
@@ -35,7 +53,7 @@ class Body(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class GenerationBody(Body):
@@ -44,21 +62,21 @@ class GenerationBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = 1
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
+    stop: Stop | Stops | None = None
     seed: Annotated[int, Field(ge=-_INT64, le=2 * _INT64 - 1)] | None = None
     temperature: Annotated[Finite, Field(ge=0)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(le=_INT32)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[Finite, Field(gt=0)] | None = None
-    repeat_last_n: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    repeat_last_n: Count | None = None
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_first_wrong_bias)] | None = None
     max_tokens: Count | None = None
-    ignore_eos: bool = False
-    cache_prompt: bool = True
-    timings_per_token: bool = False
+    ignore_eos: bool | None = False
+    cache_prompt: bool | None = True
+    timings_per_token: bool | None = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
 
@@ -89,18 +107,21 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Parts | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
 
 
 class ChatBody(GenerationBody):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -109,7 +130,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of /v1/completions."""
 
-    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    prompt: str | Tokens | Prompts
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
     best_of: int | None = None
@@ -120,7 +141,7 @@ class CompletionBody(GenerationBody):
 class EmbeddingBody(Body):
     """The body of /v1/embeddings."""
 
-    input: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    input: str | Tokens | Prompts
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
@@ -130,8 +151,8 @@ class TokenizeBody(Body):
 
     content: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special: bool | None = None
     add_special_tokens: bool | None = None
@@ -142,4 +163,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of /detokenize."""
 
-    tokens: Annotated[list[TokenId], Field(max_length=_MOST_TOKENS_OF_A_BODY)]
+    tokens: Annotated[list[TokenId], Field(max_length=_MOST_TOKENS_OF_A_BODY, fail_fast=True)]

@@ -30,6 +30,7 @@ from tritgguf.serving.responses import (
 from tritgguf.serving.service import Service
 
 _SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n")
+_MOST_ANSWERS = 256
 _PENALTY_NAMES = ("presence_penalty", "frequency_penalty")
 
 
@@ -65,14 +66,20 @@ async def respond(
     return JsonResponse(result)
 
 
-def sampling_options(service: Service, body: GenerationBody, choice: int) -> SamplingOptions:
-    """Return the options of a choice; those with a seed differ in it, so that choices differ."""
+def sampling_options(service: Service, body: GenerationBody) -> list[SamplingOptions]:
+    """Return the options of each choice; those with a seed differ in it, so that choices differ."""
     options = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
     options |= {name: value for name in _PENALTY_NAMES if (value := getattr(body, name))}
     if body.logit_bias:
         options["logit_bias"] = logit_bias(service, body.logit_bias)
-    seed = -1 if body.seed is None or body.seed == -1 else (body.seed + choice) % 2**64
-    return SamplingOptions(**options, seed=seed)
+    if body.seed is None or body.seed == -1:
+        return [SamplingOptions(**options)] * choices_of(body)
+    return [SamplingOptions(**options, seed=(body.seed + choice) % 2**64) for choice in range(choices_of(body))]
+
+
+def choices_of(body: GenerationBody) -> int:
+    """Return how many answers each prompt gets."""
+    return body.n or 1
 
 
 def logit_bias(service: Service, given: dict[str, float]) -> dict[int, float]:
@@ -97,10 +104,11 @@ def make_answers(
     shown_tokens: Container[int] = (),
 ) -> list[Answer]:
     """Return the answers to prompts, `n` to each, in OpenAI's order: all of the first prompt, then the second's."""
-    answers = []
+    if (count := len(prompts) * choices_of(body)) > _MOST_ANSWERS:
+        raise bad_request(f"these are {count} answers, and a request has at most {_MOST_ANSWERS}", "n")
+    answers, options_of_choices = [], sampling_options(service, body)
     for prompt in prompts:
-        for choice in range(body.n or 1):
-            options = sampling_options(service, body, choice)
+        for options in options_of_choices:
             constraint = None if grammar is None else grammar.constraint()
             sampler = Sampler(options, constraint=constraint, top_logprobs=top_logprobs)
             answers.append(
@@ -110,10 +118,10 @@ def make_answers(
                     sampler,
                     max_tokens=None if max_tokens == -1 else max_tokens,
                     stop=stop_list(body.stop),
-                    ignore_stop_tokens=body.ignore_eos,
+                    ignore_stop_tokens=bool(body.ignore_eos),
                     continues_prompt=continues_prompt,
                     shown_tokens=shown_tokens,
-                    cache_prompt=body.cache_prompt,
+                    cache_prompt=body.cache_prompt is not False,
                     with_logprobs=top_logprobs is not None,
                 )
             )

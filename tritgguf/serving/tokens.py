@@ -25,8 +25,11 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     `messages` are vLLM's: BOS unless `add_special_tokens` is false.
     """
     service: Service = request.app.state.service
-    tokens = await asyncio.to_thread(_tokens, service, body)
-    texts = service.token_texts
+    return await asyncio.to_thread(_tokenized, service, body)
+
+
+def _tokenized(service: Service, body: TokenizeBody) -> Response:
+    tokens, texts = _tokens(service, body), service.token_texts
     shown: list[Any] = [{"id": token, "piece": texts.piece(token)} for token in tokens] if body.with_pieces else tokens
     return JsonResponse({"tokens": shown, "count": len(tokens), "max_model_len": service.model.context})
 

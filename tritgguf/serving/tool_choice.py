@@ -24,6 +24,12 @@ class ToolChoice:
     must_call: bool = False
     several: bool = True
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the tools; what is no tool is refused when the prompt is made."""
+        functions = (tool.get("function") for tool in self.tools)
+        return [str(function.get("name")) for function in functions if isinstance(function, dict)]
+
 
 def tool_choice(body: ChatBody) -> ToolChoice:
     """Return a request's choice; ApiError for one that its tools do not allow."""

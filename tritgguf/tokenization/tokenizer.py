@@ -33,6 +33,7 @@ _STOP_TOKEN_NAMES = """
 # Byte-level BPE pre-tokenizers whose models use a bos token if the file does not say.
 _BOS_PRE_TOKENIZERS = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken chameleon"
 _MAX_TOKENS = 1 << 31
+_LONG_TEXT = 4096  # characters; encoding one takes milliseconds
 
 
 @contextmanager
@@ -117,7 +118,10 @@ class Tokenizer:
             text = _without_surrogates(text)
         with self._setting_options, tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
             self._tokenizer.encode_special_tokens = not parse_special
-            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG_TEXT:
+                tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            else:  # `encode` holds Python's lock, so that nothing else runs for as long as it takes
+                tokens = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.with_bos(tokens) if add_special else tokens
 
     def with_bos(self, tokens: list[int]) -> list[int]:
