@@ -26,7 +26,7 @@ from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.text_format import format_bytes, one_line
 
-QUESTIONS = ("What is the capital of France?", "What is 7 times 8?", "Name three primary colors.")
+QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?", "Name three primary colors.")
 _ANSWER_TOKENS = 40
 _VERIFIED_TOKENS = 512
 

@@ -13,7 +13,7 @@ def doctor_command(as_json: Json = False) -> None:
     """
     from tritgguf.diagnostics.doctor import doctor
 
-    diagnosis = doctor(on_compilation=terminal.print_compilation_note)
+    diagnosis = doctor()
     if as_json:
         terminal.print_json(diagnosis.as_dict())
     else:

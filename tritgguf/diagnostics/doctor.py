@@ -18,7 +18,7 @@ from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool, announcing_compilation
 from tritgguf.diagnostics.bench import Table, processor_name
 from tritgguf.machine import machine_memory_bytes
-from tritgguf.runtime.compiler import prepare_kernels
+from tritgguf.runtime.compiler import require_compiler
 from tritgguf.version import __version__
 
 _PACKAGES = ("numba", "llvmlite", "numpy", "gguf", "tokenizers", "torch", "transformers")
@@ -92,7 +92,7 @@ def doctor(*, on_compilation: Callable[[], None] = lambda: None) -> Diagnosis:
 
     `on_compilation` is called if kernels have to be compiled first.
     """
-    prepare_kernels()
+    require_compiler()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with announcing_compilation(on_compilation):
         chosen, problem, better = _instruction_sets()
