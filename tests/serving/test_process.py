@@ -85,12 +85,31 @@ def test_what_prevents_a_start(capsys: Capture, tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"port {port}: Address already in use" in fails(capsys, "serve", "any.gguf", "--port", port)
+    assert "no name of a host" in fails(capsys, "serve", "any.gguf", "--host", "a" * 64)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\xfd")
+    assert "binary" in fails(capsys, "serve", "any.gguf", "--api-key-file", str(binary))
     empty = tmp_path / "keys"
     empty.write_text("\n", "utf-8")
     assert "no key in it" in fails(capsys, "serve", "any.gguf", "--api-key-file", str(empty))
     assert "must not be empty" in fails(capsys, "serve", "any.gguf", "--api-key", "")
     assert "any.gguf" in fails(capsys, "serve", "any.gguf", "--port", "0")
     assert "cannot listen on nowhere.invalid" in fails(capsys, "serve", "any.gguf", "--host", "nowhere.invalid")
+
+
+def test_the_second_of_two_that_start_together_says_why(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, serving_model: Any
+) -> None:
+    """Both can bind the address, because neither listens before its model is loaded."""
+    monkeypatch.setattr("tritgguf.generation.loaded_model.load", lambda *_, **__: serving_model)
+    with listening_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        second = listening_socket("127.0.0.1", port)
+        first.listen()
+        monkeypatch.setattr("tritgguf.serving.address.listening_socket", lambda *_: second)
+        with second:
+            assert app.main(["serve", "any.gguf", "--port", str(port)]) == 1
+    assert f"error: cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])

@@ -155,7 +155,9 @@ def _load(file: Path, **settings: Any) -> LoadedModel:
 def _keys_of(file: Path | None) -> list[str]:
     if file is None:
         return []
-    keys = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    from tritgguf.formats.text_file import read_text
+
+    keys = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not keys:
         raise TritGgufError(f"{file}: there is no key in it; write one on each line")
     return keys

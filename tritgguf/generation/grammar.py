@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -247,5 +248,5 @@ def _check(matcher: LLMatcher) -> None:
 
 def _refusal(reason: str) -> BadRequestError:
     """Return the error for a grammar that llguidance refuses; of its reason, the first lines say what is wrong."""
-    words = " ".join(reason.partition("<state>")[0].split())
+    words = " ".join(re.split("<state>|<backtrace>", reason)[0].split())
     return BadRequestError(f"the grammar or JSON schema cannot be used ({words:.300})")

@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.serving.address import listen
 from tritgguf.serving.app import create_app
 from tritgguf.serving.http_protocol import GuardedProtocol
 from tritgguf.serving.service import Service
@@ -30,8 +31,9 @@ def serve(
     """Serve a model until a signal ends it: SIGTERM, or SIGINT (Ctrl-C).
 
     Then no more requests are taken, those that run may go on for `settings.shutdown_seconds` and are cut then.
-    `on_start` is called when the server listens.
+    `on_start` is called when the server answers. Raises TritGgufError where another server has the address.
     """
+    listen(bound)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     gc.freeze()  # the model's objects stay; collections need not look at them
     Server(model, settings, on_start).run(sockets=[bound])
