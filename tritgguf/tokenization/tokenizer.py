@@ -6,7 +6,6 @@ The bos token and the stop tokens come from the `tokenizer.ggml.*` keys, read as
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from tritgguf.errors import DamagedFileError
+from tritgguf.tokenization.shared_setting import SharedSetting
 
 KEY_HUGGINGFACE = "tokenizer.huggingface.json"
 KEY_STOP_IDS = "tokenizer.ggml.eos_token_ids"
@@ -57,8 +57,8 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any], *, name: str = "the file") -> None:
         self._name = name
-        self._setting_options = threading.Lock()  # `encode` sets one that all threads share
         self._tokenizer = self._load(metadata)
+        self._parses_special = SharedSetting(self._set_parse_special, True)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_id = self._token_id(metadata, "bos")
@@ -97,6 +97,9 @@ class Tokenizer:
         stated = {token for token in from_keys if token is not None} | {*stop_ids(metadata)}
         return frozenset(stated | by_name)
 
+    def _set_parse_special(self, parse_special: bool) -> None:
+        self._tokenizer.encode_special_tokens = not parse_special
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens, added ones included."""
@@ -104,7 +107,7 @@ class Tokenizer:
 
     def as_json(self) -> str:
         """Return the text of its tokenizer.json."""
-        with self._setting_options:
+        with self._parses_special.use(True):
             return self._tokenizer.to_str()
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -116,8 +119,8 @@ class Tokenizer:
         """
         if not text.isascii():
             text = _without_surrogates(text)
-        with self._setting_options, tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
-            self._tokenizer.encode_special_tokens = not parse_special
+        reading = tokenizer_errors(f"{self._name}: the tokenizer cannot read this text")
+        with self._parses_special.use(parse_special), reading:
             if len(text) < _LONG_TEXT:
                 tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
             else:  # `encode` holds Python's lock, so that nothing else runs for as long as it takes
