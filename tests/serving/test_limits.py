@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from scripted_model import scripted
 from serving import MOST_SECONDS, RunningServer, request_bytes, running_server
 
+from tritgguf.generation.sampling import Sampler
 from tritgguf.serving import tokens
 from tritgguf.serving.limits import MOST_JSON_DEPTH, json_depth
 from tritgguf.serving.protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody
@@ -289,6 +290,20 @@ def test_long_texts_do_not_keep_others_waiting(server: RunningServer, monkeypatc
         assert server.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
         read.set()
         assert [answer.result(MOST_SECONDS).status_code for answer in answers] == [200] * 12
+
+
+def test_a_panic_of_a_library_ends_one_request(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panics of libraries in Rust are exceptions that `except Exception` does not catch."""
+
+    def panic(*_: Any) -> Any:
+        raise BaseException("a panic")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "sample", panic)
+        response = server.post("/v1/completions", prompt="a", max_tokens=2)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert server.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
 
 
 def test_others_are_served_meanwhile(server: RunningServer) -> None:
