@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inner_kernels import as_kernel
 from sequences import open_sequence
 
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, store_head
@@ -75,7 +76,7 @@ def test_damage_stays_visible_in_q8_0() -> None:
     key = np.ones(64, np.float32)
     key[3], key[40] = np.nan, np.inf
     kv = KeyValues(pool.table, pool.element, 1, 1, 64, np.ones((1, 1, 32), np.float32), np.ones((1, 1, 32), np.float32))
-    store_head(kv, 0, 0, 0, 0, key, np.zeros(64, np.float32))
+    as_kernel(store_head)(kv, 0, 0, 0, 0, key, np.zeros(64, np.float32))
     keys = as_floats(pool, pool._storage[0])[: PAGE * 64].reshape(8, 64, 32)[0, :, 0]
     assert np.isnan(keys[:32]).all()
     assert keys[40] > 1e6 and np.isfinite(keys[32:]).all()

@@ -7,7 +7,9 @@ import json
 import os
 import random
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -16,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from scripted_model import scripted
-from serving import RunningServer, request_bytes, running_server
+from serving import MOST_SECONDS, RunningServer, request_bytes, running_server
 
+from tritgguf.generation.sampling import Sampler
+from tritgguf.serving import tokens
 from tritgguf.serving.limits import MOST_JSON_DEPTH, json_depth
 from tritgguf.serving.protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody
 
@@ -267,6 +271,39 @@ def test_no_body_makes_the_server_fail(server: RunningServer) -> None:
     statuses = fuzz(server, count, seed=count)
     assert min(statuses[200], statuses[400]) > count / 10
     server.check_idle()
+
+
+def test_long_texts_do_not_keep_others_waiting(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have threads of their own: those of the others stay free."""
+    read, entered, tokenized = threading.Event(), threading.Semaphore(0), tokens._tokenized
+
+    def slow(*arguments: Any) -> Any:
+        entered.release()
+        assert read.wait(MOST_SECONDS)
+        return tokenized(*arguments)
+
+    monkeypatch.setattr(tokens, "_tokenized", slow)
+    with ThreadPoolExecutor(12) as clients:
+        text = "a " * 200_000
+        answers = [clients.submit(httpx.post, f"{server.url}/tokenize", json={"content": text}) for _ in range(12)]
+        assert entered.acquire(timeout=MOST_SECONDS)
+        assert server.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
+        read.set()
+        assert [answer.result(MOST_SECONDS).status_code for answer in answers] == [200] * 12
+
+
+def test_a_panic_of_a_library_ends_one_request(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panics of libraries in Rust are exceptions that `except Exception` does not catch."""
+
+    def panic(*_: Any) -> Any:
+        raise BaseException("a panic")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "sample", panic)
+        response = server.post("/v1/completions", prompt="a", max_tokens=2)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert server.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
 
 
 def test_others_are_served_meanwhile(server: RunningServer) -> None:

@@ -27,18 +27,18 @@ async def embeddings(body: EmbeddingBody, request: Request) -> Response:
     service: Service = request.app.state.service
     place = service.take_place()
     try:
-        return JsonResponse(await run_guarded(_embed(service, body), request.receive, service))
+        return JsonResponse(await run_guarded(_embed(service, request, body), request.receive, service))
     except ClientGoneError:
         return client_gone_response()
     finally:
         place.release()
 
 
-async def _embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+async def _embed(service: Service, request: Request, body: EmbeddingBody) -> dict[str, Any]:
     hidden = service.model.engine.model.config.dimensions.hidden
     if body.dimensions not in (None, hidden):
         raise bad_request(f"dimensions must be {hidden}: the model has no embeddings of another size", "dimensions")
-    prompts = await asyncio.to_thread(prompts_of, service, body.input, "input")
+    prompts = await service.in_thread(request, lambda: prompts_of(service, body.input, "input"))
     requests = [EngineRequest(prompt, wanted="hidden") for prompt in prompts]
     for engine_request in requests:
         service.model.engine.check_request(engine_request)

@@ -42,8 +42,10 @@ class EngineJob:
                     self._progress.clear()
         finally:
             self.cancel()
-        if self.running.error is not None:
-            raise self.running.error
+        if isinstance(error := self.running.error, Exception):
+            raise error
+        if error is not None:  # such as a library's panic, which nobody on the way would catch
+            raise RuntimeError("a request has failed") from error
 
     async def outputs(self) -> RunningRequest:
         """Wait for a request for logits or hidden states, and return it; raise the error that ended it."""
@@ -124,7 +126,7 @@ class EngineThread:
                     return
             try:
                 self.engine.step()
-            except Exception as error:  # it would end every later request too
+            except BaseException as error:  # a library's panic too: without the thread, nothing is ever answered
                 _LOGGER.exception("a forward pass failed")
                 for running in self.engine.running:
                     running.error = running.error or error

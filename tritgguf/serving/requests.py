@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
@@ -52,7 +51,7 @@ async def respond(
     """Answer a request: `prepare` runs in another thread, because templates and tokenizers take their time."""
     place = service.take_place()
     try:
-        completion = await run_guarded(asyncio.to_thread(prepare), request.receive, service)
+        completion = await run_guarded(service.in_thread(request, prepare), request.receive, service)
         if body.stream:
             return EventStream(service, completion.events(), place.release)
         result = await run_guarded(completion.result(), request.receive, service)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
 
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.generation.request import RunningRequest
@@ -20,6 +24,9 @@ from tritgguf.version import __version__
 
 _PIECES_AHEAD = 16  # of answers that a slow client has not taken yet
 _MOST_RETRY_SECONDS = 60
+_LARGE_BODY = 1 << 18  # bytes; tokenizing more takes long
+_LARGE_BODIES_AT_ONCE = 2
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Service:
         self.cut = asyncio.Event()
         self.room = asyncio.Semaphore(model.engine.parallel)
         self._places = 0
+        self._large_bodies = ThreadPoolExecutor(_LARGE_BODIES_AT_ONCE, thread_name_prefix="large-body")
         self.grammars = Grammars(model)
         self.token_texts = TokenTexts(model.tokenizer)
         self._private = {str(path): self.alias for path in (model.path.absolute(), model.path)}
@@ -86,6 +94,16 @@ class Service:
             headers = {"Retry-After": str(self._retry_seconds())}
             raise ApiError(503, message, type="unavailable_error", code="queue_full", headers=headers)
         return Place(self)
+
+    async def in_thread(self, request: Request, call: Callable[[], T]) -> T:
+        """Return what a call returns that takes its time; the large bodies have threads of their own.
+
+        So a short request does not wait for the long texts of others. One that nobody waits for any more, and that has
+        not begun, is left out.
+        """
+        length = request.headers.get("content-length", "")
+        is_small = length.isdigit() and int(length) <= _LARGE_BODY
+        return await asyncio.get_running_loop().run_in_executor(None if is_small else self._large_bodies, call)
 
     @property
     def requests(self) -> int:

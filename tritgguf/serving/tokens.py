@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tritgguf.serving.errors import bad_request
 from tritgguf.serving.protocol import DetokenizeBody, TokenizeBody
 from tritgguf.serving.requests import chat_prompt, client_errors
-from tritgguf.serving.responses import JsonResponse
+from tritgguf.serving.responses import ClientGoneError, JsonResponse, client_gone_response, run_guarded
 from tritgguf.serving.service import Service
 
 router = APIRouter(tags=["tokens"])
@@ -25,7 +25,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     `messages` are vLLM's: BOS unless `add_special_tokens` is false.
     """
     service: Service = request.app.state.service
-    return await asyncio.to_thread(_tokenized, service, body)
+    return await _guarded(service, request, lambda: _tokenized(service, body))
 
 
 def _tokenized(service: Service, body: TokenizeBody) -> Response:
@@ -52,8 +52,19 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     vocabulary = service.model.engine.model.config.vocab_size
     if body.tokens and max(body.tokens) >= vocabulary:
         raise bad_request(f"tokens must be from 0 to {vocabulary - 1}", "tokens")
-    text = await asyncio.to_thread(service.model.tokenizer.decode, body.tokens)
-    return JsonResponse({"content": text, "prompt": text})
+
+    def detokenized() -> Response:
+        text = service.model.tokenizer.decode(body.tokens)
+        return JsonResponse({"content": text, "prompt": text})
+
+    return await _guarded(service, request, detokenized)
+
+
+async def _guarded(service: Service, request: Request, call: Callable[[], Response]) -> Response:
+    try:
+        return await run_guarded(service.in_thread(request, call), request.receive, service)
+    except ClientGoneError:
+        return client_gone_response()
 
 
 @router.get("/tokenizer_info")

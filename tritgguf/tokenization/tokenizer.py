@@ -57,8 +57,9 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any], *, name: str = "the file") -> None:
         self._name = name
-        self._setting_options = threading.Lock()  # `encode` sets one that all threads share
         self._tokenizer = self._load(metadata)
+        self._encoders: dict[bool, tokenizers.Tokenizer] = {}  # by whether they parse control tokens
+        self._making_encoder = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_id = self._token_id(metadata, "bos")
@@ -97,6 +98,18 @@ class Tokenizer:
         stated = {token for token in from_keys if token is not None} | {*stop_ids(metadata)}
         return frozenset(stated | by_name)
 
+    def _encoder(self, parse_special: bool) -> tokenizers.Tokenizer:
+        """Return what encodes with this setting, which the library has for all threads.
+
+        A copy for each, where both are needed: none waits for the long text of another thread.
+        """
+        with self._making_encoder:
+            if parse_special not in self._encoders:
+                encoder = tokenizers.Tokenizer.from_str(self.as_json()) if self._encoders else self._tokenizer
+                encoder.encode_special_tokens = not parse_special
+                self._encoders[parse_special] = encoder
+            return self._encoders[parse_special]
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens, added ones included."""
@@ -104,8 +117,7 @@ class Tokenizer:
 
     def as_json(self) -> str:
         """Return the text of its tokenizer.json."""
-        with self._setting_options:
-            return self._tokenizer.to_str()
+        return self._tokenizer.to_str()
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the tokens of a text.
@@ -116,12 +128,12 @@ class Tokenizer:
         """
         if not text.isascii():
             text = _without_surrogates(text)
-        with self._setting_options, tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
-            self._tokenizer.encode_special_tokens = not parse_special
+        encoder = self._encoder(parse_special)
+        with tokenizer_errors(f"{self._name}: the tokenizer cannot read this text"):
             if len(text) < _LONG_TEXT:
-                tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+                tokens = encoder.encode(text, add_special_tokens=False).ids
             else:  # `encode` holds Python's lock, so that nothing else runs for as long as it takes
-                tokens = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+                tokens = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.with_bos(tokens) if add_special else tokens
 
     def with_bos(self, tokens: list[int]) -> list[int]:
