@@ -173,7 +173,6 @@ def verify_files(
         check_same_model(file, opened)
     windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
     start += prepare_kernels(isa)
-
     runner = _Runner(threads, isa)
     file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
     report("load source", 0, 1)
