@@ -16,6 +16,7 @@ from command_line import Capture, fails
 from converted_models import as_stock_gguf
 from tiny_models import write_tiny_model
 
+from cpu_kernels import precompile
 from tritgguf.cli import app
 from tritgguf.errors import BadRequestError
 from tritgguf.formats.gguf_file import GgufFile
@@ -98,6 +99,36 @@ def test_python_is_told_too(folder: Path, stock: Path) -> None:
 
 def untouched(*arguments: Any, **options: Any) -> None:
     raise AssertionError("this must not be reached")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "missing", "out.gguf"),
+        ("calibrate", "missing", "-o", "out.gguf"),
+        ("calibrate", "{folder}", "-o", "out.gguf", "--text", "missing"),
+        ("export", "missing", "out.gguf", "--to", "f16"),
+        ("export", "{file}", "out.gguf", "--to", "missing"),
+        ("verify", "missing", "{file}"),
+        ("verify", "{folder}", "missing"),
+        ("run", "missing", "-p", "Hi"),
+        ("bench", "missing"),
+        ("serve", "missing", "--port", "0"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_mistyped_does_not_wait_for_the_kernels(
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tiny_trit_file: Files,
+    tmp_path: Path,
+    command: tuple[str, ...],
+) -> None:
+    file = tiny_trit_file().path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(precompile, "precompile", untouched)
+    assert "missing" in fails(capsys, *(word.format(folder=folder, file=file) for word in command))
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])

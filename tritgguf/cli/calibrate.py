@@ -60,8 +60,8 @@ def calibrate_command(
 
     started = time.perf_counter()
     check_output(output, overwrite, [source, text])
-    prepare_kernels()
     windows, origin = read_windows(source, TextOptions(text, own_text, tokens, seed), threads)
+    started += prepare_kernels()
     with terminal.progress(in_bytes=False) as report:
         result = measure_importance(
             source,

@@ -65,10 +65,12 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
-def _start() -> float:
-    """Compile the kernels if this machine has not done so; return the time after that."""
+def _start(source: str) -> float:
+    """Look at the source, then compile the kernels if this machine has not done so; return the time after that."""
     from tritgguf.runtime.compiler import prepare_kernels
+    from tritgguf.sources.open import open_source
 
+    open_source(source)
     prepare_kernels()
     return time.perf_counter()
 
@@ -106,11 +108,11 @@ def convert_command(
     from tritgguf.formats.durable_output import check_output
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
-    started = _start()
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
+    started = _start(source)
     importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
     with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None

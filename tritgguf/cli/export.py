@@ -60,9 +60,7 @@ def export_command(
     Example: tritgguf export d3.gguf d3-q8_0.gguf --to q8_0
     """
     from tritgguf.exporters.export import export
-    from tritgguf.runtime.compiler import prepare_kernels
 
-    prepare_kernels()
     with terminal.progress(in_bytes=True) as report:
         result = export(
             file,

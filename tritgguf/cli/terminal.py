@@ -6,12 +6,12 @@ reprogram a terminal, are removed before printing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tritgguf.cli.layout import needs_stacking, pairs, stacked, terminal_width, wrap
@@ -85,12 +85,12 @@ class Report(Protocol):
         """Show the progress."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(*, in_bytes: bool) -> Iterator[Report]:
     """Show a job's progress on stderr, with the time left and, for bytes, the rate.
 
     A bar on a terminal, otherwise a line for each tenth, one a second at most. Unless progress is in bytes, it restarts
-    with each stage.
+    with each stage. The bar appears with the first report, so what comes before may show a bar of its own.
     """
     if not sys.stderr.isatty():
         yield _PlainProgress(in_bytes)
@@ -109,9 +109,12 @@ def progress(*, in_bytes: bool) -> Iterator[Report]:
     if with_rates:
         columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     tasks: dict[str, bars.TaskID] = {}
-    with bars.Progress(*columns, bars.TimeRemainingColumn(), console=console) as display:
+    display = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
+    with contextlib.ExitStack() as shown:
 
         def report(stage: str, done: int, total: int) -> None:
+            if not tasks:
+                shown.enter_context(display)
             key = "" if in_bytes else stage
             if key not in tasks:
                 tasks[key] = display.add_task("", total=total)
@@ -120,7 +123,7 @@ def progress(*, in_bytes: bool) -> Iterator[Report]:
         yield report
 
 
-@contextmanager
+@contextlib.contextmanager
 def compilation_progress() -> Iterator[Callable[[int, int], None]]:
     """Show how far the kernels are compiled, which happens once."""
     with progress(in_bytes=False) as report:

@@ -107,10 +107,8 @@ def verify_command(
     """
     from tritgguf.evaluation.verify import verify_files
     from tritgguf.formats.text_file import read_text
-    from tritgguf.runtime.compiler import prepare_kernels
 
     text = None if text_file is None else read_text(text_file)
-    prepare_kernels(isa)
     with terminal.progress(in_bytes=False) as report:
         reports = verify_files(
             source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report

@@ -79,8 +79,8 @@ def convert(
     options = DepthOptions(depth, output_depth, embedding_depth, choice)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
     output = check_output(output, overwrite, [source], resume=resume)
-    started += prepare_kernels()
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)
+    started += prepare_kernels()
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:

@@ -164,7 +164,7 @@ def verify_files(
 
     if not files:
         return []
-    start = time.perf_counter() + prepare_kernels(isa)
+    start = time.perf_counter()
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
     trit_files = [open_trit_file(file) for file in files]
@@ -172,7 +172,7 @@ def verify_files(
     for file in trit_files:
         check_same_model(file, opened)
     windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
-
+    start += prepare_kernels(isa)
     runner = _Runner(threads, isa)
     file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
     report("load source", 0, 1)

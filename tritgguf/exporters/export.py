@@ -74,7 +74,7 @@ def export(
         TritGgufError: bad input, or the output cannot be written; no output is left.
 
     """
-    started = time.perf_counter() + prepare_kernels()
+    started = time.perf_counter()
     if to not in FORMATS:
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and not is_hub_id(base_model):
@@ -85,6 +85,7 @@ def export(
     else:
         durable_output.check_output(output, overwrite, [file])
     opened = _open_trit_file(file)
+    started += prepare_kernels()
     report = ExportReport(output, opened.path, to, weights=sum(info.n_weights for info in opened.tensors.values()))
     on_tensor, thread_pool = _progress_counter(opened, progress), ThreadPool(threads)
     if to == "hf":
