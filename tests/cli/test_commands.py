@@ -48,6 +48,13 @@ def conversion() -> ConvertReport:
     )
 
 
+@pytest.fixture
+def any_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources are not looked at, so that none has to exist."""
+    monkeypatch.setattr("tritgguf.sources.open.open_source", lambda name: None)
+
+
+@pytest.mark.usefixtures("any_source")
 def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     calls: list[Any] = []
 
@@ -84,6 +91,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert "warning: an unknown pre-tokenizer" in captured.err
 
 
+@pytest.mark.usefixtures("any_source")
 def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(CONVERT, "convert", lambda *arguments, **options: conversion())
     assert app.main(["convert", "org/name", "out.gguf", "--json"]) == 0
@@ -101,6 +109,7 @@ def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         (MemoryError(), "error: not enough memory; close other programs or give a smaller --ctx-size\n"),
     ],
 )
+@pytest.mark.usefixtures("any_source")
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture, raised: Exception, line: str) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise raised
@@ -109,6 +118,7 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture, r
     assert fails(capsys, "convert", "org/name", "out.gguf") == line
 
 
+@pytest.mark.usefixtures("any_source")
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
