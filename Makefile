@@ -9,9 +9,9 @@ MODEL := models/SmolLM2-135M-Instruct
 # Calibrating on 4,096 tokens takes most of the time; the default of 16,384 is better.
 demo: fetch
 	@mkdir -p build
-	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d3.gguf --depth 3 --overwrite
+	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d3-calibrated.gguf --depth 3 --encoder calibrated --tokens 4096 --overwrite
 	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d2-calibrated.gguf --depth 2 --encoder calibrated --tokens 4096 --overwrite
-	$(BIN)/python -m tools.quality.demo $(MODEL) build/smollm2-135m-d3.gguf build/smollm2-135m-d2-calibrated.gguf
+	$(BIN)/python -m tools.quality.demo $(MODEL) build/smollm2-135m-d3-calibrated.gguf build/smollm2-135m-d2-calibrated.gguf
 
 test: check fetch
 	$(BIN)/python -m pytest -n auto
