@@ -40,15 +40,6 @@ def print_context_note(model: LoadedModel, answer: Generation) -> None:
         terminal.note(f"note: the context of {size} tokens is full, the answer ends here; --ctx-size makes room")
 
 
-def warn_beyond_training(model: LoadedModel) -> None:
-    """Print a warning if the context is longer than what the model was trained for."""
-    if model.context > model.trained_context:
-        terminal.note(
-            f"warning: the model was trained for {model.trained_context} tokens, the context has {model.context};"
-            " beyond the former its answers get worse"
-        )
-
-
 def print_timings(timings: Timings, *, with_load: bool = True) -> None:
     """Print a generation's speed, in one line like llama.cpp's, with the time that loading took or without."""
     drafts = f" | drafts {timings.drafted_tokens} tokens, {timings.acceptance_rate:.0%} accepted"

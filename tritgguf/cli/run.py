@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.answer import AnswerWriter, print_context_note, print_timings, warn_beyond_training
+from tritgguf.cli.answer import AnswerWriter, print_context_note, print_timings
 from tritgguf.cli.chat import chat_at_terminal
 from tritgguf.cli.check import check_file
+from tritgguf.cli.loading import load_model
 from tritgguf.cli.options import (
     CacheType,
     DraftFile,
@@ -136,23 +136,11 @@ def run_command(
         check_file(file, None)
     settings = {"threads": threads, "prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "isa": isa}
     guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
-    model = _load(file, context=context or None, **settings, **guesses)
-    warn_beyond_training(model)
+    model = load_model(file, context=context or None, parallel=1, **settings, **guesses)
     if text is None:
         chat_at_terminal(model, system, sampling, predict, **rules)
     else:
         _answer(model, text, system, sampling, predict, rules, raw=raw, as_json=as_json)
-
-
-def _load(file: Path, **settings: Any) -> LoadedModel:
-    """Load the model for one sequence at a time."""
-    from tritgguf.generation.loaded_model import load
-
-    gc.disable()  # loading creates a million objects and no garbage; collection would take 50 ms
-    try:
-        return load(file, parallel=1, on_compilation=terminal.print_compilation_note, **settings)
-    finally:
-        gc.enable()
 
 
 def _answer(

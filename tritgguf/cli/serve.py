@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 import threading
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.answer import warn_beyond_training
+from tritgguf.cli.loading import load_model
 from tritgguf.cli.options import (
     CacheType,
     DecodeBits,
@@ -28,7 +27,7 @@ from tritgguf.cli.options import (
 from tritgguf.errors import MissingExtraError, TritGgufError
 
 if TYPE_CHECKING:
-    from tritgguf.generation.loaded_model import LoadedModel
+    pass
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -120,8 +119,7 @@ def serve_command(
     bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
     options = {"context": context or None, "parallel": parallel, "threads": threads, **bits}
     guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
-    model = _load(file, **options, **guesses, cache_type=cache_type, isa=isa)
-    warn_beyond_training(model)
+    model = load_model(file, **options, **guesses, cache_type=cache_type, isa=isa)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
     importing.join()
@@ -140,16 +138,6 @@ def _import_packages() -> None:
     """Import what takes long and has nothing in common with what loading a model imports."""
     for package in _PACKAGES:
         importlib.import_module(package)
-
-
-def _load(file: Path, **settings: Any) -> LoadedModel:
-    from tritgguf.generation.loaded_model import load
-
-    gc.disable()  # loading creates a million objects and no garbage
-    try:
-        return load(file, on_compilation=terminal.print_compilation_note, **settings)
-    finally:
-        gc.enable()
 
 
 def _keys_of(file: Path | None) -> list[str]:

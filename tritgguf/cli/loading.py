@@ -1,0 +1,29 @@
+"""Loading a model for a command that answers."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritgguf.cli import terminal
+
+if TYPE_CHECKING:
+    from tritgguf.generation.loaded_model import LoadedModel
+
+
+def load_model(file: Path, **settings: Any) -> LoadedModel:
+    """Load a model, with settings as `load` takes them; a context longer than the model was trained for is noted."""
+    from tritgguf.generation.loaded_model import load
+
+    gc.disable()  # loading creates a million objects and no garbage; collection would take 50 ms
+    try:
+        model = load(file, on_compilation=terminal.print_compilation_note, **settings)
+    finally:
+        gc.enable()
+    if model.context > model.trained_context:
+        terminal.note(
+            f"warning: the model was trained for {model.trained_context} tokens, the context has {model.context};"
+            " beyond the former its answers get worse"
+        )
+    return model
