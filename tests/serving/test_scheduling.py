@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from scripted_model import scripted
@@ -22,7 +22,9 @@ def passes(server: RunningServer) -> int:
 
 
 def model_of(server: RunningServer) -> PacedModel:
-    return cast(PacedModel, server.service.model.model)
+    loaded: Any = server.service.model
+    model: PacedModel = loaded.model
+    return model
 
 
 def leave(server: RunningServer, path: str, body: dict[str, Any], *, after: int) -> int:
