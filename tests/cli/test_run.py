@@ -334,12 +334,15 @@ def test_a_chat_at_a_real_terminal(smollm2_d2: Path) -> None:
     pytest.importorskip("pty")
     from pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
 
-    command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0", "-n", "24"]
+    command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0"]
     with PseudoTerminal(command) as terminal:
         terminal.wait_for("> $")
         terminal.press(b"Write a very long story about a dog.\r")
         terminal.wait_for(r"dog\.\s+\S+ \S+ \S+")
         terminal.press(CTRL_C)
+        shown = terminal.wait_for(r"decode \d+ tokens, [^>]*\n> $")
+        assert "note:" not in shown  # the model repeats itself: without Ctrl-C it ends where the context is full
+        terminal.press(b"/set n 24\r")
         terminal.wait_for("\n> $")
         terminal.press(b"Hi\r")
         terminal.wait_for(r"Hi\s+\w[^>]*decode \d+ tokens, [^>]*\n> $")
