@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,12 +204,15 @@ def test_a_pipe_that_stays_open(model: Any, monkeypatch: pytest.MonkeyPatch, cap
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
 
-    def write() -> None:
-        os.write(writer, b"The dog")
-        os.close(writer)
+    note = terminal.note
 
-    if comes:
-        threading.Timer(0.5, write).start()
+    def write_when_it_waits(message: str, **options: bool) -> None:
+        note(message, **options)
+        if comes and "waiting" in message:
+            os.write(writer, b"The dog")
+            os.close(writer)
+
+    monkeypatch.setattr(terminal, "note", write_when_it_waits)
     assert app.main(["run", "model.gguf", "--raw", "-p", "Hi"]) == 0
     assert model.model.calls[0] == encode(model.tokenizer, "Hi\n\nThe dog" if comes else "Hi")
     errors = capsys.readouterr().err

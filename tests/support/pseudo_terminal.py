@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-_SECONDS = 120
+_SECONDS = 300
 _TIMES_ASLEEP = 15
 PASTE_BEGIN, PASTE_END = b"\x1b[200~", b"\x1b[201~"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
