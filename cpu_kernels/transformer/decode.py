@@ -152,7 +152,7 @@ def _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread
     if is_mixture:
         score_experts(isa, experts, layer, hidden[0], own, thread, threads)
         wait_for_all(counter, threads)
-        route_token(experts, layer, own, thread)
+        route_token(experts, layer, own, thread, threads)
         expert_gates(isa, experts, layer, options, hidden, own, thread, threads)
     if is_dense:
         _gate_and_up(isa, weights, options, layer, hidden, buffers, thread, threads)

@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
+from cpu_kernels.threads.read_ahead import read_ahead
 from cpu_kernels.transformer.activations import VectorBuffers, quantize_row, swiglu
 from cpu_kernels.transformer.gemv import multiply_rows
 from cpu_kernels.transformer.router import Routing, choose_experts, router_scores, sigmoid
@@ -32,6 +33,7 @@ class Experts(NamedTuple):
     gate_biases: np.ndarray  # float32 [layers, experts, feed_forward], or [layers, 0, 0]
     up_biases: np.ndarray  # float32 [layers, experts, feed_forward], or [layers, 0, 0]
     down_biases: np.ndarray  # float32 [layers, experts, hidden], or [layers, 0, 0]
+    reads_ahead: bool  # whether the chosen experts are asked for, because they may have to be read from the disk
 
 
 class ExpertBuffers(NamedTuple):
@@ -63,7 +65,7 @@ def score_experts(isa, experts, layer, hidden, buffers, thread, threads):
 
 
 @numba.njit(cache=True)
-def route_token(experts, layer, buffers, thread):
+def route_token(experts, layer, buffers, thread, threads):
     """Choose the experts of the token whose scores are complete; every thread does it for itself."""
     scores = buffers.scores[0, : expert_count(experts)]
     biases, selection_biases = experts.router_biases[layer], experts.selection_biases[layer]
@@ -71,6 +73,11 @@ def route_token(experts, layer, buffers, thread):
         experts.routing, scores, biases, selection_biases, buffers.own_scores[thread], buffers.own_chosen[thread],
         buffers.own_weights[thread],
     )  # fmt: skip
+    if experts.reads_ahead:
+        for rank in range(thread, experts.routing.chosen, threads):
+            for matrix in range(3):
+                address, n_bytes = experts.addresses[layer, matrix], experts.expert_bytes[layer, matrix]
+                read_ahead(address + buffers.own_chosen[thread, rank] * n_bytes, n_bytes)
 
 
 @numba.njit(cache=True)

@@ -84,5 +84,6 @@ def random_experts(
         gate_biases=stacks[0].biases[np.newaxis],
         up_biases=stacks[1].biases[np.newaxis],
         down_biases=stacks[2].biases[np.newaxis],
+        reads_ahead=False,
     )
     return RandomExperts(stacks, [weights for _, weights in made], view)  # type: ignore[arg-type]

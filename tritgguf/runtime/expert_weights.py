@@ -40,7 +40,9 @@ class ExpertWeights:
         return self.gate, self.up, self.down
 
 
-def gather_experts(routing: Routing, layers: Sequence[ExpertWeights | None], hidden: int) -> Experts:
+def gather_experts(
+    routing: Routing, layers: Sequence[ExpertWeights | None], hidden: int, *, reads_ahead: bool
+) -> Experts:
     """Return all layers' experts as the kernels take them; a model without experts has none in every layer."""
     mixtures = [layer for layer in layers if layer is not None]
     if not mixtures:
@@ -58,6 +60,7 @@ def gather_experts(routing: Routing, layers: Sequence[ExpertWeights | None], hid
         gate_biases=np.stack([layer.gate.biases for layer in mixtures]),
         up_biases=np.stack([layer.up.biases for layer in mixtures]),
         down_biases=np.stack([layer.down.biases for layer in mixtures]),
+        reads_ahead=reads_ahead,
     )
 
 
@@ -76,6 +79,7 @@ def _no_experts(routing: Routing, layers: int, hidden: int) -> Experts:
         gate_biases=no_biases,
         up_biases=no_biases,
         down_biases=no_biases,
+        reads_ahead=False,
     )
 
 

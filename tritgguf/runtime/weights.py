@@ -11,6 +11,7 @@ from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 from tritgguf.formats.trit_types import TritType, is_trit_type
+from tritgguf.machine import fits_in_memory
 from tritgguf.runtime.config import ModelConfig, read_vector
 from tritgguf.runtime.expert_weights import ExpertWeights, gather_experts
 
@@ -110,7 +111,9 @@ class ModelWeights:
         sizes = config.dimensions
         self.embeddings = Embeddings(_read_matrix(file, "token_embd.weight"))
         self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
-        self.experts = gather_experts(config.routing, [layer.experts for layer in self.layers], sizes.hidden)
+        experts = [layer.experts for layer in self.layers]
+        reads_ahead = not fits_in_memory(file.path.stat().st_size)
+        self.experts = gather_experts(config.routing, experts, sizes.hidden, reads_ahead=reads_ahead)
         self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         self.head = Projection([_read_matrix(file, head)])
