@@ -75,7 +75,14 @@ def _batch(bits: int) -> tuple[Type, ...]:
 
 _ROUTING = _named(router.Routing, _INTEGER, _INTEGER, _BOOLEAN, _FLOAT)
 _EXPERTS = _named(
-    experts.Experts, _ROUTING, _floats(3), _floats(2), _floats(2), *[_integers(2)] * 3, _floats(4), *[_floats(3)] * 3,
+    experts.Experts,
+    _ROUTING,
+    _floats(3),
+    _floats(2),
+    _floats(2),
+    *[_integers(2)] * 3,
+    _floats(4),
+    *[_floats(3)] * 3,
     _BOOLEAN,
 )
 _WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _floats(3), *[_floats(2)] * 10, _EXPERTS)

@@ -48,8 +48,8 @@ def random_stack(
     scales = (1 + np.arange(experts) / experts) * columns**-0.5
     parts, weights = [], []
     for expert in range(experts):
-        make = half_matrix if depth == 0 else lambda *shape, seed: trit_matrix(depth, *shape, seed=seed)
-        matrix, exact = make(rows, columns, seed=100 * seed + expert)
+        own = 100 * seed + expert
+        matrix, exact = trit_matrix(depth, rows, columns, own) if depth else half_matrix(rows, columns, own)
         parts.append(matrix.data)
         weights.append(exact)
     codebooks = np.zeros((experts, 0), np.float32)

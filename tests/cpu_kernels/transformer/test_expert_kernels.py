@@ -51,7 +51,10 @@ mixtures = pytest.mark.parametrize(
 
 
 @numba.njit(nogil=True)
-def run_token(isa, experts, options, hidden, buffers, out, counter, thread, threads):
+def run_token(  # type: ignore[no-untyped-def]
+    isa, experts, options, hidden, buffers, out, counter, thread, threads
+):
+    """Compute one token's experts as `decode` does."""
     own = row_of(hidden, 0)
     score_experts(isa, experts, 0, own[0], buffers, thread, threads)
     wait_for_all(counter, threads)
@@ -63,7 +66,10 @@ def run_token(isa, experts, options, hidden, buffers, out, counter, thread, thre
 
 
 @numba.njit(nogil=True)
-def run_tokens(isa, experts, options, hidden, buffers, own_rows, out, counter, thread, threads):
+def run_tokens(  # type: ignore[no-untyped-def]
+    isa, experts, options, hidden, buffers, own_rows, out, counter, thread, threads
+):
+    """Compute several tokens' experts as `decode_batch` does."""
     tokens = len(out)
     own = slice(tokens * thread // threads, tokens * (thread + 1) // threads)
     route_tokens(
@@ -146,12 +152,14 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+@pytest.mark.slow  # compiles a kernel of its own
 @mixtures
 def test_one_token(depths: tuple[int, int, int], biased: bool) -> None:
     made, x = random_experts(ROUTING, 8, depths, biased=biased), vectors(5, HIDDEN)
     assert relative(one_by_one(made, x), made.expected(x)) < 1e-3
 
 
+@pytest.mark.slow
 @mixtures
 def test_a_batch_gives_the_bits_of_single_tokens(depths: tuple[int, int, int], biased: bool) -> None:
     made, x = random_experts(ROUTING, 8, depths, biased=biased), vectors(21, HIDDEN)
@@ -174,6 +182,7 @@ def test_a_prompt_token_does_not_depend_on_the_others() -> None:
     np.testing.assert_array_equal(as_prompt(made, x[9:10].copy(), bits=8), whole[9:10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     made, x, pool = random_experts(ROUTING, 8), vectors(6, HIDDEN), ThreadPool(threads)
@@ -182,6 +191,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     np.testing.assert_array_equal(as_prompt(made, x, thread_pool=pool), as_prompt(made, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 def test_no_numbers_in_a_router_stay_within_the_experts(odd: float) -> None:
     made, x = random_experts(ROUTING, 8), vectors(5, HIDDEN)
@@ -194,6 +204,7 @@ def test_no_numbers_in_a_router_stay_within_the_experts(odd: float) -> None:
     np.testing.assert_array_equal(one_by_one(made, x)[3:], expected[3:])
 
 
+@pytest.mark.slow
 def test_asking_for_experts_changes_nothing() -> None:
     made, x = random_experts(ROUTING, 8), vectors(2, HIDDEN)
     asking = RandomExperts(made.stacks, made.weights, made.experts._replace(reads_ahead=True))
@@ -203,10 +214,10 @@ def test_asking_for_experts_changes_nothing() -> None:
 def test_slots_group_tokens_by_expert() -> None:
     chosen = np.array([[2, 0], [0, 3], [2, 3], [2, 0]])
     slots = ExpertSlots(chosen, 5)
-    assert slots.counts.tolist() == [3, 0, 3, 2, 0]
-    assert slots.starts.tolist() == [0, 6, 6, 12, 18]
-    assert slots.tokens.tolist() == [0, 1, 3, -1, -1, -1, 0, 2, 3, -1, -1, -1, 1, 2, -1, -1, -1, -1]
-    assert slots.of_tokens.tolist() == [[6, 0], [1, 12], [7, 13], [8, 2]]
+    np.testing.assert_array_equal(slots.counts, [3, 0, 3, 2, 0])
+    np.testing.assert_array_equal(slots.starts, [0, 6, 6, 12, 18])
+    np.testing.assert_array_equal(slots.tokens, [0, 1, 3, -1, -1, -1, 0, 2, 3, -1, -1, -1, 1, 2, -1, -1, -1, -1])
+    np.testing.assert_array_equal(slots.of_tokens, [[6, 0], [1, 12], [7, 13], [8, 2]])
     assert len(slots.tokens) <= ExpertSlots.most(4, 2, 5)
 
 
