@@ -40,10 +40,11 @@ def random_experts(config: Mapping[str, Any], layer: int, seed: int = 0) -> dict
     shapes = {"ffn_gate_exps": (width, hidden), "ffn_up_exps": (width, hidden), "ffn_down_exps": (hidden, width)}
     # Magnitudes differ between experts, so that a wrong codebook shows.
     sizes = np.geomspace(0.01, 1, count)[:, np.newaxis, np.newaxis]
-    return {
-        name: (generator.standard_normal((count, *shape)) * sizes / np.sqrt(shape[1])).astype(np.float32)
-        for name, shape in shapes.items()
-    }
+    stacks = {}
+    for name, shape in shapes.items():
+        weights: np.ndarray = generator.standard_normal((count, *shape)) * sizes / np.sqrt(shape[1])
+        stacks[name] = weights.astype(np.float32)
+    return stacks
 
 
 def mixture_weights(kind: str, config: Mapping[str, Any], *, fused: bool = False) -> dict[str, np.ndarray]:
@@ -56,7 +57,7 @@ def mixture_weights(kind: str, config: Mapping[str, Any], *, fused: bool = False
         if kind == "qwen2":
             for name in ("q_proj", "k_proj", "v_proj"):
                 rows = weights[f"{prefix}self_attn.{name}.weight"].shape[0]
-                weights[f"{prefix}self_attn.{name}.bias"] = generator.standard_normal(rows).astype(np.float32)
+                weights[f"{prefix}self_attn.{name}.bias"] = np.asarray(generator.standard_normal(rows), np.float32)
         if kind == "qwen3":
             for name in ("q_norm", "k_norm"):
                 weights[f"{prefix}self_attn.{name}.weight"] = np.ones(config["head_dim"], np.float32)
