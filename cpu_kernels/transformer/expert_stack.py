@@ -9,7 +9,7 @@ import numpy as np
 from cpu_kernels.packed_rows.layout import BLOCK_TOKENS, CODEBOOK_SIZE, TABLE_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_gathered
-from cpu_kernels.transformer.experts_prompt import add_expert_biases, expert_gemm, expert_half_gemm
+from cpu_kernels.transformer.experts_prompt import expert_gemm, expert_half_gemm
 from cpu_kernels.transformer.gemv import HALVES
 from cpu_kernels.transformer.projection import Batch, row_bytes
 
@@ -92,8 +92,9 @@ class ExpertStack:
                 error = batch.quantization_error(thread_pool).buffers[1:]
                 thread_pool.run(expert_gemm, *arguments, *error, result, 0)
                 out[:, first_column : first_column + self.rows] += result
-        if len(self.biases):
-            thread_pool.run(add_expert_biases, self.biases, *place, out, first_column)
+        columns = slice(first_column, first_column + self.rows)
+        for bias, start, count in zip(self.biases, slots.starts, slots.counts, strict=False):
+            out[start : start + count, columns] += bias
 
 
 class ExpertSlots:

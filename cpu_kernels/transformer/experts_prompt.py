@@ -71,17 +71,6 @@ def expert_half_gemm(isa, halves, rows, starts, counts, x, y, first_column, thre
 
 
 @numba.njit(cache=True, nogil=True)
-def add_expert_biases(biases, starts, counts, y, first_column, thread, threads):
-    """Add each expert's bias, float32 [experts, rows], to its slots, as `expert_gemm` places them."""
-    rows = biases.shape[1]
-    first, last = rows * thread // threads, rows * (thread + 1) // threads
-    for e in range(len(counts)):
-        for slot in range(starts[e], starts[e] + counts[e]):
-            for k in range(first, last):
-                y[slot, first_column + k] += biases[e, k]
-
-
-@numba.njit(cache=True, nogil=True)
 def sum_experts_prompt(experts, slot_outputs, slots, weights, scores, dense_out, out, thread, threads):
     """Compute a thread's share of the tokens' weighted sums of their experts' outputs, the best first.
 

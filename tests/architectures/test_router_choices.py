@@ -18,9 +18,6 @@ from tritgguf.reference.model import ReferenceModel
 from tritgguf.runtime.expert_pass import ExpertPass
 from tritgguf.sources.open import open_source
 
-MIXTURES = [
-    name for name, (model_type, _) in families.FAMILIES.items() if "moe" in model_type or "mixtral" in model_type
-]
 TOKENS = np.random.default_rng(3).integers(0, 256, 256).tolist()
 
 
@@ -55,7 +52,7 @@ def our_choices(file: GgufFile, monkeypatch: pytest.MonkeyPatch) -> list[np.ndar
     return found
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", families.MIXTURES)
 def test_choices_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = families.write_random_family(tmp_path / "model", name)
     convert(folder, tmp_path / "model.gguf", depth=2)
