@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
@@ -10,12 +10,13 @@ from gguf import GGUFValue, GGUFValueType, LlamaFileType
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_writer import PlannedTensor
 from tritgguf.formats.stacks import matrix_count
-from tritgguf.sources.source import Source
 
 
-def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: str) -> dict[str, GGUFValue]:
-    """Return the source's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
-    metadata = dict(source.metadata)
+def file_metadata(
+    of_model: Mapping[str, GGUFValue], plan: list[PlannedTensor], encoder: str, depths: str
+) -> dict[str, GGUFValue]:
+    """Return the model's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
+    metadata = dict(of_model)
     # llama.cpp has no file type for this mix; GUESSED means that the tensors' types decide.
     metadata["general.file_type"] = GGUFValue(int(LlamaFileType.GUESSED), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)

@@ -174,7 +174,7 @@ def plan_conversion(
         # Checkpoints may store block 10 before block 2.
         tensors.sort(key=lambda tensor: block_index(tensor.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    metadata = file_metadata(source, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
+    metadata = file_metadata(source.metadata, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 

@@ -104,10 +104,8 @@ def plan_recovery(
         return RecoveryPlan(Recover().name, fits)
     message = _describe_misfits(source, found)
     if must_fit:
-        both = Recover(quantizer).name
-        raise TritGgufError(
-            f"{message}; --encoder {both} quantizes those again, --encoder {quantizer.name} all of them"
-        )
+        both = f"--encoder {Recover(quantizer).name} quantizes those again"
+        raise TritGgufError(f"{message}; {both}, --encoder {quantizer.name} all of them")
     return RecoveryPlan(encoder.name, fits, [f"{message}; quantized by {quantizer.name}"])
 
 

@@ -69,8 +69,7 @@ def export(
         base_model: hub id of the source model for the model card; None means the one that the file names.
         threads: processor cores to use; None means all.
         overwrite: whether an existing file may be replaced; a folder is never replaced.
-        progress: called after every tensor, or matrix of a stack, with its name, the bytes of the file done and
-            their total.
+        progress: called after every tensor or expert with its name, the bytes of the file done and their total.
 
     Raises:
         TritGgufError: bad input, or the output cannot be written; no output is left.
