@@ -53,7 +53,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
     "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
     "qwen3-moe": ("qwen3_moe", {"head_dim": 64, **_EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
-    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8}),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8, "num_key_value_heads": 4}),  # as llama.cpp wants it
     "granite-moe": ("granitemoe", {**_EXPERTS, **_GRANITE, "num_local_experts": 8}),
     "granite-moe, shared expert": (
         "granitemoeshared",
