@@ -6,32 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_bytes import ARRAY, STRING, UINT32, GgufBytes, floats, key, string, tensor
+from gguf_bytes import floats, stack_bytes
 from reference_decoding import decode
 
-from cpu_kernels.packed_rows.pack import pack
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.integrity import check
 from tritgguf.formats.stacks import matrix_names, matrix_shape, split_matrix_name
-from tritgguf.formats.trit_types import codebook_key
 
 MATRICES, ROWS, COLUMNS, DEPTH = 3, 5, 128, 2
 BOOKS = np.sort(np.random.default_rng(0).random((MATRICES, 27), np.float32))
-
-
-def stack_bytes(codebook: bytes, shape: tuple[int, ...] = (MATRICES, ROWS, COLUMNS)) -> GgufBytes:
-    """Return a file with a stack `w` of random levels."""
-    generator = np.random.default_rng(1)
-    levels = generator.integers(0, 9, (MATRICES * ROWS, COLUMNS), dtype=np.uint8)
-    indices = generator.integers(0, 27, (MATRICES * ROWS, COLUMNS // 16), dtype=np.uint8)
-    keys = [
-        key("general.architecture", STRING, string("llama")),
-        key("trit.version", UINT32, (1).to_bytes(4, "little")),
-        key(codebook_key("w"), ARRAY, codebook),
-    ]
-    return GgufBytes(keys, [tensor("w", shape, 10000 + DEPTH, 0)], pack(levels, indices, DEPTH).tobytes())
 
 
 def of_length(entries: int) -> bytes:
