@@ -65,10 +65,12 @@ class Step(ABC):
             fraction = self.vectors.multiply_low(fraction, radix)
         return fraction
 
-    def interleave(self, low: ir.Value, high: ir.Value) -> ir.Value:
-        """Interleave two <lanes x i32> of 16-bit values to <2 * lanes x i16>, low first."""
-        builder = self.vectors.builder
-        return self.as_16_bit(builder.or_(low, builder.shl(high, self.vectors.constant(I32, 16, self.lanes))))
+    def replace_high(self, value: ir.Value, high: ir.Value) -> ir.Value:
+        """Return the low halves of each 32-bit lane of `value`, <2 * lanes x i16>, with `high`, <lanes x i32>."""
+        lanes = 2 * self.lanes
+        shifted = self.as_16_bit(self.vectors.builder.shl(high, self.vectors.constant(I32, 16, self.lanes)))
+        order = [lane + lane % 2 * lanes for lane in range(lanes)]
+        return self.vectors.builder.shuffle_vector(value, shifted, ir.Constant(vector(I32, lanes), order))
 
     def as_16_bit(self, value: ir.Value) -> ir.Value:
         """View <lanes x i32> as <2 * lanes x i16>."""
@@ -336,11 +338,9 @@ def depth_2(step: Step) -> ir.Value:
     vectors = step.vectors
     step.extract_digits(step.plane(2, 0), 9, range(5))
     b, c = step.plane(1, 2), step.shared_plane(2, 6)
-    twice = step.interleave_words(b, b)
-    for pair in (5, 6):
-        power = 81 ** (pair - 5)
-        fraction = vectors.multiply_low(twice, (power, 9 * power))
-        step.use_levels(pair, vectors.multiply_high(fraction, 9))
+    fraction = step.interleave_words(b, vectors.multiply_low(b, 9))
+    step.use_levels(5, vectors.multiply_high(fraction, 9))
+    step.use_levels(6, vectors.multiply_high(vectors.multiply_low(fraction, 81), 9))
     factors = [factor for own in step.lane_factors((1, 9)) for factor in (9**4, own)]
     last = vectors.multiply_low(step.interleave_words(b, c), factors)
     step.use_levels(7, vectors.multiply_high(last, 9))
@@ -353,15 +353,14 @@ def depth_3(step: Step) -> ir.Value:
     trits_0 = vectors.multiply_high(step.extract_digits(step.plane(2, 0), 27, range(3)), 3)
     trits_1 = vectors.multiply_high(step.extract_digits(step.plane(2, 2), 27, range(3, 6)), 3)
     b = step.plane(1, 4)
-    fraction = vectors.multiply_low(step.interleave_words(b, b), (1, 27))
+    fraction = step.interleave_words(b, vectors.multiply_low(b, 27))
     step.use_levels(6, vectors.multiply_high(fraction, 27))
-    alone = step.as_16_bit(vectors.widen(b))
-    seventh = vectors.multiply_high(vectors.multiply_low(alone, 27**2), 27)
+    last_two = vectors.multiply_high(vectors.multiply_low(fraction, 27**2), (27, 3))
     last = step.weighted_sum(trits_1, (1, 0), addend=step.weighted_sum(trits_0, (9, 3)))
-    step.use_levels(7, step.interleave(step.as_32_bit(seventh), last))
-    middle = vectors.multiply_high(vectors.multiply_low(alone, 27**3), 3)
+    step.use_levels(7, step.replace_high(last_two, last))
     d = vectors.multiply_high(vectors.multiply_low(step.shared_plane(4, 10), step.lane_factors((1, 3, 9, 27))), 3)
-    return step.weighted_sum(middle, (3, 0), addend=step.weighted_sum(trits_1, (0, 9), addend=vectors.widen(d)))
+    low = step.as_32_bit(step.interleave_words(d, vectors.constant(I16, 0, step.lanes)))
+    return step.weighted_sum(last_two, (0, 3), addend=step.weighted_sum(trits_1, (0, 9), addend=low))
 
 
 def depth_4(step: Step) -> ir.Value:
@@ -371,10 +370,11 @@ def depth_4(step: Step) -> ir.Value:
     for plane in range(3):
         rest = step.extract_digits(step.plane(2, 2 * plane), 81, range(2 * plane, 2 * plane + 2))
         joined.append(step.weighted_sum(vectors.multiply_high(rest, 9), (9, 1)))
-    step.use_levels(6, step.interleave(joined[0], joined[1]))
+    step.use_levels(6, step.replace_high(step.as_16_bit(joined[0]), joined[1]))
     c = step.shared_plane(2, 12)
     last = vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((1, 81))), 81)
-    step.use_levels(7, step.interleave(joined[2], vectors.widen(last)))
+    seventh = step.interleave_words(vectors.constant(I16, 0, step.lanes), last)
+    step.use_levels(7, vectors.builder.or_(step.as_16_bit(joined[2]), seventh))
     high = vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((81**2, 3 * 81**2))), 3)
     factors = step.lane_factors((1, 9, 81, 729))
     low = vectors.multiply_high(vectors.multiply_low(step.shared_plane(4, 13), factors), 9)

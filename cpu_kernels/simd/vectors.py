@@ -26,6 +26,7 @@ _POWER_OF_TWO = (
     0.00015347320004366338,
 )
 _LOWEST_POWER = -125.0  # below, powers of two are taken to be zero: the result would be no normal number
+_BY_ADDING = (3,)  # factors that LLVM replaces with shifts and additions
 _BYTES = {I8: 1, I16: 2, I32: 4, HALF: 2, FLOAT: 4}
 
 
@@ -125,6 +126,12 @@ class Vectors:
         """Zero-extend lanes to 32 bits."""
         return self.builder.zext(value, vector(I32, value.type.count))
 
+    def _registers(self, value: ir.Value) -> list[ir.Value]:
+        """Return the vectors of a register's size that make up a vector."""
+        if 8 * _BYTES[value.type.element] * value.type.count <= self._register_bits:
+            return [value]
+        return [part for half in self.split(value) for part in self._registers(half)]
+
     def _in_registers(self, operation: Callable[..., ir.Value], *operands: ir.Value) -> ir.Value | None:
         """Apply `operation` to both halves of operands that fill two registers; None for operands that fit one."""
         if all(8 * _BYTES[operand.type.element] * operand.type.count <= self._register_bits for operand in operands):
@@ -153,6 +160,8 @@ class Vectors:
 
     def multiply_low(self, value: ir.Value, factors: Sequence[int] | int) -> ir.Value:
         """Return value * factor mod 65536 of 16-bit lanes: the fraction with leading digits shifted out."""
+        if factors in _BY_ADDING:
+            return self.builder.mul(value, self.constant(I16, factors, value.type.count))
         return self.builder.mul(value, self.factors(factors, value.type.count))
 
     def factors(self, factors: Sequence[int] | int, lanes: int) -> ir.Value:
@@ -197,12 +206,17 @@ class Vectors:
         }[lanes]
         return self.builder.add(accumulator, self.call(name, accumulator.type, left, right))
 
-    def keep(self, value: ir.Value) -> ir.Value:
-        """Return a value that LLVM takes for a new one: it does not regroup the operations before and after."""
+    def keep(self, value: ir.Value, after: Sequence[ir.Value] = ()) -> ir.Value:
+        """Return a value that LLVM takes for a new one: it does not regroup the operations before and after.
+
+        What uses it comes behind what computes the vectors `after`, in the program, not in the processor.
+        """
         if self.isa in (AVX2, AVX2_VNNI):
-            function = ir.FunctionType(value.type, [value.type])
+            after = [part for other in after for part in self._registers(other)]
+            function = ir.FunctionType(value.type, [value.type, *(other.type for other in after)])
             register = "r" if isinstance(value.type, ir.IntType) else "v"
-            return self.builder.asm(function, "", f"={register},0", [value], side_effect=False)
+            constraint = ",".join([f"={register}", "0", *["v"] * len(after)])
+            return self.builder.asm(function, "", constraint, [value, *after], side_effect=False)
         return value
 
     def dot_quads(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
