@@ -49,7 +49,7 @@ class Vectors:
         if keep_constants and isa in (AVX2, AVX2_VNNI):
             self._kept = {}
         self._register_bits = 512 if isa >= AVX512_NO_VNNI else 256
-        self._vnni = isa in (AVX2_VNNI, AVX512)
+        self.has_quads = isa in (AVX2_VNNI, AVX512)
 
     def constant(self, element: ir.Type, values: Sequence[int] | float, lanes: int) -> ir.Constant:
         """Return a constant vector: `values` repeated to fill the lanes."""
@@ -225,7 +225,7 @@ class Vectors:
         The sum of two neighbouring products has to fit 16 bits: `left` is at most 128.
         """
         lanes = left.type.count
-        if self._vnni:
+        if self.has_quads:
             name = f"llvm.x86.avx512.vpdpbusd.{8 * lanes}"
             whole = self._in_registers(self.dot_quads, accumulator, left, right)
             return whole or self.call(name, accumulator.type, accumulator, left, right)

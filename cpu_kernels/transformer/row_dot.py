@@ -13,7 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.packed_rows.extract import EXTRACT, GroupLanes, RowPair
+from cpu_kernels.packed_rows.extract import EXTRACT
+from cpu_kernels.packed_rows.group_lanes import GroupLanes, RowPair
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd.lookup import PairLookup
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
@@ -21,6 +22,7 @@ from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
 _LANES = 16  # groups of a step
 _REST_LANES = (8, 4)  # groups behind the last whole step
 _REGISTER_LANES = 8  # groups of a row that are multiplied at once, if there are two rows
+_DEPTH_OF_PAIRS = 3  # up to it a group's products of 8-bit numbers, added in pairs, fit 16 bits: 8 * 26 * 127
 # Prefetch distance. Without prefetching, decode from memory ran at half the speed: the extraction fills the reorder
 # buffer, so few loads are in flight.
 _PREFETCH_BYTES = 8192
@@ -128,7 +130,8 @@ class _TwoRows(_Row):
                 group = vectors.keep(vectors.builder.add(group, I64(_REGISTER_LANES)), after=[sums[0], indices[0]])
             offsets, own_scales = self._offsets_and_scales(group, _REGISTER_LANES)
             both = vectors.join(offsets, offsets)
-            step = RowPair(vectors, rows, self._integers, self._bits, self._groups, group, both)
+            small = self._depth <= _DEPTH_OF_PAIRS
+            step = RowPair(vectors, rows, self._integers, self._bits, self._groups, group, both, small_levels=small)
             indices.append(EXTRACT[self._depth](step))
             sums.append(step.sums)
             scales.append(vectors.join(own_scales, own_scales))
