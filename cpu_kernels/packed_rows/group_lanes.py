@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from cpu_kernels.packed_rows.extract import PackedGroups
 from cpu_kernels.packed_rows.layout import QUADS
-from cpu_kernels.simd.lookup import PairLookup
+from cpu_kernels.simd.pair_lookup import PairLookup
 from cpu_kernels.simd.vectors import I8, I16, I64, Vectors
 
 

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from cpu_kernels.packed_rows.extract import EXTRACT
 from cpu_kernels.packed_rows.group_lanes import GroupLanes, RowPair
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
-from cpu_kernels.simd.lookup import PairLookup
+from cpu_kernels.simd.pair_lookup import PairLookup
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
 
 _LANES = 16  # groups of a step
@@ -124,7 +124,9 @@ class _TwoRows(_Row):
                 self._add_to(self._totals[3 + r], row, group, lanes)
             return
         vectors, parts = self._vectors, (0, 1) if lanes == _LANES else (2,)
-        sums, scales, indices = [], [], []
+        sums: list[ir.Value] = []
+        indices: list[ir.Value] = []
+        scales = []
         for _ in parts:
             if sums:  # both parts at once are more than the registers hold
                 group = vectors.keep(vectors.builder.add(group, I64(_REGISTER_LANES)), after=[sums[0], indices[0]])

@@ -1,4 +1,4 @@
-"""Look-up of floats in a table of 32 for two rows at once, with byte shuffles."""
+"""Look-up of floats in a table of 32, with byte shuffles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BYTES = 2 * _LANE_BYTES
 
 
 class PairLookup:
-    """A table of 32 floats in four planes of bytes, from which two rows of 16 indices are looked up at once.
+    """A table of 32 floats in four planes of bytes, in which two vectors of 16 indices are looked up at once.
 
     A permutation of floats (`vpermps`) takes four tables of 8 and six blends for 16 indices, and is slow on some
     processors. A byte shuffle takes 32 indices, but tables of 16, so a plane has two tables: the one that does not
@@ -44,7 +44,7 @@ class PairLookup:
         return vectors.isa in (AVX2, AVX2_VNNI)
 
     def find(self, indices: Sequence[ir.Value]) -> list[ir.Value]:
-        """Return the floats at the indices of two rows, <16 x i16> or <16 x i32> below 32: <16 x float> each."""
+        """Return the floats at two vectors of indices, <16 x i16> or <16 x i32> below 32: <16 x float> each."""
         vectors, builder = self._vectors, self._vectors.builder
         packed = self._pack(indices)
         low = builder.add(packed, self._constants[0])
@@ -56,16 +56,14 @@ class PairLookup:
         rows = []
         for row in range(2):
             low_half, high_half = (vectors.interleave_halves(planes[k], planes[k + 1], row) for k in (0, 2))
-            words = [builder.bitcast(half, vector(I16, _BYTES // 2)) for half in (low_half, high_half)]
-            floats = [
-                builder.bitcast(vectors.interleave_halves(*words, half), vector(FLOAT, _BYTES // _FLOAT_BYTES))
-                for half in range(2)
-            ]
+            low, high = (builder.bitcast(half, vector(I16, _BYTES // 2)) for half in (low_half, high_half))
+            found = [vectors.interleave_halves(low, high, half) for half in range(2)]
+            floats = [builder.bitcast(half, vector(FLOAT, _BYTES // _FLOAT_BYTES)) for half in found]
             rows.append(vectors.join(*floats))
         return rows
 
     def _pack(self, indices: Sequence[ir.Value]) -> ir.Value:
-        """Return both rows' indices as bytes: of row 0 groups 0 to 3 and 8 to 11, the same of row 1; then the others.
+        """Return all indices as bytes: 0 to 3 and 8 to 11 of the first vector, then of the second; then the others.
 
         So the interleaving of bytes and then of words, within halves of a register, puts neighbours beside each other.
         """

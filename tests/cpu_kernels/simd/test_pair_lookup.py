@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import pytest
@@ -9,17 +11,17 @@ from numba import types
 from numba.extending import intrinsic
 
 from cpu_kernels.simd import instruction_set, variants
-from cpu_kernels.simd.lookup import PairLookup
+from cpu_kernels.simd.pair_lookup import PairLookup
 from cpu_kernels.simd.vectors import I16, Vectors
 
 _AVX2 = [isa for isa in (variants.AVX2, variants.AVX2_VNNI) if isa in instruction_set.supported()]
 
 
 @intrinsic
-def _find(typing_context, isa, table, narrow, wide, out):
+def _find(typing_context: Any, isa: Any, table: Any, narrow: Any, wide: Any, out: Any) -> Any:
     """Look up uint16 [2, 16] at `narrow`, in the order of `PairLookup`, and the same of `wide`: float32 [2, 2, 16]."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vectors = Vectors(builder, isa.count)
         _, table, narrow, wide, out = arguments
         lookup = PairLookup(vectors, table)
@@ -34,7 +36,7 @@ def _find(typing_context, isa, table, narrow, wide, out):
 
 
 @numba.njit(nogil=True)
-def _run(isa, table, narrow, wide, out):
+def _run(isa: tuple[int, ...], table: np.ndarray, narrow: np.ndarray, wide: np.ndarray, out: np.ndarray) -> None:
     _find(isa, table.ctypes.data, narrow.ctypes.data, wide.ctypes.data, out.ctypes.data)
 
 
