@@ -11,6 +11,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
+from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
@@ -77,8 +78,8 @@ def plan_recovery(
         source.release(name)
 
     if is_automatic:
-        for index in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
-            search(names[index])
+        for name in _probes(names):
+            search(name)
         if not any(map(_is_recovered, found.values())):
             return RecoveryPlan(quantizer.name)
     elif must_fit and not names:
@@ -99,6 +100,19 @@ def plan_recovery(
             f"{message}; --encoder {both} quantizes those again, --encoder {quantizer.name} all of them"
         )
     return RecoveryPlan(encoder.name, fits, [f"{message}; quantized by {quantizer.name}"])
+
+
+def holds_trits(source: Source, names: Sequence[str], thread_pool: ThreadPool) -> bool:
+    """Return whether one of a few matrices holds dequantized trits, so that `Automatic` searches them all."""
+    probes = ((name, source.rows(name).held()) for name in _probes(names))
+    fits = {name: find_fit(rows, deepest=max(DEPTHS), thread_pool=thread_pool) for name, rows in probes}
+    return any(map(_is_recovered, fits.values()))
+
+
+def _probes(names: Sequence[str]) -> list[str]:
+    """Return a few names, evenly spaced."""
+    indices = np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int))
+    return [names[index] for index in indices]
 
 
 def _is_recovered(fit: Fit | NoFit) -> bool:
