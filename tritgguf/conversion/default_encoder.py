@@ -16,8 +16,9 @@ from tritgguf.conversion.depths import DepthOptions
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.conversion.plan import requested_depths
 from tritgguf.conversion.recovery import holds_trits
-from tritgguf.errors import MissingExtraError
-from tritgguf.reference.model import require_torch
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.stacks import matrix_names
+from tritgguf.reference.decoder_blocks import check_blocks
 from tritgguf.sources.source import Source
 
 DEEPEST_TO_CALIBRATE = 2
@@ -48,16 +49,17 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
 
     """
     requested_depths(source, options)
-    matrices = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
-    if any(source.packed(name) for name in matrices):
+    tensors = [tensor for tensor in source.tensors if quantized_tensor(tensor.name)]
+    if any(source.packed(tensor.name) for tensor in tensors):
         return DefaultEncoder(Automatic())
     if options.layer_depth > DEEPEST_TO_CALIBRATE:
         return DefaultEncoder(Automatic(ScaleSearch()))
-    if holds_trits(source, matrices, ThreadPool(threads)):
+    names = [name for tensor in tensors for name in matrix_names(tensor.name, tensor.shape)]
+    if holds_trits(source, names, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
     try:
-        require_torch()
-    except MissingExtraError as error:
+        check_blocks(source)
+    except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
         return DefaultEncoder(Automatic(V2()), [f"{lost}: {error}"])
     seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)

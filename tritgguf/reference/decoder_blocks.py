@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.experts import COUNT_KEY
 from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
+from tritgguf.errors import TritGgufError
 from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.model import head_counts, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
@@ -39,6 +41,17 @@ class _StopForwardError(Exception):
     """Raised by a hook to skip the rest of a forward pass."""
 
 
+def check_blocks(source: Source) -> None:
+    """Raise TritGgufError if text cannot be sent through the blocks of a source: torch is missing, or it has experts."""
+    require_torch()
+    count = source.metadata.get(f"{source.metadata['general.architecture'].value}.{COUNT_KEY}")
+    if count is not None and count.value:
+        raise TritGgufError(
+            f"{source.name}: text cannot be sent through the blocks of a mixture of experts yet; convert it with"
+            " --encoder best, or with an importance matrix (--imatrix)"
+        )
+
+
 class DecoderBlocks:
     """The decoder blocks of a source, in float32.
 
@@ -47,7 +60,7 @@ class DecoderBlocks:
     """
 
     def __init__(self, source: Source, *, threads: int | None = None) -> None:
-        require_torch()
+        check_blocks(source)
         import torch
 
         self._source, self._threads = source, threads
