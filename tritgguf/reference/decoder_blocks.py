@@ -42,7 +42,7 @@ class _StopForwardError(Exception):
 
 
 def check_blocks(source: Source) -> None:
-    """Raise TritGgufError if text cannot be sent through the blocks of a source: torch is missing, or it has experts."""
+    """Raise TritGgufError if text cannot be sent through the blocks: torch is missing, or the source has experts."""
     require_torch()
     count = source.metadata.get(f"{source.metadata['general.architecture'].value}.{COUNT_KEY}")
     if count is not None and count.value:
