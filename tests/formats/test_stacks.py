@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf_bytes import floats, stack_bytes
@@ -14,6 +15,7 @@ from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.integrity import check
 from tritgguf.formats.stacks import matrix_names, matrix_shape, split_matrix_name
+from tritgguf.formats.trit_types import register_with_gguf
 
 MATRICES, ROWS, COLUMNS, DEPTH = 3, 5, 128, 2
 BOOKS = np.sort(np.random.default_rng(0).random((MATRICES, 27), np.float32))
@@ -58,6 +60,12 @@ def test_every_matrix_has_its_codebook(tmp_path: Path, own: bool) -> None:
     file.release("w", 1)
     file.release("w")
     np.testing.assert_array_equal(file.read_rows("w", 0, 15), expected)
+
+
+def test_gguf_pys_reader_knows_stacks(tmp_path: Path) -> None:
+    register_with_gguf()
+    (found,) = gguf.GGUFReader(stack_bytes(of_length(81)).write(tmp_path / "a.gguf")).tensors
+    assert (found.tensor_type.name, found.data.shape) == ("TRIT2", (MATRICES, ROWS, 56))
 
 
 @pytest.mark.parametrize("entries", [0, 26, 28, 54, 80, 82, 108])
