@@ -69,7 +69,7 @@ def test_roundtrip_notices(
 
 def test_roundtrip_of_a_folder(run: Callable[..., str], tmp_path: Path) -> None:
     lines = run(recover_roundtrip.main, write_tiny_model(tmp_path / "model")).splitlines()
-    assert lines[0].startswith("model.layers.0.mlp.down_proj.weight has a group of weights")
+    assert lines[0].startswith("blk.0.ffn_down.weight has a group of weights")
     assert "recovered none; no exact fit 14" in lines[-2]
 
 
