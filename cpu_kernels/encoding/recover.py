@@ -6,9 +6,9 @@ float32 number, as an integer; these integers sort like the numbers.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import intrinsic, types
 from cpu_kernels.simd.variants import as_type
 from cpu_kernels.simd.vectors import FLOAT, I8, I16, I32, Vectors, vector
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.extract import D3, D4
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, BLOCK_TOKENS, GROUP_SIZE, TILE_ROWS
 from cpu_kernels.packed_rows.unpack import unpack_tile

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, GroupLanes
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, WORDS_PER_BLOCK
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
