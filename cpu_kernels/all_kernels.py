@@ -109,7 +109,7 @@ def _encoding() -> Signatures:
             (array_type(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),
         ],
         recover.find_misfits: [(halves, entries, _integers(2), *_SHARE)],
-        recover.encode_halves: [(halves, entries, _bytes(2), _bytes(3), _bytes(2), *_SHARE)],
+        recover.encode_halves: [(halves, entries, _bytes(2), _bytes(3), _bytes(2), array_type(np.int64, 3), *_SHARE)],
         **{packer: [(_bytes(3), _bytes(2), array_type(np.uint16, 2), *_SHARE)] for packer in packers},
         unpack._scale_rows: [(_bytes(2), _bytes(2), _floats(1), _INTEGER, _floats(2), *_SHARE)],
         check_words.first_damaged_row: [(array_type(np.uint16, 2), _INTEGER)],

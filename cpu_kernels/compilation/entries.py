@@ -14,30 +14,31 @@ _POINTER = _I8.as_pointer()
 PREFIX = "kernel_entry."  # of the names of entries
 
 
-def result_kind(result: Any) -> str:
-    """Return the name of a result's type, see `loader.MachineCode`; TypeError for what a kernel cannot return."""
+def result_kinds(result: Any) -> list[str]:
+    """Return the kinds of a kernel's results, see `loader.MachineCode`; TypeError for what it cannot return."""
     if result == types.none:
-        return "none"
-    if isinstance(result, types.Boolean):
-        return "bool"
-    if isinstance(result, types.Integer):
-        return "int"
-    if isinstance(result, types.Float):
-        return "float"
-    raise TypeError(f"a kernel returns a number or nothing, not {result}")
+        return []
+    return [_kind(item) for item in (result.types if isinstance(result, types.BaseTuple) else [result])]
+
+
+def _kind(result: Any) -> str:
+    for kind, kind_type in (("bool", types.Boolean), ("int", types.Integer), ("float", types.Float)):
+        if isinstance(result, kind_type):
+            return kind
+    raise TypeError(f"a kernel returns numbers or nothing, not {result}")
 
 
 def entry(context: Any, compiled: Any, name: str) -> Any:
-    """Return a module with the entry of a compiled function: `int32 name(int64 *slots)`, see `signature`.
+    """Return a module with the entry of a compiled function: `int32 name(int64 *slots, int64 *results)`.
 
-    The result is put into the first slot, the arguments are in the others. It returns 0, or 1 after an error.
+    `signature` says what slots are. The entry returns 0, or 1 after an error.
     """
     module = context.create_module(f"entry.{name}")
     descriptor = compiled.fndesc
     callee = ir.Function(
         module, context.call_conv.get_function_type(descriptor.restype, descriptor.argtypes), descriptor.llvm_func_name
     )
-    function = ir.Function(module, ir.FunctionType(_I32, [_I64.as_pointer()]), name)
+    function = ir.Function(module, ir.FunctionType(_I32, [_I64.as_pointer()] * 2), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     slots = _Slots(context, builder, function.args[0])
     arguments = [slots.take(type_) for type_ in descriptor.argtypes]
@@ -46,12 +47,14 @@ def entry(context: Any, compiled: Any, name: str) -> Any:
     )
     with builder.if_then(status.is_error, likely=False):
         builder.ret(_I32(1))
-    if (kind := result_kind(descriptor.restype)) != "none":
-        if kind == "float":
-            result = builder.bitcast(context.cast(builder, result, descriptor.restype, types.float64), _I64)
-        else:
-            result = context.cast(builder, result, descriptor.restype, types.int64)
-        builder.store(result, function.args[0])
+    is_tuple = isinstance(descriptor.restype, types.BaseTuple)
+    for number, kind in enumerate(result_kinds(descriptor.restype)):
+        value, type_ = result, descriptor.restype
+        if is_tuple:
+            value, type_ = builder.extract_value(result, number), type_.types[number]
+        bits = context.cast(builder, value, type_, types.float64 if kind == "float" else types.int64)
+        place = builder.gep(function.args[1], [_I64(number)])
+        builder.store(builder.bitcast(bits, _I64) if kind == "float" else bits, place)
     builder.ret(_I32(0))
     return module
 
@@ -61,7 +64,7 @@ class _Slots:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, slots: ir.Value) -> None:
         self._context, self._builder, self._slots = context, builder, slots
-        self._next = 1  # behind the result
+        self._next = 0
 
     def _load(self) -> ir.Value:
         value = self._builder.load(self._builder.gep(self._slots, [_I64(self._next)]))

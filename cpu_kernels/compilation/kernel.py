@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 Memo = dict[tuple["Kernel", int], tuple[tuple[Any, ...], signature.Type, list[int]]]
 compilation_listeners: list[Callable[[], None]] = []  # called before anything is compiled
+_READ: dict[str, Callable[[int], Any]] = {
+    "int": int,
+    "bool": bool,
+    "float": lambda bits: struct.unpack("d", struct.pack("q", bits))[0],
+}
 _one_at_a_time = threading.RLock()
 
 
@@ -73,7 +78,7 @@ class Kernel(InnerFunction):
 
         What tuples were found to be is kept in `memo` until the kernel is called with others.
         """
-        types, slots = [], [0]
+        types, slots = list[signature.Type](), list[int]()
         for number, argument in enumerate(arguments):
             if memo is None or not isinstance(argument, tuple):
                 types.append(signature.describe(argument, slots))
@@ -140,16 +145,16 @@ class Call:
 
     def run(self, thread: int | None = None) -> Any:
         """Run the kernel and return its result; `thread` replaces the last argument but one."""
-        slots = self._slots[:]
+        slots, kinds = self._slots, self._code.results
         if thread is not None:
+            slots = slots[:]
             slots[-2] = thread
-        if self._code.entry(slots.buffer_info()[0]):
+        results = array("q", bytes(8 * len(kinds)))
+        if self._code.entry(slots.buffer_info()[0], results.buffer_info()[0]):
             raise RuntimeError(
                 f"{self._kernel.py_func.__name__} has failed, for want of memory or by a division by zero"
             )
-        kind = self._code.result
-        if kind == "none":
+        if not kinds:
             return None
-        if kind == "float":
-            return struct.unpack("d", slots[:1].tobytes())[0]
-        return bool(slots[0]) if kind == "bool" else slots[0]
+        values = tuple(_READ[kind](number) for kind, number in zip(kinds, results, strict=True))
+        return values if len(values) > 1 else values[0]

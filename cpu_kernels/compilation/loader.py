@@ -11,25 +11,27 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 
+_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+
 
 class MachineCode(NamedTuple):
     """A kernel for one combination of argument types."""
 
-    entry: Callable[[int], int]  # takes the address of the slots, the first of which is the result's; 0: no error
-    result: str  # "none", "int", "bool" or "float"
+    entry: Callable[[int, int], int]  # takes the addresses of the arguments' and the results' slots; 0: no error
+    results: list[str]  # the kind of each: "int", "bool" or "float"
 
 
-def pack(object_file: bytes, *, symbol: str, result: str, externals: list[str]) -> bytes:
+def pack(object_file: bytes, *, symbol: str, results: list[str], externals: list[str]) -> bytes:
     """Return an object file with what has to be known to load it.
 
     Args:
         object_file: in the format of the system.
         symbol: the name of the entry.
-        result: as in `MachineCode`.
+        results: as in `MachineCode`.
         externals: functions that it calls and that the process has to have.
 
     """
-    header = {"symbol": symbol, "result": result, "externals": externals}
+    header = {"symbol": symbol, "results": results, "externals": externals}
     return json.dumps(header).encode() + b"\n" + object_file
 
 
@@ -43,8 +45,8 @@ def load(content: bytes) -> MachineCode | None:
         return None
     engine.add_object_file(llvm.ObjectFileRef.from_data(object_file))
     engine.finalize_object()
-    entry = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(engine.get_function_address(header["symbol"]))
-    return MachineCode(entry, header["result"])
+    entry = _FUNCTION(engine.get_function_address(header["symbol"]))
+    return MachineCode(entry, header["results"])
 
 
 @functools.cache

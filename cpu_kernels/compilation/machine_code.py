@@ -187,6 +187,6 @@ def compile_kernel(dispatcher: Any, arguments: tuple[signature.Type, ...]) -> by
         return loader.pack(
             target.codegen()._tm.emit_object(module),
             symbol=symbol,
-            result=entries.result_kind(compiled.signature.return_type),
+            results=entries.result_kinds(compiled.signature.return_type),
             externals=[name for name in externals if not name.startswith("llvm.")],
         )

@@ -113,6 +113,15 @@ def test_results() -> None:
     assert _is_less(np.float32(2), np.float32(1)) is False
 
 
+@numba.njit(nogil=True)
+def _divide_with_rest(number: Any, by: Any) -> Any:
+    return number / by, number // by, number % by > 0
+
+
+def test_several_results() -> None:
+    assert _divide_with_rest(7, 2) == (3.5, 3, True)
+
+
 def test_an_error_in_a_kernel_is_raised() -> None:
     with pytest.raises(RuntimeError, match="_divide has failed"):
         _divide((), 7, 0)
@@ -151,7 +160,7 @@ def test_a_memo_follows_its_tuples() -> None:
 
 
 def test_machine_code_that_calls_what_is_missing_is_not_loaded() -> None:
-    content = loader.pack(b"", symbol="entry", result="none", externals=["malloc", "no_such_function"])
+    content = loader.pack(b"", symbol="entry", results=[], externals=["malloc", "no_such_function"])
     assert loader.load(content) is None
 
 
