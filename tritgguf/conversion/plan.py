@@ -13,7 +13,7 @@ import xxhash
 from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.architectures.tensor_names import kept_in_float32, quantized_tensor
 from tritgguf.conversion.depths import F16_DEPTH, DepthOptions, Sensitivities, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
@@ -45,7 +45,7 @@ class ConversionPlan:
     Attributes:
         source: the model.
         tensors: the file's tensors, in order.
-        depths: GGUF name -> requested trits per weight, 0 for tensors that are not packed.
+        depths: GGUF name of a tensor -> requested trits per weight, 0 for tensors that are not packed.
         depth: the greatest depth of the layers' matrices.
         recovery: the matrices that are recovered.
         quantizer: quantizer of the other packed matrices.
@@ -65,11 +65,13 @@ class ConversionPlan:
 
     @property
     def quantized_depths(self) -> dict[str, int]:
-        """GGUF name -> trits per weight, of the matrices that are packed and not recovered."""
+        """Name of a matrix -> trits per weight, of the matrices that are packed and not recovered."""
         return {
-            tensor.name: self.depths[tensor.name]
+            matrix: self.depths[tensor.name]
             for tensor in self.tensors
-            if trit_types.is_trit_type(tensor.type_id) and tensor.name not in self.recovery.fits
+            if trit_types.is_trit_type(tensor.type_id)
+            for matrix in tensor.matrices
+            if matrix not in self.recovery.fits
         }
 
     @property
@@ -156,24 +158,29 @@ def plan_conversion(
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
     kept = apply_rules(packable, options.choice.keep)
-    unpacked = [name for name in packable if source.packed(name) is None and kept.get(name) != F16_DEPTH]
+    unpacked = [
+        matrix
+        for tensor in source.tensors
+        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
+        for matrix in tensor.matrices
+    ]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
-    remaining = {name: weights for name, weights in packable.items() if name not in recovery.fits}
+    remaining = {name: weights for name, weights in packable.items() if name not in recovery.depths}
     depths |= _chosen_depths(source, remaining, kept, options, windows, thread_pool)
-    depths |= {name: fit.depth for name, fit in recovery.fits.items()}
+    depths |= recovery.depths
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
         # Checkpoints may store block 10 before block 2.
         tensors.sort(key=lambda tensor: block_index(tensor.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    metadata = file_metadata(source, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
+    metadata = file_metadata(source.metadata, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
 def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
     """Return the requested depth of every tensor, 0 for tensors that are not packed."""
-    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
+    packed = {tensor.name: source.packed_depth(tensor.name) for tensor in source.tensors}
     from_trits = any(packed.values())
     requested = {_EMBEDDINGS: options.embedding_depth, _HEAD: options.output_depth}
     if _HEAD not in packed:
@@ -190,17 +197,17 @@ def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
         elif (given := requested.get(name)) is not None:
             depths[name] = given
         else:
-            depths[name] = 0 if already is None else already.depth
+            depths[name] = already or 0
     return depths
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
     """Raise TritGgufError if an importance does not have one value per column of its matrix."""
-    for tensor in source.tensors:
-        given = importance.get(tensor.name)
-        if given is not None and given.shape != tensor.shape[-1:]:
+    columns = {matrix: tensor.shape[-1] for tensor in source.tensors for matrix in tensor.matrices}
+    for matrix, given in importance.items():
+        if matrix in columns and given.shape != (columns[matrix],):
             raise TritGgufError(
-                f"{source.name}: tensor {tensor.name} has {tensor.shape[-1]} columns, its importance the shape"
+                f"{source.name}: tensor {matrix} has {columns[matrix]} columns, its importance the shape"
                 f" {given.shape}; measure the importance of this model"
             )
 
@@ -235,9 +242,9 @@ def _chosen_depths(
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
-    """Choose a tensor's type in the file: F32 for vectors, trits for matrices with a depth, F16 otherwise."""
+    """Choose a tensor's type in the file: F32 for vectors and routers, trits for matrices with a depth, else F16."""
     weights = int(np.prod(shape, dtype=np.int64))
-    if len(shape) == 1:
+    if len(shape) == 1 or kept_in_float32(name):
         return PlannedTensor(name, shape, F32, 4 * weights)
     if depth and shape[-1] % trit_types.BLOCK_SIZE == 0:
         rows = weights // shape[-1]
@@ -253,11 +260,11 @@ def block_index(name: str) -> int:
 
 def _requantization_warning(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:
     """Warn if packed tensors are decoded and stored in another type."""
-    packed = [(source.packed(tensor.name), tensor.type_id) for tensor in tensors]
-    decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
+    packed = [(source.packed_depth(tensor.name), tensor.type_id) for tensor in tensors]
+    decoded = [depth for depth, type_id in packed if depth and TritType.of_depth(depth) != type_id]
     if not decoded:
         return []
-    depths = ", ".join(map(str, sorted({found.depth for found in decoded})))
+    depths = ", ".join(map(str, sorted(set(decoded))))
     return [
         f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
         " what that lost, so convert the original where you have it"
