@@ -11,10 +11,13 @@ _is_loaded = False
 
 
 def load_numba() -> Any:
-    """Import Numba, register what waits for it, and return it."""
+    """Import Numba, register what waits for it, and return it; ImportError if its settings forbid that."""
     global _is_loaded
-    numba = importlib.import_module("numba")
-    importlib.import_module("numba.extending")
+    try:
+        numba = importlib.import_module("numba")
+        importlib.import_module("numba.extending")
+    except ValueError as error:
+        raise ImportError(str(error)).with_traceback(error.__traceback__) from error
     _is_loaded = True
     while _waiting:
         _waiting.pop()()
