@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cpu_kernels.compilation import kernel_cache, signature
+from cpu_kernels.compilation.deferred import load_numba
 
 if TYPE_CHECKING:
     from cpu_kernels.compilation.loader import MachineCode
@@ -116,7 +117,11 @@ class Kernel(InnerFunction):
         return code
 
     def compile(self, types: tuple[signature.Type, ...]) -> bytes:
-        """Compile the kernel for arguments of these types; return the machine code and leave it in the cache."""
+        """Compile the kernel for arguments of these types; return the machine code and leave it in the cache.
+
+        Raises ImportError if Numba cannot be imported, and whatever Numba raises.
+        """
+        load_numba()
         from cpu_kernels.compilation.machine_code import compile_kernel
 
         content = compile_kernel(self.dispatcher, types)
