@@ -59,6 +59,24 @@ def intrinsic(emit: Callable[..., Any]) -> Any:
     return _Intrinsic(emit)
 
 
+class _ExternalFunction:
+    """A function of the system's libraries, for kernels to call."""
+
+    def __init__(self, name: str, result: str, *arguments: str) -> None:
+        self._names = name, result, arguments
+
+    @functools.cached_property
+    def _numba_type_(self) -> Any:
+        name, result, arguments = self._names
+        signature = getattr(types, result)(*[getattr(types, argument) for argument in arguments])
+        return types.ExternalFunction(name, signature)
+
+
+def external_function(name: str, result: str, *arguments: str) -> Any:
+    """Return a function of the system's libraries for kernels to call; types have Numba's names."""
+    return _ExternalFunction(name, result, *arguments)
+
+
 def overload(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Do what `numba.extending.overload` does."""
 

@@ -11,11 +11,11 @@ import platform
 from llvmlite import ir
 
 from cpu_kernels.compilation import lazy_numba as numba
-from cpu_kernels.compilation.lazy_numba import intrinsic, types
+from cpu_kernels.compilation.lazy_numba import external_function, intrinsic, types
 
 _SPINS_BEFORE_YIELDING = 2000
 _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
-_YIELD = "SwitchToThread" if platform.system() == "Windows" else "sched_yield"
+_YIELD = external_function("SwitchToThread" if platform.system() == "Windows" else "sched_yield", "int32")
 
 
 @intrinsic
@@ -54,19 +54,6 @@ def _pause(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def _yield_core(typing_context):
-    """Let another thread have this core."""
-
-    def generate(context, builder, signature, arguments):
-        module = builder.module
-        function = module.globals.get(_YIELD) or ir.Function(module, ir.FunctionType(ir.IntType(32), []), _YIELD)
-        builder.call(function, [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 @numba.njit(cache=True)
 def wait_for_all(counter, threads):
     """Return when `threads` threads have called this with the same counter, int64 [1].
@@ -83,7 +70,7 @@ def wait_for_all(counter, threads):
         if spins < _SPINS_BEFORE_YIELDING:
             _pause()
         else:
-            _yield_core()
+            _YIELD()
 
 
 @numba.njit(cache=True, nogil=True)
