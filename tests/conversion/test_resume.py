@@ -151,7 +151,7 @@ def test_two_conversions_into_one_output(tmp_path: Path) -> None:
 
 def kill_and_resume(source: Path, out: Path, delay: float) -> bool:
     """Kill a conversion after some seconds and resume it; return whether it was killed before its end."""
-    command = [sys.executable, "-m", "tritgguf", "convert", str(source), str(out), "--depth", "2"]
+    command = [sys.executable, "-m", "tritgguf", "convert", str(source), str(out), "--depth", "2", "--encoder", "v2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)

@@ -100,19 +100,28 @@ def convert_command(
 
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
+    from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
     from tritgguf.conversion.convert import convert
-    from tritgguf.conversion.depths import DepthChoice, parse_rules
-    from tritgguf.conversion.encoders import parse_encoder, with_tuning
+    from tritgguf.conversion.default_encoder import default_encoder
+    from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
+    from tritgguf.conversion.encoders import Automatic, parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
+    from tritgguf.sources.open import open_source
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
-    needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     started = _start(source)
+    if chosen == Automatic() and imatrix is None and not text_options.is_given and not choice.needs_text:
+        depths = DepthOptions(depth, output_depth, embedding_depth, choice)
+        default = default_encoder(open_source(source), depths, tokens or DEFAULT_GENERATED_TOKENS, threads)
+        chosen = default.encoder
+        for line in default.notes:
+            note(line)
+    needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
     with SavedText(target, resume=resume) as saved:
         windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
