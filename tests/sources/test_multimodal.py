@@ -69,8 +69,8 @@ def write_random(folder: Path, kind: str) -> Any:
                 elif "norm" not in name:
                     parameter.normal_(0.0, 0.2)
         model.save_pretrained(folder)
-    write_byte_tokenizer(folder)
-    return model.float().eval()
+        write_byte_tokenizer(folder)
+        return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_text_weights(model: Any, file: GgufFile) -> None:
