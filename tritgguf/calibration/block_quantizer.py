@@ -21,8 +21,8 @@ from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
-from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer
-from tritgguf.reference.decoder_blocks import Block, CachedInputs, DecoderBlocks
+from tritgguf.reference.cached_products import OutputProjection, RowBuffer
+from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks
 from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
@@ -122,17 +122,18 @@ class BlockQuantizer:
         for group in groups:
             inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), cached)
             if group[0] in projections and inputs is not None:
-                cached[projections[group[0]]] = inputs
+                projection = projections[group[0]]
+                cached[projection] = block.products(projection, inputs)
         if block.experts is not None:
-            inputs = block.expert_inputs(self._hidden, cached=cached)
-            self._quantized |= self._experts.quantize(block, routed, inputs)
+            of_experts = block.expert_inputs(self._hidden, cached=cached)
+            self._quantized |= self._experts.quantize(block, routed, of_experts)
         if self._tuning is not None:
             cached.clear()
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
         return block.forward(self._hidden, cached=cached)
 
     def _quantize_group(
-        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedInputs
+        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedProducts
     ) -> Tensor | None:
         """Quantize matrices that share an input; `original_inputs` is emptied to free memory.
 

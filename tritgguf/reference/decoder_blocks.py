@@ -19,7 +19,7 @@ import numpy as np
 from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, rows_of_half, to_hf
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
-from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
+from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.expert_layer import ExpertLayer, find_experts
 from tritgguf.reference.model import head_counts, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
@@ -34,8 +34,8 @@ _BATCH_TOKENS = 4096
 
 Observer = Callable[["Tensor"], None]
 """Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
-CachedInputs = Mapping[OutputProjection, "Tensor"]
-"""Output projection -> its inputs for all windows, float32 [windows, tokens, columns]."""
+CachedProducts = Mapping[OutputProjection, "Tensor"]
+"""Output projection -> its product for all windows, float32 [windows, tokens, width]."""
 
 
 class _StopForwardError(Exception):
@@ -96,8 +96,7 @@ class DecoderBlocks:
         weights = {name: rows_of_half(parameters[of], half) for name, (of, half) in places.items()}
         block = Block(self, index, weights, find_experts(layer, weights))
         for name in (matrix for tensor in tensors for matrix in tensor.matrices):
-            shape = block.shape(name)
-            block.set(name, to_float32(self._source.rows(name).whole()).reshape(shape))
+            block.set(name, to_float32(self._source.rows(name).whole()))
             self._source.release(name)
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
@@ -183,10 +182,6 @@ class Block:
         of_experts = [name for names in self.experts.names for name in names] if self.experts else []
         return [*self.matrices, *of_experts]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight."""
-        return tuple(self._weights(name).shape)
-
     def _weights(self, name: str) -> np.ndarray:
         """Return a weight in transformers' row order, as a view."""
         tensor, index = split_matrix_name(name)
@@ -198,8 +193,9 @@ class Block:
         return self.in_gguf_order(name, self._weights(name).copy())
 
     def set(self, name: str, weights: np.ndarray) -> None:
-        """Replace a weight, given in GGUF's row order."""
-        np.copyto(self._weights(name), self.in_hf_order(name, weights))
+        """Replace a weight, given in GGUF's row order; a vector may be a single row."""
+        place = self._weights(name)
+        np.copyto(place, self.in_hf_order(name, weights.reshape(place.shape)))
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
@@ -210,7 +206,7 @@ class Block:
         return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
 
     def forward(
-        self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedInputs | None = None
+        self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedProducts | None = None
     ) -> Tensor:
         """Return the block's output for hidden states, both float32 [windows, tokens, width].
 
@@ -263,7 +259,7 @@ class Block:
         observers: Mapping[str, Observer],
         *,
         last: str,
-        cached: CachedInputs | None = None,
+        cached: CachedProducts | None = None,
     ) -> None:
         """Call observers with the inputs of matrices.
 
@@ -271,7 +267,7 @@ class Block:
             hidden: float32 [windows, tokens, width].
             observers: GGUF name of a packed matrix -> function to call with its inputs, batch by batch.
             last: the matrix after whose observer the pass stops.
-            cached: inputs of some `output_projections`, from an earlier pass of the same hidden states. The rest of
+            cached: products of some `output_projections` for the same hidden states, from `products`. The rest of
                 their parent modules is skipped.
 
         """
@@ -280,7 +276,7 @@ class Block:
         with torch.inference_mode(), self._replaying(cached), self._observing(observers, last):
             self._blocks.run(hidden, self.index, None)
 
-    def expert_inputs(self, hidden: Tensor, *, cached: CachedInputs | None = None) -> Tensor:
+    def expert_inputs(self, hidden: Tensor, *, cached: CachedProducts | None = None) -> Tensor:
         """Return the experts' inputs, float32 [tokens, width], for hidden states [windows, tokens, width]."""
         import torch
 
@@ -303,11 +299,21 @@ class Block:
         parents = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
+    def products(self, projection: OutputProjection, inputs: Tensor) -> Tensor:
+        """Return the product of an output projection, for inputs of all windows, float32 [windows, tokens, columns]."""
+        import torch
+
+        products = RowBuffer(len(inputs))
+        with torch.inference_mode():
+            for batch in self._blocks.batches(inputs):
+                products.add(projection.linear(batch))
+        return products.rows
+
     @contextmanager
-    def _replaying(self, cached: CachedInputs | None) -> Iterator[None]:
+    def _replaying(self, cached: CachedProducts | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for projection, inputs in (cached or {}).items():
-                stack.enter_context(projection.replay(self._blocks.batches(inputs)))
+            for projection, products in (cached or {}).items():
+                stack.enter_context(projection.replay(self._blocks.batches(products)))
             yield
 
     @contextmanager
