@@ -25,7 +25,7 @@ from tritgguf.errors import TritGgufError
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SOURCE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PROGRAMS = ("llama-bench", "llama-quantize")
+PROGRAMS = ("llama-bench", "llama-quantize", "llama-imatrix")
 
 _STEM = f"{PACKAGE.replace('-', '_')}-{VERSION}"
 _SOURCE = f"{_STEM}/vendor/llama.cpp"
