@@ -18,15 +18,18 @@ from tritgguf.cli.options import (
     OutputFile,
     Overwrite,
     OwnText,
+    RecipeName,
     Resume,
     Sensitivity,
     SourceModel,
     TargetBits,
+    TargetSize,
     TextFile,
     TextSeed,
     Threads,
     Tune,
 )
+from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.cli.text_windows import TextOptions, read_windows
 from tritgguf.text_format import format_bytes
@@ -39,14 +42,7 @@ def print_conversion(report: ConvertReport) -> None:
     """Print the report of a conversion, and what to do next."""
     from tritgguf.conversion.next_steps import next_steps
 
-    print_table(
-        f"{report.source} -> {report.output}",
-        ("type", ">tensors", ">size"),
-        [
-            (name, str(count), format_bytes(report.bytes_by_type[name]))
-            for name, count in report.tensors_by_type.items()
-        ],
-    )
+    print_parts(f"{report.source} -> {report.output}", report.parts)
     rows = [
         ("bits per weight, quantized matrices", f"{report.bits_per_weight_quantized:.3f}"),
         ("bits per weight, file", f"{report.bits_per_weight_file:.3f}"),
@@ -79,12 +75,14 @@ def convert_command(
     source: SourceModel,
     output: OutputFile,
     depth: Depth = None,
+    recipe: RecipeName = None,
     output_depth: OutputDepth = None,
     embedding_depth: EmbeddingDepth = None,
     encoder: EncoderName = "auto",
     imatrix: ImatrixFile = None,
     keep: KeepRules = None,
     target_bpw: TargetBits = None,
+    target_size: TargetSize = None,
     sensitivity: Sensitivity = None,
     text: TextFile = None,
     own_text: OwnText = False,
@@ -105,10 +103,12 @@ def convert_command(
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
+    from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
-    choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
+    choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
+    chosen_recipe = None if recipe is None else parse_recipe(recipe)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
@@ -127,6 +127,7 @@ def convert_command(
                 importance=importance,
                 windows=windows,
                 choice=choice,
+                recipe=chosen_recipe,
                 threads=threads,
                 overwrite=overwrite,
                 resume=resume,
@@ -134,4 +135,4 @@ def convert_command(
             )
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
-    terminal.print_json(vars(result)) if as_json else print_conversion(result)
+    terminal.print_json(result.as_dict()) if as_json else print_conversion(result)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,28 +15,31 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.conversion.depths import F16_DEPTH, DepthOptions, Sensitivities, apply_rules
+from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
     Encoder,
     Importance,
     ImportanceSearch,
     Quantizer,
+    Recover,
     Windows,
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
-from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery
+from tritgguf.conversion.recipes import DEFAULT, EMBEDDINGS, HEAD
+from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
-from tritgguf.formats.gguf_writer import PlannedTensor
+from tritgguf.formats.gguf_writer import ALIGNMENT, PlannedTensor, planned_file_bytes
 from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
-_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
-_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure sensitivities
+_TABLES = (EMBEDDINGS, HEAD)
+_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure costs
+_CALIBRATED_COST = 0.4  # of what is measured without calibration; `docs/quality.md` has the ratios of two models
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,10 @@ class ConversionPlan:
         if not isinstance(self.quantizer, ImportanceSearch):
             return []
         known = self.quantizer.importance or {}
-        missing = [name for name in self.quantized_depths if name not in known and name != _EMBEDDINGS]
+        missing = [name for name in self.quantized_depths if name not in known and name != EMBEDDINGS]
         if not missing:
             return []
-        total = sum(name != _EMBEDDINGS for name in self.quantized_depths)
+        total = sum(name != EMBEDDINGS for name in self.quantized_depths)
         return [
             f"the importance matrix has nothing for {len(missing)} of {total} matrices ({named(missing)}), which are"
             " quantized without it; is it of this model?"
@@ -159,39 +163,81 @@ def plan_conversion(
     unpacked = [name for name in packable if source.packed(name) is None and kept.get(name) != F16_DEPTH]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
-    remaining = {name: weights for name, weights in packable.items() if name not in recovery.fits}
-    depths |= _chosen_depths(source, remaining, kept, options, windows, thread_pool)
+    free = _free_tables(source, options)
+    if recovery.fits or isinstance(encoder, Recover):
+        limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in _TABLES if name in depths}
+        recovery = recover_tables(source, recovery, limits, thread_pool, searched)
+        depths |= dict.fromkeys(free, F16_DEPTH)  # recovery changes no weight
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
+    remaining = {name: weights for name, weights in packable.items() if name not in recovery.fits}
+    if options.choice.has_target:
+        remaining |= {name: weights for name, weights in free.items() if name not in recovery.fits}
+    choice_text = options.choice.describe(options.layer_depth)
+
+    def other_bytes() -> int:
+        """Return at most how many bytes the file has besides the matrices whose depths are chosen."""
+        packed = {**depths, **dict.fromkeys(remaining, 1)}
+        planned = [planned_tensor(tensor.name, tensor.shape, packed[tensor.name]) for tensor in source.tensors]
+        metadata = file_metadata(source, planned, recovery.encoder, choice_text)
+        matrices = sum(tensor.n_bytes for tensor in planned if tensor.name in remaining)
+        return planned_file_bytes(metadata, planned) - matrices + ALIGNMENT * len(remaining)
+
+    measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool)
+    depths |= options.choice.depths(remaining, kept, options.layer_depth, measure, other_bytes)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
         # Checkpoints may store block 10 before block 2.
         tensors.sort(key=lambda tensor: block_index(tensor.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    metadata = file_metadata(source, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
+    metadata = file_metadata(source, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
 def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
     """Return the requested depth of every tensor, 0 for tensors that are not packed."""
     packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
-    from_trits = any(packed.values())
-    requested = {_EMBEDDINGS: options.embedding_depth, _HEAD: options.output_depth}
-    if _HEAD not in packed:
+    from_trits, tied = any(packed.values()), HEAD not in packed
+    given = _given_table_depths(source, options)
+    recipe = options.recipe or (None if from_trits else DEFAULT)
+    by_recipe = {} if recipe is None else recipe.depths(options.layer_depth, tied=tied)
+    depths = {}
+    for name, already in packed.items():
+        if quantized_tensor(name):
+            depths[name] = 0 if from_trits and already is None else options.layer_depth
+        elif name in given:
+            depths[name] = given[name]
+        elif name in by_recipe and (already is None or options.recipe is not None):
+            depths[name] = by_recipe[name]
+        else:
+            depths[name] = 0 if already is None else already.depth
+    return depths
+
+
+def _given_table_depths(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return the depths of the embeddings and of the output head that the user gave, by GGUF name."""
+    requested = {EMBEDDINGS: options.embedding_depth, HEAD: options.output_depth}
+    if all(tensor.name != HEAD for tensor in source.tensors):
         if None not in requested.values() and options.output_depth != options.embedding_depth:
             raise TritGgufError(
                 f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
                 " and --embedding-depth, or the same for both"
             )
-        requested[_EMBEDDINGS] = options.output_depth if options.embedding_depth is None else options.embedding_depth
-    depths = {}
-    for name, already in packed.items():
-        if quantized_tensor(name):
-            depths[name] = 0 if from_trits and already is None else options.layer_depth
-        elif (given := requested.get(name)) is not None:
-            depths[name] = given
-        else:
-            depths[name] = 0 if already is None else already.depth
-    return depths
+        either = options.output_depth if options.embedding_depth is None else options.embedding_depth
+        requested = {EMBEDDINGS: either}
+    return {name: depth for name, depth in requested.items() if depth is not None}
+
+
+def _free_tables(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return GGUF name -> number of weights, of embeddings and head whose depth neither user nor source determine."""
+    given = _given_table_depths(source, options)
+    from_trits = any(source.packed(tensor.name) for tensor in source.tensors)
+    if options.recipe is not None or from_trits:
+        return {}
+    return {
+        tensor.name: math.prod(tensor.shape)
+        for tensor in source.tensors
+        if tensor.name in _TABLES and tensor.name not in given and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
+    }
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
@@ -214,24 +260,32 @@ def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _chosen_depths(
+def _measure_costs(
     source: Source,
-    weights: dict[str, int],
-    kept: dict[str, int],
     options: DepthOptions,
+    quantizer: Quantizer,
     windows: Windows | None,
     thread_pool: ThreadPool,
-) -> dict[str, int]:
-    """Choose the depths of matrices, name -> number of weights; `kept` are those that rules set."""
-
-    def measure(names: list[str], some_depths: Sequence[int]) -> Sensitivities:
+    names: list[str],
+    some_depths: Sequence[int],
+) -> Costs:
+    """Measure what depths of matrices cost: divergences for a target, else errors of the blocks' outputs."""
+    if windows is None:
+        raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
+    windows = windows[:_SENSITIVITY_WINDOWS]
+    if not options.choice.has_target:
         from tritgguf.calibration.sensitivity import measure_sensitivities
 
-        if windows is None:
-            raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
-        return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], thread_pool)
+        return measure_sensitivities(source, names, some_depths, windows, thread_pool)
+    from tritgguf.calibration.divergence_costs import measure_divergence_costs
 
-    return options.choice.depths(weights, kept, options.layer_depth, measure)
+    costs = measure_divergence_costs(source, names, some_depths, windows, thread_pool)
+    for name, of_depths in costs.items():
+        if name in _TABLES:
+            of_depths[F16_DEPTH] = 0.0
+        elif isinstance(quantizer, Calibrated):
+            costs[name] = {depth: _CALIBRATED_COST * cost for depth, cost in of_depths.items()}
+    return costs
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
