@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,8 +27,8 @@ from tritgguf.conversion.encoders import (
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
-from tritgguf.conversion.recipes import DEFAULT, EMBEDDINGS, HEAD
 from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
+from tritgguf.conversion.requested_depths import TABLES, free_tables, requested_depths
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
@@ -37,7 +37,6 @@ from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
-_TABLES = (EMBEDDINGS, HEAD)
 _SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure costs
 _CALIBRATED_COST = 0.4  # of what is measured without calibration; `docs/quality.md` has the ratios of two models
 
@@ -92,17 +91,17 @@ class ConversionPlan:
         ]
 
     def _importance_warning(self) -> list[str]:
-        """Warn if the importance matrix lacks matrices; the embeddings have no inputs that could be measured."""
+        """Warn if the importance matrix lacks matrices of the layers."""
         if not isinstance(self.quantizer, ImportanceSearch):
             return []
         known = self.quantizer.importance or {}
-        missing = [name for name in self.quantized_depths if name not in known and name != EMBEDDINGS]
+        in_layers = [name for name in self.quantized_depths if quantized_tensor(name)]
+        missing = [name for name in in_layers if name not in known]
         if not missing:
             return []
-        total = sum(name != EMBEDDINGS for name in self.quantized_depths)
         return [
-            f"the importance matrix has nothing for {len(missing)} of {total} matrices ({named(missing)}), which are"
-            " quantized without it; is it of this model?"
+            f"the importance matrix has nothing for {len(missing)} of {len(in_layers)} matrices ({named(missing)}),"
+            " which are quantized without it; is it of this model?"
         ]
 
     def job(self, threads: int) -> dict[str, Any]:
@@ -163,27 +162,18 @@ def plan_conversion(
     unpacked = [name for name in packable if source.packed(name) is None and kept.get(name) != F16_DEPTH]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
-    free = _free_tables(source, options)
+    free = free_tables(source, options)
     if recovery.fits or isinstance(encoder, Recover):
-        limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in _TABLES if name in depths}
+        limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in TABLES if name in depths}
         recovery = recover_tables(source, recovery, limits, thread_pool, searched)
         depths |= dict.fromkeys(free, F16_DEPTH)  # recovery changes no weight
     depths |= {name: fit.depth for name, fit in recovery.fits.items()}
-    remaining = {name: weights for name, weights in packable.items() if name not in recovery.fits}
-    if options.choice.has_target:
-        remaining |= {name: weights for name, weights in free.items() if name not in recovery.fits}
+    to_choose = packable | free if options.choice.has_target else packable
+    to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.fits}
     choice_text = options.choice.describe(options.layer_depth)
-
-    def other_bytes() -> int:
-        """Return at most how many bytes the file has besides the matrices whose depths are chosen."""
-        packed = {**depths, **dict.fromkeys(remaining, 1)}
-        planned = [planned_tensor(tensor.name, tensor.shape, packed[tensor.name]) for tensor in source.tensors]
-        metadata = file_metadata(source, planned, recovery.encoder, choice_text)
-        matrices = sum(tensor.n_bytes for tensor in planned if tensor.name in remaining)
-        return planned_file_bytes(metadata, planned) - matrices + ALIGNMENT * len(remaining)
-
     measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool)
-    depths |= options.choice.depths(remaining, kept, options.layer_depth, measure, other_bytes)
+    other_bytes = partial(_other_bytes, source, depths, to_choose, recovery.encoder, choice_text)
+    depths |= options.choice.depths(to_choose, kept, options.layer_depth, measure, other_bytes)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
         # Checkpoints may store block 10 before block 2.
@@ -191,53 +181,6 @@ def plan_conversion(
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
     metadata = file_metadata(source, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
-
-
-def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
-    """Return the requested depth of every tensor, 0 for tensors that are not packed."""
-    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
-    from_trits, tied = any(packed.values()), HEAD not in packed
-    given = _given_table_depths(source, options)
-    recipe = options.recipe or (None if from_trits else DEFAULT)
-    by_recipe = {} if recipe is None else recipe.depths(options.layer_depth, tied=tied)
-    depths = {}
-    for name, already in packed.items():
-        if quantized_tensor(name):
-            depths[name] = 0 if from_trits and already is None else options.layer_depth
-        elif name in given:
-            depths[name] = given[name]
-        elif name in by_recipe and (already is None or options.recipe is not None):
-            depths[name] = by_recipe[name]
-        else:
-            depths[name] = 0 if already is None else already.depth
-    return depths
-
-
-def _given_table_depths(source: Source, options: DepthOptions) -> dict[str, int]:
-    """Return the depths of the embeddings and of the output head that the user gave, by GGUF name."""
-    requested = {EMBEDDINGS: options.embedding_depth, HEAD: options.output_depth}
-    if all(tensor.name != HEAD for tensor in source.tensors):
-        if None not in requested.values() and options.output_depth != options.embedding_depth:
-            raise TritGgufError(
-                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
-                " and --embedding-depth, or the same for both"
-            )
-        either = options.output_depth if options.embedding_depth is None else options.embedding_depth
-        requested = {EMBEDDINGS: either}
-    return {name: depth for name, depth in requested.items() if depth is not None}
-
-
-def _free_tables(source: Source, options: DepthOptions) -> dict[str, int]:
-    """Return GGUF name -> number of weights, of embeddings and head whose depth neither user nor source determine."""
-    given = _given_table_depths(source, options)
-    from_trits = any(source.packed(tensor.name) for tensor in source.tensors)
-    if options.recipe is not None or from_trits:
-        return {}
-    return {
-        tensor.name: math.prod(tensor.shape)
-        for tensor in source.tensors
-        if tensor.name in _TABLES and tensor.name not in given and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
-    }
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
@@ -258,6 +201,17 @@ def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
         for tensor in source.tensors
         if quantized_tensor(tensor.name) and depths[tensor.name] and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
     }
+
+
+def _other_bytes(
+    source: Source, depths: Mapping[str, int], matrices: Collection[str], encoder: str, choice_text: str
+) -> int:
+    """Return at most how many bytes the file has besides some matrices, whatever their depths are."""
+    packed = {**depths, **dict.fromkeys(matrices, 1)}
+    planned = [planned_tensor(tensor.name, tensor.shape, packed[tensor.name]) for tensor in source.tensors]
+    of_matrices = sum(tensor.n_bytes for tensor in planned if tensor.name in matrices)
+    padding = ALIGNMENT * len(matrices)
+    return planned_file_bytes(file_metadata(source, planned, encoder, choice_text), planned) - of_matrices + padding
 
 
 def _measure_costs(
@@ -281,7 +235,7 @@ def _measure_costs(
 
     costs = measure_divergence_costs(source, names, some_depths, windows, thread_pool)
     for name, of_depths in costs.items():
-        if name in _TABLES:
+        if name in TABLES:
             of_depths[F16_DEPTH] = 0.0
         elif isinstance(quantizer, Calibrated):
             costs[name] = {depth: _CALIBRATED_COST * cost for depth, cost in of_depths.items()}
