@@ -76,7 +76,7 @@ def test_options_override_the_recipe(tmp_path: Path, llama: Path) -> None:
 
 
 def test_a_recipe_that_does_not_exist(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(TritGgufError, match="^recipe large does not exist; choose from published, balanced, small$"):
+    with pytest.raises(TritGgufError, match=r"^recipe large does not exist; choose from published, balanced, small$"):
         parse_recipe("large")
     with pytest.raises(TritGgufError, match="recipe large does not exist"):
         convert(llama, tmp_path / "out.gguf", recipe="large")

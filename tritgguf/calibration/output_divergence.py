@@ -6,14 +6,13 @@ another model, KL = sum p (z - y) - log sum exp z + log sum exp y, and all three
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures import keys
-from tritgguf.architectures.key_rules import KeyRule
+from tritgguf.calibration.output_head import final_norm, head_importance, head_name, logit_function
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.scale_search import quantize_searched
@@ -40,13 +39,13 @@ def output_divergences(
     import torch
 
     with torch_threads(thread_pool.threads), torch.inference_mode():
-        normalize, finish = _final_norm(source), _logit_function(source)
+        normalize, finish = final_norm(source), logit_function(source)
         reference = normalize(original)
         states = [(normalize(hidden), depth) for hidden, depth in candidates]
-        importance = reference.square().mean(0).numpy()
+        importance = head_importance(source, original)
         positions = len(reference)
         sums = [_RunningDivergence(positions) for _ in states]
-        name = "output.weight" if any(t.name == "output.weight" for t in source.tensors) else "token_embd.weight"
+        name = head_name(source)
         for block in source.rows(name).blocks():
             rows = to_float32(block)
             heads = {0: torch.from_numpy(rows)}
@@ -101,34 +100,3 @@ class _RunningDivergence:
         reference = self._reference
         divergences = reference.weighted / reference.total - reference.log + self._own.log
         return float(np.maximum(divergences, 0.0).mean())
-
-
-def _final_norm(source: Source) -> Callable[[Tensor], Tensor]:
-    """Return the function that applies the model's last norm and joins windows: float32 [positions, width]."""
-    import torch
-
-    weight = torch.from_numpy(to_float32(source.read("output_norm.weight")))
-    epsilon = _number(source, keys.EPSILON)
-
-    def normalize(hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        return rows * (rows.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
-
-    return normalize
-
-
-def _logit_function(source: Source) -> Callable[[Tensor], Tensor]:
-    """Return the function that applies the model's scale and softcap of logits."""
-    scale, softcap = _number(source, keys.LOGIT_SCALE), _number(source, keys.LOGIT_SOFTCAP)
-
-    def finish(logits: Tensor) -> Tensor:
-        logits = logits / scale if scale else logits
-        return softcap * (logits / softcap).tanh() if softcap else logits
-
-    return finish
-
-
-def _number(source: Source, rule: KeyRule) -> float:
-    """Return a number of the model's metadata, 0 if it has none."""
-    value = source.metadata.get(f"{source.metadata['general.architecture'].value}.{rule.gguf}")
-    return 0.0 if value is None else float(value.value)

@@ -27,6 +27,7 @@ from tritgguf.conversion.encoders import (
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
+from tritgguf.conversion.recipes import EMBEDDINGS, HEAD
 from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
 from tritgguf.conversion.requested_depths import TABLES, free_tables, requested_depths
 from tritgguf.errors import TritGgufError
@@ -176,8 +177,9 @@ def plan_conversion(
     depths |= options.choice.depths(to_choose, kept, options.layer_depth, measure, other_bytes)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
-        # Checkpoints may store block 10 before block 2.
-        tensors.sort(key=lambda tensor: block_index(tensor.name))
+        # Checkpoints may store block 10 before block 2. A packed head is encoded for its inputs, after all blocks.
+        last = HEAD if HEAD in depths else EMBEDDINGS
+        tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
     metadata = file_metadata(source, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
