@@ -148,6 +148,18 @@ def quantize(programs: Path, source: Path, output: Path, type_name: str, threads
     run_logged(command, programs / "quantize.log")
 
 
+def write_imatrix(programs: Path, source: Path, output: Path, text: Path, chunks: int, threads: int) -> None:
+    """Let llama-imatrix write the importance of a model's matrices on the first chunks, of 512 tokens, of a text."""
+    command = [str(programs / "llama-imatrix"), "-m", str(source), "-f", str(text), "-o", str(output), "-c", "512"]
+    run_logged([*command, "--chunks", str(chunks), "--no-ppl", "-t", str(threads)], programs / "imatrix.log")
+
+
+def quantize_mixture(programs: Path, source: Path, output: Path, type_name: str, imatrix: Path, threads: int) -> None:
+    """Let llama-quantize write one of its mixtures of types, such as Q4_K_M, with an importance matrix."""
+    command = [str(programs / "llama-quantize"), "--imatrix", str(imatrix), str(source), str(output), type_name]
+    run_logged([*command, str(threads)], programs / "quantize.log")
+
+
 def tokens_per_second(programs: Path, file: Path, prompt_tokens: int, generated_tokens: int, threads: int) -> float:
     """Run one test of llama-bench (one of the two token counts is 0) and return its tokens per second."""
     command = [str(programs / "llama-bench"), "-m", str(file), "-p", str(prompt_tokens), "-n", str(generated_tokens)]
