@@ -14,7 +14,7 @@ demo: fetch
 	$(BIN)/python -m tools.quality.demo $(MODEL) build/smollm2-135m-d3-calibrated.gguf build/smollm2-135m-d2-calibrated.gguf
 
 test: check fetch
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/stamp
 	$(BIN)/ruff check

@@ -22,11 +22,16 @@ def digits(words: NDArray[np.uint16], *radices: int) -> list[NDArray[np.uint32]]
 def decode(
     data: bytes | NDArray[np.uint8], columns: int, depth: int, codebook: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The weights [rows, columns] of a tensor's data; in the names of sections 2 to 4, `[r, g]` left out."""
+    """The weights [rows, columns] of a tensor's data; in the names of sections 2 to 4, `[r, g]` left out.
+
+    `codebook` has 27 scales, or 27 for each matrix of a stack, whose rows are then those of all its matrices.
+    """
     if columns <= 0 or columns % 64:
         raise ValueError("columns must be a positive multiple of 64")
     row = np.frombuffer(data, "<u2").reshape(-1, columns // 64 * WORDS_PER_BLOCK[depth])
-    rows, G, h = len(row), columns // 16, (3**depth - 1) // 2
+    rows, G, h, M = len(row), columns // 16, (3**depth - 1) // 2, len(codebook) // 27
+    if len(codebook) != 27 * M or M == 0 or rows % M:
+        raise ValueError("there must be 27 scales for every matrix, and as many rows in each")
     u = np.empty((16, rows, G), np.uint8)  # u[p] is u[g][p] of all rows and groups g
     i = np.empty((rows, G), np.uint8)
     if depth == 1:
@@ -59,9 +64,10 @@ def decode(
         i_high = np.stack(i_even_odd, axis=2).reshape(rows, G)  # C[q]: groups 2q and 2q + 1
         i_low = np.stack(digits(D, 9, 9, 9, 9), axis=2).reshape(rows, G)
         i[:] = i_high * 9 + i_low
-    step = np.asarray(codebook, np.float32) / np.float32(h)
+    step = np.asarray(codebook, np.float32).reshape(M, 27) / np.float32(h)
+    matrix = np.arange(M).repeat(rows // M)[:, np.newaxis]  # of each row
     levels = u.transpose(1, 2, 0).astype(np.float32) - np.float32(h)  # [rows, G, 16]
-    return (step[i][:, :, np.newaxis] * levels).reshape(rows, columns)
+    return (step[matrix, i][:, :, np.newaxis] * levels).reshape(rows, columns)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@
  * -ffast-math or the like: section 4 defines every bit of a weight.
  *
  * A tensor's data is rows of trit_row_bytes(depth, columns) bytes, one directly after the other. Its ggml type id says
- * the depth (10001 to 10004: 1 to 4), the file's key trit.codebook.<tensor name> holds its codebook of 27 floats:
+ * the depth (10001 to 10004: 1 to 4), the file's key trit.codebook.<tensor name> holds its codebook of 27 floats, or 27
+ * for each matrix of a stack. With `entries` floats in all, and `rows` rows in each matrix, row r of the tensor has
  *
+ *     const float *codebook = trit_codebook_of(r, rows, codebooks, entries);          NULL if there is none
  *     const unsigned char *row = data + r * trit_row_bytes(depth, columns);
  *     trit_decode_row(depth, columns, row, codebook, weights);        weights[0 .. columns - 1] of row r
  *     trit_dot_row(depth, columns, row, codebook, x, &product);       their dot product with x
@@ -30,6 +32,7 @@
 #define TRIT_SCALES 27  /* entries of a codebook */
 
 size_t trit_row_bytes(int depth, size_t columns);
+const float *trit_codebook_of(size_t r, size_t rows, const float *codebooks, size_t entries);
 int trit_read_group(int depth, size_t columns, const unsigned char *row, size_t g, int level[TRIT_GROUP]);
 int trit_decode_row(int depth, size_t columns, const unsigned char *row, const float *codebook, float *weights);
 int trit_dot_row(int depth, size_t columns, const unsigned char *row, const float *codebook, const float *x,
@@ -52,6 +55,18 @@ size_t trit_row_bytes(int depth, size_t columns)
 {
     static const size_t block_bytes[5] = {0, 16, 28, 42, 54};
     return is_valid(depth, columns) ? columns / TRIT_BLOCK * block_bytes[depth] : 0;
+}
+
+/* Section 2: the codebook of row r of a tensor whose matrices have so many rows each; NULL if there is none. */
+const float *trit_codebook_of(size_t r, size_t rows, const float *codebooks, size_t entries)
+{
+    if (entries == TRIT_SCALES) {
+        return codebooks; /* one for all matrices */
+    }
+    if (rows == 0 || entries % TRIT_SCALES != 0 || r / rows >= entries / TRIT_SCALES) {
+        return NULL;
+    }
+    return codebooks + TRIT_SCALES * (r / rows);
 }
 
 /* The word at position n of a row, whatever the byte order of this machine. */

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from tiny_models import write_tiny_model
 
 from cpu_kernels import precompile
 from cpu_kernels.simd import instruction_set, variants
+from cpu_kernels.threads.cores import physical_cores
 from tritgguf.formats.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -34,6 +37,45 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("tritgguf")
+
+# Tests start some hundred programs; each would compile all sources again where an environment says so, as in images.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Files of tests that take the longest. They begin first, so that the workers of pytest-xdist end together.
+LONGEST = (
+    "evaluation/test_verify.py",
+    "serving/test_langchain.py",
+    "architectures/test_families.py",
+    "referee/test_against_llama_cpp.py",
+    "runtime/test_model.py",
+    "cpu_kernels/transformer/test_gemv_batch.py",
+    "exporters/test_hf_folder.py",
+    "tools/fuzz/test_fuzzer.py",
+    "cpu_kernels/transformer/test_attention.py",
+    "serving/test_page.py",
+    "serving/test_openapi.py",
+    "test_packaging.py",
+    "generation/test_json_schemas.py",
+    "tools/quality/test_compare_encoders.py",
+    "cli/test_faults.py",
+    "cli/test_chat_at_a_terminal.py",
+    "cpu_kernels/transformer/test_gemm.py",
+    "serving/test_lm_eval.py",
+    "serving/test_scheduling.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Let `-n auto` use both processors of a small machine, hyperthreads or not, and no more cores than it may use."""
+    return max(physical_cores(), min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take the longest."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -106,17 +148,30 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Return a function from a depth to SmolLM2 packed at it; each file is made once, so do not change it."""
-    folder = tmp_path_factory.mktemp("smollm2")
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.mktemp("smollm2")
 
     def convert_once(depth: int) -> Path:
         from tritgguf.conversion.convert import convert
 
-        output = folder / f"d{depth}.gguf"
-        if not output.exists():
-            convert(smollm2_folder, output, depth=depth, recipe="published")
+        output = folder / f"smollm2-d{depth}.gguf"
+        with _one_process(output.with_suffix(".lock")):
+            if not output.exists():
+                convert(smollm2_folder, output, depth=depth, recipe="published")
         return output
 
     return convert_once
+
+
+@contextlib.contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block."""
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

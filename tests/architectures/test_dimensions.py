@@ -38,7 +38,14 @@ def test_shapes_are_those_of_a_model_with_this_config(variant: str) -> None:
         ({"llama.attention.head_count": [4, 4]}, "head_count is"),
         ({"llama.attention.value_length": 64}, "value_length is 64"),
         ({"llama.rope.dimension_count": 16}, "dimension_count is 16"),
-        ({"llama.expert_count": 8}, "experts"),
+        ({"llama.expert_count": 8}, r"llama\.expert_used_count is missing"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 9}, "there are only 8 experts"),
+        ({"llama.expert_count": 1 << 20, "llama.expert_used_count": 2}, "expert_count is 1048576"),
+        ({"llama.expert_count": [8], "llama.expert_used_count": 2}, r"expert_count is \[8\]"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_weights_norm": 1},
+            "neither true nor false",
+        ),
     ],
 )
 def test_bad_gguf_keys_are_named(changes: dict[str, Any], message: str) -> None:
@@ -59,9 +66,20 @@ def test_gguf_keys_and_config_state_the_same_sizes(variant: str) -> None:
     [
         ({}, "LlamaForCausalLM"),
         ({"llama.attention.sliding_window": 64}, "MistralForCausalLM"),
+        ({"llama.expert_count": 8}, "MixtralForCausalLM"),
+        ({"llama.expert_count": 8, "llama.attention.sliding_window": 64}, "MixtralForCausalLM"),
+        ({"general.architecture": "granitemoe", "granitemoe.expert_count": 8}, "GraniteMoeForCausalLM"),
+        (
+            {
+                "general.architecture": "granitemoe",
+                "granitemoe.expert_count": 8,
+                "granitemoe.expert_shared_feed_forward_length": 64,
+            },
+            "GraniteMoeSharedForCausalLM",
+        ),
         ({"general.architecture": "qwen2", "qwen2.attention.sliding_window": 64}, "Qwen2ForCausalLM"),
     ],
 )
-def test_windows_tell_classes_of_one_name_apart(keys: dict[str, Any], hf_class: str) -> None:
+def test_keys_tell_classes_of_one_name_apart(keys: dict[str, Any], hf_class: str) -> None:
     metadata = {"general.architecture": "llama", **keys}
     assert dimensions.find_gguf_architecture(metadata, "model.gguf").hf_class == hf_class

@@ -21,10 +21,19 @@ SPEED = r"prompt \d+ tokens, [\d.]+ tokens/s \| decode \d+ tokens, [\d.]+ tokens
 PROMPT = r"\n> $"
 
 
-def chat(answer: str = ANSWER, seconds: float = 0.0, columns: int = 80) -> PseudoTerminal:
-    terminal = PseudoTerminal([sys.executable, PROGRAM, answer, str(seconds)], columns=columns)
+def chat(endless: Path | None = None, columns: int = 80) -> PseudoTerminal:
+    """Start a chat; while the file `endless` exists, its answers do not end."""
+    terminal = PseudoTerminal([sys.executable, PROGRAM, ANSWER, str(endless or "/none")], columns=columns)
     terminal.wait_for(PROMPT)
     return terminal
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A file that makes answers endless."""
+    path = tmp_path / "endless"
+    path.touch()
+    return path
 
 
 def messages(path: Path) -> list[tuple[str, str]]:
@@ -59,15 +68,15 @@ def test_messages_of_several_lines(tmp_path: Path) -> None:
 
 def test_ctrl_c_at_the_prompt() -> None:
     with chat() as terminal:
-        terminal.press(CTRL_C)
+        terminal.press_when_it_waits(CTRL_C)
         assert "Ctrl-D or /exit leaves" in terminal.wait_for(PROMPT)
         terminal.press(b"half a line")
         terminal.wait_for("half a line")
-        terminal.press(CTRL_C)
+        terminal.press_when_it_waits(CTRL_C)
         assert "leaves" not in terminal.wait_for(PROMPT)
         terminal.press(b'"""half a block\r')
         terminal.wait_for(r"\.\.\. $")
-        terminal.press(CTRL_C)
+        terminal.press_when_it_waits(CTRL_C)
         terminal.wait_for(PROMPT)
         terminal.press(b"Hi\r")  # the block is forgotten
         assert ANSWER in terminal.wait_for(SPEED + "> $")
@@ -75,26 +84,32 @@ def test_ctrl_c_at_the_prompt() -> None:
         assert terminal.wait_for_end() == 0
 
 
-def test_keys_during_an_answer_wait_for_the_prompt() -> None:
-    with chat(seconds=0.1) as terminal:
+def test_keys_during_an_answer_wait_for_the_prompt(endless: Path) -> None:
+    with chat(endless) as terminal:
         terminal.press(b"Hi\r")
         terminal.wait_for("The dog")
         terminal.press(PASTE_BEGIN + b"a\rb" + PASTE_END)
+        terminal.wait_for("The dog")
+        endless.unlink()
         shown = terminal.wait_for(SPEED + "> a\nb$")
-        assert "a\nb" not in shown.partition("mat.")[0]  # it does not mix with the answer
+        assert "a\nb" not in shown.rpartition("mat.")[0]  # it does not mix with the answer
+        endless.touch()
         terminal.press(b"\r")
         terminal.wait_for("The dog")
         terminal.press(CTRL_D)
+        terminal.wait_for("The dog")
+        endless.unlink()
         terminal.wait_for(SPEED + "> ")
         assert terminal.wait_for_end() == 0
 
 
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
-    with chat(seconds=0.1) as terminal:
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(endless: Path) -> None:
+    with chat(endless) as terminal:
         terminal.press(b"Hi\r")
         terminal.wait_for("The dog")
         terminal.press(CTRL_C)
-        assert "mat." not in terminal.wait_for(SPEED + "> $")
+        terminal.wait_for(SPEED + "> $")
+        endless.unlink()
         terminal.press(b"/regenerate\r")
         assert "mat." in terminal.wait_for(SPEED + "> $")
 
@@ -132,7 +147,7 @@ def test_help_and_what_is_no_command() -> None:
 
 def test_without_readline_lines_that_arrive_at_once_are_one_message(tmp_path: Path) -> None:
     """As on Windows, with libedit, or here: the answers go to a file."""
-    command = f"'{sys.executable}' '{PROGRAM}' '{ANSWER}' 0 > '{tmp_path / 'answers'}'"
+    command = f"'{sys.executable}' '{PROGRAM}' '{ANSWER}' /none > '{tmp_path / 'answers'}'"
     with PseudoTerminal(["bash", "-c", command]) as terminal:
         terminal.wait_for("> $")
         terminal.press(b"one\ntwo\n")
@@ -149,8 +164,8 @@ def test_without_readline_lines_that_arrive_at_once_are_one_message(tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_an_answer_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
-    with chat(seconds=0.1) as terminal:
+def test_a_signal_during_an_answer_leaves_the_terminal_as_it_was(number: signal.Signals, endless: Path) -> None:
+    with chat(endless) as terminal:
         terminal.press(b"Hi\r")
         terminal.wait_for("The dog")
         assert not terminal.echoes

@@ -225,6 +225,6 @@ def test_a_reader_that_goes_away_is_no_error(tiny_file: Path, options: list[str]
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(120) == 141
+    assert process.wait(300) == 141
     assert process.stderr.read() == b""
     process.stderr.close()

@@ -25,6 +25,7 @@ from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.kv_pool import KVPool, page_bytes, pages_of
 
 Files = Callable[..., GgufFile]
+MOST_SECONDS = 300  # a hang, on any machine
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -32,6 +33,14 @@ def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     # A process in the background may ignore Ctrl-C, and a child would inherit that.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so, and fail if it never is."""
+    deadline = time.monotonic() + MOST_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.01)
 
 
 def names(folder: Path) -> list[str]:
@@ -44,12 +53,9 @@ def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: 
     out = tmp_path / "out.gguf"
     process = start("convert", str(smollm2_folder), str(out), "--depth", "2")
     journal = tmp_path / "out.gguf.part.journal"
-    deadline = time.monotonic() + 60
-    while not journal.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
+    wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3)  # of more than two hundred tensors
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=MOST_SECONDS)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
@@ -72,7 +78,7 @@ def test_a_full_disk_that_has_space_again(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start("convert", str(source), str(out), "--depth", "3", preexec_fn=small_disk)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=MOST_SECONDS)
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "out.gguf" in line
@@ -83,17 +89,19 @@ def test_a_full_disk_that_has_space_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("seconds", [0.0, 1.5])
-def test_ctrl_c_ends_an_answer(smollm2_d2: Path, seconds: float) -> None:
+@pytest.mark.parametrize("moment", ["during imports", "during the answer"])
+def test_ctrl_c_ends_an_answer(smollm2_d2: Path, moment: str) -> None:
     process = start("run", str(smollm2_d2), "-p", "Write a very long story.", "-n", "4000", "--temp", "0")
     assert process.stdout is not None
     assert process.stderr is not None
-    if seconds:
-        assert process.stdout.read(10)  # the answer has started
+    if moment == "during the answer":
+        assert process.stdout.read(10)
+    elif (maps := Path(f"/proc/{process.pid}/maps")).exists():
+        wait_until(lambda: "numpy" in maps.read_text())
     else:
-        time.sleep(0.7)  # during imports, mapping or prefill
+        time.sleep(0.7)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=MOST_SECONDS)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
 
@@ -114,7 +122,7 @@ sys.modules["tritgguf.cli.app"] = types.SimpleNamespace(main=main)
     )
     path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
     process = start(env={**os.environ, "PYTHONPATH": path})
-    assert process.communicate(timeout=60) == ("", "")
+    assert process.communicate(timeout=MOST_SECONDS) == ("", "")
     assert process.returncode == 130
 
 
@@ -155,7 +163,9 @@ def test_closed_standard_streams(
     """Services and cron close them; nothing fails, and nothing that is printed gets into a file."""
     (tmp_path / "a.gguf").symlink_to(tiny_trit_file().path)
     line = shlex.join([sys.executable, "-m", "tritgguf", *command])
-    done = subprocess.run(f"{line} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        f"{line} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=MOST_SECONDS
+    )
     assert done.returncode == code, done.stderr
     assert (done.stdout == "") == (command[0] != "run")
     assert done.stderr == ("" if code == 0 else "error: missing.gguf: cannot be read (No such file or directory)\n")

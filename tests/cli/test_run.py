@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,12 +204,15 @@ def test_a_pipe_that_stays_open(model: Any, monkeypatch: pytest.MonkeyPatch, cap
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
 
-    def write() -> None:
-        os.write(writer, b"The dog")
-        os.close(writer)
+    note = terminal.note
 
-    if comes:
-        threading.Timer(0.5, write).start()
+    def write_when_it_waits(message: str, **options: bool) -> None:
+        note(message, **options)
+        if comes and "waiting" in message:
+            os.write(writer, b"The dog")
+            os.close(writer)
+
+    monkeypatch.setattr(terminal, "note", write_when_it_waits)
     assert app.main(["run", "model.gguf", "--raw", "-p", "Hi"]) == 0
     assert model.model.calls[0] == encode(model.tokenizer, "Hi\n\nThe dog" if comes else "Hi")
     errors = capsys.readouterr().err
@@ -334,12 +336,15 @@ def test_a_chat_at_a_real_terminal(smollm2_d2: Path) -> None:
     pytest.importorskip("pty")
     from pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
 
-    command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0", "-n", "24"]
+    command = [sys.executable, "-m", "tritgguf", "run", str(smollm2_d2), "--temp", "0"]
     with PseudoTerminal(command) as terminal:
         terminal.wait_for("> $")
         terminal.press(b"Write a very long story about a dog.\r")
         terminal.wait_for(r"dog\.\s+\S+ \S+ \S+")
         terminal.press(CTRL_C)
+        shown = terminal.wait_for(r"decode \d+ tokens, [^>]*\n> $")
+        assert "note:" not in shown  # the model repeats itself: without Ctrl-C it ends where the context is full
+        terminal.press(b"/set n 24\r")
         terminal.wait_for("\n> $")
         terminal.press(b"Hi\r")
         terminal.wait_for(r"Hi\s+\w[^>]*decode \d+ tokens, [^>]*\n> $")

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from converted_models import as_stock_gguf
+from dequantized_trits import dequantized
 from gguf import GGMLQuantizationType
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
 from tools.recovery.recover_roundtrip import reference_halves
-from tools.recovery.simulated_producer import produce
 from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor, to_hf
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, parse_rules
@@ -26,16 +26,6 @@ from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
 Names = Callable[[str], bool]  # selects tensors by GGUF name
-
-
-def dequantized(shape: tuple[int, ...], depth: int, half: str, seed: int) -> np.ndarray:
-    """Return a matrix that was quantized and dequantized, float32 [rows, columns]."""
-    generator = np.random.default_rng(seed)
-    rows, groups = shape[0], shape[1] // 16
-    trits = generator.integers(-1, 2, (rows, groups, 16, depth)).astype(np.float64)
-    codebook = np.geomspace(0.01, 0.1, 27).astype(np.float32)
-    scales = codebook[generator.integers(0, 27, (rows, groups))]
-    return to_float32(produce(scales, trits, "scale * level / h", "float32", half))
 
 
 def write_model(folder: Path, *, dtype: str = "F16", is_changed: Names = lambda name: False) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
+from cpu_kernels import precompile
 from cpu_kernels.threads.bandwidth import BYTES_AHEAD, read, read_bandwidth
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
@@ -129,7 +130,10 @@ def test_a_test_can_be_left_out(tiny_file: Path) -> None:
         bench(tiny_file, prompt_tokens=0, generated_tokens=0)
 
 
-def test_the_instruction_set_can_be_forced(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_instruction_set_can_be_forced(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # few kernels are needed
     arguments = ["bench", str(tiny_file), "-p", "0", "-n", "1", "-r", "1", "--no-kernels", "--json"]
     assert app.main([*arguments, "--isa", "portable"]) == 0
     assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"

@@ -41,6 +41,8 @@ class CReference:
         self._library.trit_row_bytes.argtypes = (ctypes.c_int, ctypes.c_size_t)
         self._library.trit_row_bytes.restype = ctypes.c_size_t
         floats: Any = np.ctypeslib.ndpointer(np.float32, flags="C")
+        self._library.trit_codebook_of.argtypes = (ctypes.c_size_t, ctypes.c_size_t, floats, ctypes.c_size_t)
+        self._library.trit_codebook_of.restype = ctypes.c_void_p
         row = (ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p)
         self._library.trit_decode_row.argtypes = (*row, floats, floats)
         self._library.trit_dot_row.argtypes = (*row, floats, floats, floats)
@@ -54,6 +56,21 @@ class CReference:
         for row, out in zip(packed, weights, strict=True):
             assert self._library.trit_decode_row(depth, columns, row.tobytes(), codebook, out) == 0
         return weights
+
+    def codebook_of(self, row: int, rows: int, codebooks: np.ndarray) -> int | None:
+        """Return where the codebook of a row begins in float32 [entries]; None if it has none."""
+        address = self._library.trit_codebook_of(row, rows, codebooks, len(codebooks))
+        return None if address is None else (address - codebooks.ctypes.data) // 4
+
+    def decode_stack(self, packed: np.ndarray, columns: int, depth: int, codebooks: np.ndarray) -> np.ndarray:
+        """Return float32 [matrices * rows, columns] of uint8 [matrices, rows, bytes] and float32 [27 * matrices]."""
+        matrices, rows, _ = packed.shape
+        weights = []
+        for r, row in enumerate(packed.reshape(matrices * rows, -1)):
+            place = self.codebook_of(r, rows, codebooks)
+            assert place is not None
+            weights.append(self.decode(row[np.newaxis], columns, depth, codebooks[place : place + 27].copy())[0])
+        return np.array(weights)
 
     def dot(self, row: np.ndarray, depth: int, codebook: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Return float32 [1]: a row, uint8 [bytes], times float32 [columns]."""
@@ -126,6 +143,23 @@ def test_every_word_in_every_place_decodes_alike(reference: CReference, depth: i
     packed = np.random.default_rng(depth).permuted(every_word, axis=0).view(np.uint8)
     codebook = np.linspace(0.01, 0.27, 27, dtype=np.float32)
     assert_same_bits(reference.decode(packed, 64, depth, codebook), decode(packed, 64, depth, codebook))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_stack_decodes_alike(reference: CReference, depth: int) -> None:
+    generator = np.random.default_rng(depth)
+    packed = generator.integers(0, 256, (3, 5, reference.row_bytes(depth, 128)), dtype=np.uint8)
+    for codebooks in (generator.random(81, np.float32), generator.random(27, np.float32)):
+        expected = decode(packed.tobytes(), 128, depth, codebooks)
+        assert_same_bits(reference.decode_stack(packed, 128, depth, codebooks), expected)
+
+
+def test_codebooks_of_a_wrong_length(reference: CReference) -> None:
+    codebooks = np.ones(81, np.float32)
+    assert [reference.codebook_of(row, 5, codebooks) for row in (0, 4, 5, 14, 15)] == [0, 0, 27, 54, None]
+    assert reference.codebook_of(0, 0, codebooks) is None
+    assert reference.codebook_of(0, 5, codebooks[:80]) is None
+    assert reference.codebook_of(99, 5, codebooks[:27]) == 0
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

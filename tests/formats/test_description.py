@@ -63,6 +63,7 @@ def test_json_is_complete_and_valid(stock_file: Path) -> None:
         "bytes": 384,
         "codebook": None,
         "xxh3": None,
+        "matrices": 1,
         "weights": 192,
     }
 

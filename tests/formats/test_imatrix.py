@@ -100,7 +100,7 @@ def test_older_format(tmp_path: Path) -> None:
         ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), -1, np.float32)}, "negative or not a number"),
         ({"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.inf, np.float32)}, "negative or not a number"),
         ({"blk.0.attn_q.weight.counts": np.full((1, 1), np.nan, np.float32)}, "is not a number"),
-        ({"blk.0.attn_q.weight.counts": np.ones((1, 2), np.float32)}, "with one count"),
+        ({"blk.0.attn_q.weight.counts": np.ones((1, 2), np.float32)}, "has 2 counts for 1 matrices"),
         ({"blk.0.attn_q.weight.counts": np.ones((1, 1), np.int32)}, "both F32"),
         ({"blk.0.attn_q.weight.counts": None}, "needs one tensor .in_sum2 and one .counts"),
         ({"blk.0.attn_q.weight.in_sum2": None}, "needs one tensor .in_sum2 and one .counts"),
@@ -148,3 +148,19 @@ def test_a_damaged_older_file_gives_a_line(tmp_path_factory: pytest.TempPathFact
     except TritGgufError:
         with_error = True
     assert with_error or all(np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_experts_have_counts_of_their_own(tmp_path: Path, older: bool) -> None:
+    tensor, generator = "blk.0.ffn_up_exps.weight", np.random.default_rng(0)
+    means, counts = generator.random((3, 64)).astype(np.float32), np.array([[5], [0], [9]], np.float32)
+    if older:
+        path = write_dat(tmp_path / "a.dat", [(tensor.encode(), 4, means.reshape(-1) * 4)])
+    else:
+        path = write(tmp_path / "a.gguf", **{f"{tensor}.in_sum2": means * counts, f"{tensor}.counts": counts})
+    found = read_importance(path, {f"{tensor}[{expert}]": 64 for expert in range(3)})
+    assert list(found) == [f"{tensor}[{expert}]" for expert in ((0, 1, 2) if older else (0, 2))]
+    for name, importance in found.items():
+        np.testing.assert_allclose(importance, means[int(name[-2])], rtol=1e-6)
+    with pytest.raises(TritGgufError, match="another model"):
+        read_importance(path, {f"{tensor}[{expert}]": 64 for expert in range(5)})

@@ -91,7 +91,7 @@ def test_a_file_that_shrinks_while_it_is_checked(tmp_path: Path, whole: Path, mo
     def shrink(opened: GgufFile, name: str) -> None:
         os.truncate(file, last.offset + 1)
 
-    monkeypatch.setattr("tritgguf.formats.integrity._check_codebook", shrink)
+    monkeypatch.setattr("tritgguf.formats.integrity._check_codebooks", shrink)
     with pytest.raises(TritGgufError, match=rf"out.gguf: ends inside tensor {last.name}; the file is damaged"):
         check(file, threads=1)
 
@@ -99,7 +99,7 @@ def test_a_file_that_shrinks_while_it_is_checked(tmp_path: Path, whole: Path, mo
 def test_a_file_that_vanishes_while_it_is_checked(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.gguf"
     file.write_bytes(whole.read_bytes())
-    monkeypatch.setattr("tritgguf.formats.integrity._check_codebook", lambda *_: file.unlink(missing_ok=True))
+    monkeypatch.setattr("tritgguf.formats.integrity._check_codebooks", lambda *_: file.unlink(missing_ok=True))
     with pytest.raises(TritGgufError, match=r"out.gguf: tensor .* cannot be read \(No such file"):
         check(file)
 

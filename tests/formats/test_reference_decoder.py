@@ -103,6 +103,18 @@ def test_every_word_in_every_place_decodes_alike(depth: int) -> None:
     assert_same_bits(decode(packed, 64, depth, codebook), dequantize(packed, codebook, depth))
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_each_matrix_of_a_stack_has_its_codebook(depth: int) -> None:
+    generator = np.random.default_rng(depth)
+    packed = generator.integers(0, 256, (3, 5, 4 * WORDS_PER_BLOCK[depth]), dtype=np.uint8)
+    codebooks = generator.random((3, 27), np.float32)
+    expected = [decode(rows.tobytes(), 128, depth, book) for rows, book in zip(packed, codebooks, strict=True)]
+    assert_same_bits(decode(packed.tobytes(), 128, depth, codebooks.reshape(-1)), np.concatenate(expected))
+    for scales in (26, 28, 0, 54):
+        with pytest.raises(ValueError, match="27 scales for every matrix"):
+            decode(packed.tobytes(), 128, depth, np.ones(scales, np.float32))
+
+
 # -- a converted model
 
 

@@ -46,7 +46,7 @@ class TestChatModel(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        params = {"base_url": self.url, "api_key": "none", "model": "any", "max_retries": 0, "timeout": 60}
+        params = {"base_url": self.url, "api_key": "none", "model": "any", "max_retries": 0, "timeout": 300}
         # Without a penalty so small a model repeats itself for ever in a text that only JSON may end.
         options = {"temperature": 0, "frequency_penalty": 0.5, "max_tokens": 300, "stream_usage": True}
         # Where a tool is required, the model would call it again and again.

@@ -32,7 +32,7 @@ def test_no_request_makes_the_server_fail(server: RunningServer, mode: schemathe
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def call(case: schemathesis.Case) -> None:
-            case.call_and_validate(checks=CHECKS, timeout=30)
+            case.call_and_validate(checks=CHECKS, timeout=120)
 
         call()
         tried.add(operation.path)

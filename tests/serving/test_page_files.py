@@ -68,5 +68,5 @@ def test_modules_in_node() -> None:
     if node is None:
         pytest.skip("node is not installed: the page's modules are tested in the browser only")
     tests = sorted(map(str, (Path(__file__).parent / "page").glob("*.test.mjs")))
-    ran = subprocess.run([node, "--test", *tests], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([node, "--test", *tests], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -29,7 +29,7 @@ def process(file: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
     """Start a server; yield its process and its URL."""
     command = [sys.executable, "-m", "tritgguf", "serve", str(file), "--port", "0", "-t", "1", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
-        watchdog = threading.Timer(60, started.kill)
+        watchdog = threading.Timer(300, started.kill)
         watchdog.start()
         try:
             assert started.stderr is not None

@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-MOST_SECONDS = 15.0  # a hang, on any machine
+MOST_SECONDS = 60.0  # a hang, on any machine
 _OPTIONS = (
     "--headless=new",
     "--no-sandbox",
@@ -47,6 +47,7 @@ def chromium(folder: Path) -> Iterator[webdriver.Chrome]:
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.set_script_timeout(MOST_SECONDS)
     try:
         yield chrome
     finally:

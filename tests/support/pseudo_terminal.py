@@ -12,9 +12,11 @@ import subprocess
 import termios
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
-_SECONDS = 120
+_SECONDS = 300
+_TIMES_ASLEEP = 15
 PASTE_BEGIN, PASTE_END = b"\x1b[200~", b"\x1b[201~"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 _ESCAPE_SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -55,9 +57,23 @@ class PseudoTerminal:
     def press(self, keys: bytes) -> None:
         """Press keys and forget what was shown before."""
         self.written = ""
-        if keys == CTRL_C:
-            time.sleep(0.3)  # Python's readline misses a signal between showing the prompt and waiting for keys
         os.write(self._ours, keys)
+
+    def press_when_it_waits(self, keys: bytes) -> None:
+        """Press keys once the program waits for them: right after its prompt, readline misses a Ctrl-C."""
+        seen_asleep, deadline = 0, time.monotonic() + _SECONDS
+        while seen_asleep < _TIMES_ASLEEP:
+            assert time.monotonic() < deadline, "the program does not wait for keys"
+            time.sleep(0.02)
+            seen_asleep = seen_asleep + 1 if self._is_asleep() else 0
+        self.press(keys)
+
+    def _is_asleep(self) -> bool:
+        """Tell whether the program's main thread waits for something; True where the system does not say."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+        except OSError:
+            return True
 
     def wait_for(self, pattern: str) -> str:
         """Wait until `shown` has a match of a regular expression; return what is shown."""

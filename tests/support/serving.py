@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import threading
@@ -25,7 +26,7 @@ from tritgguf.serving.address import listening_socket, url_of
 from tritgguf.serving.server import Server
 from tritgguf.serving.settings import ServerSettings
 
-MOST_SECONDS = 30.0  # a hang, on any machine
+MOST_SECONDS = 120.0  # a hang, on any machine
 
 
 class RunningServer:
@@ -130,6 +131,8 @@ def request_bytes(path: str, body: bytes, *headers: str, host: str = "localhost"
 class PacedModel(ScriptedModel):
     """Generates the same token for ever, and takes its time for each forward pass.
 
+    A test may hold it: then each pass waits until the test lets it go on, so nothing depends on how fast machines are.
+
     Attributes:
         seconds: what a pass takes.
         passes: the tokens that each pass had.
@@ -142,19 +145,48 @@ class PacedModel(ScriptedModel):
         super().__init__([])
         self.seconds = seconds
         self.passes: list[int] = []
+        self._gate = threading.Condition()
+        self._allowed: float = math.inf  # passes that may go on
+        self._held = False
+
+    def hold(self) -> None:
+        """Let passes wait from now on."""
+        with self._gate:
+            self._allowed = 0
+
+    def wait_until_held(self) -> None:
+        """Wait until all passes that may go on have ended, and the next one waits."""
+        with self._gate:
+            assert self._gate.wait_for(lambda: self._held and not self._allowed, MOST_SECONDS), "no pass has begun"
+
+    def let(self, passes: float = math.inf) -> None:
+        """Let so many passes go on that wait or will wait."""
+        with self._gate:
+            self._allowed += passes
+            self._gate.notify_all()
 
     def forward(
         self, batch: TokenBatch, kv: KVPool, logits: np.ndarray | None, hidden: np.ndarray | None = None
     ) -> None:
+        with self._gate:
+            self._held = True
+            self._gate.notify_all()
+            assert self._gate.wait_for(lambda: self._allowed >= 1, MOST_SECONDS), "the test holds this pass for ever"
+            self._held = False
+            self._allowed -= 1
         time.sleep(self.seconds)
         self.passes.append(len(batch.tokens))
         self.script = [self.TOKEN] * len(batch.outputs)
         super().forward(batch, kv, logits, hidden)
 
 
-def paced(seconds: float, *, context: int = 2000, parallel: int = 2, budget: Budget | None = None) -> Any:
-    """Return a LoadedModel with a PacedModel as its attribute `model`."""
+def paced(
+    seconds: float, *, context: int = 2000, parallel: int = 2, budget: Budget | None = None, held: bool = False
+) -> Any:
+    """Return a LoadedModel with a PacedModel as its attribute `model`, which may be held from the start."""
     loaded = scripted([])
     loaded.model = model = PacedModel(seconds)
+    if held:
+        model.hold()
     loaded.engine = Engine(cast(Any, model), context=context, parallel=parallel, budget=budget)
     return loaded

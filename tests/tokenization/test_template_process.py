@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def child(renderer: Renderer) -> subprocess.Popen[bytes]:
 
 def run_script(script: str) -> str:
     """Run a program from stdin, as if typed; return its output."""
-    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout.strip()
 
 
@@ -104,17 +105,24 @@ def test_a_killed_child_is_replaced(renderer: Renderer) -> None:
 
 
 def test_a_child_that_is_killed_at_work_is_replaced(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "MOST_SECONDS", 20.0)
-    renderer.render(ECHO, {"text": "a"})
-    first = child(renderer)
+    """The request is tried twice."""
+    asked: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+    exchange = template_process._exchange
+
+    def announced(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
+        asked.put(process)
+        return exchange(process, request, seconds)
+
+    monkeypatch.setattr(template_process, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr(template_process, "_exchange", announced)
     with ThreadPoolExecutor(1) as threads:
         rendering = threads.submit(renderer.render, ENDLESS, {})
-        time.sleep(0.1)
+        first = asked.get(timeout=60)
+        time.sleep(0.1)  # so that it works; it need not
         first.kill()
-        while renderer._process in (first, None):
-            time.sleep(0.01)
-        time.sleep(0.1)
-        child(renderer).kill()  # the request is tried twice
+        second = asked.get(timeout=60)
+        assert second is not first
+        second.kill()
         with pytest.raises(DamagedFileError, match="the process that renders it ends"):
             rendering.result()
 

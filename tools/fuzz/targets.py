@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.imatrix import read_importance
 from tritgguf.formats.integrity import check
-from tritgguf.formats.trit_types import codebook_key, row_bytes
+from tritgguf.formats.trit_types import codebook_key, is_trit_type, row_bytes
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.model import Model
 from tritgguf.runtime.single_sequence import SingleSequence
@@ -38,6 +39,7 @@ from tritgguf.sources.open import open_source
 from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.tokenizer import Tokenizer
 
+_FAMILIES = ("qwen3", "qwen3-moe")
 _OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
 Target = Callable[[random.Random], None]
 _HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
@@ -47,18 +49,32 @@ class FindingError(Exception):
     """Damaged input had an effect that it must not have."""
 
 
+@dataclass(frozen=True)
+class _Seed:
+    """A valid model to damage: its Hugging Face folder, its trit file, and a file of its first layer only."""
+
+    source: Path
+    path: Path
+    file: MarkedBytes
+    header: MarkedBytes
+
+    @classmethod
+    def make(cls, folder: Path, family: str) -> _Seed:
+        """Write a random model of a family, if it is not there, and return it."""
+        source, path = folder / family, folder / f"{family}.gguf"
+        if not path.exists():
+            families.write_random_family(source, family)
+            convert(source, path, depth=2, threads=1)
+        return cls(source, path, mark_gguf(str(path)), _short_header(path))
+
+
 class Targets:
     """The targets, with the valid models that they damage; all files are in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.source = folder / "model"
-        if not (folder / "sound.gguf").exists():
-            families.write_random_family(self.source, "qwen3")
-            convert(self.source, folder / "sound.gguf", depth=2, threads=1)
-        self._file = mark_gguf(str(folder / "sound.gguf"))
-        self._header = _short_header(folder)
+        self._seeds = [_Seed.make(folder, family) for family in _FAMILIES]
         self._damaged = folder / "damaged.gguf"
         self._compile_kernels()
         self.by_name: dict[str, Target] = {
@@ -74,14 +90,15 @@ class Targets:
 
     def _compile_kernels(self) -> None:
         """Compile the kernels of the targets, or load them from the cache: a case has only ten seconds."""
-        for command in self._commands(self.folder / "sound.gguf"):
-            self._call(command)
+        for seed in self._seeds:
+            for command in self._commands(seed.path):
+                self._call(command)
         for number in range(40):
             self.trit_rows(random.Random(number))
 
     def gguf_header(self, rng: random.Random) -> None:
         """Open a file with a damaged short header, and read every key and tensor."""
-        self._damaged.write_bytes(mutate_bytes(self._header, rng))
+        self._damaged.write_bytes(mutate_bytes(rng.choice(self._seeds).header, rng))
         with _refusal():
             file = GgufFile(self._damaged)
             size = self._damaged.stat().st_size
@@ -89,12 +106,14 @@ class Targets:
                 if not 0 <= info.offset <= info.offset + info.n_bytes <= size:
                     raise FindingError(f"tensor {info.name} lies outside of the file")
                 file.raw(info.name)
+                if is_trit_type(info.type_id):
+                    file.codebooks(info.name)
             dict(file.metadata)
             ModelConfig.from_file(file)
 
     def gguf_file(self, rng: random.Random) -> None:
         """Open a damaged file, load the model and run a few tokens, check the file and read it as a source."""
-        self._damaged.write_bytes(mutate_bytes(self._file, rng))
+        self._damaged.write_bytes(mutate_bytes(rng.choice(self._seeds).file, rng))
         with _refusal():
             file = GgufFile(self._damaged)
             Tokenizer(file.metadata, name=str(self._damaged))
@@ -108,11 +127,11 @@ class Targets:
                 open_source(str(self._damaged)).read(tensor.name)
                 break
         with _refusal():
-            read_importance(self._damaged, {"blk.0.attn_q.weight": 128})
+            read_importance(self._damaged, {"blk.0.attn_q.weight": 128, "blk.0.ffn_up_exps.weight[0]": 128})
 
     def command(self, rng: random.Random) -> None:
         """Give a damaged file to a command as a user would."""
-        self._damaged.write_bytes(mutate_bytes(self._file, rng))
+        self._damaged.write_bytes(mutate_bytes(rng.choice(self._seeds).file, rng))
         self._call(rng.choice(self._commands(self._damaged)))
 
     def _commands(self, file: Path) -> tuple[list[str], ...]:
@@ -140,7 +159,8 @@ class Targets:
 
     def safetensors(self, rng: random.Random) -> None:
         """Read a folder with a damaged safetensors header."""
-        sound = (self.source / "model.safetensors").read_bytes()
+        source = rng.choice(self._seeds).source
+        sound = (source / "model.safetensors").read_bytes()
         length = int.from_bytes(sound[:8], "little")
         if rng.random() < 0.7:
             header = json.dumps(mutate_json(json.loads(sound[8 : 8 + length]), rng), ensure_ascii=True).encode()
@@ -151,18 +171,19 @@ class Targets:
             marked.texts.append((8, length))
             marked.plain(sound[8:])
             damaged = mutate_bytes(marked, rng)
-        self._read_folder("model.safetensors", damaged, read=True)
+        self._read_folder(source, "model.safetensors", damaged, read=True)
 
     def config(self, rng: random.Random) -> None:
         """Read a folder with a damaged config.json."""
-        sound = json.loads((self.source / "config.json").read_text("utf-8"))
-        self._read_folder("config.json", json.dumps(mutate_json(sound, rng)).encode(), read=False)
+        source = rng.choice(self._seeds).source
+        sound = json.loads((source / "config.json").read_text("utf-8"))
+        self._read_folder(source, "config.json", json.dumps(mutate_json(sound, rng)).encode(), read=False)
 
     def tokenizer(self, rng: random.Random) -> None:
         """Read a folder with damaged tokenizer files, and encode with its tokenizer."""
-        name = rng.choice(("tokenizer.json", "tokenizer_config.json"))
-        sound = json.loads((self.source / name).read_text("utf-8"))
-        self._read_folder(name, json.dumps(mutate_json(sound, rng)).encode(), read=False)
+        source, name = self._seeds[0].source, rng.choice(("tokenizer.json", "tokenizer_config.json"))
+        sound = json.loads((source / name).read_text("utf-8"))
+        self._read_folder(source, name, json.dumps(mutate_json(sound, rng)).encode(), read=False)
 
     def chat_template(self, rng: random.Random) -> None:
         """Render templates made of parts of real and malicious ones."""
@@ -199,21 +220,21 @@ class Targets:
             batch.quantize(ThreadPool(1))
             projection.multiply(batch, np.empty((7, rows), np.float32), ThreadPool(1))
 
-    def _read_folder(self, name: str, damaged: bytes, *, read: bool) -> None:
-        folder = self.folder / "damaged"
+    def _read_folder(self, source: Path, name: str, damaged: bytes, *, read: bool) -> None:
+        folder = self.folder / f"damaged-{source.name}"
         if not folder.exists():
-            shutil.copytree(self.source, folder)
+            shutil.copytree(source, folder)
         (folder / name).write_bytes(damaged)
         try:
             with _refusal():
-                source = open_source(str(folder))
-                Tokenizer({key: value.value for key, value in source.metadata.items()}, name=str(folder)).encode(
+                opened = open_source(str(folder))
+                Tokenizer({key: value.value for key, value in opened.metadata.items()}, name=str(folder)).encode(
                     "a b", add_special=True, parse_special=True
                 )
-                for tensor in source.tensors if read else ():
-                    source.read(tensor.name)
+                for tensor in opened.tensors if read else ():
+                    opened.read(tensor.name)
         finally:
-            shutil.copyfile(self.source / name, folder / name)
+            shutil.copyfile(source / name, folder / name)
 
 
 @contextlib.contextmanager
@@ -245,23 +266,22 @@ def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
         libc.mprotect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def _short_header(folder: Path) -> MarkedBytes:
-    """Return a file of a few tensors without a tokenizer, of which thousands can be read in a second."""
+def _short_header(model: Path) -> MarkedBytes:
+    """Return a model's first layer without a tokenizer, a file of which thousands can be read in a second."""
     from gguf import GGUFValue, GGUFValueType
 
     from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 
-    sound = GgufFile(folder / "sound.gguf")
+    sound = GgufFile(model)
     names = ["token_embd.weight", "output_norm.weight", *(name for name in sound.tensors if name.startswith("blk.0."))]
     others = tuple(codebook_key(name) for name in sound.tensors if name not in names)
     metadata = {key: sound.value(key) for key in sound.metadata if _HEADER_KEYS.match(key) and key not in others}
-    metadata["qwen3.block_count"] = GGUFValue(1, GGUFValueType.UINT32)
+    metadata[f"{sound.metadata['general.architecture']}.block_count"] = GGUFValue(1, GGUFValueType.UINT32)
     infos = [sound.tensors[name] for name in names]
     plan = [PlannedTensor(info.name, info.shape, info.type_id, info.n_bytes) for info in infos]
-    path = folder / "short.gguf"
+    path = model.with_name(f"short-{model.name}")
     with StreamingWriter(path, metadata, plan, overwrite=True) as writer:
         for tensor in plan:
             writer.begin(tensor)
             writer.write(sound.raw(tensor.name))
-            writer.end(None, (0.0, 0.0))
     return mark_gguf(str(path))

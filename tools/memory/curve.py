@@ -23,7 +23,8 @@ from typing import Any
 
 from tools import svg
 from tools.memory.chart import draw
-from tools.models.synthetic_checkpoint import SHAPES, with_layers, write_checkpoint
+from tools.models.random_model import with_layers
+from tools.models.synthetic_checkpoint import SHAPES, write_checkpoint
 from tritgguf.diagnostics.bench import processor_name
 from tritgguf.exporters.export import FORMATS
 from tritgguf.formats.durable_output import disk_errors, write_text

@@ -42,6 +42,13 @@ _SIZES = {
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 _GEMMA = {"head_dim": 64, "sliding_window": 48, "query_pre_attn_scalar": 64}
+_GRANITE = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.5,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -50,15 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, sliding window": ("mistral", {"sliding_window": 48, "head_dim": 64}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 64}),
-    "granite": (
-        "granite",
-        {
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 2.5,
-        },
-    ),
+    "granite": ("granite", _GRANITE),
     "smollm3": ("smollm3", {"tie_word_embeddings": True}),
     "olmo2": ("olmo2", {}),
     "phi3, sliding window": ("phi3", {"sliding_window": 48}),
@@ -67,6 +66,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
 }
 """Name -> transformers' model type, and its configuration entries in addition to `_SIZES`."""
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
+    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 64, **_EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8}),
+    "granite-moe": ("granitemoe", {**_EXPERTS, **_GRANITE, "num_local_experts": 8}),
+    "granite-moe, shared expert": (
+        "granitemoeshared",
+        {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
+    ),
+}
+"""The same for mixtures of experts."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
     import torch
     import transformers
 
-    model_type, entries = FAMILIES[name]
+    model_type, entries = {**FAMILIES, **MIXTURES}[name]
     torch.manual_seed(seed)
     with silent_transformers():
         config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **entries})
@@ -102,8 +113,8 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
     import torch
 
     with torch.no_grad():
-        if parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             # Some families multiply embeddings with the root of their width; the others need embeddings near 1.
             if "embed_tokens" in name and not architecture.scales_embeddings:
                 parameter.mul_(parameter.shape[1] ** 0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import gguf
 import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.architectures.tensor_names import kept_in_float32
+from tritgguf.architectures.experts import COUNT_KEY, SHARED_WIDTH_KEY, USED_KEY, WIDTH_KEY, Experts
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 # Architecture and sizes. Output head and embeddings are separate, so that we and llama.cpp read an F16 head.
@@ -19,14 +23,33 @@ SHAPES = {
             layers=28, vocabulary=151936, hidden=1536, feed_forward=8960, heads=12, kv_heads=2, head_dim=128, biased=QKV
         ),
     ),
+    "qwen3-30b-a3b": (
+        "qwen3moe",
+        Dimensions(
+            layers=48,
+            vocabulary=151936,
+            hidden=2048,
+            feed_forward=6144,
+            heads=32,
+            kv_heads=4,
+            head_dim=128,
+            architecture="qwen3moe",
+            experts=Experts(count=128, used=8, width=768, normalizes=True),
+        ),
+    ),
     "smollm2-135m": (
         "llama",
         Dimensions(layers=30, vocabulary=49152, hidden=576, feed_forward=1536, heads=9, kv_heads=3, head_dim=64),
     ),
 }
-_PRE_TOKENIZERS = {"qwen2": "qwen2", "llama": "smollm"}
+_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "llama": "smollm"}
 _CONTEXT = 32768
 _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
+
+
+def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
+    """Return a model's shape with fewer layers."""
+    return dataclasses.replace(sizes, layers=layers)
 
 
 def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: int = 0) -> None:
@@ -34,9 +57,9 @@ def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: i
     partial = path.with_name(path.name + ".partial")
     shapes = sizes.shapes()
     writer = gguf.GGUFWriter(partial, architecture)
-    _add_metadata(writer, architecture, sizes)
+    add_metadata(writer, architecture, sizes)
     for name, shape in shapes.items():
-        dtype = np.dtype(np.float32 if len(shape) == 1 else np.float16)
+        dtype = np.dtype(np.float32 if len(shape) == 1 or kept_in_float32(name) else np.float16)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
     try:
         writer.write_header_to_file()
@@ -57,15 +80,17 @@ def _write_weights(
         if len(shape) == 1:
             writer.write_tensor_data(np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32))
             continue
-        weights = np.empty(shape, np.float16)
-        step = max(1, _ROWS_AT_ONCE // shape[1])
-        for first in range(0, shape[0], step):
+        dtype = np.float32 if kept_in_float32(name) else np.float16
+        weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype)
+        step = max(1, _ROWS_AT_ONCE // shape[-1])
+        for first in range(0, len(weights), step):
             part = weights[first : first + step]
-            part[:] = generator.standard_normal(part.shape, np.float32) * np.float32(shape[1] ** -0.5)
-        writer.write_tensor_data(weights)
+            part[:] = generator.standard_normal(part.shape, np.float32) * np.float32(shape[-1] ** -0.5)
+        writer.write_tensor_data(weights.reshape(shape))
 
 
-def _add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) -> None:
+def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) -> None:
+    """Add the keys of a model of these sizes, with a tokenizer of bytes."""
     writer.add_name("random")
     writer.add_context_length(_CONTEXT)
     writer.add_embedding_length(sizes.hidden)
@@ -73,6 +98,15 @@ def _add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions)
     writer.add_feed_forward_length(sizes.feed_forward)
     writer.add_head_count(sizes.heads)
     writer.add_head_count_kv(sizes.kv_heads)
+    if sizes.head_dim * sizes.heads != sizes.hidden:
+        writer.add_key_length(sizes.head_dim)
+        writer.add_value_length(sizes.head_dim)
+    if sizes.experts is not None:
+        keys = {COUNT_KEY: sizes.experts.count, USED_KEY: sizes.experts.used, WIDTH_KEY: sizes.experts.width}
+        if sizes.experts.shared_width:
+            keys[SHARED_WIDTH_KEY] = sizes.experts.shared_width
+        for key, number in keys.items():
+            writer.add_uint32(f"{architecture}.{key}", number)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_vocab_size(sizes.vocabulary)

@@ -6,13 +6,13 @@ space. A checkpoint of 150 GB takes a few GB. The memory use of a program does n
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from tools.models import random_model
 from tools.models.random_model import QKV, byte_tokens
 from tools.recovery.simulated_producer import produce
 from tritgguf.architectures import tensor_names
@@ -27,23 +27,23 @@ SHAPES = {
     "qwen2.5-7b": Dimensions(
         layers=28, vocabulary=152064, hidden=3584, feed_forward=18944, heads=28, kv_heads=4, head_dim=128, biased=QKV
     ),
+    "qwen3-30b-a3b": random_model.SHAPES["qwen3-30b-a3b"][1],
 }
 _RANDOM_WEIGHTS = 1 << 22  # of each matrix
+_RANDOM_WEIGHTS_OF_EXPERT = 1 << 16  # a checkpoint has thousands of them
 _SHARD_BYTES = 4_000_000_000
+# Whether it has experts -> class, GGUF name and model type.
+_CLASSES = {False: ("Qwen2ForCausalLM", "qwen2", "qwen2"), True: ("Qwen3MoeForCausalLM", "qwen3moe", "qwen3_moe")}
 _DEPTH = 2  # of dequantized trits
 
 
-def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
-    """Return a model's shape with fewer layers."""
-    return dataclasses.replace(sizes, layers=layers)
-
-
 def write_checkpoint(folder: Path, sizes: Dimensions, *, dequantized: bool = False) -> None:
-    """Write a new folder: float16 weights of Qwen2's architecture, Gaussian or dequantized trits."""
+    """Write a new folder: float16 weights of Qwen2's or Qwen3-MoE's architecture, Gaussian or dequantized trits."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_config(sizes)), encoding="utf-8")
     (folder / "tokenizer.json").write_text(_tokenizer_json(sizes.vocabulary), encoding="utf-8")
-    shapes = {tensor_names.hf_tensor_name("qwen2", name): shape for name, shape in sizes.shapes().items()}
+    arch = _CLASSES[sizes.experts is not None][1]
+    shapes = {name: tensor.shape for name, tensor in tensor_names.hf_tensors(arch, sizes.shapes()).items()}
     shards = safetensors_writer.plan_shards(shapes, _SHARD_BYTES)
     if len(shards) > 1:
         index = json.dumps(safetensors_writer.index(shards))
@@ -58,12 +58,13 @@ def _write_shard(path: Path, shard: safetensors_writer.Shard, weights: np.ndarra
         header = shard.header()
         file.write(header)
         start = len(header)
-        for shape in shard.shapes.values():
+        for name, shape in shard.shapes.items():
             file.seek(start)
             if len(shape) == 1:
                 file.write(np.ones(shape, np.float16).data)
             else:
-                file.write(weights[: int(np.prod(shape))].data)
+                most = _RANDOM_WEIGHTS_OF_EXPERT if ".experts." in name else len(weights)
+                file.write(weights[: min(most, int(np.prod(shape)))].data)
             start += safetensors_writer.half_bytes(shape)
         file.truncate(start)
 
@@ -82,9 +83,18 @@ def _dequantized_weights() -> np.ndarray:
 
 
 def _config(sizes: Dimensions) -> dict[str, object]:
+    hf_class, _, model_type = _CLASSES[sizes.experts is not None]
+    experts = {} if sizes.experts is None else {
+        "num_experts": sizes.experts.count,
+        "num_experts_per_tok": sizes.experts.used,
+        "moe_intermediate_size": sizes.experts.width,
+        "norm_topk_prob": sizes.experts.normalizes,
+    }
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [hf_class],
+        "model_type": model_type,
+        **experts,
+        "head_dim": sizes.head_dim,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.feed_forward,

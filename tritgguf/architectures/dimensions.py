@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritgguf.architectures import keys
-from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES, Architecture
+from tritgguf.architectures.experts import (
+    COUNT_KEY,
+    SHARED_WIDTH_KEY,
+    Experts,
+    experts_from_config,
+    experts_from_gguf,
+)
+from tritgguf.architectures.table import ARCHITECTURES, ATTENTION_MATRICES, GGUF_ARCHITECTURES, Architecture
 from tritgguf.architectures.tensor_names import GGUF_LAYER
 from tritgguf.errors import TritGgufError
 
@@ -30,6 +37,8 @@ class Dimensions:
     """GGUF names of the matrices with a bias."""
     architecture: str = "llama"
     """GGUF name of the architecture."""
+    experts: Experts | None = None
+    """The experts of every layer; None for a dense model."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return GGUF tensor name -> shape in NumPy order for all tensors of the model.
@@ -43,7 +52,8 @@ class Dimensions:
         }
         matrices, norms = self._layer_matrices(), self._layer_norms()
         for index in range(self.layers):
-            for name, shape in {**norms, **matrices}.items():
+            experts = self.experts.shapes(self.hidden) if self.experts else {}
+            for name, shape in {**norms, **matrices, **experts}.items():
                 shapes[f"blk.{index}.{name}.weight"] = shape
                 if name in self.biased and name in matrices:
                     shapes[f"blk.{index}.{name}.bias"] = shape[:1]
@@ -62,7 +72,8 @@ class Dimensions:
             "ffn_up": ((2 if fused else 1) * self.feed_forward, self.hidden),
             "ffn_down": (self.hidden, self.feed_forward),
         }
-        return {name: sizes[name] for name in GGUF_ARCHITECTURES[self.architecture].matrices()}
+        names = ATTENTION_MATRICES if self.experts else GGUF_ARCHITECTURES[self.architecture].matrices()
+        return {name: sizes[name] for name in names}
 
     def _layer_norms(self) -> dict[str, tuple[int, ...]]:
         entry = GGUF_ARCHITECTURES[self.architecture]
@@ -107,6 +118,7 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
         head_dim=keys.HEAD_DIM.in_config(config, architecture, where, default=hidden // heads),
         biased=_biased(config, architecture, where),
         architecture=architecture.gguf_name,
+        experts=experts_from_config(config, architecture, where),
     )
     check_heads(dimensions, where)
     activation = config.get("hidden_activation") or config.get("hidden_act")
@@ -128,19 +140,27 @@ def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -
 def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architecture:
     """Return the entry for a GGUF model.
 
-    If several classes share the GGUF name and the model has a sliding window, this is the first class with one. Raises
-    TritGgufError for an architecture that is not in the table.
+    If several classes share the GGUF name, this is the first one with experts, a shared expert and a sliding window if
+    the model has these. Raises TritGgufError for an architecture that is not in the table.
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
         raise TritGgufError(
             f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
         )
-    if f"{arch}.{keys.WINDOW_KEY}" in metadata:
-        for entry in ARCHITECTURES.values():
-            if entry.gguf_name == arch and entry.full_attention_every is not None:
-                return entry
-    return GGUF_ARCHITECTURES[arch]
+    entries = [entry for entry in ARCHITECTURES.values() if entry.gguf_name == arch]
+    has_experts, has_shared = bool(metadata.get(f"{arch}.{COUNT_KEY}")), f"{arch}.{SHARED_WIDTH_KEY}" in metadata
+    has_window = f"{arch}.{keys.WINDOW_KEY}" in metadata
+
+    def suits(entry: Architecture) -> tuple[bool, bool, bool]:
+        has_shared_entry = entry.experts is not None and entry.experts.shared_width_entry is not None
+        return (
+            (entry.experts is not None) == has_experts,
+            has_shared_entry == has_shared,
+            has_window and entry.full_attention_every is not None,
+        )
+
+    return max(entries, key=suits)  # the first of those that suit best
 
 
 def dimensions_from_gguf(
@@ -149,7 +169,7 @@ def dimensions_from_gguf(
     """Return the sizes in the keys of a GGUF file.
 
     `vocabulary` (rows of the embedding) and `biased` come from its tensors. Raises TritGgufError for an architecture
-    that is not in the table, for a missing or impossible size, for experts and for partial rotation.
+    that is not in the table, for a missing or impossible size, for experts of other families and for partial rotation.
     """
     architecture = find_gguf_architecture(metadata, where)
     hidden = keys.HIDDEN.in_gguf(metadata, architecture, where)
@@ -161,8 +181,6 @@ def dimensions_from_gguf(
             raise TritGgufError(
                 f"{where}: {key} is {metadata[key]}, but only the head dimension {head_dim} is supported"
             )
-    if metadata.get(f"{architecture.gguf_name}.expert_count"):
-        raise TritGgufError(f"{where}: models with experts are not supported")
     if architecture.fused and biased:
         raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
     dimensions = Dimensions(
@@ -175,6 +193,7 @@ def dimensions_from_gguf(
         head_dim=head_dim,
         biased=biased,
         architecture=architecture.gguf_name,
+        experts=experts_from_gguf(metadata, architecture, where),
     )
     check_heads(dimensions, where)
     return dimensions

@@ -28,7 +28,12 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
 
     model = _checked(config, where)
     arch = model.architecture.gguf_name
-    types = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+    types = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT32,
+        str: GGUFValueType.STRING,
+    }
     metadata = {"general.architecture": GGUFValue(arch, GGUFValueType.STRING)}
     for rule in model.architecture.rules():
         for key, value in rule.to_gguf(model).items():

@@ -68,7 +68,7 @@ class Rule(Protocol):
     def to_gguf(self, config: HfConfig, /) -> Mapping[str, int | float | str]:
         """Return GGUF keys without the architecture prefix; TritGgufError for impossible or unsupported entries.
 
-        An int becomes a UINT32, a float a FLOAT32.
+        An int becomes a UINT32, a bool a BOOL, a float a FLOAT32.
         """
 
     def to_hf(self, keys: GgufKeys, /) -> Mapping[str, Any]:

@@ -12,14 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tritgguf.architectures import expert_families
+from tritgguf.architectures.experts import EXPERTS, ExpertFamily
 from tritgguf.architectures.key_rules import Rule
 from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS, SHARED
 
-MATRICES = {
+ATTENTION_MATRICES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+}
+MATRICES = {
+    **ATTENTION_MATRICES,
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -66,6 +71,8 @@ class Architecture:
     """Number that transformers adds to norm weights; GGUF stores the sum."""
     fused: bool = False
     """Whether Q, K and V are one matrix, and gate and up too."""
+    experts: ExpertFamily | None = None
+    """The experts of every layer's feed-forward; None for a dense one."""
     gelu: bool = False
     """Whether the gate activation of the feed-forward is GELU (tanh) instead of SiLU."""
     activation_entry: str = "hidden_act"
@@ -86,7 +93,7 @@ class Architecture:
 
     def rules(self) -> tuple[Rule, ...]:
         """Return the rules of all keys in file order."""
-        return (*SHARED, *self.keys)
+        return (*SHARED, *self.keys, EXPERTS) if self.experts else (*SHARED, *self.keys)
 
     @property
     def activation(self) -> str:
@@ -99,7 +106,9 @@ class Architecture:
         return self.model_type or self.hf_class.removesuffix("ForCausalLM").lower()
 
     def matrices(self) -> Mapping[str, str]:
-        """Return GGUF name -> Hugging Face name of a layer's matrices."""
+        """Return GGUF name -> Hugging Face name of a layer's matrices, without those of experts."""
+        if self.experts is not None:
+            return ATTENTION_MATRICES
         return FUSED_MATRICES if self.fused else MATRICES
 
     def layer_norms(self) -> Mapping[str, str]:
@@ -144,6 +153,75 @@ ARCHITECTURES = {
         ),
         Architecture(
             "Qwen3ForCausalLM", "qwen3", {"max_position_embeddings": 32768, "head_dim": 128}, norms=_WITH_HEAD_NORMS
+        ),
+        Architecture(
+            "MixtralForCausalLM",
+            "llama",
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            permutes_rotary_rows=True,
+            experts=expert_families.MIXTRAL,
+            full_attention_every=0,
+            always_writes_head_dim=True,
+            writes_space_prefix=True,
+        ),
+        Architecture(
+            "Qwen2MoeForCausalLM",
+            "qwen2moe",
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 16,
+                "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632,
+                "num_experts_per_tok": 4,
+                "num_experts": 60,
+            },
+            model_type="qwen2_moe",
+            biased=QKV,
+            experts=expert_families.QWEN2_MOE,
+        ),
+        Architecture(
+            "Qwen3MoeForCausalLM",
+            "qwen3moe",
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 768,
+                "num_experts_per_tok": 8,
+                "num_experts": 128,
+            },
+            model_type="qwen3_moe",
+            norms=_WITH_HEAD_NORMS,
+            experts=expert_families.QWEN3_MOE,
+        ),
+        Architecture(
+            "OlmoeForCausalLM",
+            "olmoe",
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64},
+            norms=_WITH_HEAD_NORMS,
+            normalizes_together=True,
+            experts=expert_families.OLMOE,
+        ),
+        Architecture(
+            "GraniteMoeForCausalLM",
+            "granitemoe",
+            {"max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2},
+            keys=MULTIPLIERS,
+            permutes_rotary_rows=True,
+            experts=expert_families.GRANITE_MOE,
+        ),
+        Architecture(
+            "GraniteMoeSharedForCausalLM",
+            "granitemoe",
+            {"max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2},
+            keys=MULTIPLIERS,
+            permutes_rotary_rows=True,
+            experts=expert_families.GRANITE_MOE_SHARED,
         ),
         Architecture(
             "GraniteForCausalLM",

@@ -5,26 +5,112 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from tritgguf.architectures.table import FUSED_MATRICES, GGUF_ARCHITECTURES, MATRICES
+from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, HfNames
+from tritgguf.architectures.table import ARCHITECTURES, FUSED_MATRICES, GGUF_ARCHITECTURES, MATRICES
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.dtypes import to_float32
+from tritgguf.formats.stacks import matrix_names, split_matrix_name
 
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 _INDEX = r"(0|[1-9][0-9]{0,5})"
-_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join({**MATRICES, **FUSED_MATRICES})})\.weight")
+_PACKED_NAMES = (*{**MATRICES, **FUSED_MATRICES}, *STACKS, *SHARED_MATRICES)
+_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join(_PACKED_NAMES)})\.weight")
+_ROUTER = re.compile(rf"blk\.{_INDEX}\.{ROUTER}\.weight")
 GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.(\w+)\.(weight|bias)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
+_HF_EXPERT_TENSOR = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)")
+_EXPERT_NUMBER = re.compile(rf"(?<=\.){_INDEX}(?=\.)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The weights that a Hugging Face tensor holds.
+
+    Attributes:
+        name: GGUF name of the tensor, or of one matrix of a stack (see `stacks`).
+        half: which half of the rows of each of its matrices they are, 0 or 1; None for all rows.
+
+    """
+
+    name: str
+    half: int | None = None
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of a Hugging Face checkpoint: its shape, and the matrices (see `stacks`) whose rows it has, in order."""
+
+    shape: tuple[int, ...]
+    matrices: tuple[str, ...]
 
 
 def quantized_tensor(name: str) -> bool:
     """Tell whether a GGUF tensor is one of a layer's matrices, which are packed into trits."""
     return _QUANTIZED.fullmatch(name) is not None
+
+
+def kept_in_float32(name: str) -> bool:
+    """Tell whether a GGUF tensor is a router, which is small and decides which experts are used."""
+    return _ROUTER.fullmatch(name) is not None
+
+
+def places_of(arch: str, hf_name: str) -> list[Place]:
+    """Return the GGUF tensors or matrices that a Hugging Face tensor holds; none if the architecture has no such."""
+    if name := gguf_tensor_name(arch, hf_name):
+        return [Place(name)]
+    layer = _HF_EXPERT_TENSOR.fullmatch(hf_name)
+    if layer is None:
+        return []
+    expert = _EXPERT_NUMBER.search(layer[2])
+    pattern = layer[2] if expert is None else _EXPERT_NUMBER.sub("{}", layer[2], count=1)
+    names = _expert_names(arch, in_module=True).get(pattern) or _expert_names(arch, in_module=False).get(pattern, ())
+    place = "" if expert is None else f"[{expert[1]}]"
+    halves = range(len(names)) if len(names) > 1 else (None,)
+    return [Place(f"blk.{layer[1]}.{name}.weight{place}", half) for name, half in zip(names, halves, strict=False)]
+
+
+def hf_tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HfTensor]:
+    """Return the tensors of a Hugging Face checkpoint, as its family publishes them, by name.
+
+    `shapes` are those of the GGUF tensors, in NumPy order. Raises TritGgufError for a tensor without a counterpart.
+    """
+    tensors: dict[str, HfTensor] = {}
+    for name, shape in shapes.items():
+        hf_name, half = _stored_name(arch, name)
+        if half is None and "{}" in hf_name:
+            for expert, matrix in enumerate(matrix_names(name, shape)):
+                tensors[hf_name.format(expert)] = HfTensor(shape[1:], (matrix,))
+        elif half is None:
+            hf_shape = (1, *shape) if name.endswith(f".{SHARED_ROUTER}.weight") else shape
+            tensors[hf_name] = HfTensor(hf_shape, tuple(matrix_names(name, shape)))
+        elif hf_name not in tensors:
+            others = [place.name for place in places_of(arch, hf_name)]
+            rows = sum(shapes[other][-2] for other in others if other in shapes)
+            matrices = zip(*(matrix_names(other, shape) for other in others), strict=True)
+            in_order = tuple(matrix for of_expert in matrices for matrix in of_expert)
+            tensors[hf_name] = HfTensor((*shape[:-2], rows, shape[-1]), in_order)
+    return tensors
+
+
+def module_parameter(arch: str, gguf_name: str) -> tuple[str, int | None]:
+    """Return the parameter of transformers' model that holds a GGUF tensor, and which half of its rows that is.
+
+    The half is None for all rows. Raises TritGgufError as `hf_tensor_name` does.
+    """
+    layer = GGUF_LAYER.fullmatch(gguf_name)
+    found = None if layer is None else _expert_tensor(arch, layer[2], in_module=True)
+    if layer is None or found is None:
+        return hf_tensor_name(arch, gguf_name), None
+    return f"model.layers.{layer[1]}.{found[0]}", found[1]
 
 
 def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
@@ -39,24 +125,53 @@ def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
 
 
 def hf_tensor_name(arch: str, gguf_name: str) -> str:
-    """Return the Hugging Face name of a tensor of a GGUF architecture.
+    """Return the Hugging Face name of a tensor of a GGUF architecture, or of a matrix of a stack (see `stacks`).
 
-    Raises TritGgufError for a tensor that a Hugging Face checkpoint does not have, such as rope_freqs.weight.
+    The name of a stack has `*` in place of the expert's number if each expert is a tensor of its own. Raises
+    TritGgufError for a tensor that a Hugging Face checkpoint does not have, such as rope_freqs.weight.
     """
+    tensor, expert = split_matrix_name(gguf_name)
+    return _stored_name(arch, tensor)[0].replace("{}", "*" if expert is None else str(expert))
+
+
+def _stored_name(arch: str, gguf_name: str) -> tuple[str, int | None]:
+    """Return the Hugging Face name of a GGUF tensor, with `{}` for an expert's number, and its half of the rows."""
     if layer := GGUF_LAYER.fullmatch(gguf_name):
         index, name, suffix = layer.groups()
         if name in _layer_names(arch):
-            return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}"
+            return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}", None
+        if suffix == "weight" and (found := _expert_tensor(arch, name, in_module=False)):
+            return f"model.layers.{index}.{found[0]}", found[1]
     stem, _, suffix = gguf_name.rpartition(".")
     if suffix == "weight" and stem in _MODEL_NAMES:
-        return f"{_MODEL_NAMES[stem]}.weight"
+        return f"{_MODEL_NAMES[stem]}.weight", None
     raise TritGgufError(f"tensor {gguf_name} has no counterpart in a Hugging Face checkpoint of architecture {arch}")
 
 
+@functools.cache
 def _layer_names(arch: str) -> dict[str, str]:
-    """Return GGUF name -> Hugging Face name of a layer's matrices and norms."""
+    """Return GGUF name -> Hugging Face name of a layer's matrices and norms, without those of experts."""
     entry = GGUF_ARCHITECTURES[arch]
     return {**entry.layer_norms(), **entry.matrices()}
+
+
+@functools.cache
+def _expert_names(arch: str, *, in_module: bool) -> HfNames:
+    """Return the Hugging Face names of a layer's expert tensors, of all classes of a GGUF architecture."""
+    families = [entry.experts for entry in ARCHITECTURES.values() if entry.gguf_name == arch and entry.experts]
+    return {
+        name: tensors
+        for family in families
+        for name, tensors in (family.module if in_module else family.stored).items()
+    }
+
+
+def _expert_tensor(arch: str, name: str, *, in_module: bool) -> tuple[str, int | None] | None:
+    """Return the Hugging Face tensor with an expert tensor (GGUF name without layer) and which half of it that is."""
+    for hf_name, tensors in _expert_names(arch, in_module=in_module).items():
+        if name in tensors:
+            return hf_name, tensors.index(name) if len(tensors) > 1 else None
+    return None
 
 
 def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:

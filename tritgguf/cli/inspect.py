@@ -27,6 +27,8 @@ def print_description(file: FileDescription) -> None:
         book = tensor.codebook
         shape = " x ".join(map(str, tensor.shape))
         scales = "" if book is None else f"{min(book):.3g} .. {max(book):.3g}"
+        if book is not None and tensor.matrices > 1:
+            scales += f" ({tensor.matrices} experts)"
         rows.append((tensor.name, tensor.type, shape, f"{tensor.bytes}", scales))
     print_table("tensors", ("name", "type", ">shape", ">bytes", "codebook"), rows)
     print_table(

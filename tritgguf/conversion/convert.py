@@ -74,7 +74,7 @@ def convert(
         threads: processor cores to use; None means all.
         overwrite: whether an existing output may be replaced.
         resume: whether to resume an interrupted conversion with the same arguments; otherwise it starts over.
-        progress: called after every tensor.
+        progress: called after every tensor, and after every matrix of a stack.
 
     Raises:
         TritGgufError: bad input, or the output cannot be written. No file is left, with one exception: if the disk is
@@ -108,14 +108,15 @@ def _encode(
 ) -> tuple[float, float]:
     """Encode and write a plan's tensors; return the sums of the squared errors and of the squared weights.
 
-    `written` is called with the name of each tensor after it is written.
+    `written` is called with the name of each matrix after it is written.
     """
     job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
     squares = np.zeros(2)
-    tensors = encode_and_write(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
-    for tensor, tensor_squares in zip(plan.tensors, tensors, strict=True):
-        squares += tensor_squares
-        written(tensor.name)
+    names = [name for tensor in plan.tensors for name in tensor.matrices]
+    matrices = encode_and_write(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
+    for name, matrix_squares in zip(names, matrices, strict=True):
+        squares += matrix_squares
+        written(name)
     return float(squares[0]), float(squares[1])
 
 
@@ -124,16 +125,16 @@ class _ProgressCounter:
 
     def __init__(self, source: Source, listener: Callable[[ConvertProgress], None] | None) -> None:
         self._listener = listener
-        self._bytes = {tensor.name: tensor.stored_bytes for tensor in source.tensors}
+        self._bytes = {name: tensor.matrix_bytes for tensor in source.tensors for name in tensor.matrices}
         self._done, self._total = 0, sum(self._bytes.values())
 
     def searched(self, name: str) -> None:
-        """Count a tensor that was searched for trits and will be read again to be written."""
+        """Count a matrix that was searched for trits and will be read again to be written."""
         self._total += self._bytes[name]
         self.written(name)
 
     def written(self, name: str) -> None:
-        """Count a tensor that was written."""
+        """Count a matrix that was written."""
         self._done += self._bytes[name]
         if self._listener is not None:
             self._listener(ConvertProgress(name, self._done, self._total))

@@ -30,7 +30,7 @@ from tritgguf.quantization.v2 import quantize_v2
 from tritgguf.sources.source import Source
 
 Importance = Mapping[str, np.ndarray]
-"""GGUF name -> float32 [columns], the mean squared input of each column of a matrix."""
+"""Name of a matrix (see `stacks`) -> float32 [columns], the mean squared input of each of its columns."""
 Windows = Sequence[Sequence[int]]
 """Token ids of a calibration text, in windows of equal length."""
 
@@ -51,7 +51,7 @@ class EncodingJob:
 
     Attributes:
         source: the model.
-        depths: GGUF name -> trits per weight of these matrices, in the order of their blocks.
+        depths: name -> trits per weight of these matrices, in the order of their blocks; names are those of `stacks`.
         thread_pool: the threads to use.
         written: returns the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written,
             or None.

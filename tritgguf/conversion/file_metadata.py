@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from gguf import GGUFValue, GGUFValueType, LlamaFileType
 
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_writer import PlannedTensor
-from tritgguf.sources.source import Source
+from tritgguf.formats.stacks import matrix_count
 
 
-def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depths: str) -> dict[str, GGUFValue]:
-    """Return the source's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
-    metadata = dict(source.metadata)
+def file_metadata(
+    of_model: Mapping[str, GGUFValue], plan: list[PlannedTensor], encoder: str, depths: str
+) -> dict[str, GGUFValue]:
+    """Return the model's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
+    metadata = dict(of_model)
     # llama.cpp has no file type for this mix; GUESSED means that the tensors' types decide.
     metadata["general.file_type"] = GGUFValue(int(LlamaFileType.GUESSED), GGUFValueType.UINT32)
     metadata["general.quantization_version"] = GGUFValue(2, GGUFValueType.UINT32)
@@ -27,14 +29,16 @@ def file_metadata(source: Source, plan: list[PlannedTensor], encoder: str, depth
     metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
     for tensor in plan:
         if trit_types.is_trit_type(tensor.type_id):
-            metadata[trit_types.codebook_key(tensor.name)] = codebook_value([0.0] * trit_types.CODEBOOK_SIZE)
+            metadata[trit_types.codebook_key(tensor.name)] = codebook_value(
+                [0.0] * (trit_types.CODEBOOK_SIZE * matrix_count(tensor.shape))
+            )
     for tensor in plan:
         metadata[trit_types.checksum_key(tensor.name)] = checksum_value(0)
     return metadata
 
 
 def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
-    """Return a codebook as a metadata value."""
+    """Return codebooks, one after the other, as a metadata value."""
     return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 

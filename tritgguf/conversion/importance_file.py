@@ -17,7 +17,8 @@ def importance_of(source: str | Path, path: Path) -> tuple[Importance, list[str]
     Raises TritGgufError as `read_importance` does. That matrices of the source are missing in the file, `convert` warns
     itself.
     """
-    columns = {tensor.name: tensor.shape[-1] for tensor in open_source(source).tensors if len(tensor.shape) == 2}
+    tensors = [tensor for tensor in open_source(source).tensors if len(tensor.shape) > 1]
+    columns = {matrix: tensor.shape[-1] for tensor in tensors for matrix in tensor.matrices}
     unknown: list[str] = []
     importance = read_importance(path, columns, unknown)
     # llama.cpp also measures matrices that are stored otherwise here, such as the head of a tied model.

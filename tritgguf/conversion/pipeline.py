@@ -1,6 +1,6 @@
-"""The pipeline of a conversion: read, encode and write the tensors.
+"""The pipeline of a conversion: read, encode and write the tensors, one matrix of a stack at a time.
 
-One thread reads the next tensor and another writes finished parts, while the thread pool quantizes.
+One thread reads the next matrix and another writes finished parts, while the thread pool quantizes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,40 @@ from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.gguf_header import F32
 from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.stacks import matrix_shape
 from tritgguf.formats.trit_types import TritType
 from tritgguf.quantization.recover import Fit
 from tritgguf.sources.source import Source
 
-_UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked tensor that are converted to F16 at once
+_UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked matrix that are converted to F16 at once
 _DEPTH_OPTIONS = {"token_embd.weight": "--embedding-depth", "output.weight": "--output-depth"}
 _UNWRITTEN_BYTES = 1 << 28  # limit for encoded parts that wait to be written
 
 
 @dataclass(frozen=True)
+class _Matrix:
+    """A matrix to write: a tensor's only one, or one of a stack."""
+
+    tensor: PlannedTensor
+    name: str
+    is_first: bool
+    is_last: bool
+
+    @property
+    def depth(self) -> int | None:
+        """Trits per weight; None if it is not packed."""
+        is_packed = trit_types.is_trit_type(self.tensor.type_id)
+        return TritType(self.tensor.type_id).depth if is_packed else None
+
+
+@dataclass(frozen=True)
 class _Encoded:
-    """A tensor that is ready to be written.
+    """A matrix that is ready to be written.
 
     Attributes:
-        parts: its rows in order, as packed bytes or as the weights of an unpacked tensor. The iterator may encode them
-            lazily, so that a large tensor is never in memory as a whole.
-        codebook: float32 [27] of a trit tensor.
+        parts: its rows in order, as packed bytes or as the weights of an unpacked matrix. The iterator may encode them
+            lazily, so that a large matrix is never in memory as a whole.
+        codebook: float32 [27] of a packed matrix.
         squares: summed squared error and summed squared weights of the parts consumed so far; zeros if nothing is
             quantized.
 
@@ -53,15 +70,17 @@ class _Encoded:
 def encode_and_write(
     source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], encoder: MatrixEncoder, thread_pool: ThreadPool
 ) -> Iterator[np.ndarray]:
-    """Read, encode and write the planned tensors; yield the squares of each tensor after it is written.
+    """Read, encode and write the planned tensors; yield the squares of each matrix after it is written.
 
-    `fits` are the matrices to recover; `encoder` quantizes the others. Memory holds only a few tensors, even if the
+    `fits` are the matrices to recover; `encoder` quantizes the others. Memory holds only a few matrices, even if the
     disk is slower than the thread pool.
     """
-    plan = writer.tensors[len(writer.resumed) :]
-    for done in writer.resumed:
-        _set_header_entries(writer, done.name, done.checksum, done.codebook)
+    plan = [matrix for tensor in writer.tensors for matrix in _matrices(tensor)]
+    header = _HeaderEntries(writer)
+    for matrix, done in zip(plan, writer.resumed, strict=False):
+        header.add(matrix, done.checksum, done.codebook)
         yield np.array([done.squared_error, done.squared_weights])
+    plan = plan[len(writer.resumed) :]
     if not plan:
         return
     waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
@@ -74,20 +93,46 @@ def encode_and_write(
 
     with _thread("reader") as reader, _thread("writer") as writing:
         reading = reader.submit(_read, source, plan[0], encoder)
-        for index, tensor in enumerate(plan):
+        for index, matrix in enumerate(plan):
             rows = reading.result()
             if index + 1 < len(plan):
                 reading = reader.submit(_read, source, plan[index + 1], encoder)
-            encoded = _encode(source, tensor, rows, fits.get(tensor.name), encoder, thread_pool)
+            encoded = _encode(source, matrix, rows, fits.get(matrix.name), encoder, thread_pool)
             del rows
-            waiting.append((writing.submit(writer.begin, tensor), 0))
+            if matrix.is_first:
+                waiting.append((writing.submit(writer.begin, matrix.tensor), 0))
             for part in encoded.parts:
-                waiting.append((writing.submit(_write, source, writer, tensor, part), part.nbytes))
+                waiting.append((writing.submit(_write, source, writer, matrix, part), part.nbytes))
                 del part
                 yield from written(_UNWRITTEN_BYTES)
-            waiting.append((writing.submit(_finish, source, writer, tensor, encoded), 0))
+            waiting.append((writing.submit(_finish, source, writer, header, matrix, encoded), 0))
             yield from written(_UNWRITTEN_BYTES)
         yield from written(-1)
+
+
+def _matrices(tensor: PlannedTensor) -> list[_Matrix]:
+    names = tensor.matrices
+    return [_Matrix(tensor, name, name == names[0], name == names[-1]) for name in names]
+
+
+class _HeaderEntries:
+    """The header's checksums and codebooks, which are complete when the last matrix of a tensor is written."""
+
+    def __init__(self, writer: StreamingWriter) -> None:
+        self._writer = writer
+        self._codebooks: list[np.ndarray] = []  # of the matrices of the current tensor
+
+    def add(self, matrix: _Matrix, checksum: int, codebook: Sequence[float] | np.ndarray | None) -> None:
+        """Take over the entries of the next written matrix; `checksum` is that of its tensor's bytes so far."""
+        name = matrix.tensor.name
+        if codebook is not None:
+            self._codebooks.append(np.asarray(codebook, np.float32))
+        if not matrix.is_last:
+            return
+        self._writer.set_metadata(trit_types.checksum_key(name), checksum_value(checksum))
+        if self._codebooks:
+            self._writer.set_metadata(trit_types.codebook_key(name), codebook_value(np.concatenate(self._codebooks)))
+        self._codebooks.clear()
 
 
 @contextmanager
@@ -100,38 +145,39 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, tensor: PlannedTensor, encoder: MatrixEncoder) -> MatrixRows | _Encoded:
-    """Read a tensor's weights, or its packed bytes if the source already has the planned type.
+def _read(source: Source, matrix: _Matrix, encoder: MatrixEncoder) -> MatrixRows | _Encoded:
+    """Read a matrix's weights, or its packed bytes if the source already has the planned type.
 
-    The weights are not loaded if the encoder reads the tensor itself.
+    The weights are not loaded if the encoder reads the matrix itself.
     """
-    packed = source.packed(tensor.name)
-    if packed is not None and TritType.of_depth(packed.depth) == tensor.type_id:
+    packed = source.packed(matrix.name)
+    if packed is not None and packed.depth == matrix.depth:
         return _Encoded(iter([packed.data]), packed.codebook)
-    rows = source.rows(tensor.name)
-    return rows.held() if encoder.needs_weights(tensor.name) else rows
+    rows = source.rows(matrix.name)
+    return rows.held() if encoder.needs_weights(matrix.name) else rows
 
 
 def _encode(
     source: Source,
-    tensor: PlannedTensor,
+    matrix: _Matrix,
     rows: MatrixRows | _Encoded,
     fit: Fit | None,
     encoder: MatrixEncoder,
     thread_pool: ThreadPool,
 ) -> _Encoded:
-    """Recover or quantize a tensor and pack it, if the plan packs it."""
+    """Recover or quantize a matrix and pack it, if the plan packs it."""
     if isinstance(rows, _Encoded):
         return rows
-    if not trit_types.is_trit_type(tensor.type_id):
+    if matrix.depth is None:
         return _Encoded(rows.blocks())
-    with _tensor_named(source, tensor):
-        depth = TritType(tensor.type_id).depth
-        quantized = encoder.encode(tensor.name, rows, depth) if fit is None else fit.encode_rows(rows, thread_pool)
+    with _matrix_named(source, matrix):
+        quantized = (
+            encoder.encode(matrix.name, rows, matrix.depth) if fit is None else fit.encode_rows(rows, thread_pool)
+        )
     squares = np.zeros(2)
 
     def packed() -> Iterator[np.ndarray]:
-        with _tensor_named(source, tensor):
+        with _matrix_named(source, matrix):
             for part in quantized.parts:
                 squares[:] += part.squared_error, part.squared_weights
                 yield part.pack(thread_pool)
@@ -140,71 +186,65 @@ def _encode(
 
 
 @contextmanager
-def _tensor_named(source: Source, tensor: PlannedTensor) -> Iterator[None]:
-    """Turn an encoder's ValueError into a TritGgufError that names the tensor."""
+def _matrix_named(source: Source, matrix: _Matrix) -> Iterator[None]:
+    """Turn an encoder's ValueError into a TritGgufError that names the matrix."""
     try:
         yield
     except ValueError as error:
         raise TritGgufError(
-            f"{source.name}: tensor {source.label(tensor.name)} {error}; the checkpoint is damaged"
+            f"{source.name}: tensor {source.label(matrix.name)} {error}; the checkpoint is damaged"
         ) from error
 
 
-def _write(source: Source, writer: StreamingWriter, tensor: PlannedTensor, part: np.ndarray) -> None:
-    """Write a part of the current tensor."""
-    if trit_types.is_trit_type(tensor.type_id):
+def _write(source: Source, writer: StreamingWriter, matrix: _Matrix, part: np.ndarray) -> None:
+    """Write a part of the current matrix."""
+    if matrix.depth is not None:
         writer.write(part)
     else:
-        _write_unpacked(writer, source, tensor, part)
+        _write_unpacked(writer, source, matrix, part)
 
 
-def _finish(source: Source, writer: StreamingWriter, tensor: PlannedTensor, encoded: _Encoded) -> np.ndarray:
-    """Complete a tensor after its parts are written, and return its squares."""
+def _finish(
+    source: Source, writer: StreamingWriter, header: _HeaderEntries, matrix: _Matrix, encoded: _Encoded
+) -> np.ndarray:
+    """Complete a matrix after its parts are written, and return its squares."""
     error, power = encoded.squares.tolist()
-    _set_header_entries(writer, tensor.name, writer.end(encoded.codebook, (error, power)), encoded.codebook)
-    source.release(tensor.name)
+    header.add(matrix, writer.end(encoded.codebook, (error, power)), encoded.codebook)
+    source.release(matrix.name)
     return encoded.squares
 
 
 def written_weights(writer: StreamingWriter, name: str) -> np.ndarray | None:
     """Return the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written, or None."""
-    for index, (tensor, done) in enumerate(zip(writer.tensors, writer.resumed, strict=False)):
-        if tensor.name == name and done.codebook is not None:
-            rows = writer.read_back(index).reshape(tensor.shape[0], -1)
+    plan = ((tensor, matrix) for tensor in writer.tensors for matrix in tensor.matrices)
+    for index, ((tensor, matrix), done) in enumerate(zip(plan, writer.resumed, strict=False)):
+        if matrix == name and done.codebook is not None:
+            rows = writer.read_back(index, tensor.matrix_bytes).reshape(matrix_shape(tensor.shape)[0], -1)
             return dequantize(rows, np.array(done.codebook, np.float32), TritType(tensor.type_id).depth)
     return None
 
 
-def _set_header_entries(
-    writer: StreamingWriter, name: str, checksum: int, codebook: Sequence[float] | np.ndarray | None
-) -> None:
-    """Set the checksum and the codebook of a written tensor in the header."""
-    writer.set_metadata(trit_types.checksum_key(name), checksum_value(checksum))
-    if codebook is not None:
-        writer.set_metadata(trit_types.codebook_key(name), codebook_value(codebook))
-
-
-def _write_unpacked(writer: StreamingWriter, source: Source, tensor: PlannedTensor, weights: np.ndarray) -> None:
-    """Write a tensor that is not packed, a few rows at a time to avoid a second copy in memory."""
-    rows = weights.reshape(-1, tensor.shape[-1])
-    step = max(1, _UNPACKED_WEIGHTS // tensor.shape[-1])
-    dtype = np.dtype(np.float32 if tensor.type_id == F32 else np.float16)
+def _write_unpacked(writer: StreamingWriter, source: Source, matrix: _Matrix, weights: np.ndarray) -> None:
+    """Write a matrix that is not packed, a few rows at a time to avoid a second copy in memory."""
+    rows = weights.reshape(-1, matrix.tensor.shape[-1])
+    step = max(1, _UNPACKED_WEIGHTS // matrix.tensor.shape[-1])
+    dtype = np.dtype(np.float32 if matrix.tensor.type_id == F32 else np.float16)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         if part.dtype != dtype:
             with np.errstate(over="ignore"):
                 part = to_float32(part).astype(dtype, copy=False)
         if not _is_finite(part):
-            raise _unwritable(source, tensor, to_float32(rows[start : start + step]))
+            raise _unwritable(source, matrix, to_float32(rows[start : start + step]))
         writer.write(part)
 
 
-def _unwritable(source: Source, tensor: PlannedTensor, weights: np.ndarray) -> TritGgufError:
+def _unwritable(source: Source, matrix: _Matrix, weights: np.ndarray) -> TritGgufError:
     """Return the error for float32 weights that are damaged or that F16 cannot hold."""
-    name = f"{source.name}: tensor {source.label(tensor.name)}"
+    name = f"{source.name}: tensor {source.label(matrix.name)}"
     if not np.isfinite(weights).all():
         return TritGgufError(f"{name} has a weight that is NaN or infinite; the checkpoint is damaged, fetch it again")
-    option = _DEPTH_OPTIONS.get(tensor.name)
+    option = _DEPTH_OPTIONS.get(matrix.name)
     remedy = f"{option} 4 stores it in trits, which can" if option else "scale the model down to less than that"
     return TritGgufError(f"{name} has a weight of {np.abs(weights).max():g}, but F16 holds 65504 at most; {remedy}")
 

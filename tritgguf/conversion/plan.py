@@ -14,7 +14,7 @@ import xxhash
 from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.architectures.tensor_names import kept_in_float32, quantized_tensor
 from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
@@ -49,7 +49,7 @@ class ConversionPlan:
     Attributes:
         source: the model.
         tensors: the file's tensors, in order.
-        depths: GGUF name -> requested trits per weight, 0 for tensors that are not packed.
+        depths: GGUF name of a tensor -> requested trits per weight, 0 for tensors that are not packed.
         depth: the greatest depth of the layers' matrices.
         recovery: the matrices that are recovered.
         quantizer: quantizer of the other packed matrices.
@@ -69,11 +69,13 @@ class ConversionPlan:
 
     @property
     def quantized_depths(self) -> dict[str, int]:
-        """GGUF name -> trits per weight, of the matrices that are packed and not recovered."""
+        """Name of a matrix -> trits per weight, of the matrices that are packed and not recovered."""
         return {
-            tensor.name: self.depths[tensor.name]
+            matrix: self.depths[tensor.name]
             for tensor in self.tensors
-            if trit_types.is_trit_type(tensor.type_id) and tensor.name not in self.recovery.fits
+            if trit_types.is_trit_type(tensor.type_id)
+            for matrix in tensor.matrices
+            if matrix not in self.recovery.fits
         }
 
     @property
@@ -160,7 +162,12 @@ def plan_conversion(
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
     kept = apply_rules(packable, options.choice.keep)
-    unpacked = [name for name in packable if source.packed(name) is None and kept.get(name) != F16_DEPTH]
+    unpacked = [
+        matrix
+        for tensor in source.tensors
+        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
+        for matrix in tensor.matrices
+    ]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
     free = free_tables(source, options)
@@ -168,9 +175,9 @@ def plan_conversion(
         limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in TABLES if name in depths}
         recovery = recover_tables(source, recovery, limits, thread_pool, searched)
         depths |= dict.fromkeys(free, F16_DEPTH)  # recovery changes no weight
-    depths |= {name: fit.depth for name, fit in recovery.fits.items()}
+    depths |= recovery.depths
     to_choose = packable | free if options.choice.has_target else packable
-    to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.fits}
+    to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.depths}
     choice_text = options.choice.describe(options.layer_depth)
     measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool)
     other_bytes = partial(_other_bytes, source, depths, to_choose, recovery.encoder, choice_text)
@@ -181,17 +188,17 @@ def plan_conversion(
         last = HEAD if HEAD in depths else EMBEDDINGS
         tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    metadata = file_metadata(source, tensors, recovery.encoder, choice_text)
+    metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
     """Raise TritGgufError if an importance does not have one value per column of its matrix."""
-    for tensor in source.tensors:
-        given = importance.get(tensor.name)
-        if given is not None and given.shape != tensor.shape[-1:]:
+    columns = {matrix: tensor.shape[-1] for tensor in source.tensors for matrix in tensor.matrices}
+    for matrix, given in importance.items():
+        if matrix in columns and given.shape != (columns[matrix],):
             raise TritGgufError(
-                f"{source.name}: tensor {tensor.name} has {tensor.shape[-1]} columns, its importance the shape"
+                f"{source.name}: tensor {matrix} has {columns[matrix]} columns, its importance the shape"
                 f" {given.shape}; measure the importance of this model"
             )
 
@@ -213,7 +220,11 @@ def _other_bytes(
     planned = [planned_tensor(tensor.name, tensor.shape, packed[tensor.name]) for tensor in source.tensors]
     of_matrices = sum(tensor.n_bytes for tensor in planned if tensor.name in matrices)
     padding = ALIGNMENT * len(matrices)
-    return planned_file_bytes(file_metadata(source, planned, encoder, choice_text), planned) - of_matrices + padding
+    return (
+        planned_file_bytes(file_metadata(source.metadata, planned, encoder, choice_text), planned)
+        - of_matrices
+        + padding
+    )
 
 
 def _measure_costs(
@@ -245,9 +256,9 @@ def _measure_costs(
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:
-    """Choose a tensor's type in the file: F32 for vectors, trits for matrices with a depth, F16 otherwise."""
+    """Choose a tensor's type in the file: F32 for vectors and routers, trits for matrices with a depth, else F16."""
     weights = int(np.prod(shape, dtype=np.int64))
-    if len(shape) == 1:
+    if len(shape) == 1 or kept_in_float32(name):
         return PlannedTensor(name, shape, F32, 4 * weights)
     if depth and shape[-1] % trit_types.BLOCK_SIZE == 0:
         rows = weights // shape[-1]
@@ -263,11 +274,11 @@ def block_index(name: str) -> int:
 
 def _requantization_warning(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:
     """Warn if packed tensors are decoded and stored in another type."""
-    packed = [(source.packed(tensor.name), tensor.type_id) for tensor in tensors]
-    decoded = [found for found, type_id in packed if found and TritType.of_depth(found.depth) != type_id]
+    packed = [(source.packed_depth(tensor.name), tensor.type_id) for tensor in tensors]
+    decoded = [depth for depth, type_id in packed if depth and TritType.of_depth(depth) != type_id]
     if not decoded:
         return []
-    depths = ", ".join(map(str, sorted({found.depth for found in decoded})))
+    depths = ", ".join(map(str, sorted(set(decoded))))
     return [
         f"{source.name}: {len(decoded)} tensors are packed already (depth {depths}); storing them otherwise adds to"
         " what that lost, so convert the original where you have it"

@@ -11,6 +11,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
+from tritgguf.formats.stacks import matrix_shape, split_matrix_name
 from tritgguf.formats.trit_types import BLOCK_SIZE
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
@@ -25,7 +26,7 @@ class RecoveryPlan:
 
     Attributes:
         encoder: name of the encoder that is actually used, for the report and the file's metadata.
-        fits: GGUF name -> exact fit, of the recovered matrices.
+        fits: name of a matrix -> exact fit, of the recovered matrices. All those of a stack have the same depth.
         warnings: one line for the user if recovery was requested and some matrices have no exact fit.
 
     """
@@ -34,10 +35,18 @@ class RecoveryPlan:
     fits: dict[str, Fit] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """GGUF name of a tensor with recovered matrices -> their trits per weight."""
+        return {split_matrix_name(name)[0]: fit.depth for name, fit in self.fits.items()}
+
     def limited(self, depths: Mapping[str, int]) -> RecoveryPlan:
-        """Return the plan without the fits that need more trits than a depth, by GGUF name, allows."""
-        fits = {name: fit for name, fit in self.fits.items() if fit.depth <= depths.get(name, fit.depth)}
-        return replace(self, fits=fits)
+        """Return the plan without the fits that need more trits than the depth of their tensor, by GGUF name."""
+
+        def is_allowed(name: str, fit: Fit) -> bool:
+            return fit.depth <= depths.get(split_matrix_name(name)[0], fit.depth)
+
+        return replace(self, fits={name: fit for name, fit in self.fits.items() if is_allowed(name, fit)})
 
 
 def plan_recovery(
@@ -56,7 +65,7 @@ def plan_recovery(
 
     Args:
         source: the checkpoint.
-        names: its matrices that are packed.
+        names: its matrices that are packed, see `stacks`.
         encoder: the user's encoder.
         quantizer: quantizer of the matrices that are not recovered.
         deepest: the maximum depth to try.
@@ -90,15 +99,14 @@ def plan_recovery(
             progress(name)
     if is_automatic and not _is_majority(source, found):
         return RecoveryPlan(quantizer.name)
+    _fit_stacks_at_one_depth(source, found, thread_pool)
     fits = {name: fit for name, fit in found.items() if isinstance(fit, Fit)}
     if len(fits) == len(found):
         return RecoveryPlan(Recover().name, fits)
     message = _describe_misfits(source, found)
     if must_fit:
-        both = Recover(quantizer).name
-        raise TritGgufError(
-            f"{message}; --encoder {both} quantizes those again, --encoder {quantizer.name} all of them"
-        )
+        both = f"--encoder {Recover(quantizer).name} quantizes those again"
+        raise TritGgufError(f"{message}; {both}, --encoder {quantizer.name} all of them")
     return RecoveryPlan(encoder.name, fits, [f"{message}; quantized by {quantizer.name}"])
 
 
@@ -123,7 +131,7 @@ def recover_tables(
     for tensor in source.tensors:
         name = tensor.name
         deepest = limits.get(name, 0)
-        if not deepest or tensor.shape[-1] % BLOCK_SIZE or source.packed(name) is not None:
+        if not deepest or tensor.shape[-1] % BLOCK_SIZE or source.packed_depth(name) is not None:
             continue
         fit = find_fit(source.rows(name).held(), deepest=deepest, thread_pool=thread_pool)
         source.release(name)
@@ -133,6 +141,20 @@ def recover_tables(
     return replace(recovery, fits=fits)
 
 
+def _fit_stacks_at_one_depth(source: Source, found: dict[str, Fit | NoFit], thread_pool: ThreadPool) -> None:
+    """Fit the matrices of a stack again that fit at a lesser depth than another one, because a tensor has one depth."""
+    depths: dict[str, int] = {}
+    for name, fit in found.items():
+        tensor, index = split_matrix_name(name)
+        if isinstance(fit, Fit) and index is not None:
+            depths[tensor] = max(fit.depth, depths.get(tensor, 0))
+    for name, fit in found.items():
+        depth = depths.get(split_matrix_name(name)[0])
+        if isinstance(fit, Fit) and depth is not None and fit.depth != depth:
+            found[name] = find_fit(source.rows(name).held(), shallowest=depth, deepest=depth, thread_pool=thread_pool)
+            source.release(name)
+
+
 def _is_recovered(fit: Fit | NoFit) -> bool:
     """Return whether a matrix holds dequantized trits. All-zero matrices fit too but are no evidence of that."""
     return isinstance(fit, Fit) and bool(fit.codebook.any())
@@ -140,7 +162,7 @@ def _is_recovered(fit: Fit | NoFit) -> bool:
 
 def _is_majority(source: Source, found: dict[str, Fit | NoFit]) -> bool:
     """Return whether more weights are recovered than not, ignoring all-zero matrices."""
-    weights = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors}
+    weights = {name: math.prod(matrix_shape(tensor.shape)) for tensor in source.tensors for name in tensor.matrices}
     recovered = sum(weights[name] for name, fit in found.items() if _is_recovered(fit))
     return recovered > sum(weights[name] for name, fit in found.items() if isinstance(fit, NoFit))
 

@@ -16,7 +16,7 @@ TABLES = (EMBEDDINGS, HEAD)
 
 def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
     """Return the requested depth of every tensor, 0 for tensors that are not packed."""
-    packed = {tensor.name: source.packed(tensor.name) for tensor in source.tensors}
+    packed = {tensor.name: source.packed_depth(tensor.name) for tensor in source.tensors}
     from_trits, tied = any(packed.values()), HEAD not in packed
     given = _given_table_depths(source, options)
     recipe = options.recipe or (None if from_trits else DEFAULT)
@@ -30,7 +30,7 @@ def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
         elif name in by_recipe and (already is None or options.recipe is not None):
             depths[name] = by_recipe[name]
         else:
-            depths[name] = 0 if already is None else already.depth
+            depths[name] = already or 0
     return depths
 
 
@@ -51,7 +51,7 @@ def _given_table_depths(source: Source, options: DepthOptions) -> dict[str, int]
 def free_tables(source: Source, options: DepthOptions) -> dict[str, int]:
     """Return GGUF name -> number of weights, of embeddings and head whose depth neither user nor source determine."""
     given = _given_table_depths(source, options)
-    from_trits = any(source.packed(tensor.name) for tensor in source.tensors)
+    from_trits = any(source.packed_depth(tensor.name) for tensor in source.tensors)
     if options.recipe is not None or from_trits:
         return {}
     return {

@@ -15,6 +15,7 @@ from tritgguf.exporters.stock_gguf import STOCK_TYPES, export_file
 from tritgguf.formats import durable_output, trit_types
 from tritgguf.formats.file_kinds import is_hub_id
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.runtime.compiler import prepare_kernels
 from tritgguf.text_format import parse_bytes
@@ -67,7 +68,7 @@ def export(
         base_model: hub id of the source model for the model card; None means the one that the file names.
         threads: processor cores to use; None means all.
         overwrite: whether an existing file may be replaced; a folder is never replaced.
-        progress: called after every tensor with its name, the bytes of the file done and their total.
+        progress: called after every tensor or expert with its name, the bytes of the file done and their total.
 
     Raises:
         TritGgufError: bad input, or the output cannot be written; no output is left.
@@ -97,7 +98,7 @@ def export(
             max_shard_bytes=max_shard_bytes,
             base_model=base_model,
             thread_pool=thread_pool,
-            on_tensor=on_tensor,
+            on_matrix=on_tensor,
         )
     else:
         export_file(opened, output, to=to, overwrite=overwrite, thread_pool=thread_pool, on_tensor=on_tensor)
@@ -108,12 +109,14 @@ def export(
 
 
 def _progress_counter(file: GgufFile, progress: Callable[[str, int, int], None] | None) -> Callable[[str], None]:
-    """Return a function that counts a finished tensor by name and calls `progress`."""
+    """Return a function that counts a finished tensor, or matrix of a stack, by name and calls `progress`."""
     total, done = sum(info.n_bytes for info in file.tensors.values()), 0
 
     def count(name: str) -> None:
         nonlocal done
-        done += file.tensors[name].n_bytes
+        tensor, index = split_matrix_name(name)
+        info = file.tensors[tensor]
+        done += info.n_bytes if index is None else info.n_bytes // info.n_matrices
         if progress is not None:
             progress(name, done, total)
 
@@ -125,7 +128,7 @@ def _open_trit_file(path: str | Path) -> GgufFile:
     file = open_trit_file(path)
     for name, info in file.tensors.items():
         if trit_types.is_trit_type(info.type_id):
-            file.codebook(name)
+            file.stored_codebooks(name)
     return file
 
 

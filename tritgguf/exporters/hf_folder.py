@@ -28,19 +28,21 @@ def export_folder(
     max_shard_bytes: int,
     base_model: str | None,
     thread_pool: ThreadPool,
-    on_tensor: Callable[[str], None],
+    on_matrix: Callable[[str], None],
 ) -> dict[str, int]:
     """Write the folder and return file name -> size in bytes; the folder appears only when it is complete.
 
-    `on_tensor` is called with a tensor's GGUF name after it is written. Raises TritGgufError if the output exists, the
-    file is not a complete model, or float16 cannot hold a weight.
+    `on_matrix` is called with a matrix's name (see `stacks`) after it is written. Raises TritGgufError if the output
+    exists, the file is not a complete model, or float16 cannot hold a weight.
     """
     durable_output.check_new_folder(output)
     config = gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata))
     arch = file.metadata["general.architecture"]
-    gguf_names = {tensor_names.hf_tensor_name(arch, name): name for name in file.tensors if name != ROPE_FREQS}
+    tensors = tensor_names.hf_tensors(
+        arch, {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
+    )
     shards = safetensors_writer.plan_shards(
-        {hf_name: file.tensors[name].shape for hf_name, name in gguf_names.items()}, max_shard_bytes
+        {hf_name: tensor.shape for hf_name, tensor in tensors.items()}, max_shard_bytes
     )
     texts = _config_files(file, config)
     if len(shards) > 1:
@@ -50,8 +52,9 @@ def export_folder(
     durable_output.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
 
     def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        yield from _float16_blocks(RowBlocks(file, gguf_names[hf_name], thread_pool), arch, config)
-        on_tensor(gguf_names[hf_name])
+        for matrix in tensors[hf_name].matrices:
+            yield from _float16_blocks(RowBlocks(file, matrix, thread_pool), arch, config)
+            on_matrix(matrix)
 
     with durable_output.new_folder(output) as folder:
         for name, text in texts.items():

@@ -13,7 +13,8 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.gguf_header import F16, F32
+from tritgguf.formats.gguf_header import F16, F32, TensorInfo
+from tritgguf.formats.stacks import split_matrix_name
 
 _WEIGHTS_AT_ONCE = 1 << 22
 
@@ -30,7 +31,7 @@ _OVERFLOW = {
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Decodes a tensor in blocks of rows."""
+    """Decodes a tensor, or a matrix of a stack (see `stacks`), in blocks of rows."""
 
     file: GgufFile
     name: str
@@ -41,14 +42,16 @@ class RowBlocks:
 
         A vector has rows of one weight.
         """
-        info = self.file.tensors[self.name]
+        tensor, index = split_matrix_name(self.name)
+        info = self.file.tensors[tensor]
         columns = info.shape[-1] if len(info.shape) > 1 else 1
         rows = info.n_weights // columns
+        first, last = (0, rows) if index is None else (info.shape[-2] * index, info.shape[-2] * (index + 1))
         step = -(-max(1, _WEIGHTS_AT_ONCE // columns) // multiple) * multiple
-        raw = self.file.raw(self.name).reshape(rows, -1)
-        for start in range(0, rows, step):
-            yield self._decode(raw[start : start + step])
-        self.file.release(self.name)
+        raw = self.file.raw(tensor).reshape(rows, -1)
+        for start in range(first, last, step):
+            yield self._decode(info, raw[start : min(start + step, last)], start)
+        self.file.release(tensor, index)
 
     def stored_as(self, ggml_type: GGMLQuantizationType) -> Iterator[np.ndarray]:
         """Yield blocks in a stock type, uint8 or float16, contiguous. Raises TritGgufError as `to_type` does."""
@@ -68,14 +71,13 @@ class RowBlocks:
             )
         return quantize(block, ggml_type)
 
-    def _decode(self, raw: np.ndarray) -> np.ndarray:
-        info = self.file.tensors[self.name]
+    def _decode(self, info: TensorInfo, raw: np.ndarray, first: int) -> np.ndarray:
         if not trit_types.is_trit_type(info.type_id) and info.type_id not in (F32, F16):
             raise TritGgufError(
                 f"{self.file.path}: tensor {self.name} is {info.type_name}, which no trit file has;"
                 " convert the model again"
             )
-        return self.file.decode_rows(self.name, raw, self.thread_pool)
+        return self.file.decode_rows(info.name, raw, self.thread_pool, first=first)
 
 
 def stored_bytes(shape: tuple[int, ...], ggml_type: GGMLQuantizationType) -> int:

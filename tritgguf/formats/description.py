@@ -10,12 +10,17 @@ from typing import Any
 from tritgguf.formats.file_parts import FilePart, file_parts
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import TensorInfo
+from tritgguf.formats.stacks import matrix_count
 from tritgguf.formats.trit_types import checksum_key, codebook_key, is_trit_type
 
 
 @dataclass(frozen=True)
 class TensorDescription:
-    """One tensor; `shape` has the rows first, `codebook` has 27 scales for trit tensors and is None for others."""
+    """One tensor; `shape` has the row length last.
+
+    `codebook` has 27 scales for each matrix of a trit tensor, one matrix after the other, or 27 scales for all of them.
+    It is None for other tensors.
+    """
 
     name: str
     type: str
@@ -29,6 +34,11 @@ class TensorDescription:
     def weights(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """Number of matrices, which are experts; 1 unless the tensor is a stack."""
+        return matrix_count(self.shape)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,9 @@ class FileDescription:
             "types": [{**vars(summary), "bits_per_weight": summary.bits_per_weight} for summary in self.types],
             "parts": [part.as_dict() for part in self.parts],
             "metadata": {key: _json_value(value) for key, value in self.metadata.items()},
-            "tensors": [{**vars(tensor), "weights": tensor.weights} for tensor in self.tensors],
+            "tensors": [
+                {**vars(tensor), "matrices": tensor.matrices, "weights": tensor.weights} for tensor in self.tensors
+            ],
         }
 
 
@@ -135,7 +147,7 @@ def _describe_tensor(file: GgufFile, info: TensorInfo) -> TensorDescription:
         type=info.type_name,
         shape=info.shape,
         bytes=info.n_bytes,
-        codebook=tuple(file.codebook(info.name).tolist()) if is_trit_type(info.type_id) else None,
+        codebook=tuple(file.stored_codebooks(info.name).reshape(-1).tolist()) if is_trit_type(info.type_id) else None,
         xxh3=file.metadata.get(checksum_key(info.name)),
     )
 

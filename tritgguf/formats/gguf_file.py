@@ -96,51 +96,87 @@ class GgufFile:
         info = self.tensors[name]
         return np.frombuffer(self._map, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
 
-    def release(self, name: str) -> None:
-        """Drop a tensor's resident pages, so that reading a file once does not fill memory.
+    def release(self, name: str, matrix: int | None = None) -> None:
+        """Drop the resident pages of a tensor or of one of its matrices, so that reading a file does not fill memory.
 
         They are read from the file again on the next access. Does nothing if the system lacks MADV_DONTNEED.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         info = self.tensors[name]
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = info.offset + info.n_bytes - start
+        n_bytes = info.n_bytes if matrix is None else info.n_bytes // info.n_matrices
+        begin = info.offset + (matrix or 0) * n_bytes
+        start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = begin + n_bytes - start
         if length > 0:
             self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
     def codebook(self, name: str) -> np.ndarray:
-        """Return a trit tensor's scales: float32 [27], finite and not negative (checked)."""
-        key = trit_types.codebook_key(name)
+        """Return the scales of a trit tensor that is one matrix: float32 [27], checked as by `codebooks`."""
+        codebooks = self.codebooks(name)
+        if len(codebooks) != 1:
+            raise ValueError(f"tensor {name} is a stack of {len(codebooks)} matrices")
+        return codebooks[0]
+
+    def codebooks(self, name: str) -> np.ndarray:
+        """Return the scales of every matrix of a trit tensor: float32 [matrices, 27], read-only, checked."""
+        return np.broadcast_to(self.stored_codebooks(name), (self.tensors[name].n_matrices, trit_types.CODEBOOK_SIZE))
+
+    def stored_codebooks(self, name: str) -> np.ndarray:
+        """Return a trit tensor's codebooks as the file has them, one for each matrix or one for all: float32 [n, 27].
+
+        Scales are finite and not negative (checked).
+        """
+        key, count = trit_types.codebook_key(name), self.tensors[name].n_matrices
         values = self.metadata.get(key)
-        if not isinstance(values, list) or len(values) != trit_types.CODEBOOK_SIZE:
+        if not isinstance(values, list) or len(values) not in (
+            trit_types.CODEBOOK_SIZE,
+            trit_types.CODEBOOK_SIZE * count,
+        ):
+            each = f" for each of its {count} matrices" if count > 1 else ""
             raise DamagedFileError(
-                f"{self.path}: tensor {name} has no codebook of 27 entries ({key}); convert the model again"
+                f"{self.path}: tensor {name} has no codebook of 27 entries{each} ({key}); convert the model again"
             )
         has_numbers = all(type(value) in (int, float) for value in values)
         with np.errstate(over="ignore"):
-            codebook = np.array(values if has_numbers else np.nan, dtype=np.float32)
-        if not has_numbers or not np.isfinite(codebook).all() or (codebook < 0).any():
+            codebooks = np.array(values if has_numbers else np.nan, dtype=np.float32)
+        if not has_numbers or not np.isfinite(codebooks).all() or (codebooks < 0).any():
             raise DamagedFileError(
                 f"{self.path}: tensor {name} has a codebook that is not a list of scales; convert the model again"
             )
-        return codebook
+        return codebooks.reshape(-1, trit_types.CODEBOOK_SIZE)
 
-    def decode_rows(self, name: str, rows: np.ndarray, thread_pool: ThreadPool | None = None) -> np.ndarray:
+    def decode_rows(
+        self, name: str, rows: np.ndarray, thread_pool: ThreadPool | None = None, *, first: int = 0
+    ) -> np.ndarray:
         """Decode rows, uint8 [rows, bytes of a row], of a trit, F32 or F16 tensor to float32 [rows, columns].
 
-        F32 is returned as a view. `thread_pool` decodes trits; None uses all cores.
+        F32 is returned as a view. `thread_pool` decodes trits; None uses all cores. `first` is the number of the first
+        row in the tensor, which counts through all matrices of a stack.
         """
         info = self.tensors[name]
         if trit_types.is_trit_type(info.type_id):
-            from cpu_kernels.packed_rows.unpack import dequantize
-
-            return dequantize(rows, self.codebook(name), trit_types.TritType(info.type_id).depth, thread_pool)
+            return self._decode_trits(info, rows, first, thread_pool)
         if info.type_id == F32:
             return rows.view(np.float32)
         if info.type_id == F16:
             return rows.view(np.float16).astype(np.float32)
         raise ValueError(f"{info.type_name} cannot be decoded row by row")
+
+    def _decode_trits(
+        self, info: TensorInfo, rows: np.ndarray, first: int, thread_pool: ThreadPool | None
+    ) -> np.ndarray:
+        """Decode packed rows matrix by matrix, because each has its own codebook."""
+        from cpu_kernels.packed_rows.unpack import dequantize
+
+        depth, codebooks = trit_types.TritType(info.type_id).depth, self.codebooks(info.name)
+        height = info.matrix_shape[0]
+        last = first + len(rows)
+        parts = []
+        for index in range(first // height, -(-last // height)):
+            begin, end = max(first, index * height), min(last, (index + 1) * height)
+            parts.append(dequantize(rows[begin - first : end - first], codebooks[index], depth, thread_pool))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def stock_metadata(self) -> dict[str, GGUFValue]:
         """Return the keys that a conversion keeps: all except trit keys, the alignment and empty arrays.
@@ -159,14 +195,17 @@ class GgufFile:
         Raises TritGgufError for a type that gguf-py does not dequantize.
         """
         info = self.tensors[name]
-        return self.read_rows(name, 0, info.n_weights // info.shape[-1]).reshape(info.shape)
+        return self.read_rows(name, 0, info.rows).reshape(info.shape)
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Return rows `first` to `last` (exclusive), dequantized as by `read_float32`: float32 [rows, row length]."""
+        """Return rows `first` to `last` (exclusive), dequantized as by `read_float32`: float32 [rows, row length].
+
+        Rows count through all matrices of a stack.
+        """
         info = self.tensors[name]
-        rows = self.raw(name).reshape(info.n_weights // info.shape[-1], -1)[first:last]
+        rows = self.raw(name).reshape(info.rows, -1)[first:last]
         if trit_types.is_trit_type(info.type_id) or info.type_id in (F32, F16):
-            return self.decode_rows(name, rows)
+            return self.decode_rows(name, rows, first=first)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as dequantize_stock
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats import trit_types
+from tritgguf.formats.stacks import matrix_count, matrix_shape
 
 F32, F16, BF16 = 0, 1, 30
 MAGIC = b"GGUF"
@@ -61,6 +62,26 @@ class TensorInfo:
         for length in self.shape:
             count *= length
         return count
+
+    @property
+    def n_matrices(self) -> int:
+        """Number of matrices in a stack; 1 for a matrix or a vector."""
+        return matrix_count(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of each matrix; a vector is a single row."""
+        return matrix_shape(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in all matrices."""
+        return self.n_matrices * self.matrix_shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.n_bytes // self.rows
 
 
 class Metadata(Mapping[str, Any]):

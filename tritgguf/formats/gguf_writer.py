@@ -24,7 +24,8 @@ from gguf.gguf_writer import WriterState
 
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, sync_folder
-from tritgguf.formats.journal import Journal, WrittenTensor
+from tritgguf.formats.journal import Journal, WrittenMatrix
+from tritgguf.formats.stacks import matrix_count, matrix_names
 
 if sys.platform != "win32":
     import fcntl
@@ -45,13 +46,25 @@ class PlannedTensor:
     type_id: int
     n_bytes: int
 
+    @property
+    def matrices(self) -> list[str]:
+        """Names of its matrices, see `stacks`."""
+        return matrix_names(self.name, self.shape)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of each of its matrices."""
+        return self.n_bytes // matrix_count(self.shape)
+
 
 class StreamingWriter:
     """Context manager that writes the header, the tensors in the planned order, then the header once more.
 
+    A tensor is written as `begin`, then `write` and `end` for each of its matrices.
+
     The file grows as `OUTPUT.part`. It is synced and renamed when every tensor is complete. Without a journal, any
     error removes it. With a journal, an interruption or a full disk keeps both files, and with `resume` the writer
-    continues after the tensors in `resumed`. Raises TritGgufError if the output exists, if another process is writing
+    continues after the matrices in `resumed`. Raises TritGgufError if the output exists, if another process is writing
     it, if its folder is not writable and if the disk is full.
     """
 
@@ -66,12 +79,13 @@ class StreamingWriter:
         resume: bool = False,
     ) -> None:
         self.tensors = list(tensors)
-        self.resumed: list[WrittenTensor] = []
-        self._remaining = 0
+        self.resumed: list[WrittenMatrix] = []
+        self._remaining = 0  # bytes of the current tensor
+        self._matrices: list[str] = []  # the current tensor's that are not complete
         self._hash = xxhash.xxh3_64()
         self._journal, self._resume = journal, resume
         self._unsynced, self._synced_at = 0, time.monotonic()
-        self._unsynced_tensors: list[WrittenTensor] = []
+        self._unsynced_matrices: list[WrittenMatrix] = []
         self.output = check_output(output, overwrite)
         self._part = self.output.with_name(f"{self.output.name}.part")
         self._writer = _header_writer(metadata, self.tensors)
@@ -115,11 +129,11 @@ class StreamingWriter:
         if self._remaining or self.tensors[self._next : self._next + 1] != [tensor]:
             raise ValueError(f"tensor {tensor.name} is not the next one of the plan")
         self._next += 1
-        self._remaining = tensor.n_bytes
+        self._remaining, self._matrices = tensor.n_bytes, tensor.matrices
         self._hash.reset()
 
     def write(self, data: np.ndarray) -> None:
-        """Write the bytes of an array, which is a part or all of the current tensor."""
+        """Write the bytes of an array, which is a part or all of the current matrix."""
         if data.nbytes > self._remaining or self._file is None:
             raise ValueError("more bytes than the plan has for this tensor")
         with disk_errors(self.output):
@@ -132,30 +146,29 @@ class StreamingWriter:
                 self._pad()
 
     def end(self, codebook: np.ndarray | None = None, squares: tuple[float, float] = (0.0, 0.0)) -> int:
-        """Complete the current tensor and return the checksum of its bytes.
+        """Complete the current matrix and return the checksum of the tensor's bytes so far.
 
         Syncs the file if the last sync was long ago or many bytes ago. `codebook` and `squares` (squared error, squared
-        weights) go into the journal, see `WrittenTensor`.
+        weights) go into the journal, see `WrittenMatrix`.
         """
         assert self._file is not None
-        if self._remaining:
-            raise ValueError("fewer bytes than the plan has for this tensor")
+        tensor = self.tensors[self._next - 1]
+        if not self._matrices or self._remaining != (len(self._matrices) - 1) * tensor.matrix_bytes:
+            raise ValueError("another number of bytes than the plan has for this matrix")
         checksum = self._hash.intdigest()
-        name = self.tensors[self._next - 1].name
         entries = None if codebook is None else [float(entry) for entry in codebook]
-        self._unsynced_tensors.append(WrittenTensor(name, self._file.tell(), checksum, entries, *squares))
+        written = WrittenMatrix(self._matrices.pop(0), self._file.tell(), checksum, entries, *squares)
+        self._unsynced_matrices.append(written)
         if self._unsynced >= _SYNC_BYTES or time.monotonic() > self._synced_at + _SYNC_SECONDS:
             with disk_errors(self.output):
                 self._sync()
         return checksum
 
-    def read_back(self, index: int) -> np.ndarray:
-        """Return the bytes of a tensor that an earlier run wrote, by its index in the plan: uint8 [n_bytes]."""
-        tensor = self.tensors[index]
-        start = self._header_end if index == 0 else self.resumed[index - 1].end
+    def read_back(self, index: int, n_bytes: int) -> np.ndarray:
+        """Return the bytes of a matrix that an earlier run wrote, by its index in `resumed`: uint8 [n_bytes]."""
         with disk_errors(self.output), self._part.open("rb") as file:
-            file.seek(start)
-            return np.frombuffer(file.read(tensor.n_bytes), np.uint8)
+            file.seek(self._header_end if index == 0 else self.resumed[index - 1].end)
+            return np.frombuffer(file.read(n_bytes), np.uint8)
 
     def set_metadata(self, key: str, value: GGUFValue) -> None:
         """Replace a metadata value of the header; the new value must have the same encoded size."""
@@ -192,14 +205,14 @@ class StreamingWriter:
         assert self._file is not None
         if self._journal is not None and self._resume:
             self.resumed = self._journal.read()
-        names = [tensor.name for tensor in self.tensors[: len(self.resumed)]]
+        names = [name for tensor in self.tensors for name in tensor.matrices][: len(self.resumed)]
         end = self.resumed[-1].end if self.resumed else self._header_end
         if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
             raise DamagedFileError(f"{self._part}: does not match its journal; start over without --resume")
-        self._next = len(self.resumed)
+        self._continue_tensor()
         if not self.resumed:
             self._file.truncate(0)
-        check_room(self.output, sum(tensor.n_bytes for tensor in self.tensors[self._next :]))
+        check_room(self.output, self._remaining + sum(tensor.n_bytes for tensor in self.tensors[self._next :]))
         self._file.seek(0)
         self._file.write(header)
         self._pad()
@@ -208,18 +221,33 @@ class StreamingWriter:
         if self._journal is not None and not self.resumed:
             self._journal.begin()
 
+    def _continue_tensor(self) -> None:
+        """Find the next tensor after the matrices that exist, or the current one if only some of its matrices do."""
+        count = len(self.resumed)
+        while self._next < len(self.tensors) and count:
+            tensor = self.tensors[self._next]
+            matrices = tensor.matrices
+            done = min(count, len(matrices))
+            count -= done
+            self._next += 1
+            if done < len(matrices):
+                self._matrices = matrices[done:]
+                self._remaining = len(self._matrices) * tensor.matrix_bytes
+                for index in range(len(self.resumed) - done, len(self.resumed)):
+                    self._hash.update(self.read_back(index, tensor.matrix_bytes).data)
+
     def _header(self) -> bytes:
         """Return the encoded header with the current metadata."""
         return _encode(self._writer)
 
     def _sync(self) -> None:
-        """Sync the file, then record its new tensors in the journal."""
+        """Sync the file, then record its new matrices in the journal."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._journal is not None and self._unsynced_tensors:
-            self._journal.add(self._unsynced_tensors)
-        self._unsynced, self._synced_at, self._unsynced_tensors = 0, time.monotonic(), []
+        if self._journal is not None and self._unsynced_matrices:
+            self._journal.add(self._unsynced_matrices)
+        self._unsynced, self._synced_at, self._unsynced_matrices = 0, time.monotonic(), []
 
     def _finish(self) -> None:
         assert self._file is not None

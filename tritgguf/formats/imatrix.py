@@ -2,7 +2,8 @@
 
 Two formats can be read: GGUF, with tensors `NAME.in_sum2` (sums of squares) and `NAME.counts` (number of inputs), and
 the older `.dat`, a list of names and mean squares times the number of calls. Only GGUF is written. Both formats are
-those of llama.cpp's tools/imatrix and llama-quantize.
+those of llama.cpp's tools/imatrix and llama-quantize. A stack of experts has a row of sums and a count for each expert,
+which sees only the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tritgguf.formats.durable_output import check_output, disk_errors, sync_fold
 from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_lfs_pointer
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32, MAGIC
+from tritgguf.formats.stacks import split_matrix_name
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_ENTRIES = 1 << 20
@@ -32,11 +34,11 @@ def read_importance(
 
     Args:
         path: a GGUF or `.dat` file of llama.cpp's `imatrix` or of `tritgguf calibrate`.
-        columns: GGUF name -> columns of the matrices to read; other matrices in the file are ignored.
-        unknown: if given, the names of those other matrices are appended.
+        columns: name (see `stacks`) -> columns of the matrices to read; others in the file are ignored.
+        unknown: if given, the GGUF names of those others are appended.
 
     Returns:
-        GGUF name -> float32 [columns], for the matrices that the file contains with at least one input.
+        Name -> float32 [columns], for the matrices that the file contains with at least one input.
 
     Raises:
         TritGgufError: the file is damaged, is not an importance matrix, is of another model, or lacks all matrices.
@@ -50,8 +52,11 @@ def read_importance(
         raise TritGgufError(f"{path}: {error.strerror}; give an importance matrix") from error
     if is_lfs_pointer(head):
         raise DamagedFileError(f"{path}: {foreign_kind(head)}")
+    tensors: dict[str, list[str]] = {}  # GGUF name -> its matrices
+    for name in columns:
+        tensors.setdefault(split_matrix_name(name)[0], []).append(name)
     found = {}
-    for name, importance in _from_gguf(path, columns) if head.startswith(MAGIC) else _from_dat(path):
+    for name, importance in _from_gguf(path, tensors) if head.startswith(MAGIC) else _from_dat(path, tensors):
         if name not in columns:
             if unknown is not None:
                 unknown.append(name)
@@ -73,29 +78,43 @@ def read_importance(
     return found
 
 
-def _from_gguf(path: Path, columns: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _from_gguf(path: Path, tensors: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, np.ndarray]]:
     file = GgufFile(path)
     if file.metadata.get("general.type") != "imatrix":
         raise DamagedFileError(f"{path}: is a GGUF file, but not an importance matrix (general.type is not imatrix)")
     in_file = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
-    yield from ((name, np.empty(0)) for name in in_file if name not in columns)
-    for name in columns:
-        sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
+    yield from ((name, np.empty(0)) for name in in_file if name not in tensors)
+    for tensor, matrices in tensors.items():
+        sums, counts = file.tensors.get(tensor + _SUMS), file.tensors.get(tensor + _COUNTS)
         if sums is None and counts is None:
             continue
-        if sums is None or counts is None or sums.type_id != F32 or counts.type_id != F32 or counts.n_weights != 1:
+        if sums is None or counts is None or sums.type_id != F32 or counts.type_id != F32:
+            raise DamagedFileError(f"{path}: {tensor} needs one tensor {_SUMS} and one {_COUNTS}, both F32")
+        if counts.n_weights != len(matrices):
             raise DamagedFileError(
-                f"{path}: {name} needs one tensor {_SUMS} and one {_COUNTS}, both F32, with one count (experts are not"
-                " supported)"
+                f"{path}: {tensor} has {counts.n_weights} counts for {len(matrices)} matrices; this importance matrix"
+                " is of another model"
             )
-        count = float(file.read_float32(counts.name).reshape(-1)[0])
-        if count > 0:
-            yield name, file.read_float32(sums.name).reshape(-1) / np.float64(count)
-        elif not count <= 0:
-            raise DamagedFileError(f"{path}: {name}{_COUNTS} is not a number; make the file again")
+        numbers = file.read_float32(counts.name).reshape(-1)
+        if np.isnan(numbers).any():
+            raise DamagedFileError(f"{path}: {tensor}{_COUNTS} is not a number; make the file again")
+        rows = _split(file.read_float32(sums.name), len(matrices), path, tensor)
+        for name, row, count in zip(matrices, rows, numbers, strict=True):
+            if count > 0:
+                yield name, row / np.float64(count)
 
 
-def _from_dat(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _split(values: np.ndarray, matrices: int, path: Path, tensor: str) -> np.ndarray:
+    """Return the values of each matrix of a tensor: [matrices, columns]."""
+    if values.size % matrices:
+        raise DamagedFileError(
+            f"{path}: {tensor} has {values.size} columns for {matrices} matrices; this importance matrix is of another"
+            " model"
+        )
+    return values.reshape(matrices, -1)
+
+
+def _from_dat(path: Path, tensors: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, np.ndarray]]:
     remaining = path.stat().st_size
 
     with path.open("rb") as file:
@@ -120,7 +139,8 @@ def _from_dat(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             calls, size = number((1 << 31) - 1), number((1 << 31) - 1)
             values = np.frombuffer(take(4 * size), "<f4")
             if calls > 0:
-                yield name, values / np.float64(calls)
+                matrices = tensors.get(name, [name])
+                yield from zip(matrices, _split(values / np.float64(calls), len(matrices), path, name), strict=True)
 
 
 def write_importance(

@@ -70,7 +70,7 @@ def check(
     total, done = sum(info.n_bytes for info in tensors), 0
     for info in tensors:
         if trit_types.is_trit_type(info.type_id):
-            _check_codebook(file, info.name)
+            _check_codebooks(file, info.name)
     chunks, opened = _ChunkReader(file.path), time.perf_counter()
     pool = ThreadPoolExecutor(threads or physical_cores(), thread_name_prefix="check")
     try:
@@ -93,10 +93,9 @@ def check(
     )
 
 
-def _check_codebook(file: GgufFile, name: str) -> None:
-    """Check that the codebook ascends, which decoders do not rely on; `GgufFile.codebook` checks the rest."""
-    codebook = file.codebook(name)
-    if (np.diff(codebook) < 0).any():
+def _check_codebooks(file: GgufFile, name: str) -> None:
+    """Check that every codebook ascends, which decoders do not rely on; `GgufFile.stored_codebooks` checks the rest."""
+    if (np.diff(file.stored_codebooks(name)) < 0).any():
         raise DamagedFileError(f"{file.path}: the codebook of tensor {name} is not ascending; {_REMEDY}")
 
 
@@ -131,7 +130,7 @@ class _ChunkReader(threading.local):
 
 
 def _check_tensor(file: GgufFile, chunks: _ChunkReader, info: TensorInfo) -> None:
-    row_bytes, digest = info.n_bytes * info.shape[-1] // info.n_weights, xxhash.xxh3_64()
+    row_bytes, digest = info.row_bytes, xxhash.xxh3_64()
     for start, chunk in chunks.read(info, row_bytes):
         digest.update(chunk.data)
         if trit_types.is_trit_type(info.type_id):

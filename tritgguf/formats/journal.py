@@ -1,7 +1,7 @@
-"""Journal of a conversion: records which tensors are on the disk, so that a killed conversion can resume.
+"""Journal of a conversion: records which matrices are on the disk, so that a killed conversion can resume.
 
 `OUT.part.journal` is next to `OUT.part`. Its first line of JSON describes the conversion; one line follows for each
-tensor that is complete and synced. A line is written only after its tensor is synced, so the journal is valid whenever
+matrix that is complete and synced. A line is written only after its matrix is synced, so the journal is valid whenever
 the machine stops. An incomplete last line is ignored.
 """
 
@@ -19,14 +19,14 @@ from tritgguf.formats.durable_output import disk_errors, sync_folder
 
 
 @dataclass(frozen=True)
-class WrittenTensor:
-    """A tensor that is complete on the disk.
+class WrittenMatrix:
+    """A matrix (or vector) that is complete on the disk.
 
     Attributes:
-        name: its GGUF name.
-        end: file offset of the first byte after the tensor and its padding.
-        checksum: XXH3 of its bytes.
-        codebook: 27 scales of a trit tensor; None for other types.
+        name: its name, see `stacks`: that of its tensor, and its place in a stack.
+        end: file offset of the first byte after the matrix, and after the padding if it is the last of its tensor.
+        checksum: XXH3 of the tensor's bytes up to its end.
+        codebook: 27 scales of packed trits; None for other types.
         squared_error, squared_weights: sums for the report.
 
     """
@@ -111,16 +111,16 @@ class Journal(JobLog):
     def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
         super().__init__(output.with_name(f"{output.name}.part.journal"), output, job)
 
-    def read(self) -> list[WrittenTensor]:
-        """Return the written tensors; none if there is no journal.
+    def read(self) -> list[WrittenMatrix]:
+        """Return the written matrices; none if there is no journal.
 
         Raises TritGgufError for the journal of another job.
         """
         try:
-            return [WrittenTensor(**entry) for entry in self.entries()]
+            return [WrittenMatrix(**entry) for entry in self.entries()]
         except TypeError as error:
             raise self.misfit("is damaged") from error
 
-    def add(self, tensors: Sequence[WrittenTensor]) -> None:
-        """Append tensors that are synced to the disk."""
-        self.append([asdict(tensor) for tensor in tensors])
+    def add(self, matrices: Sequence[WrittenMatrix]) -> None:
+        """Append matrices that are synced to the disk."""
+        self.append([asdict(matrix) for matrix in matrices])

@@ -69,7 +69,7 @@ def checksum_key(tensor_name: str) -> str:
 
 
 def codebook_key(tensor_name: str) -> str:
-    """Return the metadata key of a tensor's codebook, its 27 scales."""
+    """Return the metadata key of a tensor's codebooks: 27 scales for each of its matrices, or 27 for all."""
     return f"trit.codebook.{tensor_name}"
 
 

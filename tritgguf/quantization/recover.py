@@ -135,14 +135,18 @@ def recover_matrix(weights: np.ndarray, thread_pool: ThreadPool | None = None) -
 
 
 def find_fit(
-    weights: np.ndarray | MatrixRows, *, deepest: int = DEPTHS[-1], thread_pool: ThreadPool | None = None
+    weights: np.ndarray | MatrixRows,
+    *,
+    shallowest: int = DEPTHS[0],
+    deepest: int = DEPTHS[-1],
+    thread_pool: ThreadPool | None = None,
 ) -> Fit | NoFit:
     """Find the least depth that reproduces every weight of a matrix, and its codebook; NoFit says why there is none.
 
     Args:
         weights: [rows, columns], columns a multiple of 64: float16, uint16 for the bits of bfloat16, or float32 whose
             numbers are all halves. Others have no fit. A `MatrixRows` is read once per codebook.
-        deepest: the greatest depth to try.
+        shallowest, deepest: the least and the greatest depth to try.
         thread_pool: the threads to use; None for all cores.
 
     """
@@ -151,7 +155,7 @@ def find_fit(
     for half_type in HalfType if found is None else ():  # numbers may be halves of both types, but fit only one
         try:
             narrowed = _narrowed(matrix, half_type)
-            for depth in range(DEPTHS[0], deepest + 1):
+            for depth in range(shallowest, deepest + 1):
                 found = _find_fit_of_depth(narrowed, half_type, depth, thread_pool or default_thread_pool())
                 if isinstance(found, Fit):
                     return found

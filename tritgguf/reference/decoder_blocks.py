@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.experts import COUNT_KEY
 from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
+from tritgguf.errors import TritGgufError
 from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.model import head_counts, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
@@ -52,6 +54,11 @@ class DecoderBlocks:
 
         self._source, self._threads = source, threads
         self._metadata = {key: value.value for key, value in source.metadata.items()}
+        if self._metadata.get(f"{self._metadata['general.architecture']}.{COUNT_KEY}"):
+            raise TritGgufError(
+                f"{source.name}: text cannot be sent through the blocks of a mixture of experts yet; convert it with"
+                " --encoder best, or with an importance matrix (--imatrix)"
+            )
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):

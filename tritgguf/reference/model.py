@@ -17,7 +17,7 @@ import numpy as np
 
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
+from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf
 from tritgguf.errors import DamagedFileError, MissingExtraError
 from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
 
@@ -93,20 +93,25 @@ class ReferenceModel:
         tied = _HEAD not in names
         self._set_head(tied)
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        missing = set(parameters)
         if tied:
-            parameters.pop(hf_tensor_name(arch, _HEAD))
+            missing.remove(hf_tensor_name(arch, _HEAD))
         for done, name in enumerate(names):
             if progress is not None:
                 progress(done, len(names))
             if name == ROPE_FREQS:
                 continue
-            parameter = parameters.pop(hf_tensor_name(arch, name), None)
+            hf_name, half = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
-            if parameter is None or tuple(parameter.shape) != weights.shape:
+            place = None if hf_name not in parameters else _part(parameters[hf_name].detach().numpy(), half)
+            if place is not None and place.shape == (1, *weights.shape):
+                weights = weights[np.newaxis]  # the router of a shared expert
+            if place is None or place.shape != weights.shape:
                 raise DamagedFileError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
-            np.copyto(parameter.detach().numpy(), weights)
-        if parameters:
-            raise DamagedFileError(f"{where}: no tensor for {next(iter(parameters))} of the source's model")
+            np.copyto(place, weights)
+            missing.discard(hf_name)
+        if missing:
+            raise DamagedFileError(f"{where}: no tensor for {min(missing)} of the source's model")
 
     def _set_head(self, tied: bool) -> None:
         """Tie the output head to the embeddings, or give it its own matrix."""
@@ -138,6 +143,14 @@ class ReferenceModel:
         with silent_transformers(), torch_threads(self._threads), torch.inference_mode():
             answer = self.module.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
         return answer[:-1] if answer and answer[-1] in stop_tokens else answer
+
+
+def _part(weights: np.ndarray, half: int | None) -> np.ndarray:
+    """Return one half of the rows of every matrix as a view; all of them if `half` is None."""
+    if half is None:
+        return weights
+    rows = weights.shape[-2] // 2
+    return weights[..., half * rows : (half + 1) * rows, :]
 
 
 def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import numpy as np
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.projection import Matrix, Projection
-from tritgguf.errors import DamagedFileError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 from tritgguf.formats.trit_types import TritType, is_trit_type
@@ -95,6 +95,8 @@ class ModelWeights:
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         """Map them; TritGgufError for a tensor of a type that is not run."""
         sizes = config.dimensions
+        if sizes.experts is not None:
+            raise TritGgufError(f"{file.path}: mixtures of experts are converted, but not run yet")
         self.embeddings = Embeddings(_read_matrix(file, "token_embd.weight"))
         self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
         self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)

@@ -112,11 +112,11 @@ class EngineThread:
         return max(0, len(self.jobs) - len(self.engine.running))
 
     def _forget(self, job: EngineJob) -> None:
-        self.jobs.discard(job)
         if not job.running.ended:
             job.running.cancelled = True
             with self._work:
                 self._work.notify()
+        self.jobs.discard(job)
 
     def _run(self) -> None:
         while True:

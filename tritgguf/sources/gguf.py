@@ -13,8 +13,9 @@ from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.formats.trit_types import TritType, is_trit_type
-from tritgguf.sources.source import PackedTensor, SourceTensor, check_shapes
+from tritgguf.sources.source import PackedMatrix, SourceTensor, check_shapes
 from tritgguf.tokenization.gguf_to_hf import DEFAULT_PRE, tokenizer_json_from_gguf
 from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
 
@@ -67,32 +68,41 @@ class GgufSource:
         self._file.release(name)
         return weights
 
-    def rows(self, name: str) -> MatrixRows:
-        """Return a tensor's rows: views of the file for F32, F16 and BF16, dequantized float32 for other types."""
+    def rows(self, matrix: str) -> MatrixRows:
+        """Return a matrix's rows: views of the file for F32, F16 and BF16, dequantized float32 for other types."""
+        name, index = split_matrix_name(matrix)
         info = self._file.tensors[name]
-        shape = (info.n_weights // info.shape[-1], info.shape[-1])
+        shape = info.matrix_shape
+        begin = (index or 0) * shape[0]
         is_readable = info.type_name in READABLE_DTYPES
         dtype = READABLE_DTYPES.get(info.type_name, np.dtype(np.float32))
 
         def read(first: int, last: int) -> np.ndarray:
             if not is_readable:
-                return self._file.read_rows(name, first, last)
-            raw = self._file.raw(name).reshape(shape[0], -1)[first:last].reshape(-1)
+                return self._file.read_rows(name, begin + first, begin + last)
+            raw = self._file.raw(name).reshape(info.rows, -1)[begin + first : begin + last].reshape(-1)
             raw[:: mmap.PAGESIZE].max()  # loads the pages now, so that computing threads do not wait for the disk
             return raw.view(dtype).reshape(-1, shape[1])
 
         return MatrixRows(shape, dtype, read, 1)
 
-    def packed(self, name: str) -> PackedTensor | None:
-        """Return a trit tensor as views of the file; None for other types."""
-        info = self._file.tensors[name]
-        if not is_trit_type(info.type_id):
-            return None
-        return PackedTensor(TritType(info.type_id).depth, self._file.raw(name), self._file.codebook(name))
+    def packed_depth(self, name: str) -> int | None:
+        """Return the depth of a trit tensor; None for other types."""
+        type_id = self._file.tensors[name].type_id
+        return TritType(type_id).depth if is_trit_type(type_id) else None
 
-    def release(self, name: str) -> None:
-        """Drop the resident pages of a tensor."""
-        self._file.release(name)
+    def packed(self, matrix: str) -> PackedMatrix | None:
+        """Return a packed matrix as views of the file; None for other types."""
+        name, index = split_matrix_name(matrix)
+        depth, info = self.packed_depth(name), self._file.tensors[name]
+        if depth is None:
+            return None
+        data = self._file.raw(name).reshape(info.n_matrices, -1)
+        return PackedMatrix(depth, data[index or 0], self._file.codebooks(name)[index or 0])
+
+    def release(self, matrix: str) -> None:
+        """Drop the resident pages of a matrix."""
+        self._file.release(*split_matrix_name(matrix))
 
     def label(self, name: str) -> str:
         """Return the name itself."""

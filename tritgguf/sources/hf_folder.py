@@ -6,12 +6,14 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
+from tritgguf.architectures.experts import SHARED_ROUTER
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import check_inside, is_unicode, read_json
@@ -19,7 +21,8 @@ from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.safetensors_reader import StoredTensor, open_shards
 from tritgguf.formats.text_file import read_text
-from tritgguf.sources.source import PackedTensor, SourceTensor, check_shapes
+from tritgguf.sources.source import PackedMatrix, SourceTensor, check_shapes
+from tritgguf.sources.stored_pieces import Piece, Pieces
 from tritgguf.tokenization.hf_to_gguf import tokenizer_metadata
 
 if TYPE_CHECKING:
@@ -50,12 +53,14 @@ class HfFolderSource:
                 f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
             )
         self.dimensions = dimensions.dimensions_from_config(self.config, str(where))
-        self._rows: dict[str, MatrixRows] = {}
+        self._rope_factors: MatrixRows | None = None
         self.tensors: list[SourceTensor] = []
         self._add_rope_factors(where)
-        for name, stored in self._select_tensors().items():
-            self.tensors.append(SourceTensor(name, stored.shape, stored.n_bytes))
-            self._rows[name] = self._rows_of(name, stored)
+        self._pieces = Pieces()
+        self._select_pieces()
+        shapes = self.dimensions.shapes()
+        for name in self._pieces.tensors:
+            self.tensors.append(SourceTensor(name, shapes[name], self._pieces.n_bytes(name)))
         self.metadata = self._make_metadata(where, hub_id)
         if (folder / "adapter_config.json").is_file():
             self.warnings.append(f"{folder}: its LoRA adapter (adapter_config.json) is not applied; merge it first")
@@ -65,48 +70,54 @@ class HfFolderSource:
 
         Raises TritGgufError if the shard was truncated or removed after it was opened.
         """
-        shape = next(tensor.shape for tensor in self.tensors if tensor.name == name)
-        return to_float32(self._rows[name].whole()).reshape(shape)
+        tensor = next(tensor for tensor in self.tensors if tensor.name == name)
+        matrices = [to_float32(self.rows(matrix).whole()) for matrix in tensor.matrices]
+        return (matrices[0] if len(matrices) == 1 else np.stack(matrices)).reshape(tensor.shape)
 
-    def rows(self, name: str) -> MatrixRows:
-        """Return a tensor's rows in their own dtype: float32, float16 or the bits of bfloat16; raises as `read`."""
-        return self._rows[name]
+    def rows(self, matrix: str) -> MatrixRows:
+        """Return a matrix's rows in their own dtype: float32, float16 or the bits of bfloat16; raises as `read`.
 
-    def packed(self, name: str) -> PackedTensor | None:
+        They are in GGUF's order, which permutes rows only within a head.
+        """
+        if matrix == ROPE_FREQS and self._rope_factors is not None:
+            return self._rope_factors
+        piece, index = self._pieces.matrix(matrix)
+        arch, head_dim = self.architecture.gguf_name, self.dimensions.head_dim
+
+        def convert(part: np.ndarray) -> np.ndarray:
+            heads = len(part) // head_dim
+            return tensor_names.from_hf(arch, matrix, part, heads, heads)
+
+        return piece.rows(index, head_dim, convert)
+
+    def packed_depth(self, name: str) -> int | None:
         """Return None: a folder has no packed tensors."""
         return None
 
-    def release(self, name: str) -> None:
+    def packed(self, matrix: str) -> PackedMatrix | None:
+        """Return None: a folder has no packed matrices."""
+        return None
+
+    def release(self, matrix: str) -> None:
         """Do nothing: `read` and `rows` return copies."""
 
     def label(self, name: str) -> str:
-        """Return a tensor's Hugging Face name."""
-        return name if name == ROPE_FREQS else tensor_names.hf_tensor_name(self.architecture.gguf_name, name)
+        """Return the Hugging Face name of a tensor or of a matrix."""
+        if name == ROPE_FREQS:
+            return name
+        return self._pieces.label(name) or tensor_names.hf_tensor_name(self.architecture.gguf_name, name)
 
     def _add_rope_factors(self, where: Path) -> None:
         factors = hf_to_gguf.rope_factors(self.config, str(where))
         if factors is not None:
             self.tensors.append(SourceTensor(ROPE_FREQS, factors.shape, factors.nbytes))
-            self._rows[ROPE_FREQS] = MatrixRows(
+            self._rope_factors = MatrixRows(
                 (1, len(factors)), factors.dtype, lambda first, last: factors[np.newaxis].copy(), 1
             )
 
-    def _rows_of(self, name: str, stored: StoredTensor) -> MatrixRows:
-        """Return a tensor with its rows in GGUF's order, which permutes rows only within a head."""
-        is_vector = len(stored.shape) == 1
-        shape = (1, stored.shape[0]) if is_vector else (stored.shape[0], stored.shape[1])
-        head_dim = self.dimensions.head_dim
-
-        def read(first: int, last: int) -> np.ndarray:
-            part = stored.read_rows(0, stored.shape[0]) if is_vector else stored.read_rows(first, last)
-            heads = len(part) // head_dim
-            return tensor_names.from_hf(self.architecture.gguf_name, name, part, heads, heads).reshape(-1, shape[1])
-
-        return MatrixRows(shape, READABLE_DTYPES[stored.dtype], read, 1 if is_vector else head_dim)
-
-    def _select_tensors(self) -> dict[str, StoredTensor]:
-        """Return the tensors to convert by GGUF name; check their names, dtypes and shapes against config.json."""
-        selected: dict[str, StoredTensor] = {}
+    def _select_pieces(self) -> None:
+        """Find the tensors to convert; check their names, dtypes and shapes against config.json."""
+        pieces = self._pieces
         stored_tensors = open_shards(self.folder)
         # A checkpoint of the model without its head lacks the prefix; transformers loads it all the same.
         prefix = "" if any(name.startswith(_PREFIX) for name in stored_tensors) else _PREFIX
@@ -114,12 +125,12 @@ class HfFolderSource:
             if hf_name.endswith(_BUFFERS):
                 continue
             full_name = hf_name if hf_name.startswith("lm_head.") else prefix + hf_name
-            name = tensor_names.gguf_tensor_name(self.architecture.gguf_name, full_name)
-            if name is None and hf_name.endswith(_QUANTIZED):
+            places = tensor_names.places_of(self.architecture.gguf_name, full_name)
+            if not places and hf_name.endswith(_QUANTIZED):
                 raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} belongs to quantized weights; convert the original checkpoint"
                 )
-            if name is None:
+            if not places:
                 raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} does not belong to a {self.architecture.hf_class}"
                 )
@@ -127,17 +138,18 @@ class HfFolderSource:
                 raise DamagedFileError(
                     f"{stored.path}: tensor {hf_name} has dtype {stored.dtype}; F32, F16 or BF16 is needed"
                 )
-            selected[name] = stored
+            for place in places:
+                pieces.add(place.name, Piece(_as_in_gguf(place.name, stored), place.half))
         tied = hf_to_gguf.is_tied(self.config, self.architecture)
-        head, embedding = selected.get("output.weight"), selected.get("token_embd.weight")
+        head, embedding = pieces.get("output.weight"), pieces.get("token_embd.weight")
         if tied and head is not None and embedding is not None:
             # If the two differ although config.json says they are tied, transformers keeps both, and so do we.
-            tied = head.equals(embedding)
+            tied = head.stored.equals(embedding.stored)
             if tied:
-                del selected["output.weight"]
-        shapes = {name: stored.shape for name, stored in selected.items()}
+                pieces.drop("output.weight")
+        pieces.check_experts(self.dimensions.shapes(), self.name, self.label)
+        shapes = {name: pieces.shape(name) for name in pieces.tensors}
         check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self.label)
-        return selected
 
     def _make_metadata(self, where: Path, hub_id: str | None) -> dict[str, GGUFValue]:
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
@@ -150,6 +162,13 @@ class HfFolderSource:
         )
         self.warnings += warnings
         return {**general, **model, **tokenizer}
+
+
+def _as_in_gguf(name: str, stored: StoredTensor) -> StoredTensor:
+    """Return a stored tensor with GGUF's shape: the router of a shared expert is a vector there, not a single row."""
+    if name.endswith(f".{SHARED_ROUTER}.weight") and stored.shape[:1] == (1,):
+        return replace(stored, shape=stored.shape[1:])
+    return stored
 
 
 def _check_is_model(folder: Path) -> None:

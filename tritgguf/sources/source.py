@@ -1,8 +1,8 @@
 """The interface of a conversion's sources: a Hugging Face folder, a hub model, a GGUF file.
 
 All sources provide the same to `convert`: metadata as llama.cpp's converter writes it, and tensors under GGUF names,
-read one at a time, in their own dtype or as float32. Opening a source finds every fault except those of weight values,
-before any output is written.
+read one matrix at a time, in their own dtype or as float32. Opening a source finds every fault except those of weight
+values, before any output is written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.stacks import matrix_count, matrix_names
 
 if TYPE_CHECKING:
     from gguf import GGUFValue
@@ -30,10 +31,20 @@ class SourceTensor:
     shape: tuple[int, ...]
     stored_bytes: int
 
+    @property
+    def matrices(self) -> list[str]:
+        """Names of its matrices, see `stacks`."""
+        return matrix_names(self.name, self.shape)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of each of its matrices in the source."""
+        return self.stored_bytes // matrix_count(self.shape)
+
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A trit tensor of the source: depth, packed rows (uint8) and codebook (float32 [27])."""
+class PackedMatrix:
+    """A packed matrix of the source: depth, packed rows (uint8) and codebook (float32 [27])."""
 
     depth: int
     data: np.ndarray
@@ -57,20 +68,24 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; not cached."""
 
-    def rows(self, name: str) -> MatrixRows:
-        """Return a tensor for reading by rows, in the dtype of the source; a vector is a single row.
+    def rows(self, matrix: str) -> MatrixRows:
+        """Return a matrix, by its name (see `stacks`), for reading by rows; a vector is a single row.
 
-        Types other than F32, F16 and BF16 become float32. Rows may be views of the source, valid until `release`.
+        It has the dtype of the source; types other than F32, F16 and BF16 become float32. Rows may be views of the
+        source, valid until `release`.
         """
 
-    def packed(self, name: str) -> PackedTensor | None:
-        """Return a trit tensor as views of the source; None for other types."""
+    def packed_depth(self, name: str) -> int | None:
+        """Return the depth of a trit tensor; None for other types."""
 
-    def release(self, name: str) -> None:
-        """Release the memory behind a tensor's views."""
+    def packed(self, matrix: str) -> PackedMatrix | None:
+        """Return a packed matrix, by its name, as views of the source; None for other types."""
+
+    def release(self, matrix: str) -> None:
+        """Release the memory behind a matrix's views."""
 
     def label(self, name: str) -> str:
-        """Return the source's own name of a tensor, for messages."""
+        """Return the source's own name of a tensor or of a matrix, for messages."""
 
 
 def check_shapes(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tools.models import synthetic_checkpoint
-from tools.models.random_model import QKV
-from tools.models.synthetic_checkpoint import SHAPES, with_layers, write_checkpoint
+from tools.models.random_model import QKV, with_layers
+from tools.models.synthetic_checkpoint import SHAPES, write_checkpoint
 from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.architectures.experts import Experts
 from tritgguf.conversion.convert import convert
 from tritgguf.sources.open import open_source
 
@@ -43,3 +44,17 @@ def test_the_large_checkpoint_takes_little_room(tmp_path: Path) -> None:
     files = [path.stat() for path in (tmp_path / "model").iterdir()]
     assert sum(file.st_size for file in files) > 6_000_000_000
     assert sum(512 * file.st_blocks for file in files) < 200_000_000
+
+
+def test_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic_checkpoint, "_RANDOM_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(synthetic_checkpoint, "_RANDOM_WEIGHTS_OF_EXPERT", 1 << 8)
+    experts = Experts(count=4, used=2, width=64, normalizes=True)
+    sizes = Dimensions(2, 384, 128, 192, 4, 2, 64, architecture="qwen3moe", experts=experts)
+    write_checkpoint(tmp_path / "model", sizes)
+    source = open_source(tmp_path / "model")
+    assert source.warnings == []
+    assert {tensor.name: tensor.shape for tensor in source.tensors} == sizes.shapes()
+    stack = source.read("blk.1.ffn_up_exps.weight").reshape(4, -1)
+    assert stack[:, : 1 << 8].all()
+    assert not stack[:, 1 << 8 :].any()

@@ -1,0 +1,207 @@
+"""Mixtures of experts: how the families name and store them, their sizes, and their keys in both directions.
+
+A layer of a mixture has a router, a stack of experts, of which every token uses the few that the router chooses, and in
+some families a shared expert that every token uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tritgguf.architectures.key_rules import GgufKeys, HfConfig, SpecialRule
+from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.formats.checked import count_of
+
+if TYPE_CHECKING:
+    from tritgguf.architectures.table import Architecture
+
+_MAX_EXPERTS = 1024
+_MAX_WIDTH = 1 << 20
+_COUNT_ENTRIES = ("num_experts", "num_local_experts")
+_USED_ENTRY = "num_experts_per_tok"
+_NORM_ENTRY = "norm_topk_prob"
+
+COUNT_KEY = "expert_count"
+USED_KEY = "expert_used_count"
+WIDTH_KEY = "expert_feed_forward_length"
+SHARED_WIDTH_KEY = "expert_shared_feed_forward_length"
+NORM_KEY = "expert_weights_norm"
+_FEED_FORWARD_KEY, FEED_FORWARD_ENTRY = "feed_forward_length", "intermediate_size"
+
+ROUTER = "ffn_gate_inp"
+SHARED_ROUTER = "ffn_gate_inp_shexp"
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+SHARED_MATRICES = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+HfNames = Mapping[str, tuple[str, ...]]
+"""Hugging Face name of a layer's tensor -> GGUF name without `.weight`. `{}` stands for the number of an expert whose
+matrix is a tensor of its own. Two GGUF names are the upper and the lower half of the rows of every matrix."""
+
+
+@dataclass(frozen=True)
+class ExpertFamily:
+    """How a family describes and stores its experts.
+
+    Attributes:
+        stored: names in checkpoints, as published.
+        module: names in the models of transformers 5, which can also save them so.
+        count_entry: entry of config.json with the number of experts.
+        width_entry: entry of config.json with the rows of an expert's gate matrix.
+        shared_width_entry: the same of the shared expert; None if the family has none.
+        has_shared_router: whether the shared expert's output is multiplied by the sigmoid of a product with its input.
+        normalizes: whether the weights of the chosen experts are divided by their sum, if GGUF has no key that says so;
+            llama.cpp does what this says.
+        may_normalize: whether config.json says so (`norm_topk_prob`, by default false).
+
+    """
+
+    stored: HfNames
+    module: HfNames
+    count_entry: str = "num_experts"
+    width_entry: str = FEED_FORWARD_ENTRY
+    shared_width_entry: str | None = None
+    has_shared_router: bool = False
+    normalizes: bool = False
+    may_normalize: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of every layer of a model.
+
+    Attributes:
+        count: number of experts in a layer.
+        used: how many of them a token uses.
+        width: rows of an expert's gate and up matrices.
+        shared_width: the same of the shared expert; 0 if there is none.
+        has_shared_router: whether the shared expert has a router of its own.
+        normalizes: whether the weights of the chosen experts are divided by their sum.
+
+    """
+
+    count: int
+    used: int
+    width: int
+    shared_width: int = 0
+    has_shared_router: bool = False
+    normalizes: bool = False
+
+    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Return GGUF name without layer -> shape in NumPy order of a layer's expert tensors."""
+        shapes: dict[str, tuple[int, ...]] = {ROUTER: (self.count, hidden)}
+        gate, up, down = STACKS
+        shapes |= {gate: (self.count, self.width, hidden), up: (self.count, self.width, hidden)}
+        shapes |= {down: (self.count, hidden, self.width)}
+        if self.shared_width:
+            gate, up, down = SHARED_MATRICES
+            shapes |= {gate: (self.shared_width, hidden), up: (self.shared_width, hidden)}
+            shapes |= {down: (hidden, self.shared_width)}
+            if self.has_shared_router:
+                shapes[SHARED_ROUTER] = (hidden,)
+        return shapes
+
+
+def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, where: str) -> Experts | None:
+    """Return the experts of a config.json; None if the family has none. Raises TritGgufError for impossible entries."""
+    family = architecture.experts
+    if family is None:
+        return None
+    _check_supported(entries, where)
+
+    def count(entry: str, most: int) -> int:
+        return count_of(entries, entry, where, default=architecture.defaults.get(entry), most=most)
+
+    present = [entry for entry in _COUNT_ENTRIES if entries.get(entry) is not None]
+    shared_entry = family.shared_width_entry or ""
+    has_shared = entries.get(shared_entry, architecture.defaults.get(shared_entry)) not in (0, None)
+    experts = Experts(
+        count=count((present or [family.count_entry])[0], _MAX_EXPERTS),
+        used=count(_USED_ENTRY, _MAX_EXPERTS),
+        width=count(family.width_entry, _MAX_WIDTH),
+        shared_width=count(shared_entry, _MAX_WIDTH) if has_shared else 0,
+        has_shared_router=family.has_shared_router,
+        normalizes=bool(entries.get(_NORM_ENTRY, False)) if family.may_normalize else family.normalizes,
+    )
+    _check_used(experts, _USED_ENTRY, where)
+    return experts
+
+
+def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> Experts | None:
+    """Return the experts of a GGUF model; None if it has none.
+
+    Raises TritGgufError for impossible keys, and for experts that the architecture does not have or lacks.
+    """
+    family, prefix = architecture.experts, f"{architecture.gguf_name}."
+    if family is None:
+        if metadata.get(prefix + COUNT_KEY):
+            raise TritGgufError(f"{where}: experts of architecture {architecture.gguf_name} are not supported")
+        return None
+    feed_forward = count_of(metadata, prefix + _FEED_FORWARD_KEY, where)
+    used = count_of(metadata, prefix + USED_KEY, where, most=_MAX_EXPERTS)
+    # Files of older converters lack the widths; these are llama.cpp's defaults for them.
+    width = max(1, feed_forward // used) if family.width_entry != FEED_FORWARD_ENTRY else feed_forward
+    shared_width = 0
+    if family.has_shared_router or prefix + SHARED_WIDTH_KEY in metadata:
+        shared_width = count_of(metadata, prefix + SHARED_WIDTH_KEY, where, default=feed_forward, most=_MAX_WIDTH)
+    normalizes = metadata.get(prefix + NORM_KEY, family.normalizes)
+    if not isinstance(normalizes, bool):
+        raise DamagedFileError(f"{where}: {prefix}{NORM_KEY} is {normalizes!r}, which is neither true nor false")
+    experts = Experts(
+        count=count_of(metadata, prefix + COUNT_KEY, where, most=_MAX_EXPERTS),
+        used=used,
+        width=count_of(metadata, prefix + WIDTH_KEY, where, default=width, most=_MAX_WIDTH),
+        shared_width=shared_width,
+        has_shared_router=family.has_shared_router,
+        normalizes=normalizes,
+    )
+    _check_used(experts, prefix + USED_KEY, where)
+    return experts
+
+
+def _check_used(experts: Experts, name: str, where: str) -> None:
+    if experts.used > experts.count:
+        raise DamagedFileError(f"{where}: {name} is {experts.used}, but there are only {experts.count} experts")
+
+
+def _check_supported(entries: Mapping[str, Any], where: str) -> None:
+    """Raise TritGgufError for a mixture with other layers or steps than those that are computed."""
+    if entries.get("mlp_only_layers") or entries.get("decoder_sparse_step", 1) != 1:
+        raise TritGgufError(f"{where}: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported")
+    if entries.get("clip_qkv") is not None:
+        raise TritGgufError(f"{where}: clipped queries, keys and values (clip_qkv) are not supported")
+    if entries.get("qkv_bias") is False:
+        raise TritGgufError(f"{where}: queries, keys and values without biases (qkv_bias) are not supported")
+
+
+def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
+    family, experts = config.architecture.experts, config.dimensions.experts
+    if family is None or experts is None:
+        return {}
+    keys: dict[str, int | float | str] = {COUNT_KEY: experts.count, USED_KEY: experts.used}
+    if family.width_entry != FEED_FORWARD_ENTRY:
+        keys[WIDTH_KEY] = experts.width
+    if experts.shared_width:
+        keys[SHARED_WIDTH_KEY] = experts.shared_width
+    if experts.normalizes != family.normalizes:
+        keys[NORM_KEY] = experts.normalizes
+    return keys
+
+
+def _to_hf(keys: GgufKeys) -> dict[str, Any]:
+    family, experts = keys.architecture.experts, keys.dimensions.experts
+    if family is None or experts is None:
+        return {}
+    entries: dict[str, Any] = {family.count_entry: experts.count, _USED_ENTRY: experts.used}
+    if family.width_entry != FEED_FORWARD_ENTRY:
+        entries[family.width_entry] = experts.width
+    if family.shared_width_entry is not None:
+        entries[family.shared_width_entry] = experts.shared_width
+    if family.may_normalize:
+        entries[_NORM_ENTRY] = experts.normalizes
+    return entries
+
+
+EXPERTS = SpecialRule(_to_gguf, _to_hf)
