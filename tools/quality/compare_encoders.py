@@ -172,11 +172,11 @@ class Measurement:
 
     def _convert(self, path: Path, depth: int, encoder: str, choice: DepthChoice) -> None:
         """Write a row's file; an interrupted conversion is resumed."""
-        settings: dict[str, Any] = {"encoder": encoder}
+        settings: dict[str, Any] = {"encoder": encoder, "recipe": "published"}  # the layers alone are compared
         if encoder == "imatrix":
             settings["importance"] = self._importance
         if encoder == "self":
-            settings = {"encoder": "calibrated", "windows": self._own_text}
+            settings |= {"encoder": "calibrated", "windows": self._own_text}
         if encoder in ("calibrated", "tuned"):
             settings["windows"] = self.calibration
         threads = self._thread_pool.threads

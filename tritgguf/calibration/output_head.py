@@ -22,14 +22,20 @@ def head_name(source: Source) -> str:
     return "output.weight" if any(tensor.name == "output.weight" for tensor in source.tensors) else "token_embd.weight"
 
 
-def head_importance(source: Source, hidden: Tensor) -> np.ndarray:
-    """Return the mean square of each of the head's inputs, float32 [width], for the last block's output.
+def head_squares(source: Source, hidden: Tensor) -> np.ndarray:
+    """Return the summed squares of each of the head's inputs, float64 [width].
 
-    `hidden` is float32 [windows, tokens, width]; the result changes with the windows, not with their order in memory.
+    `hidden` is the last block's output, float32 [windows, tokens, width].
     """
-    normalize = final_norm(source)
-    sums = sum(normalize(window).square().sum(0).double() for window in hidden)
-    return (sums / hidden[..., 0].numel()).float().numpy()
+    normalize, sums = final_norm(source), np.zeros(hidden.shape[-1])
+    for window in hidden:
+        sums += normalize(window).square().sum(0).double().numpy()
+    return sums
+
+
+def head_importance(source: Source, hidden: Tensor) -> np.ndarray:
+    """Return the mean square of each of the head's inputs, float32 [width]; `hidden` is as in `head_squares`."""
+    return (head_squares(source, hidden) / hidden[..., 0].numel()).astype(np.float32)
 
 
 def final_norm(source: Source) -> Callable[[Tensor], Tensor]:
