@@ -20,7 +20,6 @@ from tritgguf.cli import app, terminal
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.encoders import Automatic
-from tritgguf.conversion.recipes import SMALL
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import LayerError
@@ -86,7 +85,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
     options: dict[str, Any] = {"depth": 3, "encoder": Automatic(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
-    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": SMALL}
+    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": "small"}
     assert calls == [("org/name", Path("out.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "1.23 GB"):

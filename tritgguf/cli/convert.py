@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
 from tritgguf.cli.options import (
@@ -103,13 +103,13 @@ def convert_command(
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
-    from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
-    chosen_recipe = None if recipe is None else parse_recipe(recipe)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
+    depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
+    settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     started = _start(source)
@@ -120,17 +120,12 @@ def convert_command(
             result = convert(
                 source,
                 output,
-                depth=depth,
-                output_depth=output_depth,
-                embedding_depth=embedding_depth,
+                **depths,
                 encoder=chosen,
                 importance=importance,
                 windows=windows,
                 choice=choice,
-                recipe=chosen_recipe,
-                threads=threads,
-                overwrite=overwrite,
-                resume=resume,
+                **settings,
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )
     result.warnings += warnings

@@ -142,6 +142,16 @@ TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Seed of the text t
 Depth = Annotated[
     int | None, option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or the recovered depth")
 ]
+
+
+def _check_recipe(name: str | None) -> str | None:
+    from tritgguf.conversion.recipes import parse_recipe
+
+    if name is not None:
+        parse_recipe(name)
+    return name
+
+
 RecipeName = Annotated[
     str | None,
     option(
@@ -150,6 +160,7 @@ RecipeName = Annotated[
         help="Output head and embeddings: balanced: packed for at most 2 % more loss; small: packed more; published:"
         " F16.",
         show_default="balanced",
+        callback=_check_recipe,
     ),
 ]
 OutputDepth = Annotated[
