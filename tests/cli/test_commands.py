@@ -199,7 +199,7 @@ def test_verify_several_files(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2)
+    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2, recipe="published")
     return folder / "model.gguf"
 
 

@@ -1,7 +1,8 @@
 """The divergence of predictions between hidden states, without the logits of a whole text in memory.
 
-The logits are computed for a block of tokens of the vocabulary at a time. With logits z of the reference and y of
-another model, KL = sum p (z - y) - log sum exp z + log sum exp y, and all three sums can be continued block by block.
+The logits are computed for a block of tokens of the vocabulary at a time. With logits z of the reference, its
+probabilities p and logits z + d of another model, KL = log(1 + sum p (exp(d) - 1)) - sum p d. The sums can be continued
+block by block, and small divergences are no differences of large numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tritgguf.sources.source import Source
+
+_LARGEST_DIFFERENCE = 80.0  # of logits: its exponential is still a float32 number
 
 
 def output_divergences(
@@ -59,44 +62,25 @@ def output_divergences(
         return [running.mean() for running in sums]
 
 
-class _LogSum:
-    """The logarithm of a sum of exponentials, and a sum weighted with these, over blocks of logits."""
-
-    def __init__(self, positions: int) -> None:
-        self.largest = np.full(positions, -np.inf)
-        self.total = np.zeros(positions)
-        self.weighted = np.zeros(positions)
-
-    def add(self, logits: Tensor, values: Tensor | None = None) -> None:
-        """Add logits and the values that they weight, both float32 [positions, tokens]."""
-        block_largest = logits.amax(-1)
-        exponentials = (logits - block_largest[:, None]).exp_()
-        largest = np.maximum(self.largest, block_largest.double().numpy())
-        old, new = np.exp(self.largest - largest), np.exp(block_largest.double().numpy() - largest)
-        self.total = self.total * old + exponentials.sum(-1).double().numpy() * new
-        if values is not None:
-            self.weighted = self.weighted * old + (exponentials * values).sum(-1).double().numpy() * new
-        self.largest = largest
-
-    @property
-    def log(self) -> np.ndarray:
-        """The logarithm of the sum of the exponentials, float64 [positions]."""
-        return self.largest + np.log(self.total)
-
-
 class _RunningDivergence:
     """The divergence of one model's predictions from the reference's, over blocks of logits."""
 
     def __init__(self, positions: int) -> None:
-        self._reference, self._own = _LogSum(positions), _LogSum(positions)
+        self._largest = np.full(positions, -np.inf)
+        # Sums over the vocabulary, each times exp(-largest): exp z, exp z expm1(d) and exp z d.
+        self._sums = np.zeros((3, positions))
 
     def add(self, expected: Tensor, logits: Tensor) -> None:
-        """Add the reference's logits and the model's, float32 [positions, tokens]."""
-        self._reference.add(expected, expected - logits)
-        self._own.add(logits)
+        """Add the reference's logits z and the model's z + d, float32 [positions, tokens]."""
+        block_largest = expected.amax(-1)
+        weights, difference = (expected - block_largest[:, None]).exp_(), logits - expected
+        terms = (weights, weights * difference.clamp(max=_LARGEST_DIFFERENCE).expm1(), weights * difference)
+        block_sums = np.stack([term.sum(-1).double().numpy() for term in terms])
+        largest = np.maximum(self._largest, block_largest.double().numpy())
+        old, new = np.exp(self._largest - largest), np.exp(block_largest.double().numpy() - largest)
+        self._sums, self._largest = self._sums * old + block_sums * new, largest
 
     def mean(self) -> float:
         """Return the mean divergence of the positions."""
-        reference = self._reference
-        divergences = reference.weighted / reference.total - reference.log + self._own.log
-        return float(np.maximum(divergences, 0.0).mean())
+        total, growth, difference = self._sums
+        return float(np.maximum(np.log1p(growth / total) - difference / total, 0.0).mean())
