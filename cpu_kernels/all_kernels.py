@@ -26,12 +26,16 @@ from cpu_kernels.transformer import (
     attention,
     decode,
     decode_batch,
+    experts,
+    experts_batch,
+    experts_prompt,
     gemm,
     gemv,
     gemv_batch,
     kv_pages,
     layer_options,
     rotation,
+    router,
 )
 
 _INTEGER, _FLOAT, _BOOLEAN = types.int64, types.float32, types.boolean
@@ -69,15 +73,29 @@ def _batch(bits: int) -> tuple[Type, ...]:
     return _array(f"int{bits}", 5), _array(np.int32, 4), _floats(3)
 
 
-_WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _floats(3), *[_floats(2)] * 10)
+_ROUTING = _named(router.Routing, _INTEGER, _INTEGER, _BOOLEAN, _FLOAT)
+_EXPERTS = _named(
+    experts.Experts,
+    _ROUTING,
+    _floats(3),
+    _floats(2),
+    _floats(2),
+    *[_integers(2)] * 3,
+    _floats(4),
+    *[_floats(3)] * 3,
+    _BOOLEAN,
+)
+_WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _floats(3), *[_floats(2)] * 10, _EXPERTS)
 _HEAD = _named(decode.OutputHead, _floats(1), _integers(1), _integers(1), _integers(1), _floats(2))
 _SCRATCH = _named(attend_token.Scratch, _floats(3), _floats(3), _floats(5), _floats(4), _floats(4))
 _OPTIONS = _named(
     layer_options.LayerOptions, _FLOAT, _FLOAT, _BOOLEAN, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN, _integers(1), _integers(1)
 )
 _SINGLE_BUFFERS = _named(
-    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 4, _vectors(16, 2)
-)
+    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 4, _vectors(16, 2), _named(
+        experts.ExpertBuffers, _floats(2), _floats(3), _integers(2), *[_floats(2)] * 3, _vectors(16, 2), _floats(2)
+    ),
+)  # fmt: skip
 _KEY_VALUES = {
     cache: _named(kv_pages.KeyValues, _integers(2), _array(dtype, 1), *[_INTEGER] * 3, _floats(3), _floats(3))
     for cache, dtype in (("f16", np.uint16), ("f32", np.float32))
@@ -86,9 +104,14 @@ _KEY_VALUES = {
 
 def _batch_buffers(bits: int) -> Type:
     vectors = _vectors(bits, 2)
+    of_experts = _named(
+        experts_batch.ExpertBatchBuffers, _floats(2), _floats(3), _integers(2), _floats(2), _integers(2), _integers(2),
+        vectors, _floats(2), _floats(2), vectors, _floats(2),
+    )  # fmt: skip
     return _named(
-        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 3, vectors, _floats(2)
-    )
+        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 3, vectors, _floats(2),
+        _floats(2), of_experts,
+    )  # fmt: skip
 
 
 Signatures = Mapping[Any, list[tuple[Type, ...]]]
@@ -151,6 +174,30 @@ def _prompts(isa: Type) -> Signatures:
     }
 
 
+def _prompts_of_mixtures(isa: Type) -> Signatures:
+    """Return the kernels of prompts that only mixtures of experts need."""
+    tokens, place = (_integers(2), _floats(2)), (_integers(1), _integers(1))
+    halves = _array(np.uint16, 1, readonly=True)
+    return {
+        experts_prompt.route_prompt: [
+            (isa, _EXPERTS, _INTEGER, _floats(2), _floats(2), _floats(3), *tokens, *_SHARE),
+        ],
+        experts_prompt.expert_gemm: [
+            (isa, halves, _INTEGER, _INTEGER, _floats(2), *place, *_batch(bits), _floats(2), _INTEGER, *_SHARE)
+            for bits in (8, 16)
+        ],
+        experts_prompt.expert_half_gemm: [
+            (isa, halves, _INTEGER, *place, _floats(2), _floats(2), _INTEGER, *_SHARE),
+        ],
+        experts_prompt.sum_experts_prompt: [
+            (_EXPERTS, _floats(2), *tokens, _floats(2), _floats(2), _floats(2), *_SHARE),
+        ],
+        activations.quantize_gathered: [
+            (_floats(2), _integers(1), _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
+        ],
+    }
+
+
 def _generation(isa: Type) -> Signatures:
     """Return the kernels of generated tokens."""
     matrices = (isa, _integers(1), _integers(1), _integers(1), _floats(2))
@@ -193,4 +240,10 @@ def _machine(isa: Type) -> Signatures:
 def all_kernels(isa: tuple[int, ...]) -> Signatures:
     """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
     isa_type = types.UniTuple(types.int64, len(isa))
-    return {**_generation(isa_type), **_prompts(isa_type), **_encoding(), **_machine(isa_type)}
+    return {
+        **_generation(isa_type),
+        **_prompts(isa_type),
+        **_prompts_of_mixtures(isa_type),
+        **_encoding(),
+        **_machine(isa_type),
+    }

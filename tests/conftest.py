@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,28 @@ LONGEST = (
     "serving/test_lm_eval.py",
     "serving/test_scheduling.py",
 )
+
+
+_COMPILE = """
+import contextlib
+from cpu_kernels.precompile import precompile
+precompile(None, lambda: contextlib.nullcontext(lambda done, total: None))
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the processors among the workers of pytest-xdist; compile the kernels meanwhile.
+
+    Programs with a thread for every processor would wait for one another's threads, two or three times as long.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        number, workers = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"), os.environ["PYTEST_XDIST_WORKER_COUNT"]
+        if hasattr(os, "sched_setaffinity") and (share := sorted(os.sched_getaffinity(0))[int(number) :: int(workers)]):
+            os.sched_setaffinity(0, share)
+    elif config.getoption("numprocesses", None):
+        command, silent = [sys.executable, "-c", _COMPILE], subprocess.DEVNULL
+        compiling = subprocess.Popen(command, cwd=config.rootpath, stdin=silent, stdout=silent, stderr=silent)
+        config.add_cleanup(compiling.kill)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -213,7 +236,7 @@ def serving_model(tiny_trit_file: Callable[..., GgufFile]) -> LoadedModel:
     """A tiny model for several requests at once; its context is 640 tokens."""
     from tritgguf.generation.loaded_model import load
 
-    return load(tiny_trit_file("qwen2", 2).path, context=640, parallel=4, threads=2)
+    return load(tiny_trit_file("qwen2", 2).path, context=640, parallel=4)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,12 @@ def machine_memory_bytes() -> tuple[int, int] | None:
         return None
 
 
+def fits_in_memory(n_bytes: int) -> bool:
+    """Tell whether a file of this size can stay in the memory that is available; true if the system does not say."""
+    memory = machine_memory_bytes()
+    return memory is None or n_bytes < memory[1]
+
+
 def _kilobytes(file: Path) -> dict[str, int]:
     """Return the `name: 123 kB` lines of a /proc file as name -> kB."""
     lines = (line.split() for line in file.read_text().splitlines())

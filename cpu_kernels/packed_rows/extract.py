@@ -43,6 +43,11 @@ class Step(ABC):
     def lane_factors(self, factors: Sequence[int]) -> Sequence[int]:
         """Return the factors of the lanes, given those of groups 0, 1 ... that share a word."""
 
+    def interleave_words(self, low: ir.Value, high: ir.Value) -> ir.Value:
+        """Interleave two vectors of a word for each lane: <lanes x i16> -> <2 * lanes x i16>, low first."""
+        order = [lane // 2 + lane % 2 * self.lanes for lane in range(2 * self.lanes)]
+        return self.vectors.builder.shuffle_vector(low, high, ir.Constant(vector(I32, len(order)), order))
+
     def join_pairs(self, even: ir.Value, odd: ir.Value) -> ir.Value:
         """Join pairs 2 j and 2 j + 1 to 8-bit lanes: weights 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of each group."""
         joined = self.vectors.builder.or_(even, self.vectors.shift_left(odd, 8))
@@ -59,16 +64,12 @@ class Step(ABC):
             fraction = self.vectors.multiply_low(fraction, radix)
         return fraction
 
-    def duplicate(self, words: ir.Value) -> ir.Value:
-        """Copy 16-bit lanes into both halves of 32-bit lanes: <lanes x i16> -> <2 * lanes x i16>."""
-        builder = self.vectors.builder
-        wide = self.vectors.widen(words)
-        return self.as_16_bit(builder.or_(wide, builder.shl(wide, self.vectors.constant(I32, 16, self.lanes))))
-
-    def interleave(self, low: ir.Value, high: ir.Value) -> ir.Value:
-        """Interleave two <lanes x i32> of 16-bit values to <2 * lanes x i16>, low first."""
-        builder = self.vectors.builder
-        return self.as_16_bit(builder.or_(low, builder.shl(high, self.vectors.constant(I32, 16, self.lanes))))
+    def replace_high(self, value: ir.Value, high: ir.Value) -> ir.Value:
+        """Return the low halves of each 32-bit lane of `value`, <2 * lanes x i16>, with `high`, <lanes x i32>."""
+        lanes = 2 * self.lanes
+        shifted = self.as_16_bit(self.vectors.builder.shl(high, self.vectors.constant(I32, 16, self.lanes)))
+        order = [lane + lane % 2 * lanes for lane in range(lanes)]
+        return self.vectors.builder.shuffle_vector(value, shifted, ir.Constant(vector(I32, lanes), order))
 
     def as_16_bit(self, value: ir.Value) -> ir.Value:
         """View <lanes x i32> as <2 * lanes x i16>."""
@@ -81,7 +82,7 @@ class Step(ABC):
     def weighted_sum(self, value: ir.Value, weights: tuple[int, int], addend: ir.Value | None = None) -> ir.Value:
         """Return low * weights[0] + high * weights[1] of each 32-bit lane's halves, plus `addend` if it is given."""
         zero = self.vectors.constant(I32, 0, self.lanes)
-        factors = self.vectors.constant(I16, weights, 2 * self.lanes)
+        factors = self.vectors.factors(weights, 2 * self.lanes)
         return self.vectors.dot_pairs(zero if addend is None else addend, value, factors)
 
 
@@ -112,69 +113,29 @@ class PackedGroups(Step):
 
     def plane(self, words_per_group: int, start_in_words_per_group: int) -> ir.Value:
         """Load a plane with 2 words per group or 1."""
+        offset = self._place_of_plane(words_per_group, start_in_words_per_group)
+        return self._load_words(offset, words_per_group * self.lanes)
+
+    def _place_of_plane(self, words_per_group: int, start_in_words_per_group: int) -> ir.Value:
         builder = self.vectors.builder
         start = builder.mul(self._groups, I64(2 * start_in_words_per_group))
-        offset = builder.add(start, builder.mul(self._first_group, I64(2 * words_per_group)))
-        return self._load_words(offset, words_per_group * self.lanes)
+        return builder.add(start, builder.mul(self._first_group, I64(2 * words_per_group)))
 
     def shared_plane(self, groups_per_word: int, start_in_half_words_per_group: int) -> ir.Value:
         """Load a plane with one word per 2 or 4 groups."""
+        offset = self._place_of_shared_plane(groups_per_word, start_in_half_words_per_group)
+        words = self._load_words(offset, self.lanes // groups_per_word)
+        return self.vectors.shuffle(words, [lane // groups_per_word for lane in range(self.lanes)])
+
+    def _place_of_shared_plane(self, groups_per_word: int, start_in_half_words_per_group: int) -> ir.Value:
         builder = self.vectors.builder
         start = builder.mul(self._groups, I64(start_in_half_words_per_group))
         shift = {2: 0, 4: 1}[groups_per_word]  # bytes = 2 * group / groups_per_word
-        offset = builder.add(start, builder.lshr(self._first_group, I64(shift)))
-        count = self.lanes // groups_per_word
-        words = self._load_words(offset, count)
-        return self.vectors.shuffle(words, [lane // groups_per_word for lane in range(self.lanes)])
+        return builder.add(start, builder.lshr(self._first_group, I64(shift)))
 
     def lane_factors(self, factors: Sequence[int]) -> Sequence[int]:
         """Return all factors: lane g is group g."""
         return factors
-
-
-class GroupLanes(PackedGroups):
-    """Neighbouring groups of one row whose levels are multiplied with activations in registers.
-
-    `quantize_row` lays out the activations in planes: of 16 bits, plane j has elements j and j + 8 of every group in
-    neighbouring lanes; of 8 bits, elements 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
-
-    Attributes:
-        sums: the groups' integer dot products so far, <lanes x i32>.
-
-    """
-
-    def __init__(
-        self,
-        vectors: Vectors,
-        row: ir.Value,
-        integers: ir.Value,
-        bits: int,
-        groups: ir.Value,
-        first_group: ir.Value,
-        sums: ir.Value,
-    ) -> None:
-        """Start at group `first_group` of `row` and of `integers`, both addresses; these have 8 or 16 `bits`."""
-        super().__init__(vectors, sums.type.count, row, groups, first_group)
-        self._integers, self._bits = integers, bits
-        self._even: ir.Value | None = None
-        self.sums = sums
-
-    def _plane_of_vector(self, number: int) -> ir.Value:
-        """Return where the groups' activations of a plane lie."""
-        builder = self.vectors.builder
-        plane = builder.mul(self._groups, I64(4 * number))
-        return builder.add(self._integers, builder.add(plane, builder.mul(self._first_group, I64(4))))
-
-    def use_levels(self, pair: int, levels: ir.Value) -> None:
-        """Multiply the levels with the activations of the same elements, and add the products to `sums`."""
-        if self._bits == 16:
-            x = self.vectors.load(self._plane_of_vector(pair), I16, 2 * self.lanes)
-            self.sums = self.vectors.dot_pairs(self.sums, levels, x)
-        elif pair % 2 == 0:
-            self._even = levels
-        else:
-            x = self.vectors.load(self._plane_of_vector(pair // 2), I8, 4 * self.lanes)
-            self.sums = self.vectors.dot_quads(self.sums, self.join_pairs(self._even, levels), x)
 
 
 class StoredGroups(PackedGroups):
@@ -279,20 +240,17 @@ def depth_1(step: Step) -> ir.Value:
 
 
 def depth_2(step: Step) -> ir.Value:
-    """Extract a step of depth 2; return the scale indices <lanes x i32>."""
+    """Extract a step of depth 2; return the scale indices <lanes x i16>."""
     vectors = step.vectors
     step.extract_digits(step.plane(2, 0), 9, range(5))
-    b = step.plane(1, 2)
-    both = step.duplicate(b)
-    for pair in (5, 6):
-        power = 81 ** (pair - 5)
-        fraction = vectors.multiply_low(both, (power, 9 * power))
-        step.use_levels(pair, vectors.multiply_high(fraction, 9))
-    c = step.shared_plane(2, 6)
-    last = vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((1, 9))), 9)
-    seventh = vectors.multiply_high(vectors.multiply_low(step.as_16_bit(vectors.widen(b)), 9**4), 9)
-    step.use_levels(7, step.interleave(step.as_32_bit(seventh), vectors.widen(last)))
-    return vectors.widen(vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((81, 81 * 27))), 27))
+    b, c = step.plane(1, 2), step.shared_plane(2, 6)
+    fraction = step.interleave_words(b, vectors.multiply_low(b, 9))
+    step.use_levels(5, vectors.multiply_high(fraction, 9))
+    step.use_levels(6, vectors.multiply_high(vectors.multiply_low(fraction, 81), 9))
+    factors = [factor for own in step.lane_factors((1, 9)) for factor in (9**4, own)]
+    last = vectors.multiply_low(step.interleave_words(b, c), factors)
+    step.use_levels(7, vectors.multiply_high(last, 9))
+    return vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((81, 81 * 27))), 27)
 
 
 def depth_3(step: Step) -> ir.Value:
@@ -301,32 +259,32 @@ def depth_3(step: Step) -> ir.Value:
     trits_0 = vectors.multiply_high(step.extract_digits(step.plane(2, 0), 27, range(3)), 3)
     trits_1 = vectors.multiply_high(step.extract_digits(step.plane(2, 2), 27, range(3, 6)), 3)
     b = step.plane(1, 4)
-    fraction = vectors.multiply_low(step.duplicate(b), (1, 27))
+    fraction = step.interleave_words(b, vectors.multiply_low(b, 27))
     step.use_levels(6, vectors.multiply_high(fraction, 27))
-    alone = step.as_16_bit(vectors.widen(b))
-    seventh = vectors.multiply_high(vectors.multiply_low(alone, 27**2), 27)
+    last_two = vectors.multiply_high(vectors.multiply_low(fraction, 27**2), (27, 3))
     last = step.weighted_sum(trits_1, (1, 0), addend=step.weighted_sum(trits_0, (9, 3)))
-    step.use_levels(7, step.interleave(step.as_32_bit(seventh), last))
-    middle = vectors.multiply_high(vectors.multiply_low(alone, 27**3), 3)
+    step.use_levels(7, step.replace_high(last_two, last))
     d = vectors.multiply_high(vectors.multiply_low(step.shared_plane(4, 10), step.lane_factors((1, 3, 9, 27))), 3)
-    return step.weighted_sum(middle, (3, 0), addend=step.weighted_sum(trits_1, (0, 9), addend=vectors.widen(d)))
+    low = step.as_32_bit(step.interleave_words(d, vectors.constant(I16, 0, step.lanes)))
+    return step.weighted_sum(last_two, (0, 3), addend=step.weighted_sum(trits_1, (0, 9), addend=low))
 
 
 def depth_4(step: Step) -> ir.Value:
-    """Extract a step of depth 4; return the scale indices <lanes x i32>."""
+    """Extract a step of depth 4; return the scale indices <lanes x i16>."""
     vectors = step.vectors
     joined = []
     for plane in range(3):
         rest = step.extract_digits(step.plane(2, 2 * plane), 81, range(2 * plane, 2 * plane + 2))
         joined.append(step.weighted_sum(vectors.multiply_high(rest, 9), (9, 1)))
-    step.use_levels(6, step.interleave(joined[0], joined[1]))
+    step.use_levels(6, step.replace_high(step.as_16_bit(joined[0]), joined[1]))
     c = step.shared_plane(2, 12)
     last = vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((1, 81))), 81)
-    step.use_levels(7, step.interleave(joined[2], vectors.widen(last)))
+    seventh = step.interleave_words(vectors.constant(I16, 0, step.lanes), last)
+    step.use_levels(7, vectors.builder.or_(step.as_16_bit(joined[2]), seventh))
     high = vectors.multiply_high(vectors.multiply_low(c, step.lane_factors((81**2, 3 * 81**2))), 3)
     factors = step.lane_factors((1, 9, 81, 729))
     low = vectors.multiply_high(vectors.multiply_low(step.shared_plane(4, 13), factors), 9)
-    return vectors.widen(vectors.builder.add(vectors.multiply_low(high, 9), low))
+    return vectors.builder.add(vectors.multiply_low(high, 9), low)
 
 
 D1, D2, D3, D4 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4)  # depths as types, like the variants of `instruction_set`

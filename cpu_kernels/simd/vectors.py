@@ -26,6 +26,7 @@ _POWER_OF_TWO = (
     0.00015347320004366338,
 )
 _LOWEST_POWER = -125.0  # below, powers of two are taken to be zero: the result would be no normal number
+_BY_ADDING = (3,)  # factors that LLVM replaces with shifts and additions
 _BYTES = {I8: 1, I16: 2, I32: 4, HALF: 2, FLOAT: 4}
 
 
@@ -37,11 +38,18 @@ def vector(element: ir.Type, lanes: int) -> ir.VectorType:
 class Vectors:
     """Emits vector operations into `builder` for one instruction set."""
 
-    def __init__(self, builder: ir.IRBuilder, isa: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, isa: int, *, keep_constants: bool = False) -> None:
+        """Emit into `builder`; `keep_constants` makes factors once, at the function's start, where registers are few.
+
+        Otherwise LLVM makes them anew wherever it runs out of registers, with two instructions each.
+        """
         self.builder = builder
         self.isa = isa
+        self._kept: dict[tuple[int, ...], ir.Value] | None = None
+        if keep_constants and isa in (AVX2, AVX2_VNNI):
+            self._kept = {}
         self._register_bits = 512 if isa >= AVX512_NO_VNNI else 256
-        self._vnni = isa in (AVX2_VNNI, AVX512)
+        self.has_quads = isa in (AVX2_VNNI, AVX512)
 
     def constant(self, element: ir.Type, values: Sequence[int] | float, lanes: int) -> ir.Constant:
         """Return a constant vector: `values` repeated to fill the lanes."""
@@ -96,9 +104,33 @@ class Vectors:
         """Return the named lanes of one vector."""
         return self.builder.shuffle_vector(value, value, ir.Constant(vector(I32, len(lanes)), list(lanes)))
 
+    def interleave_halves(self, left: ir.Value, right: ir.Value, half: int) -> ir.Value:
+        """Interleave the lower or upper halves (0, 1) of each 16 bytes of two vectors."""
+        lanes = left.type.count
+        own = 16 // _BYTES[left.type.element]
+        places = [first + half * own // 2 + k for first in range(0, lanes, own) for k in range(own // 2)]
+        order = [lane for place in places for lane in (place, lanes + place)]
+        return self.builder.shuffle_vector(left, right, ir.Constant(vector(I32, lanes), order))
+
+    def spread(self, words: ir.Value, order: Sequence[int]) -> ir.Value:
+        """Return 16 of up to 8 16-bit lanes, as one byte shuffle of AVX2."""
+        count = words.type.count
+        both = self.shuffle(words, [lane % count for lane in range(16)])
+        places = [2 * word + byte for word in order for byte in range(2)]
+        with self.builder.goto_entry_block():
+            shuffle = self.keep(ir.Constant(vector(I8, 32), places))
+        twice = self.builder.bitcast(both, shuffle.type)
+        return self.builder.bitcast(self.call("llvm.x86.avx2.pshuf.b", shuffle.type, twice, shuffle), both.type)
+
     def widen(self, value: ir.Value) -> ir.Value:
-        """Zero-extend 16-bit lanes to 32 bits."""
+        """Zero-extend lanes to 32 bits."""
         return self.builder.zext(value, vector(I32, value.type.count))
+
+    def _registers(self, value: ir.Value) -> list[ir.Value]:
+        """Return the vectors of a register's size that make up a vector."""
+        if 8 * _BYTES[value.type.element] * value.type.count <= self._register_bits:
+            return [value]
+        return [part for half in self.split(value) for part in self._registers(half)]
 
     def _in_registers(self, operation: Callable[..., ir.Value], *operands: ir.Value) -> ir.Value | None:
         """Apply `operation` to both halves of operands that fill two registers; None for operands that fit one."""
@@ -108,7 +140,7 @@ class Vectors:
 
     def multiply_high(self, value: ir.Value, radices: Sequence[int] | int) -> ir.Value:
         """Return (value * radix) >> 16 of unsigned 16-bit lanes: the leading digits."""
-        return self._multiply_high(value, self.constant(I16, radices, value.type.count))
+        return self._multiply_high(value, self.factors(radices, value.type.count))
 
     def _multiply_high(self, value: ir.Value, factor: ir.Value) -> ir.Value:
         lanes = value.type.count
@@ -128,7 +160,20 @@ class Vectors:
 
     def multiply_low(self, value: ir.Value, factors: Sequence[int] | int) -> ir.Value:
         """Return value * factor mod 65536 of 16-bit lanes: the fraction with leading digits shifted out."""
-        return self.builder.mul(value, self.constant(I16, factors, value.type.count))
+        if factors in _BY_ADDING:
+            return self.builder.mul(value, self.constant(I16, factors, value.type.count))
+        return self.builder.mul(value, self.factors(factors, value.type.count))
+
+    def factors(self, factors: Sequence[int] | int, lanes: int) -> ir.Value:
+        """Return a vector of constant 16-bit factors, repeated to fill the lanes."""
+        own = 16  # lanes of a register
+        if self._kept is None or lanes < own:
+            return self.constant(I16, factors, lanes)
+        key = (factors,) if isinstance(factors, int) else tuple(factors)
+        if key not in self._kept:
+            with self.builder.goto_entry_block():
+                self._kept[key] = self.keep(self.constant(I16, key, own))
+        return self._kept[key] if lanes == own else self.join(self._kept[key], self._kept[key])
 
     def split(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the lower and the upper half of a vector."""
@@ -161,11 +206,17 @@ class Vectors:
         }[lanes]
         return self.builder.add(accumulator, self.call(name, accumulator.type, left, right))
 
-    def keep(self, value: ir.Value) -> ir.Value:
-        """Return a value that LLVM takes for a new one: it does not regroup the additions before and after."""
+    def keep(self, value: ir.Value, after: Sequence[ir.Value] = ()) -> ir.Value:
+        """Return a value that LLVM takes for a new one: it does not regroup the operations before and after.
+
+        What uses it comes behind what computes the vectors `after`, in the program, not in the processor.
+        """
         if self.isa in (AVX2, AVX2_VNNI):
-            function = ir.FunctionType(value.type, [value.type])
-            return self.builder.asm(function, "", "=v,0", [value], side_effect=False)
+            after = [part for other in after for part in self._registers(other)]
+            function = ir.FunctionType(value.type, [value.type, *(other.type for other in after)])
+            register = "r" if isinstance(value.type, ir.IntType) else "v"
+            constraint = ",".join([f"={register}", "0", *["v"] * len(after)])
+            return self.builder.asm(function, "", constraint, [value, *after], side_effect=False)
         return value
 
     def dot_quads(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
@@ -174,7 +225,7 @@ class Vectors:
         The sum of two neighbouring products has to fit 16 bits: `left` is at most 128.
         """
         lanes = left.type.count
-        if self._vnni:
+        if self.has_quads:
             name = f"llvm.x86.avx512.vpdpbusd.{8 * lanes}"
             whole = self._in_registers(self.dot_quads, accumulator, left, right)
             return whole or self.call(name, accumulator.type, accumulator, left, right)
@@ -197,11 +248,11 @@ class Vectors:
         return halves or self.call(name, vector(I16, lanes // 2), left, right)
 
     def lookup(self, table: Sequence[ir.Value], address: ir.Value, indices: ir.Value) -> ir.Value:
-        """Return the floats at `indices` (32-bit lanes, below 32) of a table of 32 floats.
+        """Return the floats at `indices` (16- or 32-bit lanes, below 32) of a table of 32 floats.
 
         `table` is the table in two registers, used where a permutation reads them; `address` is the same in memory.
         """
-        lanes = indices.type.count
+        indices, lanes = self.widen(indices), indices.type.count
         if self._register_bits == 512 and lanes == 16:
             return self.call("llvm.x86.avx512.vpermi2var.ps.512", table[0].type, table[0], indices, table[1])
         if self.isa != PORTABLE and self._register_bits == 256 and lanes == 16:

@@ -258,6 +258,31 @@ def quantize_batch(x, integers, offsets, scales, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
+def quantize_gathered(source, tokens, keep, x, integers, offsets, scales, thread, threads):
+    """Quantize a thread's share of a batch whose vectors lie anywhere.
+
+    Args:
+        source: float32 [vectors, columns].
+        tokens: int64 [tokens of the batch], which vector each token is; -1 for none: its lane is left as it is.
+        keep: whether to copy the vectors to `x`.
+        x, integers, offsets, scales: as in `quantize_batch`, all out.
+        thread, threads: as in `quantize_batch`.
+
+    """
+    groups = scales.shape[1]
+    for block in _share(len(scales), thread, threads):
+        for first in range(0, groups, _GROUPS_AT_ONCE):
+            some = slice(first, min(first + _GROUPS_AT_ONCE, groups))
+            for t in _tokens(block, tokens):
+                if tokens[t] >= 0:
+                    _quantize_part(t, some, _groups(source[tokens[t]])[some], integers, offsets, scales)
+        if keep:
+            for t in _tokens(block, tokens):
+                if tokens[t] >= 0:
+                    x[t] = source[tokens[t]]
+
+
+@numba.njit(cache=True, nogil=True)
 def quantization_error_of_batch(x, integers, scales, out, thread, threads):
     """Compute the quantization error of a thread's share of a batch: out = x - quantized x.
 

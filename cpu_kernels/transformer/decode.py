@@ -1,7 +1,7 @@
 """Decode of one token: all layers in one compiled function, which all threads run.
 
 Each thread computes its share of every matrix's rows. Cheap operations (norms, quantization of the input) are repeated
-by every thread, so that a layer needs five barriers and no launch. Nothing is allocated.
+by every thread, so that a layer needs five barriers and no launch, and one more for a router. Nothing is allocated.
 """
 
 from __future__ import annotations
@@ -15,9 +15,20 @@ from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
+from cpu_kernels.transformer.experts import (
+    ExpertBuffers,
+    Experts,
+    add_scaled,
+    expert_gates,
+    route_token,
+    score_experts,
+    shared_gate,
+    sum_experts,
+)
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
 
-QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6  # indices of a layer's matrices
+# Indices of a layer's matrices; gate, up and down are those of the shared expert if there are experts
+QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6
 
 
 class Weights(NamedTuple):
@@ -37,6 +48,7 @@ class Weights(NamedTuple):
     gate_biases: np.ndarray  # float32 [layers, feed_forward]
     up_biases: np.ndarray  # float32 [layers, feed_forward]
     down_biases: np.ndarray  # float32 [layers, hidden]
+    experts: Experts
 
 
 class OutputHead(NamedTuple):
@@ -60,6 +72,7 @@ class Buffers(NamedTuple):
     gate: np.ndarray  # float32 [feed_forward]
     up: np.ndarray  # float32 [feed_forward]
     gated: VectorBuffers  # [1, feed_forward]
+    experts: ExpertBuffers
 
 
 @numba.njit(cache=True)
@@ -100,7 +113,7 @@ def _attention(
 
 
 @numba.njit(cache=True)
-def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads):
+def _gate_and_up(isa, weights, options, layer, hidden, buffers, thread, threads):
     """Compute this thread's share of gate and up, apply the activation and quantize the result."""
     columns = len(buffers.gate)
     groups = columns // GROUP_SIZE
@@ -121,6 +134,38 @@ def _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads
         offsets[:, first_group:last_group],
         scales[first_group:last_group],
     )
+
+
+@numba.njit(cache=True)
+def _down(isa, weights, layer, buffers, out, first, last):
+    """Compute rows `first` to before `last` of the dense feed-forward's output."""
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+    multiply_rows(isa, addresses[DOWN], depths[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
+    add_bias(weights.down_biases[layer], out, first, last)
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread, threads):
+    """Compute this thread's share of a layer's feed-forward, of experts or dense or both; it ends with a barrier."""
+    experts, own, out = weights.experts, buffers.experts, buffers.residual
+    is_mixture, is_dense = experts.routing.chosen > 0, len(buffers.gate) > 0
+    if is_mixture:
+        score_experts(isa, experts, layer, hidden[0], own, thread, threads)
+        wait_for_all(counter, threads)
+        route_token(experts, layer, own, thread, threads)
+        expert_gates(isa, experts, layer, options, hidden, own, thread, threads)
+    if is_dense:
+        _gate_and_up(isa, weights, options, layer, hidden, buffers, thread, threads)
+    wait_for_all(counter, threads)
+    first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
+    if is_mixture:
+        sum_experts(isa, experts, layer, own, out, first, last, thread)
+    if is_dense:
+        dense_out = own.own_out[thread] if is_mixture else out
+        _down(isa, weights, layer, buffers, dense_out, first, last)
+        if is_mixture:
+            add_scaled(shared_gate(experts, own.scores[0]), dense_out, out, first, last)
+    wait_for_all(counter, threads)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -144,7 +189,6 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
     attended = row_of(buffers.own_attended, thread)
     output_norm = weights.feed_forward_output_norms[0]  # no effect: before the first layer, the residual is zero
     for layer in range(len(weights.addresses)):
-        addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
         add_and_rms_norm(
             stream, buffers.residual, output_norm, options.residual_scale, weights.attention_norms[layer],
             options.epsilon, hidden[0],
@@ -160,14 +204,8 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
             options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
-        _feed_forward(isa, weights, options, layer, hidden, buffers, thread, threads)
-        wait_for_all(counter, threads)
-        out = buffers.residual
-        first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
-        multiply_rows(isa, addresses[DOWN], depths[DOWN], steps[DOWN], row_of(buffers.gated, 0), out, first, last)
-        add_bias(weights.down_biases[layer], out, first, last)
+        _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread, threads)
         output_norm = weights.feed_forward_output_norms[layer]
-        wait_for_all(counter, threads)
     add_and_rms_norm(
         stream, buffers.residual, output_norm, options.residual_scale, head.norm, options.epsilon, hidden[0]
     )

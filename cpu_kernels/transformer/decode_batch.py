@@ -18,11 +18,19 @@ from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
 from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
+from cpu_kernels.transformer.experts import add_scaled, shared_gate
+from cpu_kernels.transformer.experts_batch import (
+    ExpertBatchBuffers,
+    expert_gates_batch,
+    gather_entries,
+    route_tokens,
+    sum_experts_batch,
+)
 from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
 
 
 class BatchBuffers(NamedTuple):
-    """Buffers of the activations; all arrays but `own_rows` have one row per token of the batch."""
+    """Buffers of the activations; arrays but `own_rows` have one row per token of the batch."""
 
     stream: np.ndarray  # float32 [tokens, hidden]
     residual: np.ndarray  # float32 [tokens, hidden]
@@ -33,6 +41,8 @@ class BatchBuffers(NamedTuple):
     up: np.ndarray  # float32 [tokens, feed_forward]
     gated: VectorBuffers  # [tokens, feed_forward]
     own_rows: np.ndarray  # float32 [threads, ...], scratch of `multiply_rows_batch`
+    shared: np.ndarray  # float32 [tokens, hidden], output of the shared expert; [tokens, 0] without one
+    experts: ExpertBatchBuffers
 
 
 @numba.njit(cache=True)
@@ -92,7 +102,7 @@ def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, firs
 
 
 @numba.njit(cache=True)
-def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
+def _gate_and_up(isa, weights, options, layer, buffers, thread, threads):
     """Compute a thread's share of gate and up, apply the activation and quantize the result, for every token."""
     columns = buffers.gate.shape[1]
     groups = columns // GROUP_SIZE
@@ -112,6 +122,43 @@ def _feed_forward(isa, weights, options, layer, buffers, thread, threads):
             offsets[:, first_group:last_group],
             scales[first_group:last_group],
         )
+
+
+@numba.njit(cache=True)
+def _route(isa, experts, layer, hidden, buffers, thread, threads):
+    """Choose the experts of a thread's share of the tokens, whose hidden states it has computed."""
+    tokens = len(buffers.chosen)
+    own = slice(tokens * thread // threads, tokens * (thread + 1) // threads)
+    route_tokens(
+        isa, experts, layer, hidden[0][own], buffers.scores[own], buffers.own_scores[thread], buffers.chosen[own],
+        buffers.weights[own],
+    )  # fmt: skip
+
+
+@numba.njit(cache=True)
+def _feed_forward(isa, weights, options, layer, buffers, counter, thread, threads):
+    """Compute a thread's share of a layer's feed-forward, of experts or dense or both; it ends with a barrier."""
+    experts, own, out, own_rows = weights.experts, buffers.experts, buffers.residual, buffers.own_rows[thread]
+    is_mixture, is_dense = experts.routing.chosen > 0, buffers.gate.shape[1] > 0
+    if is_mixture:
+        gather_entries(buffers.hidden, own, thread, threads)
+        wait_for_all(counter, threads)
+        expert_gates_batch(isa, experts, layer, options, own, own_rows, thread, threads)
+    if is_dense:
+        _gate_and_up(isa, weights, options, layer, buffers, thread, threads)
+    wait_for_all(counter, threads)
+    hidden_rows = out.shape[1]
+    first, last = hidden_rows * thread // threads, hidden_rows * (thread + 1) // threads
+    if is_mixture:
+        sum_experts_batch(isa, experts, layer, own, out, first, last, own_rows, thread)
+    if is_dense:
+        dense_out = buffers.shared if is_mixture else out
+        bias = weights.down_biases[layer]
+        _multiply(isa, weights, layer, DOWN, buffers.gated, bias, dense_out, buffers, first, last, thread)
+        if is_mixture:
+            for t in range(len(out)):
+                add_scaled(shared_gate(experts, own.scores[t]), dense_out[t], out[t], first, last)
+    wait_for_all(counter, threads)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -144,7 +191,7 @@ def decode_batch(
         )  # fmt: skip
         wait_for_all(counter, threads)
         _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads)
-        output_bias, down_bias = weights.output_biases[layer], weights.down_biases[layer]
+        output_bias = weights.output_biases[layer]
         _multiply(
             isa, weights, layer, OUTPUT, buffers.attended, output_bias, buffers.residual, buffers, first, last, thread
         )
@@ -152,10 +199,9 @@ def decode_batch(
         _add_normalize_quantize(
             buffers, weights.attention_output_norms[layer], weights.feed_forward_norms[layer], options, thread, threads
         )
+        if weights.experts.routing.chosen > 0:
+            _route(isa, weights.experts, layer, buffers.hidden, buffers.experts, thread, threads)
         wait_for_all(counter, threads)
-        _feed_forward(isa, weights, options, layer, buffers, thread, threads)
-        wait_for_all(counter, threads)
-        _multiply(isa, weights, layer, DOWN, buffers.gated, down_bias, buffers.residual, buffers, first, last, thread)
-        wait_for_all(counter, threads)
+        _feed_forward(isa, weights, options, layer, buffers, counter, thread, threads)
         output_norm = weights.feed_forward_output_norms[layer]
     _add_normalize_quantize(buffers, output_norm, final_norm, options, thread, threads)

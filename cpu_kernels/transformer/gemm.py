@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -17,166 +18,194 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.packed_rows.extract import D3, D4
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, BLOCK_TOKENS, GROUP_SIZE, TILE_ROWS
 from cpu_kernels.packed_rows.unpack import unpack_tile
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I16, I32, I64, Vectors, vector
 from cpu_kernels.transformer.gemv_batch import multiply_half_rows, scratch_floats
 
-_HALVES = 2  # of a tile: vectors of 16 rows
-_TILE = _HALVES * TILE_ROWS
-# Vectors of rows, and tokens, whose sums stay in registers together, for each instruction set
-_REGISTER_TILE = {PORTABLE: (2, 3), AVX2: (2, 3), AVX2_VNNI: (2, 3), AVX512_NO_VNNI: (2, 6), AVX512: (2, 6)}
+_TILE = 2 * TILE_ROWS
+_TILE_FLOATS = BLOCK_TOKENS * _TILE
 # What is unpacked at once, so that it stays in the second-level cache while all tokens pass: 256 rows of 1,536 columns
 _PANEL_TILES = 8
 _PANEL_GROUPS = 96
-# A number of tokens as a type, see `instruction_set`
-T1, T2, T3, T4, T5, T6 = ((0,), (0,) * 2, (0,) * 3, (0,) * 4, (0,) * 5, (0,) * 6)
+_ALIGNMENT = 64
 _DEPTH_OF_PAIRS = 3  # up to it a group's products of 8-bit numbers, added in pairs, fit 16 bits: 8 * 26 * 127
+
+
+class _RegisterTile(NamedTuple):
+    """What one loop over the groups multiplies: its sums and totals stay in registers."""
+
+    lanes: int  # rows to a vector
+    vectors: int
+    tokens: int
+
+
+_REGISTER_TILES = {
+    PORTABLE: _RegisterTile(16, 2, 3),
+    AVX2: _RegisterTile(8, 1, 6),
+    AVX2_VNNI: _RegisterTile(8, 2, 3),
+    AVX512_NO_VNNI: _RegisterTile(16, 1, 6),
+    AVX512: _RegisterTile(16, 2, 6),
+}
 
 
 @intrinsic
 def _tile_dot(
-    typing_context, isa, depth, count, tile, tile_steps, integers, offsets, scales, out, token_bytes, groups, add
+    typing_context, isa, integers, tile, tile_steps, x, offsets, scales, out, token_bytes, groups, tokens, depth, add
 ):
-    """Emit a tile of 32 rows times tokens of a block, added to `out` or put there; addresses and numbers as integers.
+    """Emit a tile of 32 rows times up to six tokens of a block, added to `out` or put there.
 
-    count: how many tokens, as a type; the addresses are those of the first one.
-
-    tile int16 [2, groups, 8, 16, 2] or int8 [2, groups, 4, 16, 4], tile_steps float32 [2, groups, 16], integers int16
-    [groups, 8, 6 tokens, 2] or int8 [groups, 4, 6 tokens, 4] (the array itself, for its type), offsets int32 [groups,
-    6 tokens], scales float32 [groups, 6 tokens], out float32 [tokens, 32], a token every `token_bytes`.
+    All but `integers`, which gives its type, are addresses and numbers: tile int16 [2, groups, 8, 16, 2] or int8
+    [2, groups, 4, 16, 4], tile_steps float32 [2, groups, 16], x int16 [groups, 8, 6 tokens, 2] or int8 [groups, 4, 6
+    tokens, 4], offsets int32 [groups, 6 tokens], scales float32 [groups, 6 tokens], out float32 [tokens, 32], a token
+    every `token_bytes`.
     """
     bits = integers.dtype.bitwidth
-    halves_at_once, tokens_at_once = _REGISTER_TILE[isa.count]
 
     def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, isa.count)
-        tile, tile_steps, integers_array, offsets, scales, out, token_bytes, groups, add = arguments[3:]
-        x = builder.ptrtoint(context.make_array(integers)(context, builder, integers_array).data, I64)
-        for halves in _chunks(_HALVES, halves_at_once):
-            for tokens in _chunks(count.count, tokens_at_once):
-                places = [
-                    (builder.add(out, builder.mul(token_bytes, I64(token))), 4 * half * TILE_ROWS)
-                    for token in tokens
-                    for half in halves
-                ]
-                totals = [cgutils.alloca_once(builder, vector(FLOAT, TILE_ROWS)) for _ in places]
-                for total in totals:
-                    builder.store(vectors.constant(FLOAT, 0.0, TILE_ROWS), total)
-                with builder.if_then(add):
-                    for total, place in zip(totals, places, strict=True):
-                        builder.store(vectors.load(place[0], FLOAT, TILE_ROWS, place[1]), total)
-                with cgutils.for_range(builder, groups) as loop:
-                    group = _Group(vectors, depth.count, bits, groups, loop.index)
-                    sums = group.sums(tile, x, offsets, halves, tokens)
-                    group.add(sums, tile_steps, scales, halves, tokens, totals)
-                for total, place in zip(totals, places, strict=True):
-                    vectors.store(builder.load(total), *place)
+        operands = _Operands(*arguments[2:9])
+        groups, tokens, depth, add = arguments[9:]
+        kinds = [False]
+        if bits == 8 and isa.count in (AVX2, AVX512_NO_VNNI):
+            kinds = [True, False]
+        shallow = builder.icmp_signed("<=", depth, I64(_DEPTH_OF_PAIRS))
+        for in_pairs, count in itertools.product(kinds, range(1, BLOCK_TOKENS + 1)):
+            chosen = builder.icmp_signed("==", tokens, I64(count))
+            if len(kinds) > 1:
+                chosen = builder.and_(chosen, shallow if in_pairs else builder.not_(shallow))
+            with builder.if_then(chosen):
+                emitter = _TileDot(Vectors(builder, isa.count), bits, operands, groups, in_pairs=in_pairs)
+                emitter.emit(count, add)
         return context.get_dummy_value()
 
-    numbers = [types.intp] * 5
-    return types.void(isa, depth, count, types.intp, types.intp, integers, *numbers, types.boolean), generate
+    return types.void(isa, integers, *[types.intp] * 10, types.boolean), generate
 
 
-def _chunks(count: int, size: int) -> list[range]:
-    """Cut range(count) into ranges of `size`."""
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+class _Operands(NamedTuple):
+    """Addresses and the output's row length, see `_tile_dot`."""
+
+    tile: ir.Value
+    steps: ir.Value
+    x: ir.Value
+    offsets: ir.Value
+    scales: ir.Value
+    out: ir.Value
+    token_bytes: ir.Value
 
 
-class _Group:
-    """Emits what happens to one group of columns in `_tile_dot`.
+class _TileDot:
+    """Emits the loops of `_tile_dot` for one number of tokens."""
 
-    All offsets within a group are constants: computed ones form a chain of additions longer than the multiplications.
-    """
+    def __init__(self, vectors: Vectors, bits: int, operands: _Operands, groups: ir.Value, *, in_pairs: bool) -> None:
+        """Multiply integers of `bits`; if `in_pairs`, a group's products are added in 16 bits."""
+        self._vectors, self._bits, self._operands, self._groups = vectors, bits, operands, groups
+        self._in_pairs = in_pairs
+        self._shape = _REGISTER_TILES[vectors.isa]
 
-    def __init__(self, vectors: Vectors, depth: int, bits: int, groups: ir.Value, index: ir.Value) -> None:
-        self._vectors, self._depth, self._bits = vectors, depth, bits
-        self._groups, self._index = groups, index
+    def emit(self, tokens: int, add: ir.Value) -> None:
+        """Emit all rows times `tokens` tokens, register tile by register tile."""
+        builder, shape = self._vectors.builder, self._shape
+        rows = shape.lanes * shape.vectors
+        with cgutils.for_range(builder, I64(_TILE // rows)) as loop:
+            starts = [
+                builder.add(builder.mul(loop.index, I64(rows)), I64(shape.lanes * number))
+                for number in range(shape.vectors)
+            ]
+            for first in range(0, tokens, shape.tokens):
+                self._emit_register_tile(starts, range(first, min(first + shape.tokens, tokens)), add)
 
-    def _address(self, base: ir.Value, n_bytes: int, half: int = 0) -> ir.Value:
-        """Return where the group's `n_bytes` lie in an array, or in a half of the tile."""
+    def _emit_register_tile(self, starts: Sequence[ir.Value], tokens: range, add: ir.Value) -> None:
+        """Emit the vectors of rows that begin at rows `starts` times some tokens."""
+        vectors, builder, (out, token_bytes) = self._vectors, self._vectors.builder, self._operands[5:]
+        places = [
+            builder.add(builder.add(out, builder.mul(token_bytes, I64(token))), builder.shl(start, I64(2)))
+            for token in tokens
+            for start in starts
+        ]
+        totals = [cgutils.alloca_once(builder, vector(FLOAT, self._shape.lanes)) for _ in places]
+        for total in totals:
+            builder.store(vectors.constant(FLOAT, 0.0, self._shape.lanes), total)
+        with builder.if_then(add):
+            for total, place in zip(totals, places, strict=True):
+                builder.store(vectors.load(place, FLOAT, self._shape.lanes), total)
+        with cgutils.for_range(builder, self._groups) as loop:
+            sums = self._sums(loop.index, starts, tokens)
+            self._add(loop.index, sums, starts, tokens, totals)
+        for total, place in zip(totals, places, strict=True):
+            vectors.store(builder.load(total), place)
+
+    def _address(self, base: ir.Value, n_bytes: int, group: ir.Value) -> ir.Value:
+        """Return where the group's `n_bytes` lie in an array.
+
+        All offsets within a group are constants: computed ones form a chain of additions longer than the products.
+        """
         builder = self._vectors.builder
-        start = builder.mul(self._groups, I64(half * n_bytes))
-        return builder.add(builder.add(base, start), builder.mul(self._index, I64(n_bytes)))
+        return builder.add(base, builder.mul(group, I64(n_bytes)))
 
-    def sums(self, tile: ir.Value, x: ir.Value, offsets: ir.Value, halves: range, tokens: range) -> list[ir.Value]:
-        """Return the integer sums of the group, token by token: <16 x i32>."""
-        vectors, bits = self._vectors, self._bits
-        element, lanes = ir.IntType(bits), TILE_ROWS * 32 // bits
-        in_pairs = bits == 8 and self._depth <= _DEPTH_OF_PAIRS and vectors.isa in (AVX2, AVX512_NO_VNNI)
+    def _row_address(self, base: ir.Value, n_bytes: int, group: ir.Value, row: ir.Value) -> ir.Value:
+        """Return where a group of `n_bytes` of the rows from `row` on lies in an array of two times 16 rows."""
+        builder = self._vectors.builder
+        half, rest = builder.lshr(row, I64(4)), builder.and_(row, I64(TILE_ROWS - 1))
+        start = builder.add(builder.mul(half, builder.mul(self._groups, I64(n_bytes))), builder.shl(rest, I64(2)))
+        return self._address(builder.add(base, start), n_bytes, group)
+
+    def _sums(self, group: ir.Value, starts: Sequence[ir.Value], tokens: range) -> list[ir.Value]:
+        """Return the integer sums of a group, token by token: <lanes x i32>."""
+        vectors, bits, lanes = self._vectors, self._bits, self._shape.lanes
+        element, elements = ir.IntType(bits), lanes * 32 // bits
         tile_bytes, x_bytes = (count * GROUP_SIZE * bits // 8 for count in (TILE_ROWS, BLOCK_TOKENS))
-        tiles = [self._address(tile, tile_bytes, half) for half in halves]
-        group_x, group_offsets = self._address(x, x_bytes), self._address(offsets, 4 * BLOCK_TOKENS)
-        sums = [vectors.splat(group_offsets, I32, TILE_ROWS, 4 * token) for token in tokens for _ in halves]
+        tiles = [self._row_address(self._operands.tile, tile_bytes, group, start) for start in starts]
+        x = self._address(self._operands.x, x_bytes, group)
+        offsets = self._address(self._operands.offsets, 4 * BLOCK_TOKENS, group)
+        sums = [vectors.splat(offsets, I32, lanes, 4 * token) for token in tokens for _ in starts]
         pairs: list[ir.Value | None] = [None] * len(sums)
         for step in range(GROUP_SIZE * bits // 32):
-            weights = [vectors.load(address, element, lanes, 4 * step * TILE_ROWS) for address in tiles]
+            weights = [vectors.load(address, element, elements, 4 * step * TILE_ROWS) for address in tiles]
             for number, token in enumerate(tokens):
-                unit = vectors.splat(group_x, I32, TILE_ROWS, 4 * (step * BLOCK_TOKENS + token))
-                unit = vectors.builder.bitcast(unit, vector(element, lanes))
-                for place, levels in enumerate(weights, number * len(halves)):
-                    if in_pairs:
+                unit = vectors.splat(x, I32, lanes, 4 * (step * BLOCK_TOKENS + token))
+                unit = vectors.builder.bitcast(unit, vector(element, elements))
+                for place, levels in enumerate(weights, number * len(starts)):
+                    if self._in_pairs and step == 0:
+                        pairs[place] = vectors.multiply_quads(levels, unit)
+                    elif self._in_pairs:
                         products = vectors.multiply_quads(levels, unit)
-                        pairs[place] = products if step == 0 else vectors.builder.add(pairs[place], products)
-                    elif bits == 8:
-                        sums[place] = vectors.dot_quads(sums[place], levels, unit)
+                        pairs[place] = vectors.keep(vectors.builder.add(pairs[place], products))
                     else:
-                        sums[place] = vectors.dot_pairs(sums[place], levels, unit)
-        if in_pairs:
-            ones = vectors.constant(I16, 1, 2 * TILE_ROWS)
+                        dot = vectors.dot_quads if bits == 8 else vectors.dot_pairs
+                        sums[place] = vectors.keep(dot(sums[place], levels, unit))
+        if self._in_pairs:
+            ones = vectors.constant(I16, 1, 2 * lanes)
             return [vectors.dot_pairs(total, pair, ones) for total, pair in zip(sums, pairs, strict=True)]
         return sums
 
-    def add(
+    def _add(
         self,
+        group: ir.Value,
         sums: Sequence[ir.Value],
-        tile_steps: ir.Value,
-        scales: ir.Value,
-        halves: range,
+        starts: Sequence[ir.Value],
         tokens: range,
         totals: Sequence[ir.Value],
     ) -> None:
-        """Scale the sums and add them to the totals: places of <16 x float>."""
-        vectors, builder = self._vectors, self._vectors.builder
-        steps = [vectors.load(self._address(tile_steps, 4 * TILE_ROWS, half), FLOAT, TILE_ROWS) for half in halves]
-        group_scales = self._address(scales, 4 * BLOCK_TOKENS)
-        units = [vectors.splat(group_scales, FLOAT, TILE_ROWS, 4 * token) for token in tokens]
+        """Scale the sums and add them to the totals: places of <lanes x float>."""
+        vectors, builder, lanes = self._vectors, self._vectors.builder, self._shape.lanes
+        steps = [
+            vectors.load(self._row_address(self._operands.steps, 4 * TILE_ROWS, group, start), FLOAT, lanes)
+            for start in starts
+        ]
+        scales = self._address(self._operands.scales, 4 * BLOCK_TOKENS, group)
+        units = [vectors.splat(scales, FLOAT, lanes, 4 * token) for token in tokens]
         for (unit, step), integer, total in zip(itertools.product(units, steps), sums, totals, strict=True):
             sum_ = vectors.fma(vectors.to_float(integer), builder.fmul(step, unit), builder.load(total))
             builder.store(sum_, total)
 
 
 @numba.njit(cache=True)
-def _multiply_tile(isa, depth, tile, tile_steps, integers, offsets, scales, out, y, first_token, add):
-    """Put one tile times the tokens of one block into y [tokens, rows of the tile], or add it."""
-    tokens, rows = min(BLOCK_TOKENS, len(y) - first_token), y.shape[1]
-    target = y[first_token:]
-    whole = rows == _TILE
-    if add and not whole:
-        for t in range(tokens):
-            for r in range(rows):
-                out[t, r] = target[t, r]
-    weights = tile.ctypes.data, tile_steps.ctypes.data
-    end, row = target.ctypes.data if whole else out.ctypes.data, target.strides[0] if whole else out.strides[0]
-    rest = offsets.ctypes.data, scales.ctypes.data, end, row, len(scales), add
-    if tokens == 6:
-        _tile_dot(isa, depth, T6, *weights, integers, *rest)
-    elif tokens == 5:
-        _tile_dot(isa, depth, T5, *weights, integers, *rest)
-    elif tokens == 4:
-        _tile_dot(isa, depth, T4, *weights, integers, *rest)
-    elif tokens == 3:
-        _tile_dot(isa, depth, T3, *weights, integers, *rest)
-    elif tokens == 2:
-        _tile_dot(isa, depth, T2, *weights, integers, *rest)
-    else:
-        _tile_dot(isa, depth, T1, *weights, integers, *rest)
-    if not whole:
-        for t in range(tokens):
-            for r in range(rows):
-                target[t, r] = out[t, r]
+def _copy(source, target):
+    """Copy [tokens, rows] into the beginning of a larger or equal array."""
+    for t in range(source.shape[0]):
+        for r in range(source.shape[1]):
+            target[t, r] = source[t, r]
 
 
 @numba.njit(cache=True)
@@ -184,9 +213,44 @@ def _unpack_panel(isa, rows, kind, some, steps, turned, tile, indices, tile_step
     """Unpack some groups, a slice, of a panel's rows, sixteen by sixteen."""
     for start in range(0, len(rows), TILE_ROWS):
         part = rows[start : min(start + TILE_ROWS, len(rows))]
-        number, half = start // _TILE, start // TILE_ROWS % _HALVES
+        number = start // TILE_ROWS
         block = some.start * GROUP_SIZE // BLOCK_SIZE
-        unpack_tile(isa, part, kind, block, steps, turned, tile[number, half], indices, tile_steps[number, half])
+        unpack_tile(isa, part, kind, block, steps, turned, tile[number], indices, tile_steps[number])
+
+
+@numba.njit(cache=True)
+def _multiply_panel(isa, kind, tile, tile_steps, some, integers, offsets, scales, out, y, add):
+    """Put a panel times all tokens into y [tokens, rows of the panel], or add it.
+
+    tile: [sixteens of rows, groups, ...], levels of the groups `some`, a slice; out: float32 [6 tokens, 32], scratch.
+    """
+    groups, tokens, rows = scales.shape[1], len(y), y.shape[1]
+    first, width, row_bytes = some.start, some.stop - some.start, y.strides[0]
+    tile_bytes, steps_bytes = tile.strides[0] * 2, tile_steps.strides[0] * 2
+    for block in range(len(scales)):
+        token = block * BLOCK_TOKENS
+        count = min(BLOCK_TOKENS, tokens - token)
+        x = integers.ctypes.data + block * integers.strides[0] + first * integers.strides[1]
+        sums = offsets.ctypes.data + 4 * BLOCK_TOKENS * ((block * 4 + kind - 1) * groups + first)
+        units = scales.ctypes.data + 4 * BLOCK_TOKENS * (block * groups + first)
+        target = y.ctypes.data + token * row_bytes
+        for number in range((rows + _TILE - 1) // _TILE):
+            weights = tile.ctypes.data + number * tile_bytes
+            steps = tile_steps.ctypes.data + number * steps_bytes
+            part = y[token : token + count, number * _TILE : min((number + 1) * _TILE, rows)]
+            whole = part.shape[1] == _TILE
+            end, end_bytes = (target + 4 * _TILE * number, row_bytes) if whole else (out.ctypes.data, 4 * _TILE)
+            if not whole and add:
+                _copy(part, out)
+            _tile_dot(isa, integers, weights, steps, x, sums, units, end, end_bytes, width, count, kind, add)
+            if not whole:
+                _copy(out[:count, : part.shape[1]], part)
+
+
+@numba.njit(cache=True)
+def _aligned(room):
+    """Return an array from its first element on that begins at a cache line."""
+    return room[-room.ctypes.data % _ALIGNMENT // room.itemsize :]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -205,38 +269,30 @@ def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first
         thread, threads: which of how many shares of the rows to compute.
 
     """
-    groups, blocks = scales.shape[1], len(scales)
+    groups = scales.shape[1]
     packed = words.reshape(rows, -1)
     tiles = (rows + _TILE - 1) // _TILE
     first, last = tiles * thread // threads * _TILE, min(tiles * (thread + 1) // threads * _TILE, rows)
     panel_rows = _TILE * _PANEL_TILES
     width = min(_PANEL_GROUPS, groups)
+    group_levels = integers.shape[2] * TILE_ROWS * integers.shape[4]
     out = np.zeros((BLOCK_TOKENS, _TILE), np.float32)
-    turned = np.zeros(packed.shape[1] * width // groups * TILE_ROWS, np.uint16)
+    turned = _aligned(np.zeros(packed.shape[1] * width // groups * TILE_ROWS + _ALIGNMENT, np.uint16))
     indices = np.empty((width, TILE_ROWS), np.uint8)
-    all_steps = np.zeros(panel_rows * width, np.float32)
-    all_levels = np.zeros(panel_rows * width * integers.shape[2] * integers.shape[4], integers.dtype)
+    all_steps = _aligned(np.empty(panel_rows * width + _ALIGNMENT, np.float32))
+    all_levels = _aligned(np.empty(panel_rows // TILE_ROWS * width * group_levels + _ALIGNMENT, integers.dtype))
     for panel in range(first, last, panel_rows):
         end = min(panel + panel_rows, last)
         for first_group in range(0, groups, _PANEL_GROUPS):
             some = slice(first_group, min(first_group + _PANEL_GROUPS, groups))
             width = some.stop - some.start
-            shape = (panel_rows // _TILE, _HALVES, width, integers.shape[2], TILE_ROWS, integers.shape[4])
-            tile = all_levels[: panel_rows * width * shape[3] * shape[5]].reshape(shape)
-            tile_steps = all_steps[: panel_rows * width].reshape((*shape[:3], TILE_ROWS))
+            shape = (panel_rows // TILE_ROWS, width, integers.shape[2], TILE_ROWS, integers.shape[4])
+            tile = all_levels[: shape[0] * width * group_levels].reshape(shape)
+            tile_steps = all_steps[: panel_rows * width].reshape((shape[0], width, TILE_ROWS))
             own_turned = turned[: packed.shape[1] * width // groups * TILE_ROWS]
             _unpack_panel(isa, packed[panel:end], kind, some, steps, own_turned, tile, indices[:width], tile_steps)
-            for block in range(blocks):
-                x, sums, units = integers[block, some], offsets[block, kind - 1, some], scales[block, some]
-                for start in range(panel, end, _TILE):
-                    number = (start - panel) // _TILE
-                    result = y[:, first_column + start : first_column + min(start + _TILE, end)]
-                    token, add = block * BLOCK_TOKENS, first_group > 0
-                    arguments = (tile[number], tile_steps[number], x, sums, units, out, result, token, add)
-                    if kind <= _DEPTH_OF_PAIRS:
-                        _multiply_tile(isa, D3, *arguments)
-                    else:
-                        _multiply_tile(isa, D4, *arguments)
+            result = y[:, first_column + panel : first_column + end]
+            _multiply_panel(isa, kind, tile, tile_steps, some, integers, offsets, scales, out, result, first_group > 0)
 
 
 @numba.njit(cache=True, nogil=True)

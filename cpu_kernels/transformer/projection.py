@@ -114,6 +114,18 @@ class Batch:
         return view
 
 
+def row_bytes(columns: int, depth: int) -> int:
+    """Return the size of a row: packed of whole blocks of 64 columns, or float16 if the depth is 0.
+
+    ValueError for columns that are no whole blocks.
+    """
+    if depth == HALVES:
+        return 2 * columns
+    if columns % BLOCK_SIZE:
+        raise ValueError("packed rows have whole blocks of 64 columns")
+    return columns // BLOCK_SIZE * 2 * WORDS_PER_BLOCK[depth]
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A matrix as it is stored in the file.
@@ -134,12 +146,10 @@ class Matrix:
 
     def __post_init__(self) -> None:
         """Check the length of the data, because the kernels read it by address; ValueError if it is wrong."""
-        row_bytes = 2 * self.columns
-        if self.depth != HALVES:
-            if self.columns % BLOCK_SIZE or self.codebook is None or len(self.codebook) != CODEBOOK_SIZE:
-                raise ValueError("a trit matrix needs rows of whole blocks and a codebook of 27 entries")
-            row_bytes = self.columns // BLOCK_SIZE * 2 * WORDS_PER_BLOCK[self.depth]
-        if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.nbytes != self.rows * row_bytes:
+        if self.depth != HALVES and (self.codebook is None or len(self.codebook) != CODEBOOK_SIZE):
+            raise ValueError("a trit matrix needs a codebook of 27 entries")
+        n_bytes = self.rows * row_bytes(self.columns, self.depth)
+        if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.nbytes != n_bytes:
             raise ValueError("the matrix's data does not have the length of its shape")
 
     @property

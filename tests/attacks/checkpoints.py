@@ -22,7 +22,7 @@ def _folder(name: str, damage: Callable[[Path], None], *message_parts: str, vari
     def build(folder: Path) -> list[str]:
         write_tiny_model(folder / "model", variant)
         damage(folder / "model")
-        return ["convert", str(folder / "model"), str(folder / "out.gguf")]
+        return ["convert", str(folder / "model"), str(folder / "out.gguf"), "--encoder", "v2"]
 
     return Attack(name, build, message_parts)
 

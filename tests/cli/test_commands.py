@@ -19,7 +19,7 @@ from tiny_models import write_tiny_model
 from tritgguf.cli import app, terminal
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
-from tritgguf.conversion.encoders import Automatic
+from tritgguf.conversion.encoders import V2
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import LayerError
@@ -81,9 +81,11 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         "--resume",
         "--recipe",
         "small",
+        "--encoder",
+        "v2",
     ]
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
-    options: dict[str, Any] = {"depth": 3, "encoder": Automatic(), "threads": 2, "overwrite": True, "resume": True}
+    options: dict[str, Any] = {"depth": 3, "encoder": V2(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
     options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": "small"}
     assert calls == [("org/name", Path("out.gguf"), options)]
@@ -98,7 +100,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 @pytest.mark.usefixtures("any_source")
 def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(CONVERT, "convert", lambda *arguments, **options: conversion())
-    assert app.main(["convert", "org/name", "out.gguf", "--json"]) == 0
+    assert app.main(["convert", "org/name", "out.gguf", "--encoder", "v2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["output"] == "out.gguf"
     assert report["bytes_by_type"] == {"TRIT2": 61_300_000, "F16": 500}
@@ -134,7 +136,7 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture, r
         raise raised
 
     monkeypatch.setattr(CONVERT, "convert", fail)
-    assert fails(capsys, "convert", "org/name", "out.gguf") == line
+    assert fails(capsys, "convert", "org/name", "out.gguf", "--encoder", "v2") == line
 
 
 @pytest.mark.usefixtures("any_source")
@@ -143,7 +145,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CONVERT, "convert", interrupt)
-    assert app.main(["convert", "org/name", "out.gguf"]) == 130
+    assert app.main(["convert", "org/name", "out.gguf", "--encoder", "v2"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 

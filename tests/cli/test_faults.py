@@ -51,7 +51,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: Path, smollm2_d2: Path) -> None:
     out = tmp_path / "out.gguf"
-    process = start("convert", str(smollm2_folder), str(out), "--depth", "2")
+    process = start("convert", str(smollm2_folder), str(out), "--depth", "2", "--encoder", "v2")
     journal = tmp_path / "out.gguf.part.journal"
     wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3)  # of more than two hundred tensors
     process.send_signal(signal.SIGTERM)
@@ -59,7 +59,7 @@ def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: 
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
-    assert app.main(["convert", str(smollm2_folder), str(out), "--depth", "2", "--resume"]) == 0
+    assert app.main(["convert", str(smollm2_folder), str(out), "--depth", "2", "--encoder", "v2", "--resume"]) == 0
     assert names(tmp_path) == ["out.gguf"]
     assert out.read_bytes() == smollm2_d2.read_bytes()
 

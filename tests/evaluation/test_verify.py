@@ -369,15 +369,14 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @needs_torch
 @pytest.mark.real_model
-@pytest.mark.parametrize(("depth", "kl"), [(2, (0.2, 1.0)), (3, (0.02, 0.2))])
-def test_smollm2(request: pytest.FixtureRequest, smollm2_folder: Path, depth: int, kl: tuple[float, float]) -> None:
-    file = request.getfixturevalue(f"smollm2_d{depth}")
-    report = verify(smollm2_folder, file, tokens=96)
-    assert report.max_rel_logit_diff <= 1e-4
-    assert report.max_rel_logit_diff_int16 <= 1e-3
-    assert 0 < report.kl_int8 <= 3e-3
-    assert kl[0] < report.kl_mean < kl[1]
-    assert report.perplexity_reference < report.perplexity
+def test_smollm2(smollm2_folder: Path, smollm2_d2: Path, smollm2_d3: Path) -> None:
+    reports = verify_files(smollm2_folder, [smollm2_d2, smollm2_d3], tokens=96)
+    for report, (least, most) in zip(reports, [(0.2, 1.0), (0.02, 0.2)], strict=True):
+        assert report.max_rel_logit_diff <= 1e-4
+        assert report.max_rel_logit_diff_int16 <= 1e-3
+        assert 0 < report.kl_int8 <= 3e-3
+        assert least < report.kl_mean < most
+        assert report.perplexity_reference < report.perplexity
 
 
 @needs_torch

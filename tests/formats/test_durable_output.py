@@ -116,7 +116,7 @@ def test_a_disk_that_is_just_too_small(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_nothing_to_resume(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = str(tmp_path / "out.gguf")
-    command = ["convert", str(folder), output, "--resume"]
+    command = ["convert", str(folder), output, "--encoder", "v2", "--resume"]
     assert app.main(command) == 0
     assert app.main(command) == 1
     assert "out.gguf: is complete, so there is nothing to resume; use --overwrite" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_nothing_to_resume(tmp_path: Path, folder: Path, capsys: pytest.CaptureF
 def test_an_unfinished_file_is_no_link(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "precious").write_bytes(b"mine")
     (tmp_path / "out.gguf.part").symlink_to(tmp_path / "precious")
-    assert app.main(["convert", str(folder), str(tmp_path / "out.gguf")]) == 1
+    assert app.main(["convert", str(folder), str(tmp_path / "out.gguf"), "--encoder", "v2"]) == 1
     assert (tmp_path / "precious").read_bytes() == b"mine"
 
 

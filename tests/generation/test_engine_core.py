@@ -69,7 +69,7 @@ def test_the_only_request_gives_way_to_pages_of_the_cache_that_equal_its_own() -
     for sequence, length in ((first, 512), (second, 768)):
         pool.reserve(sequence, length)
         pool.advance(sequence, length)
-    request.sequence = pool.fork(second, 768)
+    request.sequence = pool.allocate(pool.pages(second), 768)
     core.prefix_cache.insert(tokens[:512], pool.pages(first))
     core.prefix_cache.insert(tokens[:768], pool.pages(second))
     pool.free(first)

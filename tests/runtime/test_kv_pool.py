@@ -113,17 +113,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), length=LENGTHS)
-    def fork(self, data: st.DataObject, length: int) -> None:
+    def share_a_sequences_pages(self, data: st.DataObject, length: int) -> None:
         source = self.any_sequence(data)
-        self.pool.states[source] = self.last_number % 256
-        if length > len(self.sequences[source]):
-            with pytest.raises(ValueError, match="only be forked within"):
-                self.pool.fork(source, length)
-            return
-        forked = self.unless_full(lambda: self.pool.fork(source, length))
-        if forked is not None:
-            self.sequences[forked] = self.sequences[source][:length]
-            assert self.pool.states[forked] == self.pool.states[source]
+        self.pool.states[source] = 1 + self.last_number % 255
+        length = min(length, len(self.sequences[source]))
+        sequence = self.unless_full(lambda: self.pool.allocate(self.pool.pages(source), length))
+        if sequence is not None:
+            self.sequences[sequence] = self.sequences[source][:length]
+            assert self.pool.states[source] and not self.pool.states[sequence]
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), tokens=LENGTHS)
@@ -226,7 +223,7 @@ def test_writing_copies_a_shared_page_once() -> None:
     pool = new_pool()
     first = pool.allocate()
     append(pool, first, list(range(1, 301)))
-    second = pool.fork(first, 280)
+    second = pool.allocate(pool.pages(first), 280)
     assert pool.pages(second) == pool.pages(first)
     assert pool.free_pages == PAGES - 2
     append(pool, second, [7000])
@@ -258,7 +255,7 @@ def test_a_page_reserved_ahead_does_not_hide_that_a_copy_needs_one() -> None:
     first = pool.allocate()
     append(pool, first, [1])
     pool.reserve(first, PAGE)
-    pool.fork(first, 1)
+    pool.allocate(pool.pages(first), 1)
     assert pool.missing_pages(first, 1) == 1
     with pytest.raises(PoolExhaustedError):
         pool.reserve(first, 1)

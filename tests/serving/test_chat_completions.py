@@ -190,7 +190,7 @@ def test_a_prompt_beyond_the_context(server: RunningServer, stream: bool) -> Non
     messages: Any = [{"role": "user", "content": "word " * 700}]
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, messages=messages, stream=stream)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     assert "the context holds 640" in caught.value.message
 
 

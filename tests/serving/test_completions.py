@@ -130,5 +130,16 @@ def test_an_impossible_value_is_named(server: RunningServer, parameter: str, val
     assert parameter in error["message"]
 
 
-def test_tokens_that_do_not_exist(server: RunningServer) -> None:
-    assert "from 0 to 447" in server.error("/v1/completions", prompt=[448], max_tokens=1)["message"]
+@pytest.mark.parametrize(("path", "param"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+def test_a_prompt_that_is_too_long_or_has_tokens_that_do_not_exist_is_named(
+    server: RunningServer, path: str, param: str
+) -> None:
+    missing: list[Any] = [[448], [[1], [2, 448]]]
+    too_long: list[Any] = ["word " * 700, [[1], [1] * 700]]
+    for prompt in missing:
+        error = server.error(path, **{param: prompt})
+        assert error["param"] == param
+        assert "from 0 to 447" in error["message"]
+    for prompt in too_long:
+        error = server.error(path, **{param: prompt})
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from tritgguf.errors import TritGgufError
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SOURCE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PROGRAMS = ("llama-bench", "llama-quantize", "llama-imatrix")
+PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize", "llama-imatrix")
 
+_BATCHED_PROMPT = 16  # tokens
 _STEM = f"{PACKAGE.replace('-', '_')}-{VERSION}"
 _SOURCE = f"{_STEM}/vendor/llama.cpp"
 _OPTIONS = (
@@ -79,13 +80,15 @@ def cmake_options(flags: set[str]) -> list[str]:
     return [*_OPTIONS, "-DGGML_NATIVE=OFF", *chosen]
 
 
-def build_llama_cpp(cache: Path) -> Path:
+def build_llama_cpp(cache: Path, flags: set[str] | None = None) -> Path:
     """Return the folder with PROGRAMS; build them unless `cache` has them for this processor.
 
+    `flags` are the instruction sets that they may use; None takes all of the processor.
     Raises TritGgufError: no cmake or compiler, no download, a failed build.
     """
-    folder = cache / f"llama.cpp-{VERSION}"
-    options = cmake_options(processor_flags())
+    allowed = processor_flags() if flags is None else flags
+    folder = cache / (f"llama.cpp-{VERSION}" + ("" if allowed == processor_flags() else "-narrower"))
+    options = cmake_options(allowed)
     built_with = folder / "cmake_options.txt"
     programs = [folder / name for name in PROGRAMS]
     if all(path.exists() for path in (built_with, *programs)) and built_with.read_text() == "\n".join(options):
@@ -166,6 +169,17 @@ def tokens_per_second(programs: Path, file: Path, prompt_tokens: int, generated_
     return rate_of_test(run_json([*command, "-t", str(threads), "-r", "1", "-o", "json"]))
 
 
+def batched_tokens_per_second(programs: Path, file: Path, sequences: int, tokens: int, threads: int) -> float:
+    """Let llama-batched-bench decode several sequences at once, and return their tokens per second in total.
+
+    Their prompts of 16 tokens are not counted.
+    """
+    context = sequences * (_BATCHED_PROMPT + tokens)
+    command = [str(programs / "llama-batched-bench"), "-m", str(file), "-c", str(context), "-t", str(threads)]
+    command += ["-npp", str(_BATCHED_PROMPT), "-ntg", str(tokens), "-npl", str(sequences), "--output-format", "jsonl"]
+    return float(run_json(command)["speed_tg"])
+
+
 def rate_of_test(tests: Any) -> float:
     """Return the tokens per second of llama-bench's only test."""
     if not isinstance(tests, list) or len(tests) != 1 or "avg_ts" not in tests[0]:
@@ -173,9 +187,11 @@ def rate_of_test(tests: Any) -> float:
     return float(tests[0]["avg_ts"])
 
 
-def run_json(command: Sequence[str]) -> Any:
+def run_json(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
     """Run a command and return the JSON that it prints; if it fails, raise a TritGgufError with its last line."""
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
+    )
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise TritGgufError(f"{' '.join(command[:4])} ... failed: {reason}")

@@ -98,10 +98,11 @@ def measure_shape(shape: str, layers: int, folder: Path, formats: Sequence[str])
     sizes = with_layers(SHAPES[shape], layers)
     checkpoint, file, output, again = (folder / name for name in ("checkpoint", "d2.gguf", "output", "again.gguf"))
     write_checkpoint(checkpoint, sizes)
-    packed_head = ["--output-depth", "4", "--embedding-depth", "4"]
+    packed_head = ["--encoder", "v2", "--output-depth", "4", "--embedding-depth", "4"]
     runs = [_reported("convert, head packed too", ["convert", str(checkpoint), str(file), *packed_head])]
     _remove(file)
-    runs.append(_reported("convert", ["convert", str(checkpoint), str(file), "--recipe", "published"]))
+    published = ["--encoder", "v2", "--recipe", "published"]
+    runs.append(_reported("convert", ["convert", str(checkpoint), str(file), *published]))
     _remove(checkpoint)
     runs.append(_reported("inspect", ["inspect", str(file)]))
     for name in formats:

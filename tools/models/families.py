@@ -49,6 +49,18 @@ _GRANITE = {
     "logits_scaling": 2.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
+    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 64, **_EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8, "num_key_value_heads": 4}),  # as llama.cpp wants it
+    "granite-moe": ("granitemoe", {**_EXPERTS, **_GRANITE, "num_local_experts": 8}),
+    "granite-moe, shared expert": (
+        "granitemoeshared",
+        {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
+    ),
+}
+"""Those of the families below that are mixtures of experts."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -64,20 +76,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", _GEMMA),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
+    **MIXTURES,
 }
 """Name -> transformers' model type, and its configuration entries in addition to `_SIZES`."""
-MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
-    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
-    "qwen3-moe": ("qwen3_moe", {"head_dim": 64, **_EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
-    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 8}),
-    "granite-moe": ("granitemoe", {**_EXPERTS, **_GRANITE, "num_local_experts": 8}),
-    "granite-moe, shared expert": (
-        "granitemoeshared",
-        {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
-    ),
-}
-"""The same for mixtures of experts."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
     import torch
     import transformers
 
-    model_type, entries = {**FAMILIES, **MIXTURES}[name]
+    model_type, entries = FAMILIES[name]
     torch.manual_seed(seed)
     with silent_transformers():
         config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **entries})

@@ -8,6 +8,7 @@ printed. Prompts differ in length; only passes in which all sequences generate c
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def main(
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
     decode_bits: Annotated[int, typer.Option(help="Bits of generated tokens' activations: 16 or 8.")] = 16,
     isa: Annotated[str | None, typer.Option(help="The instruction set.")] = None,
+    print_json: Annotated[bool, typer.Option("--json", help="Print the medians as one JSON object instead.")] = False,
 ) -> None:
     """Measure decode of several sequences at once."""
     model = Model(GgufFile(file), threads=threads, decode_bits=decode_bits, isa=isa)
@@ -64,6 +66,9 @@ def main(
         for count in counts:
             rates[count].append(tokens_per_second(model, count, tokens))
     medians = {count: statistics.median(values) for count, values in rates.items()}
+    if print_json:
+        print(json.dumps(medians))
+        return
     rows = [
         (str(count), f"{medians[count]:.1f}", f"{medians[count] / medians[counts[0]]:.2f}", f"{min(rates[count]):.1f}")
         for count in counts

@@ -11,7 +11,11 @@ convert` and llama-quantize from the same F16 file, until all is on the disk. `d
 rate of decode over the read bandwidth of the same threads. Other ratios compare this project with itself: at two
 context lengths, or with two instruction sets.
 
---output saves the result after every ratio, and adds to the results in the file. The first run builds llama.cpp
+`batch4` and `batch8` are tokens per second in total of so many sequences at once (tools/speed/batched_decode.py and
+llama-batched-bench). llama.cpp repacks Q4_0 when it loads a file, which all figures of Q4_0 contain.
+
+--output saves the result after every ratio, and adds to the results in the file. --isa avx2 measures both sides as a
+processor without AVX-512 would run them. The first run builds llama.cpp
 (tools/llama_cpp/binaries.py). It needs 16 GB of disk temporarily. Run nothing else at the same time: llama.cpp's
 threads spin, and stall when they share a core.
 """
@@ -25,7 +29,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,9 +41,11 @@ from cpu_kernels.threads.cores import physical_cores
 from tools import svg
 from tools.llama_cpp import binaries
 from tools.models.random_model import SHAPES, write_random_model
+from tools.speed import narrower_processor
 from tools.speed.chart import draw
 from tools.speed.quiet_machine import Patience, processor_seconds, share_of_others
 from tools.speed.ratios import (
+    BATCH,
     GOALS,
     READ_BANDWIDTH,
     SIZE_OF_PROMPT,
@@ -60,6 +66,7 @@ from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 
 _GENERATED_TOKENS = {SMOLLM2: 128}  # 32 tokens of a small model are too fast to measure
+_BATCHED_TOKENS = 24  # of each sequence
 _K_BLOCK = 256  # llama.cpp's K and ternary types need row lengths that are multiples of it
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,8 +82,9 @@ class Measured:
 class Comparison:
     """Makes files when they are first needed, and measures with them."""
 
-    def __init__(self, folder: Path, programs: Path, threads: int) -> None:
-        self.folder, self.programs, self.threads = folder, programs, threads
+    def __init__(self, folder: Path, programs: Path, threads: int, environment: Mapping[str, str]) -> None:
+        """Keep llama.cpp's `programs` and the `environment` in which ours run."""
+        self.folder, self.programs, self.threads, self.environment = folder, programs, threads, environment
 
     def make_files(self, ratios: Sequence[Ratio]) -> None:
         """Make the files for these ratios."""
@@ -89,6 +97,8 @@ class Comparison:
         """Measure one side once."""
         if test == "convert":
             return Measured(self._rate_of_conversion(side))
+        if test.startswith(BATCH):
+            return Measured(self._rate_of_batch(self._file(side), int(test.removeprefix(BATCH))))
         generated = _GENERATED_TOKENS.get(side.shape, 32)
         counts = (SIZE_OF_PROMPT, 0) if test == "prefill" else (0, generated)
         if side.file.startswith("trit"):
@@ -120,7 +130,17 @@ class Comparison:
     def _our_bench(self, file: Path, prompt_tokens: int, generated_tokens: int, options: Sequence[str]) -> Any:
         command = [*our_command(), "bench", str(file), "-p", str(prompt_tokens), "-n", str(generated_tokens)]
         command += ["-t", str(self.threads), "-r", "1", "--no-kernels", "--json", *options]
-        return binaries.run_json(command)
+        return binaries.run_json(command, self.environment)
+
+    def _rate_of_batch(self, file: Path, sequences: int) -> float:
+        """Return the tokens per second, in total, of several sequences; ours with 8-bit activations, as theirs."""
+        if not file.stem.startswith("trit"):
+            arguments = (file, sequences, _BATCHED_TOKENS, self.threads)
+            return binaries.batched_tokens_per_second(self.programs, *arguments)
+        command = [*our_program("tools.speed.batched_decode", "typer.run(main)"), str(file), "--decode-bits", "8"]
+        command += ["--sequences", str(sequences), "--tokens", str(_BATCHED_TOKENS), "--turns", "1"]
+        rates = binaries.run_json([*command, "-t", str(self.threads), "--json"], self.environment)
+        return float(rates[str(sequences)])
 
     def _make(self, shape: str, output: Path, type_name: str) -> float:
         """Make a file of a type with our converter or theirs; return the seconds until it is on the disk."""
@@ -131,7 +151,7 @@ class Comparison:
             depth = type_name.removeprefix("trit")
             command = [*our_command(), "convert", str(source), str(output), "--depth", depth, "--encoder", "v2"]
             command += ["--recipe", "published"]
-            binaries.run_json([*command, "-t", str(self.threads), "--json"])
+            binaries.run_json([*command, "-t", str(self.threads), "--json"], self.environment)
         else:
             binaries.quantize(self.programs, source, output, type_name.upper(), self.threads)
         os.sync()
@@ -166,10 +186,15 @@ def variant_options(variant: str) -> list[str]:
     return []
 
 
+def our_program(module: str, call: str) -> list[str]:
+    """Return a command that evaluates `call` of this checkout's module, which has a `main`, in any folder."""
+    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); import typer; from {module} import main; {call}"
+    return [sys.executable, "-c", start]
+
+
 def our_command() -> list[str]:
     """Return a command that runs this checkout's `tritgguf` from any folder."""
-    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from tritgguf.__main__ import main; sys.exit(main())"
-    return [sys.executable, "-c", start]
+    return our_program("tritgguf.__main__", "sys.exit(main())")
 
 
 def check_types(path: Path, name: str) -> None:
@@ -182,11 +207,14 @@ def check_types(path: Path, name: str) -> None:
             raise TritGgufError(f"{path}: tensor {info.name} is {info.type_name}, not F16")
 
 
-def select_ratios(shape: str, only: str | None) -> list[Ratio]:
-    """Return the ratios to measure: those of the comma-separated list, or all that the shape and processor allow."""
+def select_ratios(shape: str, only: str | None, isa: str | None = None) -> list[Ratio]:
+    """Return the ratios to measure: those of the comma-separated list, or all that the shape and processor allow.
+
+    Where `isa` is the most that may be used, nothing is compared with a wider one.
+    """
     if only is not None:
         return [Ratio.parse(name.strip(), shape) for name in only.split(",")]
-    here = {name for name, isa in variants.NAMES.items() if isa in instruction_set.supported()}
+    here = {isa} if isa else {name for name, number in variants.NAMES.items() if number in instruction_set.supported()}
     ratios = []
     for name in GOALS:
         ratio = Ratio.parse(name, shape)
@@ -286,12 +314,18 @@ def _compare(
     cache: Path,
     output: Path | None,
     keep: bool,
+    isa: str | None,
 ) -> dict[str, Any]:
     """Measure, and return the result."""
     if shape not in SHAPES:
         raise TritGgufError(f"shape {shape} is not known; choose from {', '.join(SHAPES)}")
-    ratios = select_ratios(shape, only)
-    result = Result(shape, threads, processor_name(), f"{binaries.PACKAGE} {binaries.VERSION}")
+    if isa not in (None, *narrower_processor.NAMES):
+        raise TritGgufError(f"--isa {isa} is not possible here; choose from {', '.join(narrower_processor.NAMES)}")
+    ratios = select_ratios(shape, only, isa)
+    best = isa or variants.name_of(len(instruction_set.chosen(None)))
+    result = Result(shape, threads, processor_name(), f"{binaries.PACKAGE} {binaries.VERSION}", best)
+    if output is not None and output.is_dir():
+        output = output / f"speed-{best}.json"
     if output is not None and output.exists():
         result.merge(output)
     revision = git_revision()
@@ -302,7 +336,9 @@ def _compare(
         if output is not None:
             result.write(output)
 
-    comparison = Comparison(cache, binaries.build_llama_cpp(cache), threads)
+    flags = narrower_processor.llama_cpp_flags(binaries.processor_flags(), isa)
+    programs = binaries.build_llama_cpp(cache, flags)
+    comparison = Comparison(cache, programs, threads, narrower_processor.environment(isa))
     try:
         measure(comparison, ratios, repeats, Patience(patience), keep_result, keep_files=keep)
     finally:
@@ -317,7 +353,9 @@ def main(
     print_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of docs/speed.md instead.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="JSON file, written after every ratio.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file, written after every ratio; in a folder, speed-<instructions>.json.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file for a bar chart.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Show this JSON file; measure nothing.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns for each ratio.")] = 5,
@@ -329,6 +367,7 @@ def main(
         float, typer.Option(min=0, help="Seconds for waiting and repeating turns while other programs are busy.")
     ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized models for the next run.")] = False,
+    isa: Annotated[str | None, typer.Option(help="Let both sides use no more than this: avx2.")] = None,
 ) -> None:
     """Compare this project's speed with llama.cpp's on random weights of a known shape."""
     try:
@@ -337,7 +376,7 @@ def main(
         else:
             threads, repeats = threads or physical_cores(), 1 if quick else repeats
             folder = cache or binaries.cache_folder()
-            result = _compare(shape, only, threads, repeats, patience, folder, output, keep)
+            result = _compare(shape, only, threads, repeats, patience, folder, output, keep, isa)
         if plot is not None:
             svg.write(plot, draw(result))
     except TritGgufError as error:

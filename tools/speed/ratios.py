@@ -17,6 +17,7 @@ from tritgguf.formats.durable_output import disk_errors, write_text
 
 SMOLLM2 = "smollm2-135m"
 READ_BANDWIDTH = "read_bandwidth"
+BATCH = "batch"  # a test of several sequences: batch4
 SIZE_OF_PROMPT, LONG_CONTEXT = 512, 4096
 _UNITS = {"tokens/s": ("tokens/s", 1.0), "weights/s": ("M weights/s", 1e6), "bytes/s": ("GB/s", 1e9)}
 
@@ -37,8 +38,10 @@ GOALS = {
     "decode.trit3/q5_k_s": Goal("decode, d=3 over Q5_K_S", 1.2, 2.0),
     "decode.trit4/q6_k": Goal("decode, d=4 over Q6_K", 1.2, 2.0),
     "prefill.trit2/q3_k_s": Goal(f"prompt of {SIZE_OF_PROMPT}, d=2 over Q3_K_S", 1.5, 2.0),
-    "prefill.trit2/q4_0": Goal(f"prompt of {SIZE_OF_PROMPT}, d=2 over Q4_0"),
+    "prefill.trit2/q4_0": Goal(f"prompt of {SIZE_OF_PROMPT}, d=2 over Q4_0, repacked"),
     "prefill.trit3/q5_k_s": Goal(f"prompt of {SIZE_OF_PROMPT}, d=3 over Q5_K_S"),
+    "batch4.trit2/q4_0": Goal("4 sequences, d=2 over Q4_0", 1.3, 1.8),
+    "batch8.trit2/q4_0": Goal("8 sequences, d=2 over Q4_0", 1.3, 1.8),
     "convert.v2/q4_0": Goal("convert over llama-quantize to Q4_0"),
     "convert.v2/q3_k_s": Goal("convert over llama-quantize to Q3_K_S", 1.0, 2.0),
     "decode.trit2/read_bandwidth": Goal("bytes read by decode, d=2, over read bandwidth", 0.5, 0.7),
@@ -125,13 +128,13 @@ class Samples:
 class Result:
     """The results so far, as the JSON object that the tool prints and saves."""
 
-    def __init__(self, shape: str, threads: int, processor: str, llama_cpp: str) -> None:
+    def __init__(self, shape: str, threads: int, processor: str, llama_cpp: str, isa: str) -> None:
         self.json: dict[str, Any] = {
             "shape": shape,
             "threads": threads,
             "ratios": {},
             "bounds": {},
-            "absolute": {"processor": processor, "llama.cpp": llama_cpp},
+            "absolute": {"processor": processor, "instructions": isa, "llama.cpp": llama_cpp},
         }
 
     def add(self, name: str, samples: Samples, date: str, revision: str) -> None:
@@ -149,6 +152,7 @@ class Result:
             ("shape", before["shape"], self.json["shape"]),
             ("number of threads", before["threads"], self.json["threads"]),
             ("processor", before["absolute"]["processor"], self.json["absolute"]["processor"]),
+            ("instruction set", before["absolute"].get("instructions"), self.json["absolute"]["instructions"]),
             ("llama.cpp", before["absolute"]["llama.cpp"], self.json["absolute"]["llama.cpp"]),
         ):
             if found != expected:
@@ -202,7 +206,8 @@ def table(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str,
         goal = GOALS[name]
         judged = (name, f"{ratio:.2f}", _format(goal.bound), verdict(name, ratio))
         rows.append((*judged, ours, theirs, unit, others))
-    title = f"{result['shape']}, {result['threads']} threads, {result['absolute']['processor']}"
+    processor = " with ".join(filter(None, map(result["absolute"].get, ("processor", "instructions"))))
+    title = f"{result['shape']}, {result['threads']} threads, {processor}"
     return title, ("ratio", ">", ">at least", "", ">ours", ">theirs", "unit", ">other programs"), rows
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS = 512
 DEFAULT_TOKENS = 128 * WINDOW_TOKENS
+DEFAULT_GENERATED_TOKENS = 32 * WINDOW_TOKENS  # fewer, because generating takes time
 
 
 def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:

@@ -35,6 +35,8 @@ from tritgguf.cli.text_windows import TextOptions, read_windows
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
+    from tritgguf.conversion.depths import DepthOptions
+    from tritgguf.conversion.encoders import Encoder
     from tritgguf.conversion.report import ConvertReport
 
 
@@ -71,6 +73,18 @@ def _start(source: str) -> float:
     return time.perf_counter()
 
 
+def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, threads: int | None) -> Encoder:
+    """Return the encoder where the user named none and gave no input for one; print what it takes or misses."""
+    from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
+    from tritgguf.conversion.default_encoder import default_encoder
+    from tritgguf.sources.open import open_source
+
+    default = default_encoder(open_source(source), depths, tokens or DEFAULT_GENERATED_TOKENS, threads)
+    for line in default.notes:
+        note(line)
+    return default.encoder
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -99,7 +113,7 @@ def convert_command(
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
     from tritgguf.conversion.convert import convert
-    from tritgguf.conversion.depths import DepthChoice, parse_rules
+    from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
@@ -110,21 +124,21 @@ def convert_command(
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
     settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
+    settings["choice"] = choice
     text_options = TextOptions(text, own_text, tokens, seed)
-    needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     started = _start(source)
-    importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
+    if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
+        chosen = _default_encoder(source, DepthOptions(**depths), tokens, threads)
+    needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
+    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
     with SavedText(target, resume=resume) as saved:
-        windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
+        settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(
                 source,
                 output,
                 **depths,
                 encoder=chosen,
-                importance=importance,
-                windows=windows,
-                choice=choice,
                 **settings,
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )

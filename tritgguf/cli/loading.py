@@ -26,4 +26,20 @@ def load_model(file: Path, **settings: Any) -> LoadedModel:
             f"warning: the model was trained for {model.trained_context} tokens, the context has {model.context};"
             " beyond the former its answers get worse"
         )
+    _note_what_fits(model)
     return model
+
+
+def _note_what_fits(model: LoadedModel) -> None:
+    """Note that a file is larger than the memory that is available, and what that means."""
+    from tritgguf.machine import machine_memory_bytes
+
+    memory, file_bytes = machine_memory_bytes(), model.engine.model.file_bytes
+    if memory is None or file_bytes < memory[1]:
+        return
+    mixture = model.engine.model.config.routing.chosen > 0
+    read = "experts that are not in memory are" if mixture else "for each token, what does not fit is"
+    terminal.note(
+        f"note: the file has {file_bytes / 1e9:.1f} GB, but only {memory[1] / 1e9:.1f} GB of memory are available;"
+        f" {read} read from the disk, which is slow"
+    )

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 
+from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
+from tritgguf.conversion.default_encoder import DEEPEST_TO_CALIBRATE, calibration_seconds
 from tritgguf.conversion.report import ConvertReport
 
 _UNCALIBRATED = ("v2", "best")
-_DEEPEST_TO_CALIBRATE = 2
-# Measured on two AVX2 cores: seconds for a weight, with the 16,384 tokens that the model itself writes.
-_SECONDS_PER_WEIGHT = 2.3e-6
 
 
 def next_steps(report: ConvertReport) -> list[str]:
     """Return lines that say what to type next."""
     file = shlex.quote(str(report.output))
     steps = [f'run it: tritgguf run {file} -p "Why is the sky blue?"']
-    if report.encoder in _UNCALIBRATED and report.depth <= _DEEPEST_TO_CALIBRATE:
-        minutes = math.ceil(report.weights * _SECONDS_PER_WEIGHT / 60)
+    if report.encoder in _UNCALIBRATED and report.depth <= DEEPEST_TO_CALIBRATE:
+        minutes = math.ceil(calibration_seconds(report.weights, DEFAULT_GENERATED_TOKENS, 2) / 60)
         steps.append(
             "come closer to the original: calibrating made the divergence of a model of 135M weights 4 times smaller,"
             " and that of one of 1.5B up to 1.8 times;"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tritgguf.calibration.text import (
+    DEFAULT_GENERATED_TOKENS,
     DEFAULT_TOKENS,
-    WINDOW_TOKENS,
     plain_tokens,
     tokenizer_of,
     vocabulary_size,
@@ -38,7 +38,6 @@ from tritgguf.runtime.model import Model
 
 if TYPE_CHECKING:
     from tritgguf.sources.source import Source
-DEFAULT_GENERATED_TOKENS = 32 * WINDOW_TOKENS  # fewer, because generating takes time
 _GENERATION_DEPTH = 4
 _MAX_PARALLEL_TEXTS = 64
 _MAX_CACHE_BYTES = 1 << 30

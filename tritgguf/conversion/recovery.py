@@ -12,7 +12,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_shape, split_matrix_name
-from tritgguf.formats.trit_types import BLOCK_SIZE
+from tritgguf.formats.trit_types import BLOCK_SIZE, DEPTHS
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
@@ -87,8 +87,8 @@ def plan_recovery(
         source.release(name)
 
     if is_automatic:
-        for index in np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int)):
-            search(names[index])
+        for name in _probes(names):
+            search(name)
         if not any(map(_is_recovered, found.values())):
             return RecoveryPlan(quantizer.name)
     elif must_fit and not names:
@@ -139,6 +139,19 @@ def recover_tables(
             fits[name] = fit
             progress(name)
     return replace(recovery, fits=fits)
+
+
+def holds_trits(source: Source, names: Sequence[str], thread_pool: ThreadPool) -> bool:
+    """Return whether one of a few matrices holds dequantized trits, so that `Automatic` searches them all."""
+    probes = ((name, source.rows(name).held()) for name in _probes(names))
+    fits = {name: find_fit(rows, deepest=max(DEPTHS), thread_pool=thread_pool) for name, rows in probes}
+    return any(map(_is_recovered, fits.values()))
+
+
+def _probes(names: Sequence[str]) -> list[str]:
+    """Return a few names, evenly spaced."""
+    indices = np.unique(np.linspace(0, len(names) - 1, min(len(names), _PROBES)).astype(int))
+    return [names[index] for index in indices]
 
 
 def _fit_stacks_at_one_depth(source: Source, found: dict[str, Fit | NoFit], thread_pool: ThreadPool) -> None:

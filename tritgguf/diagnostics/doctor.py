@@ -65,9 +65,10 @@ class Diagnosis:
 
     def tables(self) -> list[Table]:
         """Return title, columns and rows of the tables to print."""
-        memory = "unknown"
+        memory = fits = "unknown"
         if self.memory_total is not None and self.memory_available is not None:
             memory = f"{self.memory_total / 1e9:.1f} GB, {self.memory_available / 1e9:.1f} GB of them available"
+            fits = f"up to {self.memory_available / 1e9:.1f} GB; larger mixtures of experts run too, slower"
         load = "" if self.load is None else f", a load of {self.load:.1f}"
         rows: list[tuple[str, ...]] = [
             ("processor", self.processor),
@@ -76,6 +77,7 @@ class Diagnosis:
             *((f"  not {name}", reason) for name, reason in self.better_instruction_sets.items()),
             ("cores", f"{self.physical_cores} physical to use, {self.logical_cores} logical{load}"),
             ("memory", memory),
+            ("files that fit", fits),
             ("read bandwidth", f"{self.read_bandwidth / 1e9:.1f} GB/s"),
             ("cache of kernels", str(self.cache_folder or "no folder can be written")),
             ("  in it", f"{self.cache_bytes / 1e6:.1f} MB{'' if self.cache_is_writable else ', cannot be written'}"),

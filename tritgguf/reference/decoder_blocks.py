@@ -41,6 +41,17 @@ class _StopForwardError(Exception):
     """Raised by a hook to skip the rest of a forward pass."""
 
 
+def check_blocks(source: Source) -> None:
+    """Raise TritGgufError if text cannot be sent through the blocks: torch is missing, or the source has experts."""
+    require_torch()
+    count = source.metadata.get(f"{source.metadata['general.architecture'].value}.{COUNT_KEY}")
+    if count is not None and count.value:
+        raise TritGgufError(
+            f"{source.name}: text cannot be sent through the blocks of a mixture of experts yet; convert it with"
+            " --encoder best, or with an importance matrix (--imatrix)"
+        )
+
+
 class DecoderBlocks:
     """The decoder blocks of a source, in float32.
 
@@ -49,16 +60,11 @@ class DecoderBlocks:
     """
 
     def __init__(self, source: Source, *, threads: int | None = None) -> None:
-        require_torch()
+        check_blocks(source)
         import torch
 
         self._source, self._threads = source, threads
         self._metadata = {key: value.value for key, value in source.metadata.items()}
-        if self._metadata.get(f"{self._metadata['general.architecture']}.{COUNT_KEY}"):
-            raise TritGgufError(
-                f"{source.name}: text cannot be sent through the blocks of a mixture of experts yet; convert it with"
-                " --encoder best, or with an importance matrix (--imatrix)"
-            )
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):

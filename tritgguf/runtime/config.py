@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.transformer.layer_options import LayerOptions
+from cpu_kernels.transformer.router import SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
 from tritgguf.architectures import keys
 from tritgguf.architectures.dimensions import (
     Dimensions,
@@ -15,6 +17,7 @@ from tritgguf.architectures.dimensions import (
     dimensions_from_gguf,
     find_gguf_architecture,
 )
+from tritgguf.architectures.experts import Experts
 from tritgguf.architectures.key_rules import KeyRule
 from tritgguf.architectures.rope import (
     DEFAULT_BASE,
@@ -49,6 +52,12 @@ class ModelConfig:
     """What logits are multiplied with."""
     logit_softcap: float
     """Softcap c of the logits: c tanh(logit / c); 0 for none."""
+    routing: Routing
+    """How a mixture of experts weighs them."""
+    feed_forward: int
+    """Width of the dense feed-forward; in a mixture of experts, that of the shared expert, or 0."""
+    expert_feed_forward: int
+    """Width of each expert; 0 without experts."""
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +102,7 @@ class ModelConfig:
             return number(rule) if f"{architecture.gguf_name}.{rule.gguf}" in file.metadata else _NO_SOFTCAP
 
         rotations, of_layers = _rotations(file, architecture, dimensions)
+        experts = dimensions.experts
         default_embedding_scale = math.sqrt(dimensions.hidden) if architecture.scales_embeddings else 1.0
         return cls(
             architecture=architecture,
@@ -113,6 +123,9 @@ class ModelConfig:
             embedding_scale=number(keys.EMBEDDING_SCALE, default_embedding_scale),
             logit_scale=1.0 / number(keys.LOGIT_SCALE),
             logit_softcap=softcap(keys.LOGIT_SOFTCAP),
+            routing=_routing(file, architecture, experts),
+            feed_forward=dimensions.feed_forward if experts is None else experts.shared_width,
+            expert_feed_forward=0 if experts is None else experts.width,
         )
 
 
@@ -121,6 +134,20 @@ def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
         raise DamagedFileError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
     return value
+
+
+def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None) -> Routing:
+    """Return how the router's scores become weights; no expert is chosen in a model without them."""
+    if experts is None:
+        return Routing(chosen=0, gating=SOFTMAX, normalizes=False, scale=np.float32(1.0))
+    if experts.width % GROUP_SIZE:
+        raise DamagedFileError(
+            f"{file.path}: experts of {experts.width} rows are not supported, only multiples of {GROUP_SIZE}"
+        )
+    key = f"{architecture.gguf_name}.expert_gating_func"
+    gating = count_of(file.metadata, key, str(file.path), default=SOFTMAX, most=SOFTMAX_OF_CHOSEN)
+    scale = _number(file, f"{architecture.gguf_name}.expert_weights_scale", 1.0)
+    return Routing(experts.used, gating, experts.normalizes, np.float32(scale))
 
 
 def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndarray:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import VectorBuffers
 from cpu_kernels.transformer.attend_token import make_scratch
-from cpu_kernels.transformer.decode import Buffers, OutputHead, Weights, decode
-from cpu_kernels.transformer.decode_batch import BatchBuffers, decode_batch
-from cpu_kernels.transformer.gemv_batch import scratch_for
+from cpu_kernels.transformer.decode import OutputHead, Weights, decode
+from cpu_kernels.transformer.decode_batch import decode_batch
 from cpu_kernels.transformer.kv_pages import KeyValues
-from cpu_kernels.transformer.projection import Activations
-from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.decode_buffers import batch_buffers, first_tokens, single_buffers
 from tritgguf.runtime.weights import ModelWeights
 
 
@@ -27,9 +24,9 @@ class DecodePass:
         self._weights = _gathered(weights)
         head, sizes = weights.head, config.dimensions
         self._head = OutputHead(self._final_norm, head.addresses, head.matrix_rows, head.depths, head.steps)
-        self._buffers = _single_buffers(sizes, threads)
+        self._buffers = single_buffers(config, weights.experts, threads)
         self._scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
-        self._batch_buffers = _batch_buffers(sizes, 0, threads, bits)
+        self._batch_buffers = batch_buffers(config, weights.experts, 0, threads, bits)
         self._batch_scratch = make_scratch(0, sizes.heads, sizes.kv_heads, sizes.head_dim, threads)
         self._counter = np.zeros(1, np.int64)
 
@@ -56,9 +53,9 @@ class DecodePass:
         count, sizes = len(tokens), self._config.dimensions
         if len(self._batch_buffers.stream) < count:
             room = 1 << (count - 1).bit_length()
-            self._batch_buffers = _batch_buffers(sizes, room, self._threads, self._bits)
+            self._batch_buffers = batch_buffers(self._config, self._weights.experts, room, self._threads, self._bits)
             self._batch_scratch = make_scratch(room, sizes.heads, sizes.kv_heads, sizes.head_dim, self._threads)
-        buffers = _first(self._batch_buffers, count)
+        buffers = first_tokens(self._batch_buffers, count)
         buffers.stream[:] = self._embeddings[tokens]
         if self._config.embedding_scale != 1:
             buffers.stream[:] *= self._config.embedding_scale
@@ -88,53 +85,5 @@ def _gathered(weights: ModelWeights) -> Weights:
         gate_biases=np.stack([layer.gate_bias for layer in layers]),
         up_biases=np.stack([layer.up_bias for layer in layers]),
         down_biases=np.stack([layer.down_bias for layer in layers]),
-    )
-
-
-def _single_buffers(sizes: Dimensions, threads: int) -> Buffers:
-    head_columns = sizes.heads * sizes.head_dim
-    return Buffers(
-        own_stream=np.zeros((threads, sizes.hidden), np.float32),
-        own_hidden=Activations(threads, sizes.hidden).buffers,
-        own_attended=Activations(threads, head_columns).buffers,
-        qkv=np.zeros(head_columns + 2 * sizes.kv_heads * sizes.head_dim, np.float32),
-        residual=np.zeros(sizes.hidden, np.float32),
-        gate=np.zeros(sizes.feed_forward, np.float32),
-        up=np.zeros(sizes.feed_forward, np.float32),
-        gated=Activations(1, sizes.feed_forward).buffers,
-    )
-
-
-def _batch_buffers(sizes: Dimensions, tokens: int, threads: int, bits: int) -> BatchBuffers:
-    head_columns = sizes.heads * sizes.head_dim
-    return BatchBuffers(
-        stream=np.zeros((tokens, sizes.hidden), np.float32),
-        residual=np.zeros((tokens, sizes.hidden), np.float32),
-        hidden=Activations(tokens, sizes.hidden, bits=bits).buffers,
-        attended=Activations(tokens, head_columns, bits=bits).buffers,
-        qkv=np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32),
-        gate=np.zeros((tokens, sizes.feed_forward), np.float32),
-        up=np.zeros((tokens, sizes.feed_forward), np.float32),
-        gated=Activations(tokens, sizes.feed_forward, bits=bits).buffers,
-        own_rows=scratch_for(threads, max(sizes.hidden, head_columns, sizes.feed_forward)),
-    )
-
-
-def _first(buffers: BatchBuffers, tokens: int) -> BatchBuffers:
-    """Return the buffers of the first tokens, as views."""
-
-    def cut(vectors: VectorBuffers) -> VectorBuffers:
-        x, integers, offsets, scales = vectors
-        return x[:tokens], integers[:tokens], offsets[:tokens], scales[:tokens]
-
-    return BatchBuffers(
-        buffers.stream[:tokens],
-        buffers.residual[:tokens],
-        cut(buffers.hidden),
-        cut(buffers.attended),
-        buffers.qkv[:tokens],
-        buffers.gate[:tokens],
-        buffers.up[:tokens],
-        cut(buffers.gated),
-        buffers.own_rows,
+        experts=weights.experts,
     )

@@ -140,14 +140,6 @@ class KVPool:
             self._hold(sequence, place, page)
         return sequence
 
-    def fork(self, sequence: int, length: int) -> int:
-        """Return a new sequence that shares the first `length` tokens of another; raises as `allocate` does."""
-        if not 0 <= length <= self.lengths[sequence]:
-            raise ValueError("a sequence can only be forked within what it holds")
-        forked = self.allocate(self.pages(sequence), length)
-        self.states[forked] = self.states[sequence]
-        return forked
-
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens of a sequence from `length` on."""
         if not 0 <= length <= self.lengths[sequence]:

@@ -10,23 +10,26 @@ from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.kv_pages import KeyValues
 from cpu_kernels.transformer.projection import Batch
 from cpu_kernels.transformer.rotation import rotate_and_store
-from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.expert_pass import ExpertPass
 from tritgguf.runtime.weights import LayerWeights, ModelWeights
 
 
 class _Workspace:
     """Every buffer of the forward pass for a batch of tokens."""
 
-    def __init__(self, tokens: int, sizes: Dimensions, bits: int) -> None:
+    def __init__(self, tokens: int, config: ModelConfig, bits: int) -> None:
+        sizes, feed_forward = config.dimensions, config.feed_forward
         head_columns = sizes.heads * sizes.head_dim
         self.stream = np.zeros((tokens, sizes.hidden), np.float32)
         self.residual = np.zeros((tokens, sizes.hidden), np.float32)
         self.hidden = Batch(tokens, sizes.hidden, bits=bits)
         self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
         self.attended = Batch(tokens, head_columns, bits=bits)
-        self.gate_up = np.zeros((tokens, 2 * sizes.feed_forward), np.float32)
-        self.gated = Batch(tokens, sizes.feed_forward, bits=bits)
+        self.gate_up = np.zeros((tokens, 2 * feed_forward), np.float32)
+        self.gated = Batch(tokens, feed_forward, bits=bits)
+        has_shared_expert = config.expert_feed_forward and feed_forward
+        self.shared = np.zeros((tokens if has_shared_expert else 0, sizes.hidden), np.float32)  # its output
 
     def first(self, tokens: int) -> _Workspace:
         """Return the buffers of the first tokens, as views."""
@@ -46,7 +49,9 @@ class PromptPass:
         """
         self._config, self._weights = config, weights
         self._bits, self._exact = bits, exact
-        self._workspace = _Workspace(0, config.dimensions, bits)
+        self._workspace = _Workspace(0, config, bits)
+        sizes = config.dimensions.hidden, config.expert_feed_forward
+        self._expert_pass = ExpertPass(weights.experts, *sizes, bits=bits, exact=exact)
 
     def run(self, thread_pool: ThreadPool, tokens: np.ndarray, segments: np.ndarray, kv: KeyValues) -> Batch:
         """Run tokens, int64 [n], which `segments` place in their sequences; see `TokenBatch.segments`.
@@ -54,7 +59,7 @@ class PromptPass:
         Returns the final norm's output, [n, hidden], quantized too; valid until the next call.
         """
         if len(self._workspace.stream) < len(tokens):
-            self._workspace = _Workspace(len(tokens), self._config.dimensions, self._bits)
+            self._workspace = _Workspace(len(tokens), self._config, self._bits)
         space = self._workspace.first(len(tokens))
         space.stream[:] = self._weights.embeddings[tokens]
         if self._config.embedding_scale != 1:
@@ -70,7 +75,7 @@ class PromptPass:
             layer.output.multiply(space.attended, space.residual, thread_pool, exact=self._exact)
             _add(layer.output_bias, space.residual)
             self._advance(thread_pool, space, layer.attention_output_norm, layer.feed_forward_norm)
-            self._feed_forward(thread_pool, space, layer)
+            self._feed_forward(thread_pool, space, layer, index)
             output_norm = layer.feed_forward_output_norm
         self._advance(thread_pool, space, output_norm, self._weights.final_norm)
         return space.hidden
@@ -100,14 +105,24 @@ class PromptPass:
         thread_pool.run(attend, thread_pool.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
         space.attended.quantize(thread_pool)
 
-    def _feed_forward(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights) -> None:
+    def _feed_forward(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights, index: int) -> None:
+        """Compute a dense feed-forward, or experts and the shared expert if there is one."""
+        if layer.gate_up.rows:
+            self._dense(thread_pool, space, layer, space.residual if layer.experts is None else space.shared)
+        if layer.experts is not None:
+            self._expert_pass.run(
+                thread_pool, index, layer.experts, space.hidden.x, self._config.layer_options.gelu, space.shared,
+                space.residual,
+            )  # fmt: skip
+
+    def _dense(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights, out: np.ndarray) -> None:
         layer.gate_up.multiply(space.hidden, space.gate_up, thread_pool, exact=self._exact)
         _add(layer.gate_bias, space.gate_up[:, : len(layer.gate_bias)])
         _add(layer.up_bias, space.gate_up[:, len(layer.gate_bias) :])
         keep = self._exact or layer.down.reads_floats
         thread_pool.run(swiglu_batch, space.gate_up, self._config.layer_options.gelu, keep, *space.gated.buffers)
-        layer.down.multiply(space.gated, space.residual, thread_pool, exact=self._exact)
-        _add(layer.down_bias, space.residual)
+        layer.down.multiply(space.gated, out, thread_pool, exact=self._exact)
+        _add(layer.down_bias, out)
 
 
 def _add(bias: np.ndarray, out: np.ndarray) -> None:

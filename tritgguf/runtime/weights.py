@@ -7,19 +7,24 @@ import numpy as np
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.projection import Matrix, Projection
-from tritgguf.errors import DamagedFileError, TritGgufError
+from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 from tritgguf.formats.trit_types import TritType, is_trit_type
+from tritgguf.machine import fits_in_memory
 from tritgguf.runtime.config import ModelConfig, read_vector
+from tritgguf.runtime.expert_weights import ExpertWeights, gather_experts
 
 
 class LayerWeights:
-    """One layer: norms and biases float32, matrices grouped by their input. Norms that it has not are [0]."""
+    """One layer: norms and biases float32, matrices grouped by their input. Norms that it has not are [0].
+
+    In a mixture of experts, gate, up and down are those of the shared expert; without one they have no weights.
+    """
 
     def __init__(self, file: GgufFile, config: ModelConfig, index: int) -> None:
         """Map layer `index`; TritGgufError for a tensor of a type that is not run."""
-        sizes = config.dimensions
+        sizes, feed_forward = config.dimensions, config.feed_forward
         shapes = sizes.shapes()
         rows, rows_kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
 
@@ -39,15 +44,24 @@ class LayerWeights:
 
         if config.architecture.fused:
             self.qkv = Projection(_split(matrix("attn_qkv"), rows, rows_kv, rows_kv))
-            self.gate_up = Projection(_split(matrix("ffn_up"), sizes.feed_forward, sizes.feed_forward))
         else:
             self.qkv = Projection([matrix("attn_q"), matrix("attn_k"), matrix("attn_v")])
-            self.gate_up = Projection([matrix("ffn_gate"), matrix("ffn_up")])
         self.output = Projection([matrix("attn_output")])
-        self.down = Projection([matrix("ffn_down")])
+        self.experts = ExpertWeights(file, index) if config.routing.chosen else None
+        if not feed_forward:
+            nothing = np.zeros(0, np.uint8)
+            self.gate_up = Projection([Matrix(nothing, 0, sizes.hidden, depth=0)] * 2)
+            self.down = Projection([Matrix(nothing, sizes.hidden, 0, depth=0)])
+        elif config.architecture.fused:
+            self.gate_up = Projection(_split(matrix("ffn_up"), feed_forward, feed_forward))
+            self.down = Projection([matrix("ffn_down")])
+        else:
+            shared = "_shexp" if self.experts else ""
+            self.gate_up = Projection([matrix(f"ffn_gate{shared}"), matrix(f"ffn_up{shared}")])
+            self.down = Projection([matrix(f"ffn_down{shared}")])
         self.qkv_bias = np.concatenate([bias("attn_q", rows), bias("attn_k", rows_kv), bias("attn_v", rows_kv)])
         self.output_bias = bias("attn_output", sizes.hidden)
-        self.gate_bias, self.up_bias = bias("ffn_gate", sizes.feed_forward), bias("ffn_up", sizes.feed_forward)
+        self.gate_bias, self.up_bias = bias("ffn_gate", feed_forward), bias("ffn_up", feed_forward)
         self.down_bias = bias("ffn_down", sizes.hidden)
         self.attention_norm, self.feed_forward_norm = norm("attn_norm"), norm("ffn_norm")
         self.attention_output_norm = norm("post_attention_norm")
@@ -95,10 +109,11 @@ class ModelWeights:
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         """Map them; TritGgufError for a tensor of a type that is not run."""
         sizes = config.dimensions
-        if sizes.experts is not None:
-            raise TritGgufError(f"{file.path}: mixtures of experts are converted, but not run yet")
         self.embeddings = Embeddings(_read_matrix(file, "token_embd.weight"))
         self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
+        experts = [layer.experts for layer in self.layers]
+        reads_ahead = not fits_in_memory(file.path.stat().st_size)
+        self.experts = gather_experts(config.routing, experts, sizes.hidden, reads_ahead=reads_ahead)
         self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         self.head = Projection([_read_matrix(file, head)])

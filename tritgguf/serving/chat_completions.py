@@ -15,6 +15,7 @@ from tritgguf.serving.chat_deltas import ChatDeltas, whole_message
 from tritgguf.serving.protocol import ChatBody
 from tritgguf.serving.requests import (
     chat_prompt,
+    check_prompt,
     client_errors,
     collect,
     finish_reason,
@@ -47,6 +48,7 @@ class ChatCompletion:
         self._id, self._created = response_id("chatcmpl"), now()
         model, choice = service.model, tool_choice(body)
         prompt = client_errors(lambda: chat_prompt(service, body, choice.tools), service, "messages")
+        check_prompt(service, prompt, "messages")
         written = chat_format(model.chat_template)
         in_thoughts = written.begins_in_thoughts(model.tokenizer, prompt)
         if choice.must_call:

@@ -14,6 +14,7 @@ from tritgguf.serving.answers import Answer, Piece, PlacedLogprobs
 from tritgguf.serving.errors import bad_request
 from tritgguf.serving.protocol import CompletionBody
 from tritgguf.serving.requests import (
+    check_prompt,
     choices_of,
     collect,
     finish_reason,
@@ -40,10 +41,13 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 
 def prompts_of(service: Service, given: Any, param: str) -> list[list[int]]:
-    """Return the tokens of one prompt or of several, each a text or token ids."""
+    """Return the tokens of one prompt or of several, each a text or token ids; ApiError for one that is impossible."""
     several = isinstance(given, list) and not isinstance(given[0], int)
     parts = given if several else [given]
-    return [prompt_of_text(service, part, param) if isinstance(part, str) else part for part in parts]
+    prompts = [prompt_of_text(service, part, param) if isinstance(part, str) else part for part in parts]
+    for prompt in prompts:
+        check_prompt(service, prompt, param)
+    return prompts
 
 
 class Completions:

@@ -40,8 +40,6 @@ async def _embed(service: Service, request: Request, body: EmbeddingBody) -> dic
         raise bad_request(f"dimensions must be {hidden}: the model has no embeddings of another size", "dimensions")
     prompts = await service.in_thread(request, lambda: prompts_of(service, body.input, "input"))
     requests = [EngineRequest(prompt, wanted="hidden") for prompt in prompts]
-    for engine_request in requests:
-        service.model.engine.check_request(engine_request)
     vectors = await asyncio.gather(*(_embedding(service, engine_request) for engine_request in requests))
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}

@@ -72,5 +72,5 @@ def from_exception(error: BaseException, without_paths: Callable[[str], str]) ->
         return None
     message = without_paths(str(error))
     if isinstance(error, ContextFullError):
-        return bad_request(message, param="messages", code="context_length_exceeded")
+        return bad_request(message, code="context_length_exceeded")
     return bad_request(message)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from tritgguf.errors import TritGgufError
 from tritgguf.generation.grammar import Grammar
 from tritgguf.generation.prompt import chat_tokens
+from tritgguf.generation.request import Request as EngineRequest
 from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.sampling import Sampler, SamplingOptions
 from tritgguf.generation.stop_strings import stop_list
@@ -149,6 +150,16 @@ def client_errors(call: Callable[[], list[int]], service: Service, param: str) -
     except TritGgufError as error:
         public = service.public_error(error)
         raise public if public.status != 500 else bad_request(service.without_paths(str(error)), param) from error
+
+
+def check_prompt(service: Service, prompt: list[int], param: str) -> None:
+    """Raise an ApiError that names a parameter if its prompt is too long or has a token that does not exist."""
+    try:
+        service.model.engine.check_request(EngineRequest(prompt))
+    except TritGgufError as error:
+        public = service.public_error(error)
+        public.param = param
+        raise public from error
 
 
 def response_id(kind: str) -> str:

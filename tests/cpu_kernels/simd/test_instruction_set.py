@@ -11,7 +11,8 @@ import pytest
 from arm_assembly import arm_assembly
 from llvmlite.ir import Value
 
-from cpu_kernels.packed_rows.extract import EXTRACT, GroupLanes
+from cpu_kernels.packed_rows.extract import EXTRACT
+from cpu_kernels.packed_rows.group_lanes import GroupLanes
 from cpu_kernels.simd import instruction_set, self_test, variants
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
 from cpu_kernels.simd.vectors import I32, Vectors

@@ -29,6 +29,18 @@ def test_the_rate_of_llama_bench() -> None:
             binaries.rate_of_test(printed)
 
 
+def test_the_rate_of_several_sequences(tmp_path: Path) -> None:
+    """The program gets a context that holds all sequences; it prints its figures between empty lines."""
+    program = tmp_path / "llama-batched-bench"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\na = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "full = int(a['-c']) == int(a['-npl']) * (int(a['-npp']) + int(a['-ntg']))\n"
+        "print('\\n' + json.dumps({'speed_tg': 12.5 if full else 0, 'pl': a['-npl']}) + '\\n')\n"
+    )
+    program.chmod(0o755)
+    assert binaries.batched_tokens_per_second(tmp_path, tmp_path / "a.gguf", 4, 24, 2) == 12.5
+
+
 def test_a_failing_command_is_one_line(tmp_path: Path) -> None:
     failing = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
     with pytest.raises(TritGgufError, match="failed: no such model"):
@@ -72,6 +84,9 @@ def test_llama_cpp_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(binaries, "_OPTIONS", ("-DOTHER=ON",))
     binaries.build_llama_cpp(tmp_path)
     assert len(commands) == 6
+    narrower = binaries.build_llama_cpp(tmp_path, set())
+    assert narrower != folder
+    assert len(commands) == 9
 
 
 def test_another_source_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,16 @@ import typer
 from cpu_kernels.simd import instruction_set, variants
 from tools.llama_cpp import binaries
 from tools.models.random_model import write_random_model
-from tools.speed import compare_llama_cpp
-from tools.speed.compare_llama_cpp import Measured, check_types, in_groups, measure, select_ratios, variant_options
+from tools.speed import compare_llama_cpp, narrower_processor
+from tools.speed.compare_llama_cpp import (
+    Comparison,
+    Measured,
+    check_types,
+    in_groups,
+    measure,
+    select_ratios,
+    variant_options,
+)
 from tools.speed.quiet_machine import Patience
 from tools.speed.ratios import GOALS, Ratio, Samples, Side, read_result
 from tritgguf.architectures.dimensions import Dimensions
@@ -41,6 +51,8 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(select_ratios("smollm2-135m", None)) == [
         "decode.trit2/q4_0",
         "prefill.trit2/q4_0",
+        "batch4.trit2/q4_0",
+        "batch8.trit2/q4_0",
         "convert.v2/q4_0",
         "decode.trit2/read_bandwidth",
         "decode.trit2.context4096/context0",
@@ -51,7 +63,10 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_instruction_sets_that_are_not_here_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruction_set, "supported", lambda: [variants.PORTABLE, variants.AVX2])
-    assert names(select_ratios(QWEN, None)) == [name for name in GOALS if "avx" not in name]
+    alone = [name for name in GOALS if "avx" not in name]
+    assert names(select_ratios(QWEN, None)) == alone
+    monkeypatch.setattr(instruction_set, "supported", lambda: list(variants.NAMES.values()))
+    assert names(select_ratios(QWEN, None, "avx2")) == alone
 
 
 def test_options_of_a_variant() -> None:
@@ -116,6 +131,45 @@ def test_disturbed_turns_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert samples.other_programs == [0.0, 0.05]
 
 
+def test_several_sequences_are_measured_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours runs in the environment of the narrower processor, theirs is llama-batched-bench."""
+    commands: list[tuple[Sequence[str], Any]] = []
+
+    def run_json(command: Sequence[str], environment: Any = None) -> Any:
+        commands.append((command, environment))
+        return {"4": 12.5} if environment else {"speed_tg": 10.0, "pl": 4}
+
+    monkeypatch.setattr(binaries, "run_json", run_json)
+    comparison = Comparison(tmp_path, tmp_path, 2, {"TRITGGUF_ISA": "avx2"})
+    monkeypatch.setattr(comparison, "_file", lambda side: tmp_path / f"{side.file}.gguf")
+    ratio = Ratio.parse("batch4.trit2/q4_0", QWEN)
+    assert [comparison.measure(ratio.test, side).rate for side in (ratio.ours, ratio.theirs)] == [12.5, 10.0]
+    (ours, environment), (theirs, nothing) = commands
+    assert environment == {"TRITGGUF_ISA": "avx2"}
+    assert nothing is None
+    assert ours[ours.index("--sequences") + 1] == theirs[theirs.index("-npl") + 1] == "4"
+    assert ours[ours.index("--tokens") + 1] == theirs[theirs.index("-ntg") + 1]
+    assert Path(theirs[0]).name == "llama-batched-bench"
+
+
+def test_our_programs_start_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = compare_llama_cpp.our_program("tools.speed.batched_decode", "typer.run(main)")
+    printed = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--sequences" in printed
+
+
+def test_a_narrower_processor() -> None:
+    assert narrower_processor.environment(None) == os.environ
+    changed = narrower_processor.environment("avx2")
+    assert changed["TRITGGUF_ISA"] == "avx2"
+    assert "-avx512f" in changed["NUMBA_CPU_FEATURES"]
+    assert changed["PATH"] == os.environ["PATH"]
+    flags = {"avx2", "fma", "avx512f", "avx512_vnni"}
+    assert narrower_processor.llama_cpp_flags(flags, "avx2") == {"avx2", "fma"}
+    assert narrower_processor.llama_cpp_flags(flags, None) == flags
+
+
 # -- the command
 
 
@@ -123,8 +177,8 @@ def test_disturbed_turns_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedComparison:
     """Let the command measure without programs and files."""
     comparison = ScriptedComparison()
-    monkeypatch.setattr(compare_llama_cpp, "Comparison", lambda folder, programs, threads: comparison)
-    monkeypatch.setattr(binaries, "build_llama_cpp", lambda cache: cache)
+    monkeypatch.setattr(compare_llama_cpp, "Comparison", lambda *arguments: comparison)
+    monkeypatch.setattr(binaries, "build_llama_cpp", lambda cache, flags: cache)
     return comparison
 
 
@@ -145,6 +199,15 @@ def test_the_command_keeps_every_ratio_at_once(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.startswith("| ours over theirs |")
     assert plot.read_text().startswith("<svg")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.svg"]
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_folder_has_a_file_for_each_instruction_set(tmp_path: Path) -> None:
+    for isa in (None, "avx2"):
+        compare_llama_cpp.main(only="decode.trit2/q4_0", output=tmp_path, quick=True, threads=2, isa=isa)
+    best = variants.name_of(len(instruction_set.chosen(None)))
+    assert {path.name for path in tmp_path.iterdir()} == {f"speed-{best}.json", "speed-avx2.json"}
+    assert read_result(tmp_path / "speed-avx2.json")["absolute"]["instructions"] == "avx2"
 
 
 def test_what_was_measured_survives_an_interrupt(
@@ -174,6 +237,8 @@ def test_errors_of_the_command_are_one_line(tmp_path: Path, capsys: pytest.Captu
         ({"shape": "gpt-5"}, "shape gpt-5 is not known"),
         ({"only": "decode.trit9/q4_0"}, "decode.trit9/q4_0 is no ratio"),
         ({"threads": 3}, "another number of threads (2, now 3)"),
+        ({"isa": "avx2"}, "another instruction set"),
+        ({"isa": "avx512"}, "--isa avx512 is not possible here; choose from avx2"),
         ({"source": tmp_path / "none.json"}, "none.json: cannot be read"),
     ]
     for arguments, message in cases:

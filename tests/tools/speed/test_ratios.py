@@ -24,6 +24,8 @@ KEYS = (
     "prefill.trit2/q3_k_s",
     "prefill.trit2/q4_0",
     "prefill.trit3/q5_k_s",
+    "batch4.trit2/q4_0",
+    "batch8.trit2/q4_0",
     "convert.v2/q4_0",
     "convert.v2/q3_k_s",
     "decode.trit2/read_bandwidth",
@@ -39,7 +41,7 @@ def samples(ours: float, theirs: float, unit: str = "tokens/s") -> Samples:
 @pytest.fixture
 def result() -> Result:
     """Return a result with a ratio that passes, one that fails and one without a bound."""
-    result = Result("qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1")
+    result = Result("qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1", "avx2")
     for name, ours, unit in (
         ("convert.v2/q4_0", 5e6, "weights/s"),
         ("decode.trit2/q3_k_s", 4.0, "tokens/s"),
@@ -66,7 +68,7 @@ def test_names_in_parts() -> None:
     units = {name: Ratio.parse(name, shape).unit for name in GOALS}
     assert units["convert.v2/q4_0"] == "weights/s"
     assert units["decode.trit2/read_bandwidth"] == "bytes/s"
-    assert units["prefill.trit2/q4_0"] == "tokens/s"
+    assert units["prefill.trit2/q4_0"] == units["batch4.trit2/q4_0"] == "tokens/s"
     with pytest.raises(TritGgufError, match=r"decode\.trit9/q4_0 is no ratio"):
         Ratio.parse("decode.trit9/q4_0", shape)
 
@@ -101,7 +103,7 @@ def test_the_json(result: Result) -> None:
 def test_results_are_merged(result: Result, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     result.write(file)
-    later = Result("qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1")
+    later = Result("qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1", "avx2")
     later.merge(file)
     later.add("decode.trit2/q3_k_s", samples(8, 4), "2026-01-03", "def")
     later.write(file)
@@ -111,10 +113,10 @@ def test_results_are_merged(result: Result, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(5))
 def test_other_circumstances_are_not_merged(result: Result, tmp_path: Path, part: int) -> None:
     result.write(tmp_path / "speed.json")
-    circumstances: list[Any] = ["qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1"]
+    circumstances: list[Any] = ["qwen2.5-1.5b", 2, "a <fast> processor", "llama.cpp 1", "avx2"]
     circumstances[part] = 3 if part == 1 else "another"
     with pytest.raises(TritGgufError, match=r"another .*choose another --output"):
         Result(*circumstances).merge(tmp_path / "speed.json")

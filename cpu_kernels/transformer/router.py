@@ -1,0 +1,161 @@
+"""The router of a mixture of experts: which experts a token goes to, and with which weights; all float32.
+
+Scores are products in a fixed order, so a token's choice is the same alone, in a batch and in a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels.simd.vectors import FLOAT, I64, Vectors, vector
+
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # GGUF's numbers of `expert_gating_func`
+_LANES = 16
+_SUMS = 4  # that are added up side by side
+_TOKENS = 16  # whose hidden states stay in the second-level cache while all rows of the router pass
+
+
+class Routing(NamedTuple):
+    """How a family makes weights of the router's scores; the same for all layers."""
+
+    chosen: int
+    """How many experts a token goes to; 0 for a model without experts."""
+    gating: int
+    """SOFTMAX over all experts, SIGMOID, or SOFTMAX_OF_CHOSEN: over those that were chosen by their scores."""
+    normalizes: bool
+    """Whether the weights of the chosen experts are divided by their sum."""
+    scale: np.float32
+    """Factor of the weights."""
+
+
+@intrinsic
+def _float_dot(typing_context, isa, left, right, steps):
+    """Emit the dot product of `steps` times 16 float32 at two addresses."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, isa.count)
+        left, right, steps = arguments[1:]
+        sums = [cgutils.alloca_once(builder, vector(FLOAT, _LANES)) for _ in range(_SUMS)]
+        for place in sums:
+            builder.store(vectors.constant(FLOAT, 0.0, _LANES), place)
+
+        def add(step: ir.Value, place: ir.Value) -> None:
+            offset = builder.mul(step, I64(4 * _LANES))
+            a, b = (vectors.load(builder.add(address, offset), FLOAT, _LANES) for address in (left, right))
+            builder.store(vectors.fma(a, b, builder.load(place)), place)
+
+        with cgutils.for_range(builder, builder.lshr(steps, I64(2))) as loop:
+            for number, place in enumerate(sums):
+                add(builder.add(builder.shl(loop.index, I64(2)), I64(number)), place)
+        with cgutils.for_range_slice(builder, builder.and_(steps, I64(-_SUMS)), steps, I64(1), I64) as (step, _):
+            add(step, sums[0])
+        totals = [builder.load(place) for place in sums]
+        return vectors.sum(builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3])))
+
+    return types.float32(isa, *[types.intp] * 3), generate
+
+
+@numba.njit(cache=True)
+def router_scores(isa, router, x, out, first, last):
+    """Compute rows `first` to before `last` of a router times some vectors.
+
+    Args:
+        isa: the instruction set.
+        router: float32 [rows, columns].
+        x: float32 [tokens, columns].
+        out: float32 [tokens, rows].
+        first, last: the rows to compute.
+
+    """
+    columns = router.shape[1]
+    steps = columns // _LANES
+    for start in range(0, len(x), _TOKENS):
+        for row in range(first, last):
+            for t in range(start, min(start + _TOKENS, len(x))):
+                total = _float_dot(isa, router[row].ctypes.data, x[t].ctypes.data, steps)
+                for k in range(steps * _LANES, columns):
+                    total += router[row, k] * x[t, k]
+                out[t, row] = total
+
+
+@numba.njit(cache=True)
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x)) of a float32."""
+    return np.float32(1.0) / (np.float32(1.0) + np.exp(-x))
+
+
+@numba.njit(cache=True)
+def _softmax(x):
+    """Replace float32 [n] by their softmax."""
+    largest = x[0]
+    for k in range(1, len(x)):
+        largest = max(largest, x[k])
+    total = np.float32(0.0)
+    for k in range(len(x)):
+        x[k] = np.exp(x[k] - largest)
+        total += x[k]
+    for k in range(len(x)):
+        x[k] /= total
+
+
+@numba.njit(cache=True)
+def choose_experts(routing, scores, biases, selection_biases, own, chosen, weights):
+    """Choose a token's experts: the best first, of equals the one with the lower index.
+
+    Args:
+        routing: see `Routing`.
+        scores: float32 [experts], products with the router.
+        biases: float32 [experts], which are added to the scores; [0] for none.
+        selection_biases: float32 [experts], which are added to what the experts are chosen by; [0] for none.
+        own: float32 [2, experts], scratch.
+        chosen: int64 [chosen], out. Any scores, even no numbers, give different experts that exist.
+        weights: float32 [chosen], out.
+
+    """
+    own_scores, ranks = own[0], own[1]
+    experts = len(scores)
+    for e in range(experts):
+        own_scores[e] = scores[e] + biases[e] if len(biases) > 0 else scores[e]
+    if routing.gating == SOFTMAX:
+        _softmax(own_scores)
+    elif routing.gating == SIGMOID:
+        for e in range(experts):
+            own_scores[e] = sigmoid(own_scores[e])
+    for e in range(experts):
+        ranks[e] = own_scores[e] + selection_biases[e] if len(selection_biases) > 0 else own_scores[e]
+    total = np.float32(0.0)
+    for rank in range(len(chosen)):
+        best = _best_of_rest(ranks, chosen[:rank])
+        chosen[rank], weights[rank] = best, own_scores[best]
+        total += weights[rank]
+    if routing.gating == SOFTMAX_OF_CHOSEN:
+        _softmax(weights)
+    elif routing.normalizes:
+        for rank in range(len(chosen)):
+            weights[rank] /= total
+    if routing.scale != 1:
+        for rank in range(len(chosen)):
+            weights[rank] *= routing.scale
+
+
+@numba.njit(cache=True)
+def _best_of_rest(ranks, taken):
+    """Return the first index of the largest of float32 [n], of those that are not taken; some index for no numbers."""
+    best = -1
+    for e in range(len(ranks)):
+        if best >= 0 and not ranks[e] > ranks[best] and ranks[best] == ranks[best]:
+            continue
+        free = True
+        for other in taken:
+            if other == e:
+                free = False
+        if free:
+            best = e
+    return best

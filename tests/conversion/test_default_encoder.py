@@ -1,0 +1,85 @@
+"""The encoder of `convert` where the user names none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_tiny_model
+
+from tritgguf.cli import app
+from tritgguf.conversion.convert import convert
+from tritgguf.conversion.default_encoder import calibration_seconds, default_encoder
+from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
+from tritgguf.errors import TritGgufError
+from tritgguf.exporters.export import export
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.sources.open import open_source
+
+
+def chosen(source: Path, **depths: Any) -> tuple[Encoder, list[str]]:
+    found = default_encoder(open_source(str(source)), DepthOptions(**depths), 16384, 2)
+    return found.encoder, found.notes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.mark.parametrize("depths", [{}, {"depth": 1}, {"depth": 2}])
+def test_few_trits_are_calibrated_on_text_of_the_model_s_own(model: Path, depths: dict[str, int]) -> None:
+    pytest.importorskip("torch")
+    encoder, notes = chosen(model, **depths)
+    assert encoder == Automatic(Calibrated())
+    assert len(notes) == 1
+    assert "calibrating on 16384 tokens that the model writes: less than a minute" in notes[0]
+    assert "--encoder v2" in notes[0]
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_more_trits_take_the_best_scales(model: Path, depth: int) -> None:
+    assert chosen(model, depth=depth) == (Automatic(ScaleSearch()), [])
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_without_torch_one_line_says_what_is_missed(model: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    encoder, (line,) = chosen(model, depth=2)
+    assert encoder == Automatic(V2())
+    assert line.startswith("warning: not calibrated")
+    assert f"this needs {package}" in line
+    assert "pip install" in line
+    assert chosen(model, depth=3)[1] == []
+
+
+def test_sources_of_trits_need_no_text(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "packed.gguf", depth=2)
+    export(tmp_path / "packed.gguf", tmp_path / "dequantized.gguf", to="f16")
+    for name in ("packed.gguf", "dequantized.gguf"):
+        assert chosen(tmp_path / name, depth=2) == (Automatic(), [])
+
+
+def test_depths_that_contradict_the_source_are_refused_before_a_text_is_written(tmp_path: Path) -> None:
+    tied = write_tiny_model(tmp_path / "tied", "qwen2-tied")
+    with pytest.raises(TritGgufError, match="are one tensor"):
+        chosen(tied, output_depth=4, embedding_depth=3)
+
+
+def test_the_estimate_grows_with_weights_and_tokens_and_shrinks_with_threads() -> None:
+    seconds = calibration_seconds(10**9, 16384, 2)
+    assert calibration_seconds(2 * 10**9, 16384, 4) == pytest.approx(seconds)
+    assert calibration_seconds(10**9, 32768, 1) == pytest.approx(4 * seconds)
+
+
+def test_the_command_calibrates_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out.gguf"
+    assert app.main(["convert", str(model), str(out), "--tokens", "256"]) == 0
+    assert "calibrating on 256 tokens" in " ".join(capsys.readouterr().err.split())
+    assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
+    assert app.main(["convert", str(model), str(out), "--depth", "3", "--overwrite"]) == 0
+    assert GgufFile(out).metadata["trit.encoder"] == "best"

@@ -1,0 +1,73 @@
+"""The encoder of `convert` where the user names none.
+
+At one or two trits a small model needs calibration: without it, it talks nonsense. Sources of trits need none: those
+that hold dequantized trits are recovered, and those that are packed keep what they have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from cpu_kernels.threads.cores import physical_cores
+from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
+from tritgguf.conversion.recovery import holds_trits
+from tritgguf.conversion.requested_depths import requested_depths
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.stacks import matrix_names
+from tritgguf.reference.decoder_blocks import check_blocks
+from tritgguf.sources.source import Source
+
+DEEPEST_TO_CALIBRATE = 2
+"""With more trits, little is lost without calibration."""
+_SECONDS_PER_WEIGHT_AND_TOKEN = 1.4e-10
+"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model."""
+_MEASURED_THREADS = 2
+
+
+@dataclass(frozen=True)
+class DefaultEncoder:
+    """An encoder, and lines that tell the user what it takes or misses."""
+
+    encoder: Encoder
+    notes: list[str] = field(default_factory=list)
+
+
+def default_encoder(source: Source, options: DepthOptions, tokens: int, threads: int | None) -> DefaultEncoder:
+    """Choose the encoder for a source: calibration on text of its own if it has a depth of 1 or 2.
+
+    Args:
+        source: the model.
+        options: the requested depths.
+        tokens: length of the text that the model would write.
+        threads: processor cores to use; None means all.
+
+    Raises TritGgufError if the depths contradict the source, before a text is written.
+
+    """
+    requested_depths(source, options)
+    tensors = [tensor for tensor in source.tensors if quantized_tensor(tensor.name)]
+    if any(source.packed(tensor.name) for tensor in tensors):
+        return DefaultEncoder(Automatic())
+    if options.layer_depth > DEEPEST_TO_CALIBRATE:
+        return DefaultEncoder(Automatic(ScaleSearch()))
+    names = [name for tensor in tensors for name in matrix_names(tensor.name, tensor.shape)]
+    if holds_trits(source, names, ThreadPool(threads)):
+        return DefaultEncoder(Automatic())
+    try:
+        check_blocks(source)
+    except TritGgufError as error:
+        lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
+        return DefaultEncoder(Automatic(V2()), [f"{lost}: {error}"])
+    seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)
+    time = "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"
+    note = f"calibrating on {tokens} tokens that the model writes: {time} (--encoder v2: seconds, but much is lost)"
+    return DefaultEncoder(Automatic(Calibrated()), [note])
+
+
+def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -> float:
+    """Estimate how long a model takes to write this many tokens and to be calibrated on them."""
+    return weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN * _MEASURED_THREADS / (threads or physical_cores())
