@@ -72,7 +72,7 @@ def test_options_override_the_recipe(tmp_path: Path, llama: Path) -> None:
     convert(llama, tmp_path / "out.gguf", depth=2, recipe="published", output_depth=1)
     assert types(tmp_path / "out.gguf") == ["F16", "TRIT1"]
     convert(llama, tmp_path / "other.gguf", depth=2, embedding_depth=0)
-    assert types(tmp_path / "other.gguf") == ["F16", type_name(BALANCED.head[2])]
+    assert types(tmp_path / "other.gguf") == ["F16", "TRIT4"]
 
 
 def test_a_recipe_that_does_not_exist(tmp_path: Path, llama: Path) -> None:

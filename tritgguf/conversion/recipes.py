@@ -39,10 +39,10 @@ class Recipe:
 
 PUBLISHED = Recipe("published", dict.fromkeys(DEPTHS, 0), dict.fromkeys(DEPTHS, 0))
 """The convention of published trit models: FP16."""
-BALANCED = Recipe("balanced", {1: 3, 2: 3, 3: 4, 4: 4}, {1: 4, 2: 4, 3: 4, 4: 0})
-"""The least depths that add at most 2 % to the divergence that the packed layers cause."""
-SMALL = Recipe("small", {1: 2, 2: 3, 3: 3, 4: 4}, {1: 3, 2: 3, 3: 4, 4: 4})
-"""A smaller file for a divergence that is up to a tenth greater."""
+BALANCED = Recipe("balanced", {1: 3, 2: 3, 3: 0, 4: 0}, {1: 3, 2: 4, 3: 0, 4: 0})
+"""The least depths that add about 2 % at most to the divergence that calibrated layers of this depth cause."""
+SMALL = Recipe("small", {1: 2, 2: 3, 3: 4, 4: 4}, {1: 2, 2: 3, 3: 4, 4: 4})
+"""The depths that cost about as much per byte as another trit of the layers."""
 
 RECIPES = {recipe.name: recipe for recipe in (PUBLISHED, BALANCED, SMALL)}
 DEFAULT = BALANCED
