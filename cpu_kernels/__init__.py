@@ -2,7 +2,3 @@
 
 The kernels take and return arrays; they do not depend on files or models. `docs/format.md` specifies the packed rows.
 """
-
-from cpu_kernels import kernel_cache
-
-kernel_cache.install()

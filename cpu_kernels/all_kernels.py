@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.core.types import Type
-from numba.np.numpy_support import from_dtype
 
+from cpu_kernels.compilation.signature import Type, array_type
 from cpu_kernels.encoding import error_feedback, quantize, recover, search
 from cpu_kernels.packed_rows import check_words, pack, unpack
 from cpu_kernels.simd import self_test
@@ -38,39 +36,35 @@ from cpu_kernels.transformer import (
     router,
 )
 
-_INTEGER, _FLOAT, _BOOLEAN = types.int64, types.float32, types.boolean
+_INTEGER, _FLOAT, _BOOLEAN = int, np.dtype(np.float32), bool
 _SHARE = (_INTEGER, _INTEGER)  # thread, threads
 
 
-def _array(dtype: Any, dimensions: int, *, readonly: bool = False) -> Type:
-    return types.Array(from_dtype(np.dtype(dtype)), dimensions, "C", readonly=readonly)
-
-
 def _floats(dimensions: int, *, readonly: bool = False) -> Type:
-    return _array(np.float32, dimensions, readonly=readonly)
+    return array_type(np.float32, dimensions, readonly=readonly)
 
 
 def _integers(dimensions: int) -> Type:
-    return _array(np.int64, dimensions)
+    return array_type(np.int64, dimensions)
 
 
 def _bytes(dimensions: int) -> Type:
-    return _array(np.uint8, dimensions)
+    return array_type(np.uint8, dimensions)
 
 
 def _named(of: Any, *fields: Type) -> Type:
-    return types.NamedTuple(fields, of)
+    return of, *fields
 
 
 def _vectors(bits: int, dimensions: int) -> Type:
     """Return the type of `VectorBuffers`: of one vector (1), or of several (2)."""
-    integers = _array(f"int{bits}", dimensions + 2)
-    return types.Tuple([_floats(dimensions), integers, _array(np.int32, dimensions + 1), _floats(dimensions)])
+    integers = array_type(f"int{bits}", dimensions + 2)
+    return tuple, _floats(dimensions), integers, array_type(np.int32, dimensions + 1), _floats(dimensions)
 
 
 def _batch(bits: int) -> tuple[Type, ...]:
     """Return the types of a `Batch`'s integers, offsets and scales."""
-    return _array(f"int{bits}", 5), _array(np.int32, 4), _floats(3)
+    return array_type(f"int{bits}", 5), array_type(np.int32, 4), _floats(3)
 
 
 _ROUTING = _named(router.Routing, _INTEGER, _INTEGER, _BOOLEAN, _FLOAT)
@@ -97,7 +91,7 @@ _SINGLE_BUFFERS = _named(
     ),
 )  # fmt: skip
 _KEY_VALUES = {
-    cache: _named(kv_pages.KeyValues, _integers(2), _array(dtype, 1), *[_INTEGER] * 3, _floats(3), _floats(3))
+    cache: _named(kv_pages.KeyValues, _integers(2), array_type(dtype, 1), *[_INTEGER] * 3, _floats(3), _floats(3))
     for cache, dtype in (("f16", np.uint16), ("f32", np.float32))
 }
 
@@ -119,9 +113,9 @@ Signatures = Mapping[Any, list[tuple[Type, ...]]]
 
 def _encoding() -> Signatures:
     """Return the kernels of conversions, checks and exports."""
-    stored = [_floats(2, readonly=True), _array(np.uint16, 2, readonly=True)]
+    stored = [_floats(2, readonly=True), array_type(np.uint16, 2, readonly=True)]
     levels = (_bytes(2), _bytes(2))
-    halves, entries = _array(np.uint16, 3, readonly=True), _array(np.uint32, 1)
+    halves, entries = array_type(np.uint16, 3, readonly=True), array_type(np.uint32, 1)
     searched = (_floats(2), _floats(1), _BOOLEAN, _floats(1), _FLOAT)
     packers = (pack._pack_1, pack._pack_2, pack._pack_3, pack._pack_4)
     return {
@@ -135,21 +129,21 @@ def _encoding() -> Signatures:
             (_floats(2), _floats(2), _floats(1), _FLOAT, *levels, _floats(2), *_SHARE),
         ],
         recover.allowed_scales: [
-            (_array(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),
+            (array_type(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),
         ],
         recover.find_misfits: [(halves, entries, _integers(2), *_SHARE)],
-        recover.encode_halves: [(halves, entries, _bytes(2), _bytes(3), _bytes(2), *_SHARE)],
-        **{packer: [(_bytes(3), _bytes(2), _array(np.uint16, 2), *_SHARE)] for packer in packers},
+        recover.encode_halves: [(halves, entries, _bytes(2), _bytes(3), _bytes(2), array_type(np.int64, 3), *_SHARE)],
+        **{packer: [(_bytes(3), _bytes(2), array_type(np.uint16, 2), *_SHARE)] for packer in packers},
         unpack._scale_rows: [(_bytes(2), _bytes(2), _floats(1), _INTEGER, _floats(2), *_SHARE)],
-        check_words.first_damaged_row: [(_array(np.uint16, 2), _INTEGER)],
-        check_words.first_not_finite: [(_array(bits, 1), _INTEGER) for bits in ("uint16", "uint32")],
+        check_words.first_damaged_row: [(array_type(np.uint16, 2), _INTEGER)],
+        check_words.first_not_finite: [(array_type(bits, 1), _INTEGER) for bits in ("uint16", "uint32")],
     }
 
 
 def _prompts(isa: Type) -> Signatures:
     """Return the kernels of prompts."""
     kept = (_floats(2), _floats(2), _floats(1), _FLOAT, _floats(1, readonly=True), _FLOAT, _floats(2))
-    halves, sizes = _array(np.uint16, 1, readonly=True), (_INTEGER, _INTEGER)
+    halves, sizes = array_type(np.uint16, 1, readonly=True), (_INTEGER, _INTEGER)
     return {
         gemm.trit_gemm: [
             (isa, halves, *sizes, _floats(1), *_batch(bits), _floats(2), _INTEGER, *_SHARE) for bits in (8, 16)
@@ -161,7 +155,7 @@ def _prompts(isa: Type) -> Signatures:
             (_floats(2), _BOOLEAN, _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
         ],
         activations.quantization_error_of_batch: [
-            (_floats(2), _array(np.int16, 5), _floats(3), _floats(2), *_SHARE),
+            (_floats(2), array_type(np.int16, 5), _floats(3), _floats(2), *_SHARE),
         ],
         rotation.rotate_and_store: [
             (_floats(2), _floats(1), _floats(1), _OPTIONS, _INTEGER, kv, _INTEGER, _integers(1), _integers(1), *_SHARE)
@@ -177,7 +171,7 @@ def _prompts(isa: Type) -> Signatures:
 def _prompts_of_mixtures(isa: Type) -> Signatures:
     """Return the kernels of prompts that only mixtures of experts need."""
     tokens, place = (_integers(2), _floats(2)), (_integers(1), _integers(1))
-    halves = _array(np.uint16, 1, readonly=True)
+    halves = array_type(np.uint16, 1, readonly=True)
     return {
         experts_prompt.route_prompt: [
             (isa, _EXPERTS, _INTEGER, _floats(2), _floats(2), _floats(3), *tokens, *_SHARE),
@@ -215,7 +209,7 @@ def _generation(isa: Type) -> Signatures:
         ],
         gemv.gemv: [(*matrices, _vectors(16, 1), _floats(1), *_SHARE)],
         gemv_batch.gemv_batch: [(*matrices, _vectors(16, 2), _floats(2), _floats(2), *_SHARE)],
-        activations.quantize_vectors: [(*_vectors(16, 2).types, *_SHARE)],  # type: ignore[attr-defined]
+        activations.quantize_vectors: [(*_vectors(16, 2)[1:], *_SHARE)],
         attend_layers.attend_layers: [
             (
                 isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
@@ -227,10 +221,10 @@ def _generation(isa: Type) -> Signatures:
 
 def _machine(isa: Type) -> Signatures:
     """Return the kernels that examine the machine."""
-    outputs = (_array(np.uint16, 2), _array(np.int32, 2), _array(np.int32, 2), _floats(1))
-    rows = _array(np.uint16, 2, readonly=True)
+    outputs = (array_type(np.uint16, 2), array_type(np.int32, 2), array_type(np.int32, 2), _floats(1))
+    rows = array_type(np.uint16, 2, readonly=True)
     return {
-        self_test._run: [(isa, _array(np.uint16, 1), _array(np.uint16, 1), _bytes(1), _floats(1), *outputs)],
+        self_test._run: [(isa, array_type(np.uint16, 1), array_type(np.uint16, 1), _bytes(1), _floats(1), *outputs)],
         unpack._unpack_rows: [(isa, rows, _INTEGER, _bytes(3), _bytes(2), *_SHARE)],
         bandwidth.read: [(_integers(1), _INTEGER, *_SHARE)],
         barrier.repeat_barrier: [(_integers(1), _INTEGER, *_SHARE)],
@@ -239,7 +233,7 @@ def _machine(isa: Type) -> Signatures:
 
 def all_kernels(isa: tuple[int, ...]) -> Signatures:
     """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
-    isa_type = types.UniTuple(types.int64, len(isa))
+    isa_type = (tuple, *[_INTEGER] * len(isa))
     return {
         **_generation(isa_type),
         **_prompts(isa_type),

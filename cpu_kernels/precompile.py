@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import os
 import queue
 import subprocess
@@ -19,13 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numba
-
-from cpu_kernels import kernel_cache
-from cpu_kernels.inner_functions import make_functions_of_numba_inner
+from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set
 from cpu_kernels.simd.variants import name_of
-from cpu_kernels.threads.bandwidth import read
 from cpu_kernels.threads.cores import physical_cores
 
 LAZY_VARIABLE = "TRITGGUF_LAZY_KERNELS"  # if set, kernels are compiled when they are first needed
@@ -52,15 +47,14 @@ def precompile(isa: str | None, display: Display) -> bool:
         ValueError: as `instruction_set.choose` does.
 
     """
-    folder = kernel_cache.folder_of(read)
+    folder = kernel_cache.folder()
     if folder is None or os.environ.get(LAZY_VARIABLE) or not sys.executable:
         return False
     number = instruction_set.choose(isa)
-    mark = folder / f"kernels-{_fingerprint(number)}.complete"
+    mark = (folder / kernel_cache.file_name("all", name_of(number))).with_suffix(".complete")
     if mark.exists():
         return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _locked(mark.with_suffix(".lock")):
             if mark.exists():  # another process was faster
                 return False
@@ -70,15 +64,6 @@ def precompile(isa: str | None, display: Display) -> bool:
     except OSError:
         return False
     return True
-
-
-def _fingerprint(isa: int) -> str:
-    """Return what cached kernels depend on, as 16 hexadecimal digits."""
-    from numba.core.registry import cpu_target
-
-    codegen = cpu_target.target_context.codegen().magic_tuple()
-    parts = (kernel_cache.sources_hash(), numba.__version__, sys.version, codegen, isa)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -161,6 +146,7 @@ def _feed(
 def _work(isa: str) -> None:
     """Compile the kernels whose numbers come in through stdin; answer with a line for each version."""
     from cpu_kernels.all_kernels import all_kernels
+    from cpu_kernels.compilation.machine_code import make_functions_of_numba_inner
 
     gc.disable()  # a sixth of the time
     make_functions_of_numba_inner()  # a tenth
@@ -169,5 +155,6 @@ def _work(isa: str) -> None:
         kernel, signatures = kernels[int(line)]
         for signature in signatures:
             with contextlib.suppress(Exception):  # whatever Numba raises: whoever needs the kernel will see it
-                kernel.compile(signature)
+                if not kernel.is_cached(signature):
+                    kernel.compile(signature)
             print(line, end="", flush=True)

@@ -9,9 +9,9 @@ the group's 16 columns with feedback among them, and the entry of least cost is 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
 _LANES = 16  # rows quantized at once

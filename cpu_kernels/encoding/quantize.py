@@ -6,12 +6,11 @@ their stored type (see `as_stored`), so that no float32 copy of a matrix is need
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import intrinsic, types
 from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE
 from cpu_kernels.simd.transpose import transpose
 from cpu_kernels.simd.variants import PORTABLE

@@ -6,10 +6,10 @@ float32 number, as an integer; these integers sort like the numbers.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from cpu_kernels.packed_rows.layout import CODEBOOK_SIZE, GROUP_SIZE
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
 
 @numba.njit(cache=True, nogil=True)
@@ -114,7 +114,7 @@ def find_misfits(halves, entries, misfits, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def encode_halves(halves, entries, table, levels, indices, thread, threads):
+def encode_halves(halves, entries, table, levels, indices, counts, thread, threads):
     """Encode each group with the lowest codebook entry that reproduces it.
 
     Args:
@@ -123,15 +123,14 @@ def encode_halves(halves, entries, table, levels, indices, thread, threads):
         table: uint8 [27, 65536]: the level + h at which an entry reproduces a half.
         levels: uint8 [rows, groups, 16], out: level + h.
         indices: uint8 [rows, groups], out: scale indices.
+        counts: int64 [threads, 27, 81], to whose row `thread` the counts of each entry's levels are added.
         thread, threads: which of how many shares of the rows to encode.
 
     Returns:
-        The counts of each entry's levels, int64 [27, 81], and the number of groups that no entry reproduces. The
-        levels and indices of such groups are invalid.
+        The number of groups that no entry reproduces. The levels and indices of such groups are invalid.
 
     """
     rows, groups, _ = halves.shape
-    counts = np.zeros((CODEBOOK_SIZE, 81), np.int64)
     misfits = 0
     for r in range(rows * thread // threads, rows * (thread + 1) // threads):
         for g in range(groups):
@@ -147,5 +146,5 @@ def encode_halves(halves, entries, table, levels, indices, thread, threads):
                 half = halves[r, g, p]
                 level = table[index, half]
                 levels[r, g, p] = level
-                counts[index, level] += 1
-    return counts, misfits
+                counts[thread, index, level] += 1
+    return misfits

@@ -6,9 +6,9 @@ its weights, whatever the vector width is.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
 _LANES = 16  # groups searched at once

@@ -6,11 +6,10 @@ A code c is stored as the word w = ceil(c * 65536 / 59049). So w is valid if w *
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import intrinsic, types
 from cpu_kernels.packed_rows.layout import WORDS_PER_BLOCK
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import I16, I32, I64, Vectors, vector

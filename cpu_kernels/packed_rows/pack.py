@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, GROUP_SIZE, TRIT_CODES, WORDS_PER_BLOCK
 from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 

@@ -9,12 +9,10 @@ for every 16-bit fraction. So damaged data gives wrong numbers, but never an acc
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4, EXTRACT, RowLanes
 from cpu_kernels.packed_rows.layout import (
     BLOCK_SIZE,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import intrinsic, types
 from cpu_kernels.simd.variants import as_type
 from cpu_kernels.simd.vectors import FLOAT, I8, I16, I32, Vectors, vector
 
@@ -81,6 +80,8 @@ def failure(isa: int) -> str | None:
     looked_up = np.zeros(16, np.float32)
     try:
         _run(as_type(isa), left, right, small, table, highs, sums, quads, looked_up)
+    except ImportError:  # of Numba: no instruction set works
+        raise
     except Exception as error:  # whatever Numba and LLVM raise
         return f"cannot be compiled ({' '.join(str(error).split())[:60]} ...)"
     products = left.view(np.int16).astype(np.int64) * right.view(np.int16)

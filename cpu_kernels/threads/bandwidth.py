@@ -5,13 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import I64, Vectors, vector
 from cpu_kernels.threads.thread_pool import ThreadPool

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import platform
 
-import numba
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import external_function, intrinsic, types
 
 _SPINS_BEFORE_YIELDING = 2000
 _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
-_YIELD = types.ExternalFunction("SwitchToThread" if platform.system() == "Windows" else "sched_yield", types.int32())
+_YIELD = external_function("SwitchToThread" if platform.system() == "Windows" else "sched_yield", "int32")
 
 
 @intrinsic

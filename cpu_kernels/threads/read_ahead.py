@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import mmap
 
-import numba
-from numba import types
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import external_function
 
 _IS_KNOWN = hasattr(mmap, "MADV_WILLNEED")
 _ADVICE = getattr(mmap, "MADV_WILLNEED", 0)
 _PAGE = mmap.PAGESIZE
-_ADVISE = types.ExternalFunction("madvise", types.int32(types.intp, types.uintp, types.int32))
+_ADVISE = external_function("madvise", "int32", "intp", "uintp", "int32")
 
 
 @numba.njit(cache=True)

@@ -19,9 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import numba
-from numba.core.event import Listener, install_listener
-
+from cpu_kernels.compilation.kernel import Kernel, Memo, compilation_listeners
 from cpu_kernels.simd import instruction_set
 from cpu_kernels.threads.cores import physical_cores
 
@@ -38,6 +36,7 @@ class ThreadPool:
         """Use `threads` threads; None takes one per physical core. `isa` is the name for `instruction_set.choose`."""
         self.threads = physical_cores() if threads is None else max(1, threads)
         self.isa_name = isa
+        self._memo: Memo = {}
         self._start()
         _POOLS.add(self)
 
@@ -58,14 +57,20 @@ class ThreadPool:
         barrier forever.
         """
         with interrupts_deferred(), self._lock:
-            others = [
-                self._others.submit(kernel, *arguments, thread, self.threads) for thread in range(1, self.threads)
-            ]
+            if isinstance(kernel, Kernel):
+                call = kernel.bind((*arguments, 0, self.threads), self._memo).run
+            else:
+                call = functools.partial(_call, kernel, arguments, self.threads)
+            others = [self._others.submit(call, thread) for thread in range(1, self.threads)]
             try:
-                first = kernel(*arguments, 0, self.threads)
+                first = call(0)
             finally:
                 results = [other.result() for other in others]
         return [first, *results]
+
+
+def _call(kernel: Callable[..., Any], arguments: tuple[Any, ...], threads: int, thread: int) -> Any:
+    return kernel(*arguments, thread, threads)
 
 
 def _start_after_fork() -> None:
@@ -102,25 +107,12 @@ def interrupts_deferred(when: Callable[[FrameType | None], bool] = lambda frame:
             handler(*pending[0])
 
 
-def _called_by_llvm(frame: FrameType | None) -> bool:
-    """Return whether this frame or one of its callers is a callback of LLVM's object cache.
-
-    ctypes prints and drops an exception raised there, so a Ctrl-C would be lost.
-    """
-    while frame is not None:
-        if frame.f_code.co_name.startswith("_raw_object_cache"):  # llvmlite.binding.ExecutionEngine
-            return True
-        frame = frame.f_back
-    return False
-
-
 class CompilingThreadPool(ThreadPool):
     """Compiles kernels, or loads them from the cache, instead of running them."""
 
     def run(self, kernel: Any, *arguments: Any) -> list[Any]:
-        """Compile `kernel` for arguments of these types."""
-        with interrupts_deferred(when=_called_by_llvm):
-            kernel.compile(tuple(numba.typeof(argument) for argument in (*arguments, 0, 1)))
+        """Make `kernel` ready for arguments of these types."""
+        kernel.load(*arguments, 0, 1)
         return []
 
 
@@ -129,18 +121,17 @@ def announcing_compilation(announce: Callable[[], None]) -> Iterator[None]:
     """Call `announce` once if a kernel is compiled in the block; loading from the cache does not count."""
     announced = False
 
-    class Announcer(Listener):
-        def on_start(self, event: Any) -> None:
-            nonlocal announced
-            if not announced:
-                announced = True
-                announce()
+    def listen() -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            announce()
 
-        def on_end(self, event: Any) -> None:
-            pass
-
-    with install_listener("numba:compile", Announcer()):
+    compilation_listeners.append(listen)
+    try:
         yield
+    finally:
+        compilation_listeners.remove(listen)
 
 
 @functools.cache

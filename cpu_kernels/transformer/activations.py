@@ -6,13 +6,11 @@ activations a thousand times the mean: a single scale per vector changes the log
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS, QUADS, level_offset
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
@@ -91,6 +89,27 @@ def _groups(x):
     return x[: len(x) // GROUP_SIZE * GROUP_SIZE].reshape(-1, GROUP_SIZE)
 
 
+@intrinsic
+def _groups_first(typing_context, integers):
+    """Return integers [planes, groups, lanes] as [groups, planes, lanes], a view.
+
+    Numba's `transpose` compares the axes as sets, which takes more code than quantizing.
+    """
+    turned = integers.copy(layout="A")
+
+    def generate(context, builder, signature, arguments):
+        source = context.make_array(integers)(context, builder, arguments[0])
+        view = context.make_array(turned)(context, builder)
+        for field in ("data", "meminfo", "parent", "itemsize", "nitems"):
+            setattr(view, field, getattr(source, field))
+        for field in ("shape", "strides"):
+            planes, groups, lanes = cgutils.unpack_tuple(builder, getattr(source, field))
+            setattr(view, field, cgutils.pack_array(builder, [groups, planes, lanes]))
+        return view._getvalue()
+
+    return turned(integers), generate
+
+
 @numba.njit(cache=True)
 def quantize_row(x, integers, offsets, scales):
     """Quantize one vector.
@@ -103,7 +122,7 @@ def quantize_row(x, integers, offsets, scales):
         scales: float32 [groups], out: the value of one integer step.
 
     """
-    _quantize(_groups(x), integers.transpose(1, 0, 2), offsets, scales)
+    _quantize(_groups(x), _groups_first(integers), offsets, scales)
 
 
 @numba.njit(cache=True, nogil=True)

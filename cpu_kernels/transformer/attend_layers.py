@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numba
-
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.transformer.attention import (
     LOG2_E,
     MAX_ROWS,

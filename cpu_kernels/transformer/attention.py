@@ -11,9 +11,9 @@ positions add exact zeros.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.transformer.attention_tile import (
     PANEL,
     SCALE_BYTES,

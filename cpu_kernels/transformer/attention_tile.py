@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
 
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, register_jitable, types
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512_NO_VNNI
 from cpu_kernels.simd.vectors import FLOAT, HALF, I8, I16, I32, I64, Vectors, vector
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.read_ahead import read_ahead
 from cpu_kernels.transformer.activations import VectorBuffers, quantize_row, swiglu

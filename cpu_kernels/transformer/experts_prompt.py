@@ -6,9 +6,9 @@ A *slot* is a place for a token and one of its experts. An expert's slots are ne
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import BLOCK_TOKENS
 from cpu_kernels.transformer.experts import add_scaled, shared_gate
 from cpu_kernels.transformer.experts_batch import route_tokens

@@ -11,13 +11,11 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, BLOCK_TOKENS, GROUP_SIZE, TILE_ROWS
 from cpu_kernels.packed_rows.unpack import unpack_tile
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE

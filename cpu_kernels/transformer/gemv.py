@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numba
-
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4
 from cpu_kernels.transformer.half_dot import dot_last_columns, multiply_half_vector
 from cpu_kernels.transformer.row_dot import multiply_packed_rows

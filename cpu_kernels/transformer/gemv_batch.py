@@ -6,9 +6,9 @@ of all vectors stay in the first-level cache while some rows pass.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.extract import D1, D2, D3, D4
 from cpu_kernels.packed_rows.layout import PAIRS, WORDS_PER_BLOCK
 from cpu_kernels.simd.variants import AVX512_NO_VNNI

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, HALF, I32, I64, Vectors, vector
 from cpu_kernels.transformer.batch_dot import LANES, ROWS, parts_of_a_step, vectors_at_once

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic, overload
 
+from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import intrinsic, overload, types
 from cpu_kernels.simd.vectors import FLOAT, HALF, I8, I16
 from cpu_kernels.transformer.attention_tile import PANEL, SCALE_BYTES, emit_narrow, stored_element
 

@@ -11,10 +11,8 @@ import itertools
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.extract import EXTRACT, StoredGroups
 from cpu_kernels.packed_rows.layout import PAIRS
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector

@@ -11,9 +11,9 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
-from cpu_kernels import kernel_cache
+from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set, self_test, variants
-from cpu_kernels.threads.bandwidth import read, read_bandwidth
+from cpu_kernels.threads.bandwidth import read_bandwidth
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
 from tritgguf.diagnostics import doctor
@@ -52,7 +52,7 @@ def test_this_machine() -> None:
     assert found.instruction_set == variants.name_of(instruction_set.choose())
     assert 1 <= found.physical_cores <= found.logical_cores
     assert found.read_bandwidth > 0
-    assert found.cache_folder == kernel_cache.folder_of(read)
+    assert found.cache_folder == kernel_cache.folder()
     assert found.versions["numpy"] == version("numpy")
     if sys.platform == "linux":
         assert found.memory_total is not None
@@ -112,10 +112,10 @@ def test_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bo
     folder = tmp_path / "cache"
     if is_there:
         folder.mkdir()
-        (folder / "kernel.nbi").write_bytes(bytes(10))
-        (folder / "kernel.nbc").write_bytes(bytes(300))
+        (folder / "one.kernel").write_bytes(bytes(10))
+        (folder / "another.kernel").write_bytes(bytes(300))
         (folder / "module.pyc").write_bytes(bytes(5000))
-    monkeypatch.setattr(kernel_cache, "folder_of", lambda kernel: folder)
+    monkeypatch.setattr(kernel_cache, "folder", lambda: folder)
     found = doctor.doctor()
     assert found.cache_is_writable == is_there
     assert found.cache_bytes == (310 if is_there else 0)
@@ -123,7 +123,7 @@ def test_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bo
 
 
 def test_no_cache_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_cache, "folder_of", lambda kernel: None)
+    monkeypatch.setattr(kernel_cache, "folder", lambda: None)
     found = doctor.doctor()
     assert found.cache_folder is None
     assert not found.cache_is_writable

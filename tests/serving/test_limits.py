@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -127,7 +128,7 @@ def test_a_body_that_is_too_large() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/compl", b"POST / HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
-    with running_server(scripted([]), body_seconds=0.2) as server, server.connect() as connection:
+    with running_server(scripted([]), body_seconds=1.0) as server, server.connect() as connection:
         connection.sendall(sent)
         start = time.monotonic()
         with pytest.raises(ConnectionResetError):  # aborted
@@ -138,14 +139,14 @@ def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
 
 
 def test_half_a_body_is_not_waited_for() -> None:
-    with running_server(scripted([]), body_seconds=0.2) as server, server.connect() as connection:
+    with running_server(scripted([]), body_seconds=1.0) as server, server.connect() as connection:
         connection.sendall(request_bytes("/v1/completions", b'{"prompt"', length=100))
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         assert server.http.get("/health").status_code == 200
 
 
 def test_a_drop_at_a_time_is_not_waited_for() -> None:
-    with running_server(scripted([]), body_seconds=0.3) as server, server.connect() as connection:
+    with running_server(scripted([]), body_seconds=1.0) as server, server.connect() as connection:
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             for byte in request_bytes("/v1/completions", b"{}" * 500):
                 connection.sendall(bytes([byte]))
@@ -285,7 +286,8 @@ def test_long_texts_do_not_keep_others_waiting(server: RunningServer, monkeypatc
     monkeypatch.setattr(tokens, "_tokenized", slow)
     with ThreadPoolExecutor(12) as clients:
         text = "a " * 200_000
-        answers = [clients.submit(httpx.post, f"{server.url}/tokenize", json={"content": text}) for _ in range(12)]
+        post = functools.partial(httpx.post, json={"content": text}, timeout=MOST_SECONDS)
+        answers = [clients.submit(post, f"{server.url}/tokenize") for _ in range(12)]
         assert entered.acquire(timeout=MOST_SECONDS)
         assert server.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
         read.set()
@@ -323,7 +325,7 @@ def test_a_request_for_each_half_of_a_connection(server: RunningServer) -> None:
         while answer.count(b'"max_model_len"') < 3:
             answer += connection.recv(10_000)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=MOST_SECONDS).status_code == 200
 
 
 def test_all_bodies_together_are_bounded() -> None:

@@ -51,7 +51,7 @@ def test_a_server_starts_answers_and_ends(tiny_trit_file: Callable[..., GgufFile
     with process(tiny_trit_file("qwen2", 2).path, *options) as (running, url):
         client = httpx.Client(base_url=url, headers={"Authorization": "Bearer second"}, timeout=MOST_SECONDS)
         assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", timeout=MOST_SECONDS).status_code == 401
         assert client.get("/").status_code == 404
         props = client.get("/props").json()
         assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (2, 300)
@@ -71,11 +71,11 @@ def test_ctrl_c_ends_an_idle_server_and_a_killed_one_starts_again(tiny_trit_file
     file = tiny_trit_file("qwen2", 2).path
     with process(file) as (running, url):
         port = url.rpartition(":")[2]
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=MOST_SECONDS).status_code == 200
         running.kill()
         running.wait()
     with process(file, "--port", port) as (running, url):
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=MOST_SECONDS).status_code == 200
         os.kill(running.pid, signal.SIGINT)
         assert running.wait(MOST_SECONDS) == 0
 

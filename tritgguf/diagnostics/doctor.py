@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cpu_kernels import kernel_cache
+from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set, variants
-from cpu_kernels.threads.bandwidth import BUFFER_BYTES, read, read_bandwidth
+from cpu_kernels.threads.bandwidth import BUFFER_BYTES, read_bandwidth
 from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool, announcing_compilation
 from tritgguf.diagnostics.bench import Table, processor_name
@@ -101,7 +101,7 @@ def doctor(*, on_compilation: Callable[[], None] = lambda: None) -> Diagnosis:
         memory = machine_memory_bytes()
         buffer_bytes = BUFFER_BYTES if memory is None else min(BUFFER_BYTES, memory[1] // 4)
         bandwidth = read_bandwidth(ThreadPool(), _REPETITIONS, buffer_bytes)
-    folder = kernel_cache.folder_of(read)
+    folder = kernel_cache.folder()
     found: dict[str, Any] = {
         "processor": processor_name(),
         "features": instruction_set.features(),
@@ -144,9 +144,9 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _size_of_kernels(folder: Path) -> int:
-    """Return the bytes of the compiled kernels: Numba's index files (.nbi) and machine code (.nbc)."""
+    """Return the bytes of the compiled kernels."""
     try:
-        return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".nbi", ".nbc"))
+        return sum(file.stat().st_size for file in folder.iterdir() if file.suffix == kernel_cache.SUFFIX)
     except OSError:
         return 0
 

@@ -110,10 +110,12 @@ class Fit:
         offset = level_offset(self.depth)
         entries, table = _decoding_tables(self, half_type)
         levels, indices = np.empty(groups.shape, np.uint8), np.empty(groups.shape[:2], np.uint8)
-        results = (thread_pool or default_thread_pool()).run(encode_halves, groups, entries, table, levels, indices)
-        counts = np.sum([counts for counts, _ in results], axis=0)
-        if sum(misfits for _, misfits in results):
+        thread_pool = thread_pool or default_thread_pool()
+        counts_of_threads = np.zeros((thread_pool.threads, len(self.codebook), 81), np.int64)
+        arrays = groups, entries, table, levels, indices, counts_of_threads
+        if sum(thread_pool.run(encode_halves, *arrays)):
             raise ValueError("is not the matrix that the fit was found for")
+        counts = counts_of_threads.sum(axis=0)
         with np.errstate(invalid="ignore", over="ignore"):  # unused levels may overflow
             decoded = _decode(self.codebook, np.arange(81) - offset, offset)
             rounded = half_type.widen(half_type.round(decoded)).astype(np.float64)

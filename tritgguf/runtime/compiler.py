@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-
-import numba
 
 from cpu_kernels import precompile
 from tritgguf.errors import BadRequestError, TritGgufError
@@ -13,7 +12,7 @@ from tritgguf.runtime import compilation_display
 
 def require_compiler() -> None:
     """Raise TritGgufError if Numba is told not to compile: the kernels use instructions that Python does not have."""
-    if numba.config.DISABLE_JIT:
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         raise TritGgufError("NUMBA_DISABLE_JIT is set, and kernels can only run when they are compiled; unset it")
 
 

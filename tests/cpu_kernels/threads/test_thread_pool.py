@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
@@ -11,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
-from llvmlite.binding import ExecutionEngine
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.threads.cores import cpu_quota, physical_cores
 from cpu_kernels.threads.thread_pool import CompilingThreadPool, ThreadPool, announcing_compilation, default_thread_pool
@@ -193,31 +191,11 @@ def test_an_interrupt_waits_for_all_threads() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_interrupt_in_a_callback_of_llvm_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
-    assert hasattr(ExecutionEngine, "_raw_object_cache_notify")
-    reached = []
-
-    @ctypes.CFUNCTYPE(None)
-    def _raw_object_cache_notify() -> None:
-        signal.raise_signal(signal.SIGINT)
-        reached.append("end of the callback")
-
-    class Kernel:
-        def compile(self, signature: object) -> None:
-            _raw_object_cache_notify()
-            reached.append("end of compiling")
-
-    with pytest.raises(KeyboardInterrupt):
-        CompilingThreadPool(1).run(Kernel())
-    assert reached == ["end of the callback", "end of compiling"]
-    assert capfd.readouterr().err == ""
-
-
 def test_an_interrupt_ends_compiling_at_once() -> None:
     reached = []
 
     class Kernel:
-        def compile(self, signature: object) -> None:
+        def load(self, *arguments: object) -> None:
             signal.raise_signal(signal.SIGINT)
             reached.append("end of compiling")
 

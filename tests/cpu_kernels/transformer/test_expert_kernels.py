@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 from random_experts import FEED_FORWARD, HIDDEN, RandomExperts, random_experts, random_stack
 from random_inputs import THREAD_POOL, vectors
 
+from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.decode import row_of
