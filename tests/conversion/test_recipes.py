@@ -10,7 +10,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from tools.recovery.differing_numbers import tensors
-from tritgguf.conversion.convert import convert
+from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice
 from tritgguf.conversion.recipes import BALANCED, PUBLISHED, RECIPES, SMALL, parse_recipe
 from tritgguf.errors import TritGgufError
@@ -135,3 +135,36 @@ def test_a_target_leaves_what_the_recipe_sets(tmp_path: Path, llama: Path) -> No
     )
     assert types(tmp_path / "out.gguf") == [type_name(SMALL.embeddings[2]), "TRIT4"]
     assert report.file_bytes <= 200_000
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2-tied"])
+def test_a_calibrated_head_is_encoded_for_its_inputs(tmp_path: Path, variant: str) -> None:
+    pytest.importorskip("torch")
+    from tritgguf.calibration.importance import summed_squares
+
+    folder, head = write_tiny_model(tmp_path / "model", variant), HEAD if variant == "llama" else EMBEDDINGS
+    source = open_source(folder)
+    importance = summed_squares(source, WINDOWS)[head]
+    for encoder, windows in (("v2", None), ("calibrated", WINDOWS)):
+        convert(folder, tmp_path / f"{encoder}.gguf", depth=2, encoder=encoder, windows=windows, output_depth=2)
+    files = [GgufFile(tmp_path / f"{encoder}.gguf") for encoder in ("v2", "calibrated")]
+    errors = [(np.square(file.read_float32(head) - source.read(head)) @ importance).sum() for file in files]
+    assert errors[1] < 0.95 * errors[0]
+    assert list(files[1].tensors)[-1] == head  # after the blocks, which determine its inputs
+
+
+def test_a_head_is_encoded_the_same_after_an_interruption(tmp_path: Path, llama: Path) -> None:
+    pytest.importorskip("torch")
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+
+    def interrupt(step: ConvertProgress) -> None:
+        if step.tensor == "blk.1.ffn_norm.weight":
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"depth": 1, "encoder": "calibrated", "windows": WINDOWS, "threads": 2}
+    convert(llama, whole, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, out, progress=interrupt, **settings)
+    assert not out.exists()
+    convert(llama, out, resume=True, **settings)
+    assert out.read_bytes() == whole.read_bytes()
