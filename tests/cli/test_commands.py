@@ -53,6 +53,8 @@ def conversion() -> ConvertReport:
 @pytest.fixture
 def any_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources are not looked at, so that none has to exist."""
+    for name in ("importance_file", "own_text"):  # which would keep the fake if they were imported now
+        importlib.import_module(f"tritgguf.conversion.{name}")
     monkeypatch.setattr("tritgguf.sources.open.open_source", lambda name: None)
 
 
