@@ -17,7 +17,7 @@ from tritgguf.calibration.importance import summed_squares
 from tritgguf.calibration.output_divergence import output_divergences
 from tritgguf.conversion.convert import convert
 from tritgguf.conversion.depths import DepthChoice, parse_rules
-from tritgguf.evaluation.divergence import compare_windows
+from tritgguf.evaluation.divergence import compare_logits, compare_windows
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.reference.decoder_blocks import DecoderBlocks
 from tritgguf.reference.model import ReferenceModel
@@ -26,6 +26,7 @@ from tritgguf.sources.source import Source
 
 WINDOWS = np.random.default_rng(0).integers(3, 250, (2, 32)).tolist()
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
+EPSILON = "llama.attention.layer_norm_rms_epsilon"
 
 
 def last_hidden(source: Source) -> torch.Tensor:
@@ -87,3 +88,21 @@ def test_only_what_is_asked_for_is_measured(tmp_path: Path) -> None:
     source = open_source(write_tiny_model(tmp_path / "model"))
     costs = measure_divergence_costs(source, ["blk.1.ffn_up.weight", HEAD], [3], WINDOWS, ThreadPool(2))
     assert {name: list(of_depths) for name, of_depths in costs.items()} == {"blk.1.ffn_up.weight": [3], HEAD: [3]}
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 3.0, 200.0])
+def test_small_and_large_divergences(tmp_path: Path, size: float) -> None:
+    """Of random hidden states, against all logits in float64."""
+    source = open_source(write_tiny_model(tmp_path / "model"))
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((2, 8, 128)).astype(np.float32)
+    changed = hidden + (size * random.standard_normal(hidden.shape)).astype(np.float32)
+
+    def logits(states: np.ndarray) -> np.ndarray:
+        rows = states.reshape(-1, 128).astype(np.float64)
+        rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + source.metadata[EPSILON].value)
+        return rows * source.read("output_norm.weight") @ source.read(HEAD).T.astype(np.float64)
+
+    expected = compare_logits(logits(hidden), logits(changed), []).kl_mean
+    found = output_divergences(source, torch.from_numpy(hidden), [(torch.from_numpy(changed), 0)], ThreadPool(2))
+    assert found[0] == pytest.approx(expected, rel=1e-2)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tritgguf.sources.source import Source
 
 _LARGEST_DIFFERENCE = 80.0  # of logits: its exponential is still a float32 number
+_SMALL_GROWTH = 0.1  # of the sum of exponentials: below it, the logarithm of the sum itself has lost digits
 
 
 def output_divergences(
@@ -66,21 +67,43 @@ class _RunningDivergence:
     """The divergence of one model's predictions from the reference's, over blocks of logits."""
 
     def __init__(self, positions: int) -> None:
-        self._largest = np.full(positions, -np.inf)
-        # Sums over the vocabulary, each times exp(-largest): exp z, exp z expm1(d) and exp z d.
-        self._sums = np.zeros((3, positions))
+        # Sums over the vocabulary: of exp z, exp z expm1(d) and exp z d, and of exp(z + d).
+        self._reference, self._own = _ScaledSums(3, positions), _ScaledSums(1, positions)
 
     def add(self, expected: Tensor, logits: Tensor) -> None:
         """Add the reference's logits z and the model's z + d, float32 [positions, tokens]."""
-        block_largest = expected.amax(-1)
-        weights, difference = (expected - block_largest[:, None]).exp_(), logits - expected
-        terms = (weights, weights * difference.clamp(max=_LARGEST_DIFFERENCE).expm1(), weights * difference)
-        block_sums = np.stack([term.sum(-1).double().numpy() for term in terms])
-        largest = np.maximum(self._largest, block_largest.double().numpy())
-        old, new = np.exp(self._largest - largest), np.exp(block_largest.double().numpy() - largest)
-        self._sums, self._largest = self._sums * old + block_sums * new, largest
+        difference = logits - expected
+        self._reference.add(expected, difference.clamp(max=_LARGEST_DIFFERENCE).expm1(), difference)
+        self._own.add(logits)
 
     def mean(self) -> float:
         """Return the mean divergence of the positions."""
-        total, growth, difference = self._sums
-        return float(np.maximum(np.log1p(growth / total) - difference / total, 0.0).mean())
+        total, growth, difference = self._reference.sums
+        with np.errstate(divide="ignore", invalid="ignore"):
+            small = np.log1p(growth / total)
+        large = self._own.logarithm() - self._reference.logarithm()
+        ratios = np.where(np.abs(growth / total) < _SMALL_GROWTH, small, large)
+        return float(np.maximum(ratios - difference / total, 0.0).mean())
+
+
+class _ScaledSums:
+    """Sums of exponentials of logits, times several factors of which the first is 1, without overflow."""
+
+    def __init__(self, count: int, positions: int) -> None:
+        self._largest = np.full(positions, -np.inf)
+        self.sums = np.zeros((count, positions))
+        """Each divided by the exponential of the largest logit so far."""
+
+    def add(self, logits: Tensor, *factors: Tensor) -> None:
+        """Add logits and the further factors of their exponentials, float32 [positions, tokens]."""
+        block_largest = logits.amax(-1)
+        exponentials = (logits - block_largest[:, None]).exp_()
+        terms = [exponentials, *(exponentials * factor for factor in factors)]
+        block_sums = np.stack([term.sum(-1).double().numpy() for term in terms])
+        largest = np.maximum(self._largest, block_largest.double().numpy())
+        old, new = np.exp(self._largest - largest), np.exp(block_largest.double().numpy() - largest)
+        self.sums, self._largest = self.sums * old + block_sums * new, largest
+
+    def logarithm(self) -> np.ndarray:
+        """Return the logarithm of the sum of the exponentials, float64 [positions]."""
+        return self._largest + np.log(self.sums[0])
