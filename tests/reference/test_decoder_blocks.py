@@ -81,7 +81,7 @@ def test_observing_stops_after_the_last_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", NAMES)
-def test_cached_inputs_skip_the_rest_of_their_module(tmp_path: Path, variant: str) -> None:
+def test_cached_products_skip_the_rest_of_their_module(tmp_path: Path, variant: str) -> None:
     blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model", variant))))
     hidden = blocks.embed(WINDOWS)
     output, last = "blk.0.attn_output.weight", "blk.0.ffn_down.weight"
@@ -90,13 +90,12 @@ def test_cached_inputs_skip_the_rest_of_their_module(tmp_path: Path, variant: st
         assert projections.keys() == {output, last}
         kept: dict[str, list[torch.Tensor]] = {output: [], last: []}
         expected = block.forward(hidden, {name: seen.append for name, seen in kept.items()})
+        cached = {projections[name]: block.products(projections[name], torch.cat(seen)) for name, seen in kept.items()}
         block.set("blk.0.attn_v.weight", np.zeros_like(block.get("blk.0.attn_v.weight")))
         again: list[torch.Tensor] = []
-        block.observe_inputs(
-            hidden, {last: again.append}, last=last, cached={projections[output]: torch.cat(kept[output])}
-        )
+        of_attention = {projections[output]: cached[projections[output]]}
+        block.observe_inputs(hidden, {last: again.append}, last=last, cached=of_attention)
         assert torch.equal(torch.cat(again), torch.cat(kept[last]))
-        cached = {projections[name]: torch.cat(seen) for name, seen in kept.items()}
         assert torch.equal(block.forward(hidden, cached=cached), expected)
         assert not torch.equal(block.forward(hidden), expected)
 

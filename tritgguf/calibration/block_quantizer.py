@@ -17,8 +17,8 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
-from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer
-from tritgguf.reference.decoder_blocks import Block, CachedInputs, DecoderBlocks
+from tritgguf.reference.cached_products import OutputProjection, RowBuffer
+from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks
 from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
@@ -100,14 +100,15 @@ class BlockQuantizer:
         for group in groups:
             inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), cached)
             if group[0] in projections:
-                cached[projections[group[0]]] = inputs
+                projection = projections[group[0]]
+                cached[projection] = block.products(projection, inputs)
         if self._tuning is not None:
             cached.clear()
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
         return block.forward(self._hidden, cached=cached)
 
     def _quantize_group(
-        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedInputs
+        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedProducts
     ) -> Tensor:
         """Quantize matrices that share an input and return this input; `original_inputs` is emptied to free memory."""
         only_matrix = block.get(names[0]) if len(names) == 1 else None

@@ -39,7 +39,8 @@ _HELD_OUT_FRACTION = 4
 _SAMPLED_ROWS = 256
 """Approximate number of rows from which the factor of a matrix's correction is computed."""
 _BLOCK_COLUMNS = 128
-_MOMENTS_BLOCK = 2048
+_MOMENTS_BLOCKS = 4  # of columns: products are computed in those on and above the diagonal, 5/8 of all
+_LEAST_MOMENTS_BLOCK = 128  # columns
 _SOLVE_BLOCK = 1024
 
 
@@ -90,8 +91,8 @@ class InputMoments:
         for x, _ in self._held_out if held_out else []:
             _add_products(mean, x)
         mean /= max(1, self.count if held_out else self.count - self.held_out_count)
-        for first in range(0, len(mean), _MOMENTS_BLOCK):
-            block = slice(first, first + _MOMENTS_BLOCK)
+        for block in _column_blocks(len(mean)):
+            first = block.start
             mean[block, :first] = mean[:first, block].T
         return mean
 
@@ -111,11 +112,16 @@ class InputMoments:
         return sum(len(x) for x, _ in self._held_out)
 
 
+def _column_blocks(columns: int) -> list[slice]:
+    """Return the blocks of columns in which products are computed."""
+    size = max(-(-columns // _MOMENTS_BLOCKS), _LEAST_MOMENTS_BLOCK)
+    return [slice(first, first + size) for first in range(0, columns, size)]
+
+
 def _add_products(second: Tensor, x: Tensor) -> None:
     """Add the sums of x x^T, for x [n, columns], in the blocks on and above the diagonal."""
-    for first in range(0, len(second), _MOMENTS_BLOCK):
-        block = slice(first, first + _MOMENTS_BLOCK)
-        second[block, first:].addmm_(x[:, block].T, x[:, first:])
+    for block in _column_blocks(len(second)):
+        second[block, block.start :].addmm_(x[:, block].T, x[:, block.start :])
 
 
 class ErrorFeedback:

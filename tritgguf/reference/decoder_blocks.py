@@ -19,7 +19,7 @@ import numpy as np
 from tritgguf.architectures.experts import COUNT_KEY
 from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
 from tritgguf.errors import TritGgufError
-from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
+from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.model import head_counts, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
@@ -33,8 +33,8 @@ _BATCH_TOKENS = 4096
 
 Observer = Callable[["Tensor"], None]
 """Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
-CachedInputs = Mapping[OutputProjection, "Tensor"]
-"""Output projection -> its inputs for all windows, float32 [windows, tokens, columns]."""
+CachedProducts = Mapping[OutputProjection, "Tensor"]
+"""Output projection -> its product for all windows, float32 [windows, tokens, width]."""
 
 
 class _StopForwardError(Exception):
@@ -197,7 +197,7 @@ class Block:
         return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
 
     def forward(
-        self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedInputs | None = None
+        self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedProducts | None = None
     ) -> Tensor:
         """Return the block's output for hidden states, both float32 [windows, tokens, width].
 
@@ -249,7 +249,7 @@ class Block:
         observers: Mapping[str, Observer],
         *,
         last: str,
-        cached: CachedInputs | None = None,
+        cached: CachedProducts | None = None,
     ) -> None:
         """Call observers with the inputs of matrices.
 
@@ -257,7 +257,7 @@ class Block:
             hidden: float32 [windows, tokens, width].
             observers: GGUF name of a packed matrix -> function to call with its inputs, batch by batch.
             last: the matrix after whose observer the pass stops.
-            cached: inputs of some `output_projections`, from an earlier pass of the same hidden states. The rest of
+            cached: products of some `output_projections` for the same hidden states, from `products`. The rest of
                 their parent modules is skipped.
 
         """
@@ -278,11 +278,21 @@ class Block:
         parents = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
+    def products(self, projection: OutputProjection, inputs: Tensor) -> Tensor:
+        """Return the product of an output projection, for inputs of all windows, float32 [windows, tokens, columns]."""
+        import torch
+
+        products = RowBuffer(len(inputs))
+        with torch.inference_mode():
+            for batch in self._blocks.batches(inputs):
+                products.add(projection.linear(batch))
+        return products.rows
+
     @contextmanager
-    def _replaying(self, cached: CachedInputs | None) -> Iterator[None]:
+    def _replaying(self, cached: CachedProducts | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for projection, inputs in (cached or {}).items():
-                stack.enter_context(projection.replay(self._blocks.batches(inputs)))
+            for projection, products in (cached or {}).items():
+                stack.enter_context(projection.replay(self._blocks.batches(products)))
             yield
 
     @contextmanager

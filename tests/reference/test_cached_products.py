@@ -1,4 +1,4 @@
-"""Modules that return the product of their last matrix, and replaying only this product."""
+"""Modules that return the product of their last matrix, and replaying this product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tritgguf.reference.cached_inputs import OutputProjection, RowBuffer, find_output_projections
+from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 
 INPUTS = torch.arange(12, dtype=torch.float32).reshape(3, 4)
 
@@ -27,18 +27,18 @@ class Module(torch.nn.Module):
 @pytest.mark.parametrize(
     ("returns", "length"), [(lambda y: y, None), (lambda y: (y,), 1), (lambda y: (y, None), 2)], ids=["0", "1", "2"]
 )
-def test_replay_multiplies_with_the_output_projection_only(returns: Any, length: int | None) -> None:
+def test_replay_returns_the_products(returns: Any, length: int | None) -> None:
     module = Module(returns)
     matrices = {"first": (module.first, module), "last": (module.last, module)}
     projections = find_output_projections(matrices, lambda: module(INPUTS))
     assert projections == {"last": OutputProjection(module.last, module, length)}
-    expected, cached = module(INPUTS), module.first(INPUTS)
+    expected, cached = module(INPUTS), module.last(module.first(INPUTS))
     with projections["last"].replay([cached, 2 * cached]):
         found, twice = module(torch.zeros(3, 4)), module(None)
         with pytest.raises(StopIteration):
             module(INPUTS)
     assert module.calls == 2
-    for some, other in ((found, expected), (twice, returns(module.last(2 * cached)))):
+    for some, other in ((found, expected), (twice, returns(2 * cached))):
         assert type(some) is type(other)
         for value, wanted in zip(some, other, strict=True):
             assert value is wanted is None or torch.equal(value, wanted)

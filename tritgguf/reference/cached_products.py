@@ -1,8 +1,8 @@
 """Skip the work in a decoder block whose result an earlier pass has cached.
 
 Calibration sends the same hidden states through a block once for each group of matrices that share an input. Attention
-and the feed-forward network return the product of their last matrix, the output projection. Once the inputs of this
-projection are cached, later passes only multiply with it and skip the rest of the module.
+and the feed-forward network return the product of their last matrix, the output projection. Once this product is
+cached, later passes skip the module.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class OutputProjection:
     tuple_length: int | None
 
     @contextmanager
-    def replay(self, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Make each call of the parent only multiply the next of these inputs with the matrix."""
-        remaining = iter(inputs)
+    def replay(self, products: Iterable[Tensor]) -> Iterator[None]:
+        """Make each call of the parent return the next of these products."""
+        remaining = iter(products)
 
-        def multiply(*arguments: Any, **settings: Any) -> Any:
-            product = self.linear(next(remaining))
+        def next_product(*arguments: Any, **settings: Any) -> Any:
+            product = next(remaining)
             return product if self.tuple_length is None else (product, *[None] * (self.tuple_length - 1))
 
-        self.parent.forward = multiply
+        self.parent.forward = next_product
         try:
             yield
         finally:
