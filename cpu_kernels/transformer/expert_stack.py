@@ -11,7 +11,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import quantize_gathered
 from cpu_kernels.transformer.experts_prompt import expert_gemm, expert_half_gemm
 from cpu_kernels.transformer.gemv import HALVES
-from cpu_kernels.transformer.projection import Batch, row_bytes
+from cpu_kernels.transformer.projection import Batch, Matrix, row_bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class ExpertStack:
         if self.depth != HALVES:
             table[:, :CODEBOOK_SIZE] = self.codebooks / np.float32(level_offset(self.depth))
         return table
+
+    def matrix(self, expert: int) -> Matrix:
+        """Return one expert's matrix, a view."""
+        data = self.data[expert * self.expert_bytes : (expert + 1) * self.expert_bytes]
+        codebook = None if self.depth == HALVES else self.codebooks[expert]
+        return Matrix(data, self.rows, self.columns, self.depth, codebook)
 
     def multiply(
         self,

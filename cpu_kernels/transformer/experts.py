@@ -10,13 +10,19 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
+from cpu_kernels.simd.variants import PORTABLE
+from cpu_kernels.simd.vectors import I64, Vectors
 from cpu_kernels.threads.read_ahead import read_ahead
 from cpu_kernels.transformer.activations import VectorBuffers, quantize_row, swiglu
 from cpu_kernels.transformer.gemv import multiply_rows
 from cpu_kernels.transformer.router import Routing, choose_experts, router_scores, sigmoid
 
 EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = 0, 1, 2  # indices of an expert's matrices
+# `multiply_rows` asks for memory so far ahead; the beginning of the next matrix has to be asked for by itself.
+_AHEAD_BYTES = 8192
+_LINE_BYTES = 64
 
 
 class Experts(NamedTuple):
@@ -47,6 +53,20 @@ class ExpertBuffers(NamedTuple):
     up: np.ndarray  # float32 [chosen, feed_forward of an expert]
     gated: VectorBuffers  # [chosen, feed_forward of an expert]
     own_out: np.ndarray  # float32 [threads, hidden]
+
+
+@intrinsic
+def _prefetch_beginning(typing_context, address):
+    """Emit requests for the first bytes at an address, into the second-level cache."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, PORTABLE)
+        with cgutils.for_range(builder, I64(_AHEAD_BYTES // _LINE_BYTES)) as loop:
+            line = builder.add(arguments[0], builder.mul(loop.index, I64(_LINE_BYTES)))
+            vectors.prefetch(line, into_first_level=False)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 @numba.njit(cache=True)
@@ -89,6 +109,13 @@ def multiply_expert_rows(isa, experts, layer, matrix, expert, activations, out, 
 
 
 @numba.njit(cache=True)
+def prefetch_expert_rows(experts, layer, matrix, expert, first, rows):
+    """Ask for the beginning of an expert's matrix of so many rows, from row `first` on."""
+    n_bytes = experts.expert_bytes[layer, matrix]
+    _prefetch_beginning(experts.addresses[layer, matrix] + expert * n_bytes + n_bytes // rows * first)
+
+
+@numba.njit(cache=True)
 def add_expert_bias(biases, expert, out, first, last):
     """Add an expert's bias, if there is one, to elements `first` to before `last`."""
     if len(biases) > 0:
@@ -103,13 +130,20 @@ def expert_gates(isa, experts, layer, options, hidden, buffers, thread, threads)
     groups = columns // GROUP_SIZE
     low, high = len(chosen) * groups * thread // threads, len(chosen) * groups * (thread + 1) // threads
     x, integers, offsets, scales = buffers.gated
+    hidden_rows = buffers.own_out.shape[1]
     for rank in range(len(chosen)):
         expert, gate, up = chosen[rank], buffers.gate[rank], buffers.up[rank]
         own = slice(max(low - rank * groups, 0), min(high - rank * groups, groups))
         if own.start >= own.stop:
             continue
         first, last = own.start * GROUP_SIZE, own.stop * GROUP_SIZE
+        prefetch_expert_rows(experts, layer, EXPERT_UP, expert, first, columns)
         multiply_expert_rows(isa, experts, layer, EXPERT_GATE, expert, hidden, gate, first, last)
+        if (rank + 1) * groups < high:
+            prefetch_expert_rows(experts, layer, EXPERT_GATE, chosen[rank + 1], 0, columns)
+        else:
+            own_rows = hidden_rows * thread // threads
+            prefetch_expert_rows(experts, layer, EXPERT_DOWN, chosen[0], own_rows, hidden_rows)
         multiply_expert_rows(isa, experts, layer, EXPERT_UP, expert, hidden, up, first, last)
         add_expert_bias(experts.gate_biases[layer], expert, gate, first, last)
         add_expert_bias(experts.up_biases[layer], expert, up, first, last)
@@ -141,6 +175,8 @@ def sum_experts(isa, experts, layer, buffers, out, first, last, thread):
         out[k] = 0.0
     for rank in range(len(chosen)):
         gated = x[rank], integers[rank], offsets[rank], scales[rank]
+        if rank + 1 < len(chosen):
+            prefetch_expert_rows(experts, layer, EXPERT_DOWN, chosen[rank + 1], first, len(out))
         multiply_expert_rows(isa, experts, layer, EXPERT_DOWN, chosen[rank], gated, own, first, last)
         add_expert_bias(experts.down_biases[layer], chosen[rank], own, first, last)
         add_scaled(weights[rank], own, out, first, last)

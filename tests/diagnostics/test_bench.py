@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_mixtures import write_tiny_mixture
 from tiny_models import write_tiny_model
 
 from cpu_kernels import precompile
@@ -64,6 +65,27 @@ def test_a_token_reads_the_matrices_the_head_and_one_embedding(tmp_path: Path, t
     convert(folder, tmp_path / "model.gguf", depth=2, recipe="published")
     matrices = MATRIX_WEIGHTS * 28 // 64
     assert bytes_read_per_token(GgufFile(tmp_path / "model.gguf")) == matrices + VECTOR_BYTES + expected
+
+
+@pytest.fixture(scope="module")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of four experts, of which a token uses two, with a shared expert."""
+    folder = tmp_path_factory.mktemp("mixture")
+    convert(write_tiny_mixture(folder / "model", "qwen2"), folder / "model.gguf", depth=2)
+    return folder / "model.gguf"
+
+
+def test_a_token_reads_the_experts_that_it_uses(tiny_mixture: Path) -> None:
+    file = GgufFile(tiny_mixture)
+    embeddings = file.tensors["token_embd.weight"].n_bytes
+    used = sum(info.n_bytes // (2 if "_exps." in name else 1) for name, info in file.tensors.items())
+    assert bytes_read_per_token(file) == used - embeddings + embeddings // 448
+
+
+def test_bench_of_a_mixture(tiny_mixture: Path) -> None:
+    report = bench(tiny_mixture, prompt_tokens=20, generated_tokens=2, threads=2, repetitions=1)
+    assert {"gate, up", "experts' gate, up", "experts' down"} <= {time.kernel for time in report.decode_kernels}
+    assert "expert_gemm" in {time.kernel for time in report.prefill_kernels}
 
 
 def test_bench(tiny_file: Path) -> None:

@@ -106,7 +106,7 @@ def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
         for parameter_name, parameter in model.named_parameters():
             _draw(parameter_name, parameter, ARCHITECTURES[type(model).__name__])
         model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_byte_tokenizer(folder)
     return folder
 
 
@@ -123,7 +123,7 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
             parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path) -> None:
     """Write a tokenizer of the 256 bytes, one merge (llama.cpp wants some) and an end token."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("t", "h")]))

@@ -14,10 +14,12 @@ import numpy as np
 
 from cpu_kernels.simd import variants
 from cpu_kernels.threads.bandwidth import read_bandwidth
+from tritgguf.architectures.experts import USED_KEY
 from tritgguf.diagnostics.grammar_times import grammar_seconds
 from tritgguf.diagnostics.kernel_times import KernelTime, decode_launch_seconds, decode_seconds, prefill_times, shares
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
+from tritgguf.formats.gguf_header import TensorInfo
 from tritgguf.formats.trit_types import TritType, is_trit_type
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits
 from tritgguf.runtime.model import Model
@@ -283,18 +285,27 @@ def trit_weights_per_token(file: GgufFile) -> int:
     """Return the weights of the trit tensors that a token multiplies: embeddings only where they are the head."""
     is_looked_up = {"token_embd.weight"} if "output.weight" in file.tensors else set()
     infos = [info for name, info in file.tensors.items() if name not in is_looked_up]
-    return sum(info.n_weights for info in infos if is_trit_type(info.type_id))
+    return sum(_read_by_a_token(file, info, info.n_weights) for info in infos if is_trit_type(info.type_id))
 
 
 def bytes_read_per_token(file: GgufFile) -> int:
-    """Return the bytes of the file that decode reads for one token: every tensor, but of the embeddings only a row.
+    """Return the bytes of the file that decode reads for one token.
 
-    Tied embeddings are read whole, as the head. The key-value cache is not counted.
+    That is every tensor, but of the embeddings only a row, and of a stack of experts only those that a token uses. Tied
+    embeddings are read whole, as the head. The key-value cache is not counted.
     """
     embeddings = file.tensors["token_embd.weight"]
-    total = sum(info.n_bytes for info in file.tensors.values())
+    total = sum(_read_by_a_token(file, info, info.n_bytes) for info in file.tensors.values())
     row = embeddings.n_bytes // embeddings.shape[0]
     return total + row - (embeddings.n_bytes if "output.weight" in file.tensors else 0)
+
+
+def _read_by_a_token(file: GgufFile, info: TensorInfo, amount: int) -> int:
+    """Return an amount of a tensor, or of a stack the share of the experts that a token uses."""
+    if info.n_matrices == 1:
+        return amount
+    used = file.metadata[f"{file.metadata['general.architecture']}.{USED_KEY}"]
+    return amount * used // info.n_matrices
 
 
 def processor_name() -> str:

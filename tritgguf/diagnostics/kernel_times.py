@@ -161,8 +161,7 @@ def decode_seconds(
         "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
         "attention": _attention(isa, config, layers, thread_pool, positions - 1, pool.key_values(tables)),
         "attention output": _product(isa, *[layer.output for layer in layers]),
-        "gate, up": _product(isa, *[layer.gate_up for layer in layers]),
-        "down": _product(isa, *[layer.down for layer in layers]),
+        **_feed_forward(isa, config, layers),
         "head": _product(isa, weights.head),
         "launch": (repeat_barrier, np.zeros(1, np.int64), 0),
     }
@@ -175,6 +174,24 @@ def decode_seconds(
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: max(0.0, seconds - medians["launch"]) for name, seconds in medians.items() if name != "launch"}
+
+
+def _feed_forward(
+    isa: tuple[int, ...], config: ModelConfig, layers: Sequence[LayerWeights]
+) -> dict[str, tuple[Any, ...]]:
+    """Return kernels and arguments of a dense feed-forward, and of as many experts as a token uses."""
+    parts: dict[str, tuple[Any, ...]] = {}
+    if config.feed_forward:
+        parts["gate, up"] = _product(isa, *[layer.gate_up for layer in layers])
+        parts["down"] = _product(isa, *[layer.down for layer in layers])
+    if config.routing.chosen:
+        used = range(config.routing.chosen)
+        experts = [layer.experts for layer in layers if layer.experts is not None]
+        gate_up = [stack.matrix(number) for layer in experts for stack in layer.stacks[:2] for number in used]
+        parts["experts' gate, up"] = _product(isa, Projection(gate_up))
+        down = [layer.down.matrix(number) for layer in experts for number in used]
+        parts["experts' down"] = _product(isa, Projection(down))
+    return parts
 
 
 def _product(isa: tuple[int, ...], *projections: Projection) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ class ReferenceModel:
         from tritgguf.sources.hf_folder import HfFolderSource
 
         require_torch()
-        if isinstance(source, HfFolderSource):
+        if isinstance(source, HfFolderSource) and not source.is_multimodal:
             return cls(_load_folder(source.folder), threads=threads)
         metadata = {key: value.value for key, value in source.metadata.items()}
         shapes = {tensor.name: tensor.shape for tensor in source.tensors}
@@ -206,7 +206,8 @@ def meta_module(source: Source) -> Any:
 
     from tritgguf.sources.hf_folder import HfFolderSource
 
-    if isinstance(source, HfFolderSource):
+    is_text_folder = isinstance(source, HfFolderSource) and not source.is_multimodal
+    if isinstance(source, HfFolderSource) and is_text_folder:
         with silent_transformers():
             try:
                 config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
@@ -219,7 +220,7 @@ def meta_module(source: Source) -> Any:
         config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
     module = _on_meta(config)
     _restore_buffers(module, config)
-    if not isinstance(source, HfFolderSource) and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
+    if not is_text_folder and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
         apply_rope_factors(module, source.read(ROPE_FREQS))  # a folder has the factors in its config
     return module.eval()
 

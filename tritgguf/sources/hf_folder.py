@@ -14,6 +14,7 @@ import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
 from tritgguf.architectures.experts import SHARED_ROUTER
+from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import check_inside, is_unicode, read_json
@@ -45,7 +46,12 @@ class HfFolderSource:
         self.warnings: list[str] = []
         where = folder / "config.json"
         _check_is_model(folder)
-        self.config = read_json(where)
+        stored_config = read_json(where)
+        text = text_entries(stored_config, str(where))
+        self.is_multimodal = text is not None
+        self.config = stored_config if text is None else text
+        if self.is_multimodal:
+            self.warnings.append(f"{self.name}: {IMAGES_LEFT_OUT}")
         self.architecture = dimensions.find_architecture(self.config, str(where))
         if self.config.get("quantization_config"):
             method = _get(self.config["quantization_config"], "quant_method", "an unknown method")
@@ -122,9 +128,10 @@ class HfFolderSource:
         # A checkpoint of the model without its head lacks the prefix; transformers loads it all the same.
         prefix = "" if any(name.startswith(_PREFIX) for name in stored_tensors) else _PREFIX
         for hf_name, stored in stored_tensors.items():
-            if hf_name.endswith(_BUFFERS):
+            text_name = text_tensor_name(hf_name) if self.is_multimodal else hf_name
+            if text_name is None or hf_name.endswith(_BUFFERS):
                 continue
-            full_name = hf_name if hf_name.startswith("lm_head.") else prefix + hf_name
+            full_name = text_name if text_name.startswith(("lm_head.", _PREFIX)) else prefix + text_name
             places = tensor_names.places_of(self.architecture.gguf_name, full_name)
             if not places and hf_name.endswith(_QUANTIZED):
                 raise DamagedFileError(

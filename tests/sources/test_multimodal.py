@@ -1,0 +1,125 @@
+"""The text model inside a multimodal checkpoint, against transformers' whole model on a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sequences import open_sequence
+
+pytest.importorskip("torch")
+
+from tools.models.families import write_byte_tokenizer
+from tritgguf.architectures.multimodal import text_tensor_name
+from tritgguf.conversion.convert import convert
+from tritgguf.errors import TritGgufError
+from tritgguf.evaluation.verify import verify
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.reference.process_settings import silent_transformers
+
+_TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128}
+_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+_KINDS: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": {**_TEXT, "sliding_window": 48}, "vision_config": {**_VISION, "image_size": 28}},
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
+        "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16},
+    },
+    "qwen2_5_vl": {"text_config": {**_TEXT, "rope_parameters": _ROPE}, "vision_config": _QWEN_VISION},
+    "qwen3_vl": {
+        "text_config": {**_TEXT, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
+        "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
+    },
+}
+TOKENS = np.random.default_rng(0).integers(0, 256, 100).tolist()
+
+
+def write_random(folder: Path, kind: str) -> Any:
+    """Write a random multimodal model and return it in float32."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    with silent_transformers():
+        config = transformers.AutoConfig.for_model(kind, **_KINDS[kind], tie_word_embeddings=False)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "embed_tokens" in name:
+                    parameter.normal_()
+                elif parameter.dim() > 1:
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+                elif "norm" not in name:
+                    parameter.normal_(0.0, 0.2)
+        model.save_pretrained(folder)
+        write_byte_tokenizer(folder)
+        return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_text_weights(model: Any, file: GgufFile) -> None:
+    """Replace the weights of the whole model's text part by those of a trit file."""
+    from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
+    from tritgguf.reference.model import head_counts
+
+    arch, heads = file.metadata["general.architecture"], head_counts(file.metadata)
+    parameters = {text_tensor_name(name): parameter for name, parameter in model.named_parameters()}
+    for name in file.tensors:
+        weights = to_hf(arch, name, file.read_float32(name), *heads)
+        np.copyto(parameters[hf_tensor_name(arch, name)].detach().numpy(), weights)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_text_has_the_logits_of_the_whole_model(tmp_path: Path, kind: str) -> None:
+    import torch
+
+    model = write_random(tmp_path / "model", kind)
+    report = convert(tmp_path / "model", tmp_path / "d3.gguf", depth=3, encoder="v2")
+    assert any("images are left out" in warning for warning in report.warnings)
+    file = GgufFile(tmp_path / "d3.gguf")
+    load_text_weights(model, file)
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    sequence = open_sequence(file, context=len(TOKENS), exact=True, cache_type="f32")
+    found = sequence.forward(TOKENS, all_logits=True)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert verify(tmp_path / "model", file.path, tokens=100).max_rel_logit_diff < 1e-5
+
+
+def test_llama_4_is_refused_with_a_reason(tmp_path: Path) -> None:
+    config = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(TritGgufError, match="Llama4ForConditionalGeneration is not supported: its text model has"):
+        convert(tmp_path, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("visual.blocks.0.attn.qkv.weight", None),
+        ("model.vision_tower.vision_model.post_layernorm.bias", None),
+        ("multi_modal_projector.linear_1.weight", None),
+    ],
+)
+def test_names_of_both_layouts(stored: str, expected: str | None) -> None:
+    assert text_tensor_name(stored) == expected
