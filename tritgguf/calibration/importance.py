@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tritgguf.calibration.output_head import head_name, head_squares
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.machine import peak_memory_bytes
@@ -90,7 +91,8 @@ def summed_squares(
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Return the summed squared inputs and the number of inputs of each matrix that can be packed.
 
-    Both are by name (see `stacks`); sums are float64 [columns]. An expert's inputs are the tokens routed to it.
+    Both are by name (see `stacks`); sums are float64 [columns]. An expert's inputs are the tokens routed to it. The
+    output head is one of the matrices. If it is the embeddings, their name stands for it.
     """
     blocks = DecoderBlocks(source, threads=threads)
     hidden = blocks.embed(windows)
@@ -107,4 +109,6 @@ def summed_squares(
             hidden = block.forward(hidden, {name: partial(add, name) for name in block.packed})
         if progress is not None:
             progress(index + 1, blocks.count)
+    head = head_name(source)
+    sums[head], counts[head] = head_squares(source, hidden), sum(map(len, windows))
     return sums, counts

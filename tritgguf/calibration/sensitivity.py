@@ -52,7 +52,7 @@ def measure_sensitivities(
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
         with blocks.block(index) as block:
-            expected, importance = _output_and_importance(block, hidden)
+            expected, importance = output_and_importance(block, hidden)
             for name, matrices in by_tensor(block.packed).items():
                 if name in names:
                     weights = {matrix: block.get(matrix) for matrix in matrices}
@@ -71,7 +71,7 @@ def measure_sensitivities(
     return sensitivities
 
 
-def _output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+def output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Return a block's output, and name -> importance of a matrix's columns, float32 [columns]."""
     sums: dict[str, Tensor] = {}
 
