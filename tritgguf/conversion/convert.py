@@ -92,9 +92,7 @@ def convert(
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
         squares, warnings = _encode(plan, writer, thread_pool, counter.written)
-    report = conversion_report(plan, output, squares, time.perf_counter() - started)
-    report.warnings += warnings
-    return report
+    return conversion_report(plan, output, squares, time.perf_counter() - started, warnings)
 
 
 def _writer(

@@ -21,7 +21,7 @@ from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.expert_layer import ExpertLayer, find_experts
-from tritgguf.reference.model import head_counts, meta_module, require_torch
+from tritgguf.reference.model import head_counts, identity_layer, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DecoderBlocks:
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
-            self._module.model.layers[index] = _identity_layer(layer)
+            self._module.model.layers[index] = identity_layer(layer)
         self._module.model.norm = torch.nn.Identity()
 
     @property
@@ -346,19 +346,6 @@ class Block:
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
         return module_parameter(self._blocks.architecture, name)[0].removesuffix(".weight").split(".", 3)[3]
-
-
-def _identity_layer(layer: Any) -> Any:
-    """Return a module that replaces a decoder layer and returns its input."""
-    import torch
-
-    class IdentityLayer(torch.nn.Module):
-        def forward(self, hidden_states: Any, *arguments: Any, **settings: Any) -> Any:
-            return hidden_states
-
-    module = IdentityLayer()
-    module.attention_type = getattr(layer, "attention_type", None)
-    return module
 
 
 @contextmanager

@@ -217,6 +217,19 @@ def meta_module(source: Source) -> Any:
     return module.eval()
 
 
+def identity_layer(layer: Any) -> Any:
+    """Return a module that replaces a decoder layer and returns its input."""
+    import torch
+
+    class IdentityLayer(torch.nn.Module):
+        def forward(self, hidden_states: Any, *arguments: Any, **settings: Any) -> Any:
+            return hidden_states
+
+    module = IdentityLayer()
+    module.attention_type = getattr(layer, "attention_type", None)
+    return module
+
+
 def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
     """Return transformers' config of a GGUF model."""
     import transformers
