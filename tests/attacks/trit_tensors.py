@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from attack import Attack
-from gguf_bytes import FLOAT32, STRING, array, floats, string, trit_bytes
+from gguf_bytes import FLOAT32, STRING, array, floats, stack_bytes, string, trit_bytes
 
 _AGAIN = "convert the model again"
 
@@ -17,6 +17,13 @@ def _codebook(name: str, codebook: bytes) -> Attack:
         return ["check", str(trit_bytes(2, codebook).write(folder / "evil.gguf"))]
 
     return Attack(name, build, ("evil.gguf", "tensor w", "codebook", _AGAIN))
+
+
+def _stack(name: str, codebook: bytes, shape: tuple[int, ...], *message_parts: str) -> Attack:
+    def build(folder: Path) -> list[str]:
+        return ["check", str(stack_bytes(codebook, shape).write(folder / "evil.gguf"))]
+
+    return Attack(name, build, ("evil.gguf", "tensor w", *message_parts))
 
 
 def _version(version: int) -> Attack:
@@ -44,6 +51,11 @@ ATTACKS = [
     _codebook("a negative scale", floats([-1.0] * 27)),
     _codebook("a codebook of strings", array(STRING, [string("1")] * 27)),
     _codebook("an empty codebook", array(FLOAT32, [])),
+    _stack("codebooks of two matrices for a stack of three", floats([1.0] * 54), (3, 5, 128), "3 matrices", _AGAIN),
+    _stack("codebooks of four matrices for a stack of three", floats([1.0] * 108), (3, 5, 128), "3 matrices", _AGAIN),
+    _stack("more experts than the file has bytes", floats([1.0] * 27), (1 << 40, 5, 128), "reaches beyond"),
+    _stack("a product of experts and rows beyond 2**64", floats([1.0] * 27), (1 << 40, 1 << 40, 128), "reaches beyond"),
+    _stack("a stack without experts", floats([1.0] * 27), (0, 5, 128), "does not allow"),
     _version(0),
     _version(2),
     Attack("an invalid word", _word, ("evil.gguf", "tensor w", "again")),

@@ -38,7 +38,7 @@ def test_cost_is_the_relative_error_of_the_block(tmp_path: Path, name: str) -> N
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     found = measure_sensitivities(source, [name], [3, 2], WINDOWS, ThreadPool(2))
     assert set(found) == {name}
-    importance = summed_squares(source, WINDOWS)[name] / (4 * 32)
+    importance = summed_squares(source, WINDOWS)[0][name] / (4 * 32)
     blocks = DecoderBlocks(source)
     hidden = blocks.embed(WINDOWS)
     for index in range(int(name.split(".")[1])):

@@ -152,13 +152,6 @@ def test_an_importance_matrix_is_read_for_every_expert(model: Path, tmp_path: Pa
     assert warnings == []
 
 
-def test_calibration_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
-    windows = np.random.default_rng(0).integers(3, 400, (4, 64)).tolist()
-    with pytest.raises(TritGgufError, match=r"blocks of a mixture of experts yet; .*--encoder best"):
-        convert(model, tmp_path / "out.gguf", encoder="calibrated", windows=windows)
-    assert list(tmp_path.iterdir()) == []
-
-
 def interrupt_after(name: str) -> Callable[[ConvertProgress], None]:
     def listen(step: ConvertProgress) -> None:
         if step.tensor == name:

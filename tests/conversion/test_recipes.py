@@ -144,7 +144,7 @@ def test_a_calibrated_head_is_encoded_for_its_inputs(tmp_path: Path, variant: st
 
     folder, head = write_tiny_model(tmp_path / "model", variant), HEAD if variant == "llama" else EMBEDDINGS
     source = open_source(folder)
-    importance = summed_squares(source, WINDOWS)[head]
+    importance = summed_squares(source, WINDOWS)[0][head]
     for encoder, windows in (("v2", None), ("calibrated", WINDOWS)):
         convert(folder, tmp_path / f"{encoder}.gguf", depth=2, encoder=encoder, windows=windows, output_depth=2)
     files = [GgufFile(tmp_path / f"{encoder}.gguf") for encoder in ("v2", "calibrated")]

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
-from gguf_bytes import ARRAY, STRING, UINT32, GgufBytes, floats, key, string, tensor
+from gguf_bytes import floats, stack_bytes
 from reference_decoding import decode
 
-from cpu_kernels.packed_rows.pack import pack
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.integrity import check
 from tritgguf.formats.stacks import matrix_names, matrix_shape, split_matrix_name
-from tritgguf.formats.trit_types import codebook_key
+from tritgguf.formats.trit_types import register_with_gguf
 
 MATRICES, ROWS, COLUMNS, DEPTH = 3, 5, 128, 2
 BOOKS = np.sort(np.random.default_rng(0).random((MATRICES, 27), np.float32))
-
-
-def stack_bytes(codebook: bytes, shape: tuple[int, ...] = (MATRICES, ROWS, COLUMNS)) -> GgufBytes:
-    """Return a file with a stack `w` of random levels."""
-    generator = np.random.default_rng(1)
-    levels = generator.integers(0, 9, (MATRICES * ROWS, COLUMNS), dtype=np.uint8)
-    indices = generator.integers(0, 27, (MATRICES * ROWS, COLUMNS // 16), dtype=np.uint8)
-    keys = [
-        key("general.architecture", STRING, string("llama")),
-        key("trit.version", UINT32, (1).to_bytes(4, "little")),
-        key(codebook_key("w"), ARRAY, codebook),
-    ]
-    return GgufBytes(keys, [tensor("w", shape, 10000 + DEPTH, 0)], pack(levels, indices, DEPTH).tobytes())
 
 
 def of_length(entries: int) -> bytes:
@@ -73,6 +60,12 @@ def test_every_matrix_has_its_codebook(tmp_path: Path, own: bool) -> None:
     file.release("w", 1)
     file.release("w")
     np.testing.assert_array_equal(file.read_rows("w", 0, 15), expected)
+
+
+def test_gguf_pys_reader_knows_stacks(tmp_path: Path) -> None:
+    register_with_gguf()
+    (found,) = gguf.GGUFReader(stack_bytes(of_length(81)).write(tmp_path / "a.gguf")).tensors
+    assert (found.tensor_type.name, found.data.shape) == ("TRIT2", (MATRICES, ROWS, 56))
 
 
 @pytest.mark.parametrize("entries", [0, 26, 28, 54, 80, 82, 108])

@@ -76,3 +76,14 @@ def trit_bytes(depth: int = 2, codebook: bytes | None = None) -> GgufBytes:
     keys.append(key(codebook_key("w"), ARRAY, floats(CODEBOOK.tolist()) if codebook is None else codebook))
     tensors = [tensor("w", (3, 128), 10000 + depth, 0), tensor("v", (4,), 0, len(data) + -len(data) % 32)]
     return GgufBytes(keys, tensors, data + second)
+
+
+def stack_bytes(codebook: bytes, shape: tuple[int, ...] = (3, 5, 128)) -> GgufBytes:
+    """Return a file with a stack `w` of three trit matrices [5, 128], whose header may claim another shape."""
+    levels, indices = random_levels(2, 15, 128)
+    keys = [
+        key("general.architecture", STRING, string("llama")),
+        key("trit.version", UINT32, struct.pack("<I", 1)),
+        key(codebook_key("w"), ARRAY, codebook),
+    ]
+    return GgufBytes(keys, [tensor("w", shape, 10002, 0)], pack(levels, indices, 2).tobytes())

@@ -23,13 +23,17 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": EXPERTS}),
     "granite": ("GraniteMoeSharedForCausalLM", {"num_local_experts": EXPERTS, "shared_intermediate_size": 64}),
 }
+MODEL_TYPES = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "mixtral": "mixtral", "granite": "granitemoeshared"}
 KINDS = tuple(_CLASSES)
 
 
 def mixture_config(kind: str, **entries: Any) -> dict[str, Any]:
     """Return a config.json: 2 layers of 4 experts, of which a token uses 2."""
     hf_class, of_kind = _CLASSES[kind]
-    return tiny_config(hf_class, **{"num_experts_per_tok": 2, "tokenizer": "qwen2", **of_kind, **entries})
+    return tiny_config(
+        hf_class,
+        **{"model_type": MODEL_TYPES[kind], "num_experts_per_tok": 2, "tokenizer": "qwen2", **of_kind, **entries},
+    )
 
 
 def random_experts(config: Mapping[str, Any], layer: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -151,9 +151,8 @@ class Measurement:
 
     @functools.cached_property
     def _importance(self) -> dict[str, np.ndarray]:
-        tokens = sum(map(len, self.calibration))
-        sums = summed_squares(self._source, self.calibration, threads=self._thread_pool.threads)
-        return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
+        sums, counts = summed_squares(self._source, self.calibration, threads=self._thread_pool.threads)
+        return {name: (total / counts[name]).astype(np.float32) for name, total in sums.items() if counts[name]}
 
     @functools.cached_property
     def _own_text(self) -> list[list[int]]:

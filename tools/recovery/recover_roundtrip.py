@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.dimensions import find_architecture
-from tritgguf.architectures.tensor_names import gguf_tensor_name, quantized_tensor
-from tritgguf.formats.checked import read_json
+from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.safetensors_reader import open_shards
+from tritgguf.formats.stacks import matrix_names
 from tritgguf.formats.trit_types import TritType, is_trit_type, row_bytes
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.recover import NoFit, recover_matrix
+from tritgguf.sources.open import open_source
 
 _reference = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "reference_decoder.py"))["decode"]
 _WEIGHTS_AT_ONCE = 1 << 20
@@ -69,17 +68,20 @@ def differing_numbers(matrix: QuantizedMatrix, weights: np.ndarray) -> int:
 def published_matrices(location: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield a trit file's packed matrices as a producer publishes them, or those of a Hugging Face folder."""
     if location.is_dir():
-        arch = find_architecture(read_json(location / "config.json"), str(location)).gguf_name
-        for name, stored in open_shards(location).items():
-            if quantized_tensor(gguf_tensor_name(arch, name) or ""):
-                yield name, stored.read_stored()
+        source = open_source(location)
+        for tensor in source.tensors:
+            if quantized_tensor(tensor.name):
+                yield from ((matrix, source.rows(matrix).whole()) for matrix in tensor.matrices)
         return
     file = GgufFile(location)
     for name, info in file.tensors.items():
         if is_trit_type(info.type_id):
             depth, columns = TritType(info.type_id).depth, info.shape[-1]
-            rows = file.raw(name).reshape(-1, row_bytes(depth, columns))
-            yield name, reference_halves(rows, columns, depth, file.codebook(name), np.dtype(np.float16))
+            matrices = file.raw(name).reshape(info.n_matrices, -1, row_bytes(depth, columns))
+            for matrix, rows, codebook in zip(
+                matrix_names(name, info.shape), matrices, file.codebooks(name), strict=True
+            ):
+                yield matrix, reference_halves(rows, columns, depth, codebook, np.dtype(np.float16))
             file.release(name)
 
 

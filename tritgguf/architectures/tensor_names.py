@@ -54,8 +54,8 @@ class HfTensor:
 
 
 def quantized_tensor(name: str) -> bool:
-    """Tell whether a GGUF tensor is one of a layer's matrices, which are packed into trits."""
-    return _QUANTIZED.fullmatch(name) is not None
+    """Tell whether a GGUF tensor, or a matrix of a stack, is one of a layer's that are packed into trits."""
+    return _QUANTIZED.fullmatch(split_matrix_name(name)[0]) is not None
 
 
 def kept_in_float32(name: str) -> bool:
@@ -99,6 +99,14 @@ def hf_tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Hf
             in_order = tuple(matrix for of_expert in matrices for matrix in of_expert)
             tensors[hf_name] = HfTensor((*shape[:-2], rows, shape[-1]), in_order)
     return tensors
+
+
+def rows_of_half(weights: np.ndarray, half: int | None) -> np.ndarray:
+    """Return one half of the rows of every matrix [..., rows, columns], as a view; all of them if `half` is None."""
+    if half is None:
+        return weights
+    rows = weights.shape[-2] // 2
+    return weights[..., half * rows : (half + 1) * rows, :]
 
 
 def module_parameter(arch: str, gguf_name: str) -> tuple[str, int | None]:

@@ -9,13 +9,17 @@ inputs in both copies, so it does not grow with the number of blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments
+from tritgguf.calibration.expert_quantizer import FEWEST_TOKENS, ExpertQuantizer, RoutedInputs
 from tritgguf.calibration.tuning import Tuning, tune_block
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer
 from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks
@@ -32,7 +36,7 @@ class BlockQuantizer:
 
     Args:
         source: the model.
-        depths: GGUF name -> trits per weight of the matrices to quantize; others stay as they are.
+        depths: name (see `stacks`) -> trits per weight of the matrices to quantize; others stay as they are.
         windows: token ids of the calibration text, in windows of equal length.
         thread_pool: the threads to use; torch uses the same number.
         written: returns the decoded weights, float32 in GGUF's row order, of a matrix that an interrupted run has
@@ -58,10 +62,26 @@ class BlockQuantizer:
         self._blocks = DecoderBlocks(source, threads=thread_pool.threads)
         self._depths, self._thread_pool, self._written, self._feedback = depths, thread_pool, written, feedback
         self._tuning = tuning
+        if tuning is not None and any(split_matrix_name(name)[1] is not None for name in depths):
+            raise TritGgufError(
+                f"{source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
+            )
+        self._experts = ExpertQuantizer(depths, thread_pool, feedback)
         self._original = self._blocks.embed(windows)
         self._hidden = self._original.clone()
         self._next = 0
         self._quantized: dict[str, QuantizedMatrix] = {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the matrices quantized so far, one line each."""
+        few, experts = self._experts.without_text, self._experts.experts
+        if not few:
+            return []
+        return [
+            f"the text sends fewer than {FEWEST_TOKENS} tokens to {few} of {experts} experts, which are quantized"
+            " without it; a longer text would reach more"
+        ]
 
     def quantize(self, name: str) -> QuantizedMatrix:
         """Return a quantized matrix and drop it. Callers must ask for matrices in the order of their blocks.
@@ -84,7 +104,7 @@ class BlockQuantizer:
             raise ValueError("is in no decoder block")
         self._quantized.clear()
         with bfloat16_matmul(), self._blocks.block(self._next) as block:
-            names = [name for name in block.matrices if name in self._depths]
+            names = [name for name in block.packed if name in self._depths]
             written = {name: weights for name in names if (weights := self._written(name)) is not None}
             if len(written) == len(names):
                 self._original = block.forward(self._original)
@@ -100,14 +120,19 @@ class BlockQuantizer:
         originals = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
         groups = [group for group in groups if group]
-        original_inputs = self._forward_original(block, [group[0] for group in groups])
+        routed = RoutedInputs()
+        with nullcontext() if block.experts is None else block.experts.observing(routed.add):
+            original_inputs = self._forward_original(block, [group[0] for group in groups])
         projections = block.output_projections(self._original)
         cached: dict[OutputProjection, Tensor] = {}
         for group in groups:
             inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), cached)
-            if group[0] in projections:
+            if group[0] in projections and inputs is not None:
                 projection = projections[group[0]]
                 cached[projection] = block.products(projection, inputs)
+        if block.experts is not None:
+            of_experts = block.expert_inputs(self._hidden, cached=cached)
+            self._quantized |= self._experts.quantize(block, routed, of_experts)
         if self._tuning is not None:
             cached.clear()
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
@@ -115,15 +140,19 @@ class BlockQuantizer:
 
     def _quantize_group(
         self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedProducts
-    ) -> Tensor:
-        """Quantize matrices that share an input and return this input; `original_inputs` is emptied to free memory."""
+    ) -> Tensor | None:
+        """Quantize matrices that share an input; `original_inputs` is emptied to free memory.
+
+        Returns the input, float32 [windows, tokens, columns]; None if transformers has joined windows and tokens.
+        """
         only_matrix = block.get(names[0]) if len(names) == 1 else None
         moments = InputMoments(original_inputs[0].shape[-1], only_matrix)
         buffer = RowBuffer(len(self._hidden))
 
         def observe(inputs: Tensor) -> None:
             moments.add(inputs, original_inputs.pop(0).float())
-            buffer.add(inputs)
+            if inputs.dim() == self._hidden.dim():
+                buffer.add(inputs)
 
         block.observe_inputs(self._hidden, {names[0]: observe}, last=names[0], cached=cached)
         feedback = self._feedback(moments)
@@ -131,7 +160,7 @@ class BlockQuantizer:
             quantized = feedback.quantize(block.get(name), self._depths[name], self._thread_pool)
             block.set(name, quantized.decoded())
             self._quantized[name] = quantized
-        return buffer.rows
+        return buffer.rows if buffer.is_used else None
 
     def _forward_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Run the original block on the original hidden states and return the inputs of some matrices.

@@ -23,6 +23,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.output_divergence import output_divergences
 from tritgguf.calibration.sensitivity import output_and_importance, relative_error
+from tritgguf.errors import TritGgufError
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
@@ -60,6 +61,10 @@ def measure_divergence_costs(
         ValueError: a weight is NaN or infinite.
 
     """
+    if any(tensor.name in names and len(tensor.shape) > 2 for tensor in source.tensors):
+        raise TritGgufError(
+            f"{source.name}: depths of experts cannot be chosen by what they cost yet; give --depth and --keep"
+        )
     blocks = DecoderBlocks(source, threads=thread_pool.threads)
     hidden = blocks.embed(windows)
     predicted = [window[:_PREDICTED_TOKENS] for window in windows[:_PREDICTED_WINDOWS]]

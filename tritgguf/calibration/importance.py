@@ -67,12 +67,12 @@ def measure_importance(
     output = Path(output)
     check_output(output, overwrite, [source])
     opened = open_source(str(source))
-    sums = summed_squares(opened, windows, threads=threads, progress=progress)
+    sums, counts = summed_squares(opened, windows, threads=threads, progress=progress)
     tokens = sum(map(len, windows))
     write_importance(
         output,
         sums,
-        dict.fromkeys(sums, tokens),
+        counts,
         datasets=[text],
         chunk_size=len(windows[0]),
         chunks=len(windows),
@@ -88,23 +88,27 @@ def summed_squares(
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """Return GGUF name -> float64 [columns], the summed squared inputs of each matrix that can be packed.
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Return the summed squared inputs and the number of inputs of each matrix that can be packed.
 
-    The output head is one of them. If it is the embeddings, their name stands for it.
+    Both are by name (see `stacks`); sums are float64 [columns]. An expert's inputs are the tokens routed to it. The
+    output head is one of the matrices. If it is the embeddings, their name stands for it.
     """
     blocks = DecoderBlocks(source, threads=threads)
     hidden = blocks.embed(windows)
     sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
 
     def add(name: str, inputs: Tensor) -> None:
-        squares = inputs.square().sum((0, 1)).double().numpy()
-        sums[name] = sums.get(name, 0.0) + squares
+        rows = inputs.flatten(0, -2)
+        sums[name] = sums.get(name, 0.0) + rows.square().sum(0).double().numpy()
+        counts[name] = counts.get(name, 0) + len(rows)
 
     for index in range(blocks.count):
         with bfloat16_matmul(), blocks.block(index) as block:
-            hidden = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
+            hidden = block.forward(hidden, {name: partial(add, name) for name in block.packed})
         if progress is not None:
             progress(index + 1, blocks.count)
-    sums[head_name(source)] = head_squares(source, hidden)
-    return sums
+    head = head_name(source)
+    sums[head], counts[head] = head_squares(source, hidden), sum(map(len, windows))
+    return sums, counts

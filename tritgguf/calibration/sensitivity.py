@@ -14,6 +14,7 @@ import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.stacks import by_tensor
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
 
@@ -52,31 +53,34 @@ def measure_sensitivities(
     for index in range(blocks.count):
         with blocks.block(index) as block:
             expected, importance = output_and_importance(block, hidden)
-            for name in block.matrices:
+            for name, matrices in by_tensor(block.packed).items():
                 if name in names:
-                    weights = block.get(name)
+                    weights = {matrix: block.get(matrix) for matrix in matrices}
                     sensitivities[name] = {}
                     for depth in depths:
-                        (quantized,) = quantize_searched(
-                            MatrixRows.of(weights), depth, thread_pool, importance=importance[name]
-                        ).parts
-                        block.set(name, quantized.decoded())
+                        for matrix in matrices:
+                            (quantized,) = quantize_searched(
+                                MatrixRows.of(weights[matrix]), depth, thread_pool, importance=importance.get(matrix)
+                            ).parts
+                            block.set(matrix, quantized.decoded())
                         sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
-                    block.set(name, weights)
+                    for matrix in matrices:
+                        block.set(matrix, weights[matrix])
             hidden = expected
         progress(index + 1, blocks.count)
     return sensitivities
 
 
 def output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Return a block's output, and GGUF name -> importance of the matrix's columns, float32 [columns]."""
+    """Return a block's output, and name -> importance of a matrix's columns, float32 [columns]."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, inputs: Tensor) -> None:
-        squares = inputs.square().sum((0, 1))
+        squares = inputs.flatten(0, -2).square().sum(0)
         sums[name] = sums[name] + squares if name in sums else squares
 
-    output = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
+    output = block.forward(hidden, {name: partial(add, name) for name in block.packed})
+    # An expert sees few of the tokens, but only ratios of its columns count.
     return output, {name: (total / hidden[..., 0].numel()).numpy() for name, total in sums.items()}
 
 

@@ -91,8 +91,8 @@ def convert(
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
-        squares = _encode(plan, writer, thread_pool, counter.written)
-    return conversion_report(plan, output, squares, time.perf_counter() - started)
+        squares, warnings = _encode(plan, writer, thread_pool, counter.written)
+    return conversion_report(plan, output, squares, time.perf_counter() - started, warnings)
 
 
 def _writer(
@@ -105,19 +105,20 @@ def _writer(
 
 def _encode(
     plan: ConversionPlan, writer: StreamingWriter, thread_pool: ThreadPool, written: Callable[[str], None]
-) -> tuple[float, float]:
-    """Encode and write a plan's tensors; return the sums of the squared errors and of the squared weights.
+) -> tuple[tuple[float, float], list[str]]:
+    """Encode and write a plan's tensors; return sums of the squared errors and of the squared weights, and warnings.
 
     `written` is called with the name of each matrix after it is written.
     """
     job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
     squares = np.zeros(2)
     names = [name for tensor in plan.tensors for name in tensor.matrices]
-    matrices = encode_and_write(plan.source, writer, plan.recovery.fits, plan.quantizer.start(job), thread_pool)
+    encoder = plan.quantizer.start(job)
+    matrices = encode_and_write(plan.source, writer, plan.recovery.fits, encoder, thread_pool)
     for name, matrix_squares in zip(names, matrices, strict=True):
         squares += matrix_squares
         written(name)
-    return float(squares[0]), float(squares[1])
+    return (float(squares[0]), float(squares[1])), encoder.warnings
 
 
 class _ProgressCounter:

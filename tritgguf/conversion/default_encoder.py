@@ -18,7 +18,7 @@ from tritgguf.conversion.recovery import holds_trits
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_names
-from tritgguf.reference.decoder_blocks import check_blocks
+from tritgguf.reference.model import require_torch
 from tritgguf.sources.source import Source
 
 DEEPEST_TO_CALIBRATE = 2
@@ -58,7 +58,7 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
     if holds_trits(source, names, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
     try:
-        check_blocks(source)
+        require_torch()
     except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
         return DefaultEncoder(Automatic(V2()), [f"{lost}: {error}"])

@@ -38,6 +38,10 @@ Windows = Sequence[Sequence[int]]
 class MatrixEncoder(Protocol):
     """Quantizes the matrices of one source."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the matrices that were encoded, one line each."""
+
     def needs_weights(self, name: str) -> bool:
         """Return whether `encode` uses its `matrix`; otherwise it reads the weights itself."""
 
@@ -260,6 +264,8 @@ def quantizer_of(
 class _PerMatrixEncoder:
     """Encodes every matrix independently."""
 
+    warnings: ClassVar[list[str]] = []
+
     def __init__(self, quantize: Callable[[str, MatrixRows, int], QuantizedRows]) -> None:
         self._quantize = quantize
 
@@ -281,6 +287,10 @@ class _BlockwiseEncoder:
             job.source, in_blocks, windows, job.thread_pool, written=job.written, tuning=tuning
         )
         self._job = job
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._blocks.warnings
 
     def needs_weights(self, name: str) -> bool:
         return not quantized_tensor(name)

@@ -49,7 +49,7 @@ class ConvertReport:
 
 
 def conversion_report(
-    plan: ConversionPlan, output: Path, squares: tuple[float, float], seconds: float
+    plan: ConversionPlan, output: Path, squares: tuple[float, float], seconds: float, warnings: list[str]
 ) -> ConvertReport:
     """Return the report of a completed conversion.
 
@@ -59,6 +59,7 @@ def conversion_report(
         squares: the sums of the squared errors and of the squared weights, over the matrices packed in this
             conversion.
         seconds: duration of the conversion.
+        warnings: those of the encoder, in addition to the plan's.
 
     """
     counts: Counter[str] = Counter()
@@ -83,7 +84,7 @@ def conversion_report(
         bits_per_weight_file=8 * file_bytes / weights,
         relative_error=math.sqrt(error / power) if power else 0.0,
         kept_unaligned=plan.kept_unaligned,
-        warnings=plan.warnings,
+        warnings=[*plan.warnings, *warnings],
         file_bytes=file_bytes,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),

@@ -56,8 +56,8 @@ def layer_errors(
     for index in range(blocks.count):
         with blocks.block(index) as block:
             expected = block.forward(original)
-            for name in block.matrices:
-                block.set(name, file.read_float32(name))
+            for name in block.packed:
+                block.set(name, file.read_matrix(name))
             own = relative_error(block.forward(original), expected)
             quantized = block.forward(quantized)
             errors.append(LayerError(index, own**0.5, relative_error(quantized, expected) ** 0.5))

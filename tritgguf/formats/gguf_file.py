@@ -24,6 +24,7 @@ from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.file_kinds import HEAD_BYTES, conversion_command, foreign_kind, is_hub_id, is_safetensors
 from tritgguf.formats.gguf_header import ARRAY, F16, F32, MAGIC, HeaderParser, Metadata, TensorInfo
+from tritgguf.formats.stacks import split_matrix_name
 
 if TYPE_CHECKING:
     from gguf import GGUFValue
@@ -196,6 +197,12 @@ class GgufFile:
         """
         info = self.tensors[name]
         return self.read_rows(name, 0, info.rows).reshape(info.shape)
+
+    def read_matrix(self, matrix: str) -> np.ndarray:
+        """Return a matrix, by its name (see `stacks`), dequantized as by `read_float32`: float32 [rows, columns]."""
+        name, index = split_matrix_name(matrix)
+        rows = self.tensors[name].matrix_shape[0]
+        return self.read_rows(name, (index or 0) * rows, ((index or 0) + 1) * rows)
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Return rows `first` to `last` (exclusive), dequantized as by `read_float32`: float32 [rows, row length].

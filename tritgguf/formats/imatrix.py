@@ -20,7 +20,7 @@ from tritgguf.formats.durable_output import check_output, disk_errors, sync_fold
 from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind, is_lfs_pointer
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F32, MAGIC
-from tritgguf.formats.stacks import split_matrix_name
+from tritgguf.formats.stacks import by_tensor
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_ENTRIES = 1 << 20
@@ -52,9 +52,7 @@ def read_importance(
         raise TritGgufError(f"{path}: {error.strerror}; give an importance matrix") from error
     if is_lfs_pointer(head):
         raise DamagedFileError(f"{path}: {foreign_kind(head)}")
-    tensors: dict[str, list[str]] = {}  # GGUF name -> its matrices
-    for name in columns:
-        tensors.setdefault(split_matrix_name(name)[0], []).append(name)
+    tensors = by_tensor(columns)
     found = {}
     for name, importance in _from_gguf(path, tensors) if head.startswith(MAGIC) else _from_dat(path, tensors):
         if name not in columns:
@@ -157,8 +155,8 @@ def write_importance(
 
     Args:
         path: the GGUF file; it appears when it is complete.
-        sums: GGUF name -> sums of the squared inputs, [columns].
-        counts: GGUF name -> number of inputs in the sums.
+        sums: name (see `stacks`) -> sums of the squared inputs, [columns]; all matrices of a stack, in order.
+        counts: name -> number of inputs in the sums.
         datasets: sources of the text.
         chunk_size: tokens in a window.
         chunks: number of windows.
@@ -180,9 +178,9 @@ def write_importance(
             writer.add_array("imatrix.datasets", list(datasets))
             writer.add_uint32("imatrix.chunk_count", chunks)
             writer.add_uint32("imatrix.chunk_size", chunk_size)
-            for name in sums:
-                writer.add_tensor(name + _SUMS, sums[name].astype(np.float32).reshape(1, -1))
-                writer.add_tensor(name + _COUNTS, np.full((1, 1), counts[name], np.float32))
+            for tensor, names in by_tensor(sums).items():
+                writer.add_tensor(tensor + _SUMS, np.array([sums[name] for name in names], np.float32))
+                writer.add_tensor(tensor + _COUNTS, np.array([[counts[name]] for name in names], np.float32))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

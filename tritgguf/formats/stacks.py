@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _IN_STACK = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8})\]")
 
@@ -35,3 +35,11 @@ def split_matrix_name(name: str) -> tuple[str, int | None]:
     """Return the tensor of a matrix and its place in the stack; None for the name of a whole tensor."""
     found = _IN_STACK.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
+
+
+def by_tensor(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of matrices by their tensor, in the given order."""
+    tensors: dict[str, list[str]] = {}
+    for name in names:
+        tensors.setdefault(split_matrix_name(name)[0], []).append(name)
+    return tensors

@@ -36,6 +36,11 @@ class RowBuffer:
         self._filled += len(rows)
 
     @property
+    def is_used(self) -> bool:
+        """Whether rows were added."""
+        return self._buffer is not None
+
+    @property
     def rows(self) -> Tensor:
         """All rows; ValueError if some are missing."""
         if self._buffer is None or self._filled != self._count:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.architectures.experts import COUNT_KEY
-from tritgguf.architectures.tensor_names import from_hf, hf_tensor_name, quantized_tensor, to_hf
-from tritgguf.errors import TritGgufError
+from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, rows_of_half, to_hf
+from tritgguf.formats.dtypes import to_float32
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
-from tritgguf.reference.model import head_counts, meta_module, require_torch
+from tritgguf.reference.expert_layer import ExpertLayer, find_experts
+from tritgguf.reference.model import head_counts, identity_layer, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ class _StopForwardError(Exception):
     """Raised by a hook to skip the rest of a forward pass."""
 
 
-def check_blocks(source: Source) -> None:
-    """Raise TritGgufError if text cannot be sent through the blocks: torch is missing, or the source has experts."""
-    require_torch()
-    count = source.metadata.get(f"{source.metadata['general.architecture'].value}.{COUNT_KEY}")
-    if count is not None and count.value:
-        raise TritGgufError(
-            f"{source.name}: text cannot be sent through the blocks of a mixture of experts yet; convert it with"
-            " --encoder best, or with an importance matrix (--imatrix)"
-        )
-
-
 class DecoderBlocks:
     """The decoder blocks of a source, in float32.
 
@@ -60,7 +50,7 @@ class DecoderBlocks:
     """
 
     def __init__(self, source: Source, *, threads: int | None = None) -> None:
-        check_blocks(source)
+        require_torch()
         import torch
 
         self._source, self._threads = source, threads
@@ -68,7 +58,7 @@ class DecoderBlocks:
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
-            self._module.model.layers[index] = _identity_layer(layer)
+            self._module.model.layers[index] = identity_layer(layer)
         self._module.model.norm = torch.nn.Identity()
 
     @property
@@ -108,10 +98,12 @@ class DecoderBlocks:
         arch = self._metadata["general.architecture"]
         parameters = {f"model.layers.{index}.{name}": value for name, value in layer.named_parameters()}
         prefix = f"blk.{index}."
-        names = [tensor.name for tensor in self._source.tensors if tensor.name.startswith(prefix)]
-        block = Block(self, index, {name: parameters[hf_tensor_name(arch, name)] for name in names})
-        for name in names:
-            block.set(name, self._source.read(name))
+        tensors = [tensor for tensor in self._source.tensors if tensor.name.startswith(prefix)]
+        places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
+        weights = {name: rows_of_half(parameters[of], half) for name, (of, half) in places.items()}
+        block = Block(self, index, weights, find_experts(layer, weights))
+        for name in (matrix for tensor in tensors for matrix in tensor.matrices):
+            block.set(name, to_float32(self._source.rows(name).whole()))
             self._source.release(name)
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
@@ -163,8 +155,6 @@ class DecoderBlocks:
 
     def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""
-        from tritgguf.formats.dtypes import to_float32
-
         found, first = [], 0
         for rows in self._source.rows(_EMBEDDINGS).blocks():
             indices = tokens[(tokens >= first) & (tokens < first + len(rows))] - first
@@ -179,21 +169,40 @@ class Block:
 
     Attributes:
         matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
-            into a parameter changes the block.
+            into a parameter changes the block. The experts' are not among them.
+        experts: the experts; None in a dense model.
 
+    Methods take the names of experts' matrices (see `stacks`) too, except where they speak of inputs.
     """
 
-    def __init__(self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any], experts: ExpertLayer | None
+    ) -> None:
         self._blocks, self.index, self._parameters = blocks, index, parameters
-        self.matrices = {name: value for name, value in parameters.items() if quantized_tensor(name)}
+        packed = {name: value for name, value in parameters.items() if quantized_tensor(name)}
+        self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
+        self.experts = experts
+
+    @property
+    def packed(self) -> list[str]:
+        """Names of all matrices that are packed, the experts' included."""
+        of_experts = [name for names in self.experts.names for name in names] if self.experts else []
+        return [*self.matrices, *of_experts]
+
+    def _weights(self, name: str) -> np.ndarray:
+        """Return a weight in transformers' row order, as a view."""
+        tensor, index = split_matrix_name(name)
+        weights: np.ndarray = self._parameters[tensor].detach().numpy()
+        return weights if index is None else weights[index]
 
     def get(self, name: str) -> np.ndarray:
         """Return a copy of a weight in GGUF's row order, float32."""
-        return self.in_gguf_order(name, self._parameters[name].detach().numpy().copy())
+        return self.in_gguf_order(name, self._weights(name).copy())
 
     def set(self, name: str, weights: np.ndarray) -> None:
-        """Replace a weight, given in GGUF's row order."""
-        np.copyto(self._parameters[name].detach().numpy(), self.in_hf_order(name, weights))
+        """Replace a weight, given in GGUF's row order; a vector may be a single row."""
+        place = self._weights(name)
+        np.copyto(place, self.in_hf_order(name, weights.reshape(place.shape)))
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
@@ -208,7 +217,8 @@ class Block:
     ) -> Tensor:
         """Return the block's output for hidden states, both float32 [windows, tokens, width].
 
-        `observers` and `cached` are as in `observe_inputs`.
+        `observers` and `cached` are as in `observe_inputs`; here, they may also be those of experts' matrices, whose
+        inputs are float32 [tokens, columns].
         """
         import torch
 
@@ -273,6 +283,17 @@ class Block:
         with torch.inference_mode(), self._replaying(cached), self._observing(observers, last):
             self._blocks.run(hidden, self.index, None)
 
+    def expert_inputs(self, hidden: Tensor, *, cached: CachedProducts | None = None) -> Tensor:
+        """Return the experts' inputs, float32 [tokens, width], for hidden states [windows, tokens, width]."""
+        import torch
+
+        assert self.experts is not None
+        buffer = RowBuffer(hidden.shape[0] * hidden.shape[1])
+        observing = self.experts.observing(lambda inputs, _: buffer.add(inputs), _StopForwardError)
+        with torch.inference_mode(), self._replaying(cached), observing:
+            self._blocks.run(hidden, self.index, None)
+        return buffer.rows
+
     def output_projections(self, hidden: Tensor) -> dict[str, OutputProjection]:
         """Return GGUF name -> projection, of the packed matrices whose product is what their parent returns."""
         import torch
@@ -304,20 +325,19 @@ class Block:
 
     @contextmanager
     def _observing(self, observers: Mapping[str, Observer], last: str | None) -> Iterator[None]:
-        hooks = []
-        for name, observer in observers.items():
+        with ExitStack() as stack:
+            of_experts = {name: observers[name] for name in observers if split_matrix_name(name)[1] is not None}
+            if self.experts is not None and of_experts:
+                stack.enter_context(self.experts.observing_matrices(of_experts))
+            for name in (name for name in observers if name not in of_experts):
 
-            def observe(module: Any, arguments: Any, name: str = name, observer: Observer = observer) -> None:
-                observer(arguments[0])
-                if name == last:
-                    raise _StopForwardError
+                def observe(module: Any, arguments: Any, name: str = name) -> None:
+                    observers[name](arguments[0])
+                    if name == last:
+                        raise _StopForwardError
 
-            hooks.append(self.linear(name).register_forward_pre_hook(observe))
-        try:
+                stack.callback(self.linear(name).register_forward_pre_hook(observe).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def linear(self, name: str) -> Any:
         """Return the linear module of a matrix."""
@@ -325,20 +345,7 @@ class Block:
 
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
-        return hf_tensor_name(self._blocks.architecture, name).removesuffix(".weight").split(".", 3)[3]
-
-
-def _identity_layer(layer: Any) -> Any:
-    """Return a module that replaces a decoder layer and returns its input."""
-    import torch
-
-    class IdentityLayer(torch.nn.Module):
-        def forward(self, hidden_states: Any, *arguments: Any, **settings: Any) -> Any:
-            return hidden_states
-
-    module = IdentityLayer()
-    module.attention_type = getattr(layer, "attention_type", None)
-    return module
+        return module_parameter(self._blocks.architecture, name)[0].removesuffix(".weight").split(".", 3)[3]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf
+from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, rows_of_half, to_hf
 from tritgguf.errors import DamagedFileError, MissingExtraError
 from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
 
@@ -103,7 +103,7 @@ class ReferenceModel:
                 continue
             hf_name, half = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
-            place = None if hf_name not in parameters else _part(parameters[hf_name].detach().numpy(), half)
+            place = None if hf_name not in parameters else rows_of_half(parameters[hf_name].detach().numpy(), half)
             if place is not None and place.shape == (1, *weights.shape):
                 weights = weights[np.newaxis]  # the router of a shared expert
             if place is None or place.shape != weights.shape:
@@ -143,14 +143,6 @@ class ReferenceModel:
         with silent_transformers(), torch_threads(self._threads), torch.inference_mode():
             answer = self.module.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
         return answer[:-1] if answer and answer[-1] in stop_tokens else answer
-
-
-def _part(weights: np.ndarray, half: int | None) -> np.ndarray:
-    """Return one half of the rows of every matrix as a view; all of them if `half` is None."""
-    if half is None:
-        return weights
-    rows = weights.shape[-2] // 2
-    return weights[..., half * rows : (half + 1) * rows, :]
 
 
 def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
@@ -223,6 +215,19 @@ def meta_module(source: Source) -> Any:
     if not is_text_folder and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
         apply_rope_factors(module, source.read(ROPE_FREQS))  # a folder has the factors in its config
     return module.eval()
+
+
+def identity_layer(layer: Any) -> Any:
+    """Return a module that replaces a decoder layer and returns its input."""
+    import torch
+
+    class IdentityLayer(torch.nn.Module):
+        def forward(self, hidden_states: Any, *arguments: Any, **settings: Any) -> Any:
+            return hidden_states
+
+    module = IdentityLayer()
+    module.attention_type = getattr(layer, "attention_type", None)
+    return module
 
 
 def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_mixtures import write_tiny_mixture
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
 from tools.recovery import differing_numbers, recover_roundtrip, simulated_producer
+from tritgguf.conversion.convert import convert
+from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.recover import recover_matrix
@@ -43,6 +46,14 @@ def test_roundtrip(run: Callable[..., str], tiny_trit_file: Callable[..., GgufFi
     assert "recovered 14 at depth 3; no exact fit 0; differing numbers 0 of" in printed
 
 
+def test_roundtrip_of_a_mixture(run: Callable[..., str], tmp_path: Path) -> None:
+    convert(write_tiny_mixture(tmp_path / "model"), tmp_path / "out.gguf", depth=2)
+    printed = run(recover_roundtrip.main, tmp_path / "out.gguf")
+    assert "recovered 32 at depth 2; no exact fit 0; differing numbers 0 of" in printed
+    export(tmp_path / "out.gguf", tmp_path / "hf", to="hf")
+    assert printed.partition("\n")[0] in run(recover_roundtrip.main, tmp_path / "hf")
+
+
 def test_roundtrip_notices(
     run: Callable[..., str], tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +69,7 @@ def test_roundtrip_notices(
 
 def test_roundtrip_of_a_folder(run: Callable[..., str], tmp_path: Path) -> None:
     lines = run(recover_roundtrip.main, write_tiny_model(tmp_path / "model")).splitlines()
-    assert lines[0].startswith("model.layers.0.mlp.down_proj.weight has a group of weights")
+    assert lines[0].startswith("blk.0.ffn_down.weight has a group of weights")
     assert "recovered none; no exact fit 14" in lines[-2]
 
 
