@@ -58,6 +58,7 @@ def precompile(isa: str | None, display: Display) -> bool:
         with _locked(mark.with_suffix(".lock")):
             if mark.exists():  # another process was faster
                 return False
+            kernel_cache.remove_old()
             with display() as progress:
                 if _run_workers(name_of(number), progress):
                     mark.touch()

@@ -180,7 +180,7 @@ def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         output = folder / f"smollm2-d{depth}.gguf"
         with _one_process(output.with_suffix(".lock")):
             if not output.exists():
-                convert(smollm2_folder, output, depth=depth)
+                convert(smollm2_folder, output, depth=depth, recipe="published")
         return output
 
     return convert_once
@@ -219,7 +219,12 @@ def tiny_trit_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gg
 
         if (variant, depth) not in files:
             output, source = folder / f"{variant}-{depth}.gguf", folder / variant
-            convert(source if source.exists() else write_tiny_model(source, variant), output, depth=depth)
+            convert(
+                source if source.exists() else write_tiny_model(source, variant),
+                output,
+                depth=depth,
+                recipe="published",
+            )
             files[variant, depth] = GgufFile(output)
         return files[variant, depth]
 

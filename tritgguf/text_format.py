@@ -1,7 +1,10 @@
-"""Formatting of text for the terminal: sizes, single lines, no control characters."""
+"""Sizes as text, and text for the terminal: single lines, no control characters."""
 
 from __future__ import annotations
 
+import re
+
+_SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
 _CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
@@ -22,3 +25,13 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return a size such as 5GB or 500MiB in bytes; None if it is no size or less than one byte."""
+    match = _SIZE_PATTERN.fullmatch(text.strip())
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    count = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    return count if count >= 1 else None

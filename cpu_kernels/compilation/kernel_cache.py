@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import llvmlite
@@ -24,6 +25,7 @@ FOLDER_VARIABLE = "NUMBA_CACHE_DIR"
 SUFFIX = ".kernel"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HASH_BYTES = 20
+_MOST_SECONDS = 30 * 24 * 3600
 _logger = logging.getLogger(_PACKAGE.name)
 
 
@@ -117,6 +119,17 @@ def write(name: str, content: bytes) -> None:
             raise
     except OSError as error:
         _warn_once(f"{place}: {error.strerror or error}")
+
+
+def remove_old() -> None:
+    """Remove what has lain in the cache for a month: each version of the program leaves kernels of its own behind."""
+    place, oldest = folder(), time.time() - _MOST_SECONDS
+    if place is None:
+        return
+    for path in (*place.glob(f"*-*{SUFFIX}"), *place.glob("all-*.complete")):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def _hash(content: bytes) -> bytes:

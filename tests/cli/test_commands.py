@@ -24,6 +24,7 @@ from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import LayerError
 from tritgguf.evaluation.verify import VerifyReport
+from tritgguf.formats.file_parts import FilePart
 
 CONVERT, VERIFY = (importlib.import_module(f"tritgguf.{name}") for name in ("conversion.convert", "evaluation.verify"))
 
@@ -37,6 +38,7 @@ def conversion() -> ConvertReport:
         weights=1000,
         tensors_by_type={"TRIT2": 3, "F16": 1},
         bytes_by_type={"TRIT2": 61_300_000, "F16": 500},
+        parts=[FilePart("layers", ("TRIT2", "F16"), 1000, 61_300_500), FilePart("rest", (), 0, 99_500)],
         bits_per_weight_quantized=3.5,
         bits_per_weight_file=6.25,
         relative_error=0.1234,
@@ -51,6 +53,8 @@ def conversion() -> ConvertReport:
 @pytest.fixture
 def any_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources are not looked at, so that none has to exist."""
+    for name in ("importance_file", "own_text"):  # which would keep the fake if they were imported now
+        importlib.import_module(f"tritgguf.conversion.{name}")
     monkeypatch.setattr("tritgguf.sources.open.open_source", lambda name: None)
 
 
@@ -77,13 +81,15 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         "--keep",
         "*.ffn_down=4",
         "--resume",
+        "--recipe",
+        "small",
         "--encoder",
         "v2",
     ]
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
     options: dict[str, Any] = {"depth": 3, "encoder": V2(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
-    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),))}
+    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": "small"}
     assert calls == [("org/name", Path("out.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "1.23 GB"):
@@ -100,6 +106,21 @@ def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["output"] == "out.gguf"
     assert report["bytes_by_type"] == {"TRIT2": 61_300_000, "F16": 500}
+    assert [part["bits_per_weight"] for part in report["parts"]] == [pytest.approx(490_404), None]
+
+
+@pytest.mark.usefixtures("any_source")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "large"], "recipe large does not exist; choose from published, balanced, small"),
+        (["--target-size", "big"], "big is not a size; write it like 900MB or 1.2GB"),
+        (["--target-size", "1GB", "--target-bpw", "3"], "--target-bpw and --target-size both choose depths"),
+    ],
+)
+def test_recipes_and_sizes_that_do_not_exist(capsys: Capture, arguments: list[str], message: str) -> None:
+    assert app.main(["convert", "org/name", "out.gguf", *arguments]) != 0
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -182,7 +203,7 @@ def test_verify_several_files(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2)
+    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2, recipe="published")
     return folder / "model.gguf"
 
 

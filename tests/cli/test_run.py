@@ -8,8 +8,9 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scripted_model import END, scripted, set_context
 from small_tokenizers import encode
 
 from tritgguf.cli import app, terminal
+from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.lookup import Lookup
 from tritgguf.generation.sampling import Sampler, SamplingOptions
@@ -374,3 +376,16 @@ def test_the_same_seed_the_same_answer(smollm2_d2: Path) -> None:
     assert first.stdout == second.stdout
     assert len(first.stdout) > 10
     assert TIMINGS.fullmatch(first.stderr)
+
+
+def test_a_run_with_compiled_kernels_imports_no_compiler(tiny_trit_file: Callable[..., GgufFile]) -> None:
+    heavy = ("numba", "scipy", "torch", "transformers", "gguf", "jinja2", "huggingface_hub", "fastapi", "llguidance")
+    arguments = ["run", str(tiny_trit_file().path), "--raw", "-p", "a", "-n", "2", "--temp", "0"]
+    code = (
+        f"import sys; from tritgguf.cli import app; assert app.main({arguments!r}) == 0;"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    for _ in range(2):  # the first run may compile kernels
+        result = run_python("-c", code, stdin=subprocess.DEVNULL)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -30,8 +30,8 @@ def head_types(file: GgufFile) -> list[str]:
 
 
 def converted(folder: Path, variant: str = "llama", **options: Any) -> GgufFile:
-    """Convert a tiny model and open the result."""
-    convert(write_tiny_model(folder / "model", variant), folder / "out.gguf", **options)
+    """Convert a tiny model, by the published recipe unless told otherwise, and open the result."""
+    convert(write_tiny_model(folder / "model", variant), folder / "out.gguf", **{"recipe": "published"} | options)
     return GgufFile(folder / "out.gguf")
 
 
@@ -83,7 +83,7 @@ def test_depths_that_do_not_exist(tmp_path: Path, option: str, depth: int) -> No
 
 def test_unaligned_rows_stay_unpacked(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "unaligned")
-    report = convert(folder, tmp_path / "out.gguf", output_depth=4)
+    report = convert(folder, tmp_path / "out.gguf", output_depth=4, recipe="published")
     assert head_types(GgufFile(tmp_path / "out.gguf")) == ["F16", "F16"]
     assert HEAD in report.kept_unaligned
     assert EMBEDDINGS not in report.kept_unaligned

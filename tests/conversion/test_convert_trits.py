@@ -22,7 +22,9 @@ EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file at depth 4 with a packed head."""
     folder = tmp_path_factory.mktemp("deep")
-    convert(write_tiny_model(folder / "model", "qwen2"), folder / "deep.gguf", depth=4, output_depth=3)
+    convert(
+        write_tiny_model(folder / "model", "qwen2"), folder / "deep.gguf", depth=4, output_depth=3, recipe="published"
+    )
     return folder / "deep.gguf"
 
 

@@ -17,7 +17,6 @@ from tritgguf.conversion.depths import (
     DepthChoice,
     KeepRule,
     apply_rules,
-    average_bits,
     bits_per_weight,
     depths_below_threshold,
     depths_within_budget,
@@ -72,7 +71,7 @@ def test_budget_is_kept_and_nearly_optimal(problem: list[tuple[int, list[float]]
         str(k): dict(zip(DEPTHS, sorted(costs, reverse=True), strict=True)) for k, (_, costs) in enumerate(problem)
     }
     weights = {str(k): 64 * size for k, (size, _) in enumerate(problem)}
-    depths = depths_within_budget(sensitivities, weights, target, {})
+    depths = depths_within_budget(sensitivities, weights, target * sum(weights.values()))
     assert average_bits(depths, weights) <= target * (1 + 1e-6)
     cost = sum(sensitivities[name][depth] for name, depth in depths.items())
     # No affordable step reduces the cost further ...
@@ -90,19 +89,38 @@ def test_budget_is_kept_and_nearly_optimal(problem: list[tuple[int, list[float]]
     assert cost <= min(allowed) + largest_gain + 1e-9
 
 
-def test_fixed_matrices_count_towards_the_average() -> None:
-    sensitivities = {"a": {1: 1.0, 2: 0.5, 3: 0.1, 4: 0.0}}
-    weights = {"a": 64, "b": 64}
-    assert depths_within_budget(sensitivities, weights, 3.5, {"b": 1}) == {"a": 2}
-    assert depths_within_budget(sensitivities, weights, 3.7, {"b": 1}) == {"a": 3}
-    with pytest.raises(TritGgufError, match="below what the least depths take"):
-        depths_within_budget(sensitivities, weights, 3.5, {"b": 4})
+def chosen(choice: DepthChoice, kept: dict[str, int], other_bytes: int = 0) -> dict[str, int]:
+    """Return the depths of two matrices of 64 weights, of which the rules keep some."""
+    costs = {"a": {0: -0.1, 1: 1.0, 2: 0.5, 3: 0.1, 4: 0.0}}
+    return choice.depths({"a": 64, "b": 64}, kept, 2, lambda names, depths: costs, lambda: other_bytes)
+
+
+def test_kept_matrices_count_towards_the_average() -> None:
+    assert chosen(DepthChoice(target_bpw=3.5), {"b": 1}) == {"a": 2, "b": 1}
+    assert chosen(DepthChoice(target_bpw=3.7), {"b": 1}) == {"a": 3, "b": 1}
+    assert chosen(DepthChoice(target_bpw=3.5), {"b": 0}) == {"a": 2, "b": 0}  # what is not packed does not
+    with pytest.raises(TritGgufError, match=r"leaves 2 B for the matrices, but the least depths take 16 B; raise it"):
+        chosen(DepthChoice(target_bpw=3.5), {"b": 4})
+
+
+@pytest.mark.parametrize(("size", "depth"), [(1032, 1), (1057, 2), (1058, 3), (1143, 4), (1144, 0)])
+def test_the_rest_of_the_file_counts_towards_its_size(size: int, depth: int) -> None:
+    assert chosen(DepthChoice(target_bytes=size), {"b": 1}, other_bytes=1000) == {"a": depth, "b": 1}
+
+
+def test_a_file_that_cannot_be_so_small() -> None:
+    with pytest.raises(TritGgufError, match=r"leaves 15 B for the matrices, but the least depths take 16 B; raise it"):
+        chosen(DepthChoice(target_bytes=1031), {"b": 1}, other_bytes=1000)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_bpw": 3.0, "sensitivity": 0.1}, "give one of them"),
+        (
+            {"target_bpw": 3.0, "sensitivity": 0.1},
+            "--target-bpw and --sensitivity both choose depths; give one of them",
+        ),
+        ({"target_bpw": 3.0, "target_bytes": 1000}, "--target-bpw and --target-size both choose depths"),
         ({"target_bpw": 1.5}, "must be from 2.0 to 6.75"),
         ({"target_bpw": float("nan")}, "must be from"),
         ({"sensitivity": -1.0}, "must be 0 or more"),
@@ -112,6 +130,10 @@ def test_fixed_matrices_count_towards_the_average() -> None:
 def test_contradictions(settings: dict[str, float], message: str) -> None:
     with pytest.raises(TritGgufError, match=message):
         DepthChoice(**settings)  # type: ignore[arg-type]
+
+
+def average_bits(depths: dict[str, int], weights: dict[str, int]) -> float:
+    return sum(weights[name] * bits_per_weight(depth) for name, depth in depths.items()) / sum(weights.values())
 
 
 def depths_of(path: Path) -> dict[str, int]:

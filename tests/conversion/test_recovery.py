@@ -204,7 +204,7 @@ def kept(rules: str) -> DepthChoice:
 
 def test_matrices_that_are_kept_in_f16_are_not_recovered(tmp_path: Path, published: Path) -> None:
     rule = kept("*=0")
-    report = convert(published, tmp_path / "f16.gguf", choice=rule)
+    report = convert(published, tmp_path / "f16.gguf", choice=rule, recipe="published")
     assert (report.encoder, report.tensors_by_type["F16"]) == ("v2", 16)
     source, file = open_source(published), GgufFile(tmp_path / "f16.gguf")
     for tensor in source.tensors:

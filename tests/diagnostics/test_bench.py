@@ -31,7 +31,7 @@ VECTOR_BYTES = (2 * 2 + 1) * 128 * 4
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2)
+    convert(write_tiny_model(folder / "model"), folder / "model.gguf", depth=2, recipe="published")
     return folder / "model.gguf"
 
 
@@ -62,7 +62,7 @@ def test_every_byte_of_the_buffer_is_read_once(threads: int, ahead: int) -> None
 @pytest.mark.parametrize(("tied", "expected"), [(False, HEAD_BYTES + 256), (True, HEAD_BYTES + 256)])
 def test_a_token_reads_the_matrices_the_head_and_one_embedding(tmp_path: Path, tied: bool, expected: int) -> None:
     folder = write_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
-    convert(folder, tmp_path / "model.gguf", depth=2)
+    convert(folder, tmp_path / "model.gguf", depth=2, recipe="published")
     matrices = MATRIX_WEIGHTS * 28 // 64
     assert bytes_read_per_token(GgufFile(tmp_path / "model.gguf")) == matrices + VECTOR_BYTES + expected
 

@@ -12,6 +12,7 @@ from gguf import GGUFWriter
 from tiny_models import write_tiny_model
 
 from tritgguf.conversion.convert import convert
+from tritgguf.conversion.depths import DepthChoice, parse_rules
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.description import abbreviate, describe
 
@@ -78,7 +79,7 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("depth", "bits"), [(1, 2.0), (2, 3.5), (3, 5.25), (4, 6.75)])
 def test_a_trit_file(tmp_path: Path, depth: int, bits: float) -> None:
-    report = convert(write_tiny_model(tmp_path / "model"), tmp_path / "model.gguf", depth=depth)
+    report = convert(write_tiny_model(tmp_path / "model"), tmp_path / "model.gguf", depth=depth, recipe="published")
     file = describe(tmp_path / "model.gguf")
     trit = [tensor for tensor in file.tensors if tensor.codebook is not None]
     assert {tensor.type for tensor in trit} == {f"TRIT{depth}"}
@@ -90,8 +91,32 @@ def test_a_trit_file(tmp_path: Path, depth: int, bits: float) -> None:
     assert file.bits_per_weight_quantized == report.bits_per_weight_quantized == bits
     assert file.bits_per_weight_file == report.bits_per_weight_file
     assert {kind.type: kind.bytes for kind in file.types} == report.bytes_by_type
+    assert file.parts == report.parts
     assert file.metadata["trit.version"] == 1
     assert not any(key.startswith("trit.codebook.") for key in file.metadata)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parts_of_a_file(tmp_path: Path, tied: bool) -> None:
+    source = write_tiny_model(tmp_path / "model", "llama-tied" if tied else "llama")
+    choice = DepthChoice(tuple(parse_rules("*.ffn_down=3")))
+    convert(source, tmp_path / "out.gguf", depth=1, choice=choice, recipe="published", output_depth=4)
+    file = describe(tmp_path / "out.gguf")
+    sizes = {tensor.name: tensor.bytes for tensor in file.tensors}
+    *large, rest = file.parts
+    found = {part.name: (part.types, part.bytes) for part in large}
+    layers = sum(size for name, size in sizes.items() if name.startswith("blk.") and not name.endswith("norm.weight"))
+    embeddings = sizes["token_embd.weight"]
+    if tied:
+        head = {"embeddings, which are the output head": (("TRIT4",), embeddings)}
+    else:
+        head = {"embeddings": (("F16",), embeddings), "output head": (("TRIT4",), sizes["output.weight"])}
+    assert found == {"layers": (("TRIT1", "TRIT3"), layers)} | head
+    assert [part.bytes for part in large] == sorted((part.bytes for part in large), reverse=True)
+    assert (rest.name, rest.types, rest.weights) == ("metadata, norms and biases", (), 0)
+    assert sum(part.bytes for part in file.parts) == (tmp_path / "out.gguf").stat().st_size
+    assert sum(part.weights for part in file.parts) == sum(t.weights for t in file.tensors if t.type != "F32")
+    assert json.loads(json.dumps(file.as_dict()))["parts"][0]["bits_per_weight"] == large[0].bits_per_weight
 
 
 def test_no_gguf_file(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tritgguf.errors import TritGgufError
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SOURCE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize")
+PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize", "llama-imatrix")
 
 _BATCHED_PROMPT = 16  # tokens
 _STEM = f"{PACKAGE.replace('-', '_')}-{VERSION}"
@@ -149,6 +149,18 @@ def quantize(programs: Path, source: Path, output: Path, type_name: str, threads
     command = [str(programs / "llama-quantize"), "--pure", "--output-tensor-type", "f16"]
     command += ["--token-embedding-type", "f16", str(source), str(output), type_name, str(threads)]
     run_logged(command, programs / "quantize.log")
+
+
+def write_imatrix(programs: Path, source: Path, output: Path, text: Path, chunks: int, threads: int) -> None:
+    """Let llama-imatrix write the importance of a model's matrices on the first chunks, of 512 tokens, of a text."""
+    command = [str(programs / "llama-imatrix"), "-m", str(source), "-f", str(text), "-o", str(output), "-c", "512"]
+    run_logged([*command, "--chunks", str(chunks), "--no-ppl", "-t", str(threads)], programs / "imatrix.log")
+
+
+def quantize_mixture(programs: Path, source: Path, output: Path, type_name: str, imatrix: Path, threads: int) -> None:
+    """Let llama-quantize write one of its mixtures of types, such as Q4_K_M, with an importance matrix."""
+    command = [str(programs / "llama-quantize"), "--imatrix", str(imatrix), str(source), str(output), type_name]
+    run_logged([*command, str(threads)], programs / "quantize.log")
 
 
 def tokens_per_second(programs: Path, file: Path, prompt_tokens: int, generated_tokens: int, threads: int) -> float:

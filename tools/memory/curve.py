@@ -101,7 +101,8 @@ def measure_shape(shape: str, layers: int, folder: Path, formats: Sequence[str])
     packed_head = ["--encoder", "v2", "--output-depth", "4", "--embedding-depth", "4"]
     runs = [_reported("convert, head packed too", ["convert", str(checkpoint), str(file), *packed_head])]
     _remove(file)
-    runs.append(_reported("convert", ["convert", str(checkpoint), str(file), "--encoder", "v2"]))
+    published = ["--encoder", "v2", "--recipe", "published"]
+    runs.append(_reported("convert", ["convert", str(checkpoint), str(file), *published]))
     _remove(checkpoint)
     runs.append(_reported("inspect", ["inspect", str(file)]))
     for name in formats:

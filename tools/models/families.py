@@ -138,7 +138,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 def measure(name: str, folder: Path, *, depth: int = 2, tokens: int = 256) -> Row:
     """Convert a random model of a family in `folder` and return the largest difference of its logits."""
     source = write_random_family(folder / "model", name)
-    convert(source, folder / "model.gguf", depth=depth, overwrite=True)
+    convert(source, folder / "model.gguf", depth=depth, recipe="published", overwrite=True)
     report = verify(source, folder / "model.gguf", tokens=tokens)
     (hf_class,) = json.loads((source / "config.json").read_text("utf-8"))["architectures"]
     arch = ARCHITECTURES[hf_class].gguf_name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tools.svg import Drawing
@@ -25,38 +26,59 @@ _STYLE = """\
   .series { fill: none; stroke-width: 1.5; stroke-opacity: 0.7 }
 """
 Place = Callable[[float, float], tuple[float, float]]
-"""From bits per weight and KL to a point of the drawing."""
+"""From a value of the horizontal axis and a KL to a point of the drawing."""
 
 
 def draw(result: dict[str, Any]) -> str:
     """Return the chart of a result of `compare_encoders.py` as the text of an SVG file."""
-    rows = result["rows"]
-    bits = [row["bpw"] for row in rows]
-    low, high = (math.floor(min(bits)), math.ceil(max(bits)))
-    powers = [math.log10(row["kl_mean"]) for row in rows]
+    series = _series(result["rows"])
+    points = {
+        name: [Point(row["bpw"], row["kl_mean"], _type_of(row) if name.startswith("llama.cpp") else "") for row in rows]
+        for name, rows in series.items()
+    }
+    return draw_points(f"KL to the FP16 model over bits per weight, {result['model']}", points, _COLORS, step=1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a chart: where it stands on the horizontal axis, its KL, and what is written beside it."""
+
+    x: float
+    kl: float
+    label: str = ""
+
+
+def draw_points(title: str, series: Mapping[str, Sequence[Point]], colors: Mapping[str, str], *, step: float) -> str:
+    """Return a chart of series of points with vertical lines every `step`, as the text of an SVG file.
+
+    Series whose points have no label are joined by a line.
+    """
+    everything = [point for points in series.values() for point in points]
+    low = math.floor(min(point.x for point in everything) / step)
+    high = max(low + 1, math.ceil(max(point.x for point in everything) / step))
+    powers = [math.log10(point.kl) for point in everything]
     bottom, top = math.floor(min(powers)), math.ceil(max(powers))
 
-    def place(bits: float, kl: float) -> tuple[float, float]:
-        x = _LEFT + (bits - low) / max(1, high - low) * (_WIDTH - _LEFT - _RIGHT)
+    def place(x: float, kl: float) -> tuple[float, float]:
         share = (top - math.log10(kl)) / max(1, top - bottom)
-        return x, _TOP + share * (_HEIGHT - _TOP - _BOTTOM)
+        across = (x / step - low) / (high - low)
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _TOP + share * (_HEIGHT - _TOP - _BOTTOM)
 
-    drawing = Drawing(
-        _WIDTH,
-        _HEIGHT,
-        f"KL to the FP16 model over bits per weight, {result['model']}",
-        "mean over all tokens, in nats, logarithmic: lower is better",
-        _STYLE,
-    )
-    _draw_grid(drawing, range(low, high + 1), range(bottom, top + 1), place)
-    for number, (series, members) in enumerate(_series(rows).items()):
-        points = [place(row["bpw"], row["kl_mean"]) for row in sorted(members, key=lambda row: row["bpw"])]
-        _draw_series(drawing, series, points, joined=not series.startswith("llama.cpp"), number=number)
-        if series.startswith("llama.cpp"):
-            for row in members:
-                x, y = place(row["bpw"], row["kl_mean"])
-                drawing.text(x + 7, y + 4, row["name"].partition("-")[0], kind="small")
+    drawing = Drawing(_WIDTH, _HEIGHT, title, "mean over all tokens, in nats, logarithmic: lower is better", _STYLE)
+    _draw_grid(drawing, [number * step for number in range(low, high + 1)], range(bottom, top + 1), place)
+    for number, (name, members) in enumerate(series.items()):
+        members = sorted(members, key=lambda point: point.x)
+        joined = not any(point.label for point in members)
+        points = [place(point.x, point.kl) for point in members]
+        _draw_series(drawing, name, colors[name], points, joined=joined, number=number)
+        for point, (x, y) in zip(members, points, strict=True):
+            if point.label:
+                drawing.text(x + 7, y + 4, point.label, kind="small")
     return str(drawing)
+
+
+def _type_of(row: dict[str, Any]) -> str:
+    return str(row["name"].partition("-")[0])
 
 
 def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -74,23 +96,23 @@ def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in _COLORS if name in found}
 
 
-def _draw_grid(drawing: Drawing, bits: Sequence[int], powers: Sequence[int], place: Place) -> None:
+def _draw_grid(drawing: Drawing, ticks: Sequence[float], powers: Sequence[int], place: Place) -> None:
     """Draw the grid lines and labels of both axes."""
-    for bit in bits:
-        x, _ = place(bit, 1)
+    for tick in ticks:
+        x, _ = place(tick, 1)
         drawing.line(x, _TOP, x, _HEIGHT - _BOTTOM, kind="grid")
-        drawing.text(x, _HEIGHT - _BOTTOM + 16, str(bit), kind="small", anchor="middle")
+        drawing.text(x, _HEIGHT - _BOTTOM + 16, f"{tick:g}", kind="small", anchor="middle")
     for power in powers:
-        _, y = place(bits[0], 10.0**power)
+        _, y = place(ticks[0], 10.0**power)
         drawing.line(_LEFT, y, _WIDTH - _RIGHT, y, kind="grid")
         drawing.text(_LEFT - 6, y + 4, f"{10.0**power:g}", kind="small", anchor="end")
 
 
 def _draw_series(
-    drawing: Drawing, series: str, points: Sequence[tuple[float, float]], *, joined: bool, number: int
+    drawing: Drawing, series: str, color: str, points: Sequence[tuple[float, float]], *, joined: bool, number: int
 ) -> None:
     """Draw a series' dots, the line through them and its entry in the legend."""
-    color, y = _COLORS[series], _TOP + 20 * number
+    y = _TOP + 20 * number
     for x, top in points:
         drawing.dot(x, top, color)
     if joined and len(points) > 1:

@@ -83,12 +83,21 @@ class Measurement:
         models: their folder.
         threads: processor cores to use; None for all.
         files: folder where the rows' files stay; existing files are used again.
+        windows: number of windows to evaluate and to calibrate on; None means those of `MODELS`.
 
     """
 
-    def __init__(self, model: str, models: Path, threads: int | None, files: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        models: Path,
+        threads: int | None,
+        files: Path | None = None,
+        windows: tuple[int, int] | None = None,
+    ) -> None:
         self._files = files
-        folder, evaluation_windows, calibration_windows = MODELS[model]
+        folder, *default_windows = MODELS[model]
+        evaluation_windows, calibration_windows = windows or default_windows
         self._thread_pool = ThreadPool(threads)
         self._path = models / folder
         if not self._path.is_dir():
@@ -163,11 +172,11 @@ class Measurement:
 
     def _convert(self, path: Path, depth: int, encoder: str, choice: DepthChoice) -> None:
         """Write a row's file; an interrupted conversion is resumed."""
-        settings: dict[str, Any] = {"encoder": encoder}
+        settings: dict[str, Any] = {"encoder": encoder, "recipe": "published"}  # the layers alone are compared
         if encoder == "imatrix":
             settings["importance"] = self._importance
         if encoder == "self":
-            settings = {"encoder": "calibrated", "windows": self._own_text}
+            settings |= {"encoder": "calibrated", "windows": self._own_text}
         if encoder in ("calibrated", "tuned"):
             settings["windows"] = self.calibration
         threads = self._thread_pool.threads
@@ -185,6 +194,17 @@ class Measurement:
         metadata = {key: value.value for key, value in self._source.metadata.items()}
         self._model.load_tensors(metadata, [t.name for t in self._source.tensors], read, self._source.name)
         return self._compare()
+
+    def compare_file(self, file: Path) -> Comparison:
+        """Compare the model that is in any GGUF file with the original one."""
+        source = open_source(file)
+        metadata = {key: value.value for key, value in source.metadata.items()}
+        self._model.load_tensors(metadata, [tensor.name for tensor in source.tensors], source.read, source.name)
+        return self._compare()
+
+    def write_calibration_text(self, file: Path) -> None:
+        """Write the calibration text to a file."""
+        write_text(file, "\n".join(self._tokenizer.decode(window) for window in self.calibration))
 
     def _compare(self) -> Comparison:
         """Compare the model with its present weights with the original one."""

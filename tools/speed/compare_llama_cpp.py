@@ -150,6 +150,7 @@ class Comparison:
         if type_name.startswith("trit"):
             depth = type_name.removeprefix("trit")
             command = [*our_command(), "convert", str(source), str(output), "--depth", depth, "--encoder", "v2"]
+            command += ["--recipe", "published"]
             binaries.run_json([*command, "-t", str(self.threads), "--json"], self.environment)
         else:
             binaries.quantize(self.programs, source, output, type_name.upper(), self.threads)

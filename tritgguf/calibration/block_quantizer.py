@@ -72,6 +72,12 @@ class BlockQuantizer:
             self._advance()
         return self._quantized.pop(name)
 
+    def output(self) -> Tensor:
+        """Quantize the remaining blocks and return the last one's output, float32 [windows, tokens, width]."""
+        while self._next < self._blocks.count:
+            self._advance()
+        return self._hidden
+
     def _advance(self) -> None:
         """Quantize the next block and run it on the text."""
         if self._next == self._blocks.count:

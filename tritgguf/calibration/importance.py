@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tritgguf.calibration.output_head import head_name, head_squares
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.machine import peak_memory_bytes
@@ -88,7 +89,10 @@ def summed_squares(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return GGUF name -> float64 [columns], the summed squared inputs of each matrix that can be packed."""
+    """Return GGUF name -> float64 [columns], the summed squared inputs of each matrix that can be packed.
+
+    The output head is one of them. If it is the embeddings, their name stands for it.
+    """
     blocks = DecoderBlocks(source, threads=threads)
     hidden = blocks.embed(windows)
     sums: dict[str, np.ndarray] = {}
@@ -102,4 +106,5 @@ def summed_squares(
             hidden = block.forward(hidden, {name: partial(add, name) for name in block.matrices})
         if progress is not None:
             progress(index + 1, blocks.count)
+    sums[head_name(source)] = head_squares(source, hidden)
     return sums

@@ -51,7 +51,7 @@ def measure_sensitivities(
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
         with blocks.block(index) as block:
-            expected, importance = _output_and_importance(block, hidden)
+            expected, importance = output_and_importance(block, hidden)
             for name in block.matrices:
                 if name in names:
                     weights = block.get(name)
@@ -68,7 +68,7 @@ def measure_sensitivities(
     return sensitivities
 
 
-def _output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+def output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Return a block's output, and GGUF name -> importance of the matrix's columns, float32 [columns]."""
     sums: dict[str, Tensor] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
 from tritgguf.cli.options import (
@@ -18,20 +18,25 @@ from tritgguf.cli.options import (
     OutputFile,
     Overwrite,
     OwnText,
+    RecipeName,
     Resume,
     Sensitivity,
     SourceModel,
     TargetBits,
+    TargetSize,
     TextFile,
     TextSeed,
     Threads,
     Tune,
 )
+from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.cli.text_windows import TextOptions, read_windows
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
+    from tritgguf.conversion.depths import DepthOptions
+    from tritgguf.conversion.encoders import Encoder
     from tritgguf.conversion.report import ConvertReport
 
 
@@ -39,14 +44,7 @@ def print_conversion(report: ConvertReport) -> None:
     """Print the report of a conversion, and what to do next."""
     from tritgguf.conversion.next_steps import next_steps
 
-    print_table(
-        f"{report.source} -> {report.output}",
-        ("type", ">tensors", ">size"),
-        [
-            (name, str(count), format_bytes(report.bytes_by_type[name]))
-            for name, count in report.tensors_by_type.items()
-        ],
-    )
+    print_parts(f"{report.source} -> {report.output}", report.parts)
     rows = [
         ("bits per weight, quantized matrices", f"{report.bits_per_weight_quantized:.3f}"),
         ("bits per weight, file", f"{report.bits_per_weight_file:.3f}"),
@@ -75,16 +73,30 @@ def _start(source: str) -> float:
     return time.perf_counter()
 
 
+def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, threads: int | None) -> Encoder:
+    """Return the encoder where the user named none and gave no input for one; print what it takes or misses."""
+    from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
+    from tritgguf.conversion.default_encoder import default_encoder
+    from tritgguf.sources.open import open_source
+
+    default = default_encoder(open_source(source), depths, tokens or DEFAULT_GENERATED_TOKENS, threads)
+    for line in default.notes:
+        note(line)
+    return default.encoder
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
     depth: Depth = None,
+    recipe: RecipeName = None,
     output_depth: OutputDepth = None,
     embedding_depth: EmbeddingDepth = None,
     encoder: EncoderName = "auto",
     imatrix: ImatrixFile = None,
     keep: KeepRules = None,
     target_bpw: TargetBits = None,
+    target_size: TargetSize = None,
     sensitivity: Sensitivity = None,
     text: TextFile = None,
     own_text: OwnText = False,
@@ -100,47 +112,36 @@ def convert_command(
 
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
-    from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
     from tritgguf.conversion.convert import convert
-    from tritgguf.conversion.default_encoder import default_encoder
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
-    from tritgguf.conversion.encoders import Automatic, parse_encoder, with_tuning
+    from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.formats.durable_output import check_output
-    from tritgguf.sources.open import open_source
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
-    choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity)
+    choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
+    depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
+    settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
+    settings["choice"] = choice
     text_options = TextOptions(text, own_text, tokens, seed)
     started = _start(source)
-    if chosen == Automatic() and imatrix is None and not text_options.is_given and not choice.needs_text:
-        depths = DepthOptions(depth, output_depth, embedding_depth, choice)
-        default = default_encoder(open_source(source), depths, tokens or DEFAULT_GENERATED_TOKENS, threads)
-        chosen = default.encoder
-        for line in default.notes:
-            note(line)
+    if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
+        chosen = _default_encoder(source, DepthOptions(**depths), tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
-    importance, warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
+    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
     with SavedText(target, resume=resume) as saved:
-        windows = read_windows(source, text_options, threads, saved)[0] if needs_text else None
+        settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(
                 source,
                 output,
-                depth=depth,
-                output_depth=output_depth,
-                embedding_depth=embedding_depth,
+                **depths,
                 encoder=chosen,
-                importance=importance,
-                windows=windows,
-                choice=choice,
-                threads=threads,
-                overwrite=overwrite,
-                resume=resume,
+                **settings,
                 progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
             )
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
-    terminal.print_json(vars(result)) if as_json else print_conversion(result)
+    terminal.print_json(result.as_dict()) if as_json else print_conversion(result)

@@ -9,6 +9,7 @@ import typer
 
 from tritgguf.cli import terminal
 from tritgguf.cli.options import Json
+from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import print_table
 from tritgguf.text_format import format_bytes
 
@@ -44,6 +45,7 @@ def print_description(file: FileDescription) -> None:
             for entry in file.types
         ],
     )
+    print_parts("parts", file.parts)
     summary = [
         ("file", str(file.path)),
         ("name", file.name),

@@ -10,6 +10,7 @@ import typer
 
 from tritgguf.cli.terminal import note
 from tritgguf.errors import TritGgufError
+from tritgguf.text_format import parse_bytes
 
 
 class UsageError(TritGgufError):
@@ -141,11 +142,34 @@ TextSeed = Annotated[int, option("--seed", "-s", min=0, help="Seed of the text t
 Depth = Annotated[
     int | None, option("--depth", help="Trits per weight, 1 to 4.", show_default="2, or the recovered depth")
 ]
+
+
+def _check_recipe(name: str | None) -> str | None:
+    from tritgguf.conversion.recipes import parse_recipe
+
+    if name is not None:
+        parse_recipe(name)
+    return name
+
+
+RecipeName = Annotated[
+    str | None,
+    option(
+        "--recipe",
+        metavar="NAME",
+        help="Output head and embeddings: balanced: packed for at most 2 % more loss; small: packed more; published:"
+        " F16.",
+        show_default="balanced",
+        callback=_check_recipe,
+    ),
+]
 OutputDepth = Annotated[
-    int | None, option("--output-depth", help="Trits per weight of the output head; 0: F16.", show_default="F16")
+    int | None,
+    option("--output-depth", help="Trits per weight of the output head; 0: F16.", show_default="the recipe's"),
 ]
 EmbeddingDepth = Annotated[
-    int | None, option("--embedding-depth", help="Trits per weight of the embeddings; 0: F16.", show_default="F16")
+    int | None,
+    option("--embedding-depth", help="Trits per weight of the embeddings; 0: F16.", show_default="the recipe's"),
 ]
 EncoderName = Annotated[
     str,
@@ -175,7 +199,25 @@ KeepRules = Annotated[
 ]
 TargetBits = Annotated[
     float | None,
-    option("--target-bpw", help="Choose depths by measured sensitivity, for an average of N bits per weight."),
+    option("--target-bpw", help="Choose all depths by their measured loss, for an average of N bits per weight."),
+]
+
+
+def _file_size(text: str) -> int:
+    count = parse_bytes(text)
+    if count is None:
+        raise typer.BadParameter(f"{text} is not a size; write it like 900MB or 1.2GB")
+    return count
+
+
+TargetSize = Annotated[
+    int | None,
+    option(
+        "--target-size",
+        metavar="SIZE",
+        parser=_file_size,
+        help="Choose all depths by their measured loss, for a file of at most this size, such as 900MB.",
+    ),
 ]
 Sensitivity = Annotated[
     float | None,

@@ -15,6 +15,7 @@ from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
 from tritgguf.conversion.pipeline import encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
+from tritgguf.conversion.recipes import Recipe, parse_recipe
 from tritgguf.conversion.report import ConvertReport, conversion_report
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_writer import StreamingWriter
@@ -44,6 +45,7 @@ def convert(
     importance: Importance | None = None,
     windows: Windows | None = None,
     choice: DepthChoice = NO_CHOICE,
+    recipe: str | Recipe | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -60,11 +62,15 @@ def convert(
         depth: trits per weight of the layers' matrices, 1 to 4; None means 2. For recovered matrices it is the
             maximum, and None means no maximum.
         output_depth, embedding_depth: trits per weight of the output head and of the embeddings, or 0 for F16. None
-            keeps the packed type of a trit file and means F16 otherwise. If both are one tensor, either option sets it.
+            means the recipe's depth. If both are one tensor, either option sets it.
         encoder: an encoder from `encoders`, or its name.
         importance, windows: inputs of the encoders that need them, see `encoders`. A `choice` that measures
             sensitivities needs windows too.
-        choice: depths of single matrices in the layers.
+        choice: depths of single matrices in the layers. A target also chooses those of output head and embeddings,
+            unless the other options set them.
+        recipe: a recipe from `recipes`, or its name: depths of the output head and the embeddings. None means
+            "balanced"; what is packed in a trit file keeps its type, and beside recovered matrices only what holds
+            dequantized trits is packed.
         threads: processor cores to use; None means all.
         overwrite: whether an existing output may be replaced.
         resume: whether to resume an interrupted conversion with the same arguments; otherwise it starts over.
@@ -76,7 +82,8 @@ def convert(
 
     """
     started = time.perf_counter()
-    options = DepthOptions(depth, output_depth, embedding_depth, choice)
+    named_recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    options = DepthOptions(depth, output_depth, embedding_depth, choice, named_recipe)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
     output = check_output(output, overwrite, [source], resume=resume)
     opened, thread_pool = open_source(str(source)), ThreadPool(threads)

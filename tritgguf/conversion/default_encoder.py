@@ -14,8 +14,8 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.depths import DepthOptions
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
-from tritgguf.conversion.plan import requested_depths
 from tritgguf.conversion.recovery import holds_trits
+from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_names
 from tritgguf.reference.decoder_blocks import check_blocks

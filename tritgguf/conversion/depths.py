@@ -1,7 +1,8 @@
 """Choose the depth of each matrix: by name pattern, by a sensitivity threshold, or by a budget of bits.
 
-A sensitivity is the cost of a depth: GGUF name -> depth -> a number that is additive over matrices, such as the error
-of the block's output (`calibration.sensitivity`). This module does not depend on how it is measured.
+A depth's cost is additive over matrices: the error of the block's output (`calibration.sensitivity`) for a threshold,
+the divergence of the model's predictions (`calibration.divergence_costs`) for a budget. This module does not depend on
+how it is measured.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tritgguf.conversion.recipes import Recipe
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
+from tritgguf.text_format import format_bytes
 
-Sensitivities = Mapping[str, Mapping[int, float]]
+Costs = Mapping[str, Mapping[int, float]]
 """GGUF name -> depth -> cost of the matrix's error at this depth."""
+Measure = Callable[[list[str], Sequence[int]], Costs]
+"""Returns the costs of the named matrices at some depths."""
 
 F16_DEPTH = 0
 _DEFAULT_DEPTH = 2
@@ -41,16 +46,21 @@ class DepthChoice:
 
     keep: rules that set depths by name.
     target_bpw: average bits per weight over the packed matrices in the file, reached by choosing the other depths.
+    target_bytes: size of the whole file at most, reached by choosing the other depths.
     sensitivity: a matrix without a rule loses a trit if its sensitivity is then below this threshold.
     """
 
     keep: tuple[KeepRule, ...] = ()
     target_bpw: float | None = None
     sensitivity: float | None = None
+    target_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.target_bpw is not None and self.sensitivity is not None:
-            raise TritGgufError("--target-bpw and --sensitivity both choose depths; give one of them")
+        options = {"bpw": self.target_bpw, "size": self.target_bytes, "sensitivity": self.sensitivity}
+        given = [name for name, value in options.items() if value is not None]
+        if len(given) > 1:
+            first, second = ("--sensitivity" if name == "sensitivity" else f"--target-{name}" for name in given[:2])
+            raise TritGgufError(f"{first} and {second} both choose depths; give one of them")
         if self.target_bpw is not None and not bits_per_weight(1) <= self.target_bpw <= bits_per_weight(4):
             raise TritGgufError(
                 f"--target-bpw {self.target_bpw}: it must be from {bits_per_weight(1)} to {bits_per_weight(4)}"
@@ -59,9 +69,14 @@ class DepthChoice:
             raise TritGgufError(f"--sensitivity {self.sensitivity}: it must be 0 or more")
 
     @property
+    def has_target(self) -> bool:
+        """Whether depths are chosen to reach a size."""
+        return self.target_bpw is not None or self.target_bytes is not None
+
+    @property
     def needs_text(self) -> bool:
-        """Whether sensitivities have to be measured."""
-        return self.target_bpw is not None or self.sensitivity is not None
+        """Whether costs have to be measured."""
+        return self.has_target or self.sensitivity is not None
 
     def describe(self, depth: int) -> str:
         """Describe the choice for the file's metadata; empty if all depths are the same."""
@@ -70,6 +85,8 @@ class DepthChoice:
         parts = [f"{rule.pattern}={rule.depth}" for rule in self.keep]
         if self.target_bpw is not None:
             parts.append(f"target {self.target_bpw} bits per weight")
+        elif self.target_bytes is not None:
+            parts.append(f"target {self.target_bytes} bytes")
         elif self.sensitivity is not None:
             parts.append(f"depth {depth}, {depth - 1} below sensitivity {self.sensitivity}")
         else:
@@ -81,7 +98,8 @@ class DepthChoice:
         weights: Mapping[str, int],
         kept: Mapping[str, int],
         depth: int,
-        measure: Callable[[list[str], Sequence[int]], Sensitivities],
+        measure: Measure,
+        other_bytes: Callable[[], int],
     ) -> dict[str, int]:
         """Return the depths of matrices: GGUF name -> trits per weight, 0 for F16.
 
@@ -89,14 +107,20 @@ class DepthChoice:
             weights: GGUF name -> number of weights, of the matrices whose depth is to be chosen.
             kept: GGUF name -> the depth that the rules set (`apply_rules`); names without weights are ignored.
             depth: the default depth.
-            measure: returns the sensitivities of the named matrices at some depths.
+            measure: returns the costs of the named matrices at some depths.
+            other_bytes: returns the size of everything in the file but these matrices.
 
         """
         kept = {name: kept[name] for name in weights if name in kept}
         free = [name for name in weights if name not in kept]
         if self.target_bpw is not None:
-            packed = {name: kept_depth for name, kept_depth in kept.items() if kept_depth != F16_DEPTH}
-            chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, self.target_bpw, packed)
+            kept_packed = {name: kept_depth for name, kept_depth in kept.items() if kept_depth != F16_DEPTH}
+            budget = self.target_bpw * sum(weights[name] for name in [*free, *kept_packed])
+            budget -= _bits(kept_packed, weights)
+            chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, budget)
+        elif self.target_bytes is not None:
+            budget = 8.0 * (self.target_bytes - other_bytes()) - _bits(kept, weights)
+            chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, budget)
         elif self.sensitivity is not None:
             if depth == 1:
                 raise TritGgufError(
@@ -116,14 +140,17 @@ class DepthOptions:
     """The depths that the caller of `convert` requests; raises TritGgufError for depths that do not exist.
 
     depth: trits per weight of the layers' matrices; None means 2, or any depth for recovered matrices.
-    output_depth, embedding_depth: depths of the output head and the embeddings, 0 for F16; None keeps the source's.
+    output_depth, embedding_depth: depths of the output head and the embeddings, 0 for F16; None means the recipe's.
     choice: depths of single matrices in the layers.
+    recipe: depths of the output head and the embeddings; None means the default recipe, and types that lose nothing
+        where the source holds trits.
     """
 
     depth: int | None = None
     output_depth: int | None = None
     embedding_depth: int | None = None
     choice: DepthChoice = NO_CHOICE
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.depth not in (None, *trit_types.DEPTHS):
@@ -178,76 +205,74 @@ def apply_rules(names: Iterable[str], rules: Sequence[KeepRule]) -> dict[str, in
     return chosen
 
 
-def depths_below_threshold(sensitivities: Sensitivities, threshold: float, depth: int) -> dict[str, int]:
+def depths_below_threshold(costs_of: Costs, threshold: float, depth: int) -> dict[str, int]:
     """Return `depth - 1` for every matrix whose sensitivity at `depth - 1` is below the threshold, else `depth`."""
-    return {name: depth - 1 if costs[depth - 1] < threshold else depth for name, costs in sensitivities.items()}
+    return {name: depth - 1 if costs[depth - 1] < threshold else depth for name, costs in costs_of.items()}
 
 
-def depths_within_budget(
-    sensitivities: Sensitivities, weights: Mapping[str, int], target: float, fixed: Mapping[str, int]
-) -> dict[str, int]:
-    """Return the depths of minimal total cost within a budget of average bits per weight.
+def depths_within_budget(costs_of: Costs, weights: Mapping[str, int], budget: float) -> dict[str, int]:
+    """Return the depths of minimal total cost within a budget of bits.
 
     A Lagrange multiplier is the price of a bit: each matrix takes the depth that minimizes its cost plus the price of
     its bits. Bisection finds the lowest price within the budget, and leftover bits go to the matrices with the greatest
     gain per bit. The result is optimal on the convex hull of all choices.
 
     Args:
-        sensitivities: costs of the matrices whose depth is to be chosen.
-        weights: GGUF name -> number of weights, of these matrices and the fixed ones.
-        target: average bits per weight in the file, over all of them.
-        fixed: GGUF name -> depth, of other matrices that count towards the average.
+        costs_of: costs of the matrices; their depths are those that may be chosen.
+        weights: GGUF name -> number of weights, of these matrices at least.
+        budget: bits of all of them in the file.
 
     Raises:
-        TritGgufError: the target is too low even for the smallest depths.
+        TritGgufError: the budget is too low even for the smallest depths.
 
     """
-    budget = target * sum(weights[name] for name in [*sensitivities, *fixed])
-    budget -= sum(weights[name] * bits_per_weight(depth) for name, depth in fixed.items())
 
     def depths_at_price(price: float) -> dict[str, int]:
         return {
             name: min(costs, key=lambda depth: costs[depth] + price * weights[name] * bits_per_weight(depth))
-            for name, costs in sensitivities.items()
+            for name, costs in costs_of.items()
         }
 
-    def bits(depths: Mapping[str, int]) -> float:
-        return sum(weights[name] * bits_per_weight(depth) for name, depth in depths.items())
-
-    least = {name: min(costs) for name, costs in sensitivities.items()}
-    if bits(least) > budget * (1 + 1e-9):
-        raise TritGgufError(f"a target of {target} bits per weight is below what the least depths take; raise it")
+    least = _bits({name: min(costs, key=bits_per_weight) for name, costs in costs_of.items()}, weights)
+    if least > budget * (1 + 1e-9):
+        left, needed = format_bytes(max(budget, 0) / 8), format_bytes(least / 8)
+        raise TritGgufError(f"the target leaves {left} for the matrices, but the least depths take {needed}; raise it")
     low, high = 0.0, 1.0
-    while bits(depths_at_price(high)) > budget:
+    while _bits(depths_at_price(high), weights) > budget * (1 + 1e-9):
         high *= 2
-    if bits(depths_at_price(low)) > budget:
+    if _bits(depths_at_price(low), weights) > budget:
         for _ in range(_BISECTION_STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if bits(depths_at_price(middle)) > budget else (low, middle)
+            low, high = (middle, high) if _bits(depths_at_price(middle), weights) > budget else (low, middle)
     else:
         high = low
     depths = depths_at_price(high)
-    _spend_leftover(depths, budget - bits(depths), sensitivities, weights)
+    _spend_leftover(depths, budget - _bits(depths, weights), costs_of, weights)
     return depths
 
 
-def _spend_leftover(
-    depths: dict[str, int], bits: float, sensitivities: Sensitivities, weights: Mapping[str, int]
-) -> None:
-    """Add one trit at a time to the matrix with the greatest gain per bit, until no step fits into `bits`."""
+def _spend_leftover(depths: dict[str, int], bits: float, costs_of: Costs, weights: Mapping[str, int]) -> None:
+    """Move one matrix at a time to its next larger type, by the greatest gain per bit, until no step fits `bits`."""
     while True:
         gains = []
         for name, depth in depths.items():
-            if depth + 1 in sensitivities[name]:
-                price = weights[name] * (bits_per_weight(depth + 1) - bits_per_weight(depth))
-                gain = sensitivities[name][depth] - sensitivities[name][depth + 1]
+            larger = [other for other in costs_of[name] if bits_per_weight(other) > bits_per_weight(depth)]
+            if larger:
+                step = min(larger, key=bits_per_weight)
+                price = weights[name] * (bits_per_weight(step) - bits_per_weight(depth))
+                gain = costs_of[name][depth] - costs_of[name][step]
                 if price <= bits and gain > 0:
-                    gains.append((gain / price, name, price))
+                    gains.append((gain / price, name, step, price))
         if not gains:
             return
-        _, name, price = max(gains)
-        depths[name] += 1
+        _, name, step, price = max(gains)
+        depths[name] = step
         bits -= price
+
+
+def _bits(depths: Mapping[str, int], weights: Mapping[str, int]) -> float:
+    """Return the bits in the file of matrices at some depths."""
+    return sum(weights[name] * bits_per_weight(depth) for name, depth in depths.items())
 
 
 def bits_per_weight(depth: int) -> float:
@@ -255,9 +280,3 @@ def bits_per_weight(depth: int) -> float:
     if depth == F16_DEPTH:
         return 16.0
     return 8 * trit_types.row_bytes(depth, trit_types.BLOCK_SIZE) / trit_types.BLOCK_SIZE
-
-
-def average_bits(depths: Mapping[str, int], weights: Mapping[str, int]) -> float:
-    """Return the average bits per weight in the file over some matrices."""
-    total = np.array([[weights[name] * bits_per_weight(depth), weights[name]] for name, depth in depths.items()])
-    return float(total[:, 0].sum() / total[:, 1].sum()) if len(total) else 0.0

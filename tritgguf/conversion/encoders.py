@@ -115,7 +115,7 @@ class ImportanceSearch:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Error feedback on a calibration text for the matrices of the decoder blocks; `V2` for other matrices.
+    """Error feedback on a calibration text for the matrices of the decoder blocks, the best scales for other matrices.
 
     Attributes:
         windows: the text; None means the text that `convert` is given.
@@ -271,7 +271,7 @@ class _PerMatrixEncoder:
 
 
 class _BlockwiseEncoder:
-    """Encodes the matrices of the decoder blocks on a text, block by block, and other matrices with `V2`."""
+    """Encodes the matrices of the decoder blocks on a text, block by block, and then the output head for its inputs."""
 
     def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None) -> None:
         from tritgguf.calibration.block_quantizer import BlockQuantizer
@@ -280,13 +280,17 @@ class _BlockwiseEncoder:
         self._blocks = BlockQuantizer(
             job.source, in_blocks, windows, job.thread_pool, written=job.written, tuning=tuning
         )
-        self._others = V2().start(job)
+        self._job = job
 
     def needs_weights(self, name: str) -> bool:
         return not quantized_tensor(name)
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         if self.needs_weights(name):
-            return self._others.encode(name, matrix, depth)
+            from tritgguf.calibration.output_head import head_importance, head_name
+
+            source = self._job.source
+            importance = head_importance(source, self._blocks.output()) if name == head_name(source) else None
+            return quantize_searched(matrix, depth, self._job.thread_pool, importance=importance)
         quantized = self._blocks.quantize(name)
         return QuantizedRows(quantized.codebook, iter([quantized]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,28 +15,31 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import kept_in_float32, quantized_tensor
-from tritgguf.conversion.depths import F16_DEPTH, DepthOptions, Sensitivities, apply_rules
+from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
     Encoder,
     Importance,
     ImportanceSearch,
     Quantizer,
+    Recover,
     Windows,
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
-from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery
+from tritgguf.conversion.recipes import EMBEDDINGS, HEAD
+from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
+from tritgguf.conversion.requested_depths import TABLES, free_tables, requested_depths
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
-from tritgguf.formats.gguf_writer import PlannedTensor
+from tritgguf.formats.gguf_writer import ALIGNMENT, PlannedTensor, planned_file_bytes
 from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
-_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
-_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure sensitivities
+_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure costs
+_CALIBRATED_COST = 0.4  # of what is measured without calibration; `docs/quality.md` has the ratios of two models
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,17 @@ class ConversionPlan:
         ]
 
     def _importance_warning(self) -> list[str]:
-        """Warn if the importance matrix lacks matrices; the embeddings have no inputs that could be measured."""
+        """Warn if the importance matrix lacks matrices of the layers."""
         if not isinstance(self.quantizer, ImportanceSearch):
             return []
         known = self.quantizer.importance or {}
-        missing = [name for name in self.quantized_depths if name not in known and name != _EMBEDDINGS]
+        in_layers = [name for name in self.quantized_depths if quantized_tensor(name)]
+        missing = [name for name in in_layers if name not in known]
         if not missing:
             return []
-        total = sum(name != _EMBEDDINGS for name in self.quantized_depths)
         return [
-            f"the importance matrix has nothing for {len(missing)} of {total} matrices ({named(missing)}), which are"
-            " quantized without it; is it of this model?"
+            f"the importance matrix has nothing for {len(missing)} of {len(in_layers)} matrices ({named(missing)}),"
+            " which are quantized without it; is it of this model?"
         ]
 
     def job(self, threads: int) -> dict[str, Any]:
@@ -166,39 +170,26 @@ def plan_conversion(
     ]
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
-    remaining = {name: weights for name, weights in packable.items() if name not in recovery.depths}
-    depths |= _chosen_depths(source, remaining, kept, options, windows, thread_pool)
+    free = free_tables(source, options)
+    if recovery.fits or isinstance(encoder, Recover):
+        limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in TABLES if name in depths}
+        recovery = recover_tables(source, recovery, limits, thread_pool, searched)
+        depths |= dict.fromkeys(free, F16_DEPTH)  # recovery changes no weight
     depths |= recovery.depths
+    to_choose = packable | free if options.choice.has_target else packable
+    to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.depths}
+    choice_text = options.choice.describe(options.layer_depth)
+    measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool)
+    other_bytes = partial(_other_bytes, source, depths, to_choose, recovery.encoder, choice_text)
+    depths |= options.choice.depths(to_choose, kept, options.layer_depth, measure, other_bytes)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
     if quantizer.in_block_order:
-        # Checkpoints may store block 10 before block 2.
-        tensors.sort(key=lambda tensor: block_index(tensor.name))
+        # Checkpoints may store block 10 before block 2. A packed head is encoded for its inputs, after all blocks.
+        last = HEAD if HEAD in depths else EMBEDDINGS
+        tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    metadata = file_metadata(source.metadata, tensors, recovery.encoder, options.choice.describe(options.layer_depth))
+    metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
-
-
-def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
-    """Return the requested depth of every tensor, 0 for tensors that are not packed."""
-    packed = {tensor.name: source.packed_depth(tensor.name) for tensor in source.tensors}
-    from_trits = any(packed.values())
-    requested = {_EMBEDDINGS: options.embedding_depth, _HEAD: options.output_depth}
-    if _HEAD not in packed:
-        if None not in requested.values() and options.output_depth != options.embedding_depth:
-            raise TritGgufError(
-                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
-                " and --embedding-depth, or the same for both"
-            )
-        requested[_EMBEDDINGS] = options.output_depth if options.embedding_depth is None else options.embedding_depth
-    depths = {}
-    for name, already in packed.items():
-        if quantized_tensor(name):
-            depths[name] = 0 if from_trits and already is None else options.layer_depth
-        elif (given := requested.get(name)) is not None:
-            depths[name] = given
-        else:
-            depths[name] = already or 0
-    return depths
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
@@ -221,24 +212,47 @@ def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _chosen_depths(
+def _other_bytes(
+    source: Source, depths: Mapping[str, int], matrices: Collection[str], encoder: str, choice_text: str
+) -> int:
+    """Return at most how many bytes the file has besides some matrices, whatever their depths are."""
+    packed = {**depths, **dict.fromkeys(matrices, 1)}
+    planned = [planned_tensor(tensor.name, tensor.shape, packed[tensor.name]) for tensor in source.tensors]
+    of_matrices = sum(tensor.n_bytes for tensor in planned if tensor.name in matrices)
+    padding = ALIGNMENT * len(matrices)
+    return (
+        planned_file_bytes(file_metadata(source.metadata, planned, encoder, choice_text), planned)
+        - of_matrices
+        + padding
+    )
+
+
+def _measure_costs(
     source: Source,
-    weights: dict[str, int],
-    kept: dict[str, int],
     options: DepthOptions,
+    quantizer: Quantizer,
     windows: Windows | None,
     thread_pool: ThreadPool,
-) -> dict[str, int]:
-    """Choose the depths of matrices, name -> number of weights; `kept` are those that rules set."""
-
-    def measure(names: list[str], some_depths: Sequence[int]) -> Sensitivities:
+    names: list[str],
+    some_depths: Sequence[int],
+) -> Costs:
+    """Measure what depths of matrices cost: divergences for a target, else errors of the blocks' outputs."""
+    if windows is None:
+        raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
+    windows = windows[:_SENSITIVITY_WINDOWS]
+    if not options.choice.has_target:
         from tritgguf.calibration.sensitivity import measure_sensitivities
 
-        if windows is None:
-            raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
-        return measure_sensitivities(source, names, some_depths, windows[:_SENSITIVITY_WINDOWS], thread_pool)
+        return measure_sensitivities(source, names, some_depths, windows, thread_pool)
+    from tritgguf.calibration.divergence_costs import measure_divergence_costs
 
-    return options.choice.depths(weights, kept, options.layer_depth, measure)
+    costs = measure_divergence_costs(source, names, some_depths, windows, thread_pool)
+    for name, of_depths in costs.items():
+        if name in TABLES:
+            of_depths[F16_DEPTH] = 0.0
+        elif isinstance(quantizer, Calibrated):
+            costs[name] = {depth: _CALIBRATED_COST * cost for depth, cost in of_depths.items()}
+    return costs
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:

@@ -12,7 +12,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_shape, split_matrix_name
-from tritgguf.formats.trit_types import DEPTHS
+from tritgguf.formats.trit_types import BLOCK_SIZE, DEPTHS
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
@@ -108,6 +108,37 @@ def plan_recovery(
         both = f"--encoder {Recover(quantizer).name} quantizes those again"
         raise TritGgufError(f"{message}; {both}, --encoder {quantizer.name} all of them")
     return RecoveryPlan(encoder.name, fits, [f"{message}; quantized by {quantizer.name}"])
+
+
+def recover_tables(
+    source: Source,
+    recovery: RecoveryPlan,
+    limits: Mapping[str, int],
+    thread_pool: ThreadPool,
+    progress: Callable[[str], None] = lambda name: None,
+) -> RecoveryPlan:
+    """Return the plan with those of the embeddings and the output head that hold dequantized trits, too.
+
+    Args:
+        source: the checkpoint.
+        recovery: the plan for the matrices of the layers.
+        limits: GGUF name -> greatest depth, 0 for tables that are not packed.
+        thread_pool: the threads to use.
+        progress: called with the name of each table that has an exact fit.
+
+    """
+    fits = dict(recovery.fits)
+    for tensor in source.tensors:
+        name = tensor.name
+        deepest = limits.get(name, 0)
+        if not deepest or tensor.shape[-1] % BLOCK_SIZE or source.packed_depth(name) is not None:
+            continue
+        fit = find_fit(source.rows(name).held(), deepest=deepest, thread_pool=thread_pool)
+        source.release(name)
+        if isinstance(fit, Fit) and _is_recovered(fit):
+            fits[name] = fit
+            progress(name)
+    return replace(recovery, fits=fits)
 
 
 def holds_trits(source: Source, names: Sequence[str], thread_pool: ThreadPool) -> bool:

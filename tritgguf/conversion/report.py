@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tritgguf.conversion.plan import ConversionPlan
 from tritgguf.formats import trit_types
+from tritgguf.formats.file_parts import FilePart, file_parts
 from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.gguf_writer import PlannedTensor
 from tritgguf.formats.trit_types import TritType
@@ -26,6 +28,8 @@ class ConvertReport:
     weights: int = 0
     tensors_by_type: dict[str, int] = field(default_factory=dict)
     bytes_by_type: dict[str, int] = field(default_factory=dict)
+    parts: list[FilePart] = field(default_factory=list)
+    """What the file consists of."""
     bits_per_weight_quantized: float = 0.0
     """Bits per weight in the file, over the packed matrices; codebooks are metadata and do not count."""
     bits_per_weight_file: float = 0.0
@@ -38,6 +42,10 @@ class ConvertReport:
     file_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `convert --json` prints."""
+        return {**vars(self), "parts": [part.as_dict() for part in self.parts]}
 
 
 def conversion_report(
@@ -70,6 +78,7 @@ def conversion_report(
         weights=weights,
         tensors_by_type=dict(counts),
         bytes_by_type=dict(sizes),
+        parts=file_parts([(t.name, _type_name(t), math.prod(t.shape), t.n_bytes) for t in plan.tensors], file_bytes),
         bits_per_weight_quantized=8 * packed_bytes / packed_weights if packed_weights else 0.0,
         bits_per_weight_file=8 * file_bytes / weights,
         relative_error=math.sqrt(error / power) if power else 0.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +18,9 @@ from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.runtime.compiler import prepare_kernels
+from tritgguf.text_format import parse_bytes
 
 FORMATS = ("hf", *STOCK_TYPES)
-_SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
 _KEY_SOURCE = "general.source.repo_url"
 _HUB = "https://huggingface.co/"
 
@@ -80,7 +79,7 @@ def export(
         raise TritGgufError(f"format {to} does not exist; choose from {', '.join(FORMATS)}")
     if base_model is not None and not is_hub_id(base_model):
         raise TritGgufError(f"base model {base_model} is not a hub id (organization/name)")
-    output, max_shard_bytes = Path(output), _parse_size(max_shard_size)
+    output, max_shard_bytes = Path(output), _shard_bytes(max_shard_size)
     if to == "hf":
         durable_output.check_new_folder(output)
     else:
@@ -133,16 +132,12 @@ def _open_trit_file(path: str | Path) -> GgufFile:
     return file
 
 
-def _parse_size(size: int | str) -> int:
-    """Parse a size such as 5GB or 500MiB; return it in bytes."""
-    match = _SIZE_PATTERN.fullmatch(str(size).strip())
-    count = 0.0
-    if match is not None:
-        number, prefix, binary = match.groups()
-        count = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
-    if count < 1:
+def _shard_bytes(size: int | str) -> int:
+    """Return a shard's size, such as 5GB or 500MiB, in bytes; TritGgufError if it is none."""
+    count = parse_bytes(str(size))
+    if count is None:
         raise TritGgufError(f"shard size {size} is not a size; write it like 5GB or 500MiB")
-    return int(count)
+    return count
 
 
 def _source_hub_id(file: GgufFile) -> str | None:

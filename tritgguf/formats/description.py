@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritgguf.formats.file_parts import FilePart, file_parts
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import TensorInfo
 from tritgguf.formats.stacks import matrix_count
@@ -101,6 +102,11 @@ class FileDescription:
         ]
         return sorted(summaries, key=lambda summary: -summary.bytes)
 
+    @property
+    def parts(self) -> list[FilePart]:
+        """What the file consists of."""
+        return file_parts([(t.name, t.type, t.weights, t.bytes) for t in self.tensors], self.file_bytes)
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything, as `inspect --json` prints it; NaN and infinity become text, because JSON lacks them."""
         return {
@@ -112,6 +118,7 @@ class FileDescription:
             "bits_per_weight_quantized": self.bits_per_weight_quantized,
             "bits_per_weight_file": self.bits_per_weight_file,
             "types": [{**vars(summary), "bits_per_weight": summary.bits_per_weight} for summary in self.types],
+            "parts": [part.as_dict() for part in self.parts],
             "metadata": {key: _json_value(value) for key, value in self.metadata.items()},
             "tensors": [
                 {**vars(tensor), "matrices": tensor.matrices, "weights": tensor.weights} for tensor in self.tensors

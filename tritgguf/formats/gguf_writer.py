@@ -30,7 +30,8 @@ from tritgguf.formats.stacks import matrix_count, matrix_names
 if sys.platform != "win32":
     import fcntl
 
-_ALIGNMENT = 32
+ALIGNMENT = 32
+"""Every tensor begins at a multiple of this many bytes."""
 _SYNC_BYTES = 1 << 26
 _SYNC_SECONDS = 0.5
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -87,16 +88,7 @@ class StreamingWriter:
         self._unsynced_matrices: list[WrittenMatrix] = []
         self.output = check_output(output, overwrite)
         self._part = self.output.with_name(f"{self.output.name}.part")
-        self._writer = GGUFWriter(None, str(metadata["general.architecture"].value))
-        self._writer.kv_data[0] = dict(metadata)
-        for tensor in self.tensors:
-            self._writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.float32),
-                tensor.n_bytes,
-                raw_dtype=cast("GGMLQuantizationType", tensor.type_id),
-            )
+        self._writer = _header_writer(metadata, self.tensors)
         self._file: BinaryIO | None = None
         self._header_bytes = 0
         self._next = 0
@@ -186,7 +178,7 @@ class StreamingWriter:
 
     @property
     def _header_end(self) -> int:
-        return -(-self._header_bytes // _ALIGNMENT) * _ALIGNMENT
+        return _aligned(self._header_bytes)
 
     def _open(self) -> BinaryIO:
         """Open and lock the unfinished file; the lock ends with the process."""
@@ -246,13 +238,7 @@ class StreamingWriter:
 
     def _header(self) -> bytes:
         """Return the encoded header with the current metadata."""
-        buffer = io.BytesIO()
-        self._writer.fout = [buffer]  # type: ignore[list-item]
-        self._writer.state = WriterState.EMPTY
-        self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
-        return buffer.getvalue()
+        return _encode(self._writer)
 
     def _sync(self) -> None:
         """Sync the file, then record its new matrices in the journal."""
@@ -296,7 +282,38 @@ class StreamingWriter:
 
     def _pad(self) -> None:
         assert self._file is not None
-        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+
+
+def planned_file_bytes(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> int:
+    """Return the size of the file that `StreamingWriter` writes."""
+    header = _encode(_header_writer(metadata, tensors))
+    return _aligned(len(header)) + sum(_aligned(tensor.n_bytes) for tensor in tensors)
+
+
+def _header_writer(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> GGUFWriter:
+    """Return gguf-py's writer, which encodes the header."""
+    writer = GGUFWriter(None, str(metadata["general.architecture"].value))
+    writer.kv_data[0] = dict(metadata)
+    for tensor in tensors:
+        kind = cast("GGMLQuantizationType", tensor.type_id)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
+    return writer
+
+
+def _encode(writer: GGUFWriter) -> bytes:
+    """Return the encoded header with the writer's current metadata."""
+    buffer = io.BytesIO()
+    writer.fout = [buffer]  # type: ignore[list-item]
+    writer.state = WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue()
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def _is_interruption(error: BaseException) -> bool:

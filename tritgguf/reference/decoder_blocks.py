@@ -76,15 +76,22 @@ class DecoderBlocks:
         """Number of blocks."""
         return len(self._layers)
 
-    def embed(self, windows: Sequence[Sequence[int]]) -> Tensor:
-        """Return the first block's input, float32 [windows, tokens, width], for windows of equal length."""
+    def embed(
+        self, windows: Sequence[Sequence[int]], change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+    ) -> Tensor:
+        """Return the first block's input, float32 [windows, tokens, width], for windows of equal length.
+
+        `change` replaces the embeddings of the tokens that occur, float32 [tokens, columns].
+        """
         import torch
 
         ids = np.asarray(windows)
         used, indices = np.unique(ids, return_inverse=True)
         embeddings = self._module.get_input_embeddings()
         # Only rows of used tokens are loaded. The model's own module looks them up: some families scale its output.
-        embeddings.weight = torch.nn.Parameter(torch.from_numpy(self._embedding_rows(used)), requires_grad=False)
+        embeddings.weight = torch.nn.Parameter(
+            torch.from_numpy(change(self._embedding_rows(used))), requires_grad=False
+        )
         embeddings.padding_idx = None
         captured: list[Tensor] = []
         capture = _capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))

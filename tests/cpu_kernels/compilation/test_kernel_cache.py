@@ -132,3 +132,18 @@ def test_a_full_disk_logs_one_note(
         "No space left on device; set NUMBA_CACHE_DIR to another folder"
     ]
     assert not list(new_folder.iterdir())
+
+
+def test_kernels_of_earlier_versions_are_removed_after_a_month(new_folder: Path) -> None:
+    names = [kernel_cache.file_name("kernel", types) for types in ("int", "float")]
+    for name in names:
+        kernel_cache.write(name, b"machine code")
+    other = new_folder / "note.txt"
+    other.write_text("")
+    weeks = 5 * 7 * 24 * 3600
+    for path in (new_folder / names[0], other):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - weeks))
+    kernel_cache.remove_old()
+    assert not kernel_cache.has(names[0])
+    assert kernel_cache.has(names[1])
+    assert other.exists()

@@ -1,0 +1,61 @@
+"""The depth of every tensor that options, recipe and source ask for, before anything is measured or recovered."""
+
+from __future__ import annotations
+
+import math
+
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.recipes import DEFAULT, EMBEDDINGS, HEAD
+from tritgguf.errors import TritGgufError
+from tritgguf.formats import trit_types
+from tritgguf.sources.source import Source
+
+TABLES = (EMBEDDINGS, HEAD)
+
+
+def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return the requested depth of every tensor, 0 for tensors that are not packed."""
+    packed = {tensor.name: source.packed_depth(tensor.name) for tensor in source.tensors}
+    from_trits, tied = any(packed.values()), HEAD not in packed
+    given = _given_table_depths(source, options)
+    recipe = options.recipe or (None if from_trits else DEFAULT)
+    by_recipe = {} if recipe is None else recipe.depths(options.layer_depth, tied=tied)
+    depths = {}
+    for name, already in packed.items():
+        if quantized_tensor(name):
+            depths[name] = 0 if from_trits and already is None else options.layer_depth
+        elif name in given:
+            depths[name] = given[name]
+        elif name in by_recipe and (already is None or options.recipe is not None):
+            depths[name] = by_recipe[name]
+        else:
+            depths[name] = already or 0
+    return depths
+
+
+def _given_table_depths(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return the depths of the embeddings and of the output head that the user gave, by GGUF name."""
+    requested = {EMBEDDINGS: options.embedding_depth, HEAD: options.output_depth}
+    if all(tensor.name != HEAD for tensor in source.tensors):
+        if None not in requested.values() and options.output_depth != options.embedding_depth:
+            raise TritGgufError(
+                f"{source.name}: output head and embeddings are one tensor; give only one of --output-depth"
+                " and --embedding-depth, or the same for both"
+            )
+        either = options.output_depth if options.embedding_depth is None else options.embedding_depth
+        requested = {EMBEDDINGS: either}
+    return {name: depth for name, depth in requested.items() if depth is not None}
+
+
+def free_tables(source: Source, options: DepthOptions) -> dict[str, int]:
+    """Return GGUF name -> number of weights, of embeddings and head whose depth neither user nor source determine."""
+    given = _given_table_depths(source, options)
+    from_trits = any(source.packed_depth(tensor.name) for tensor in source.tensors)
+    if options.recipe is not None or from_trits:
+        return {}
+    return {
+        tensor.name: math.prod(tensor.shape)
+        for tensor in source.tensors
+        if tensor.name in TABLES and tensor.name not in given and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
+    }
