@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
-from tritgguf.architectures.tensor_names import kept_in_float32
 from tritgguf.architectures.experts import COUNT_KEY, SHARED_WIDTH_KEY, USED_KEY, WIDTH_KEY, Experts
+from tritgguf.architectures.tensor_names import kept_in_float32
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 # Architecture and sizes. Output head and embeddings are separate, so that we and llama.cpp read an F16 head.

@@ -84,12 +84,16 @@ def _dequantized_weights() -> np.ndarray:
 
 def _config(sizes: Dimensions) -> dict[str, object]:
     hf_class, _, model_type = _CLASSES[sizes.experts is not None]
-    experts = {} if sizes.experts is None else {
-        "num_experts": sizes.experts.count,
-        "num_experts_per_tok": sizes.experts.used,
-        "moe_intermediate_size": sizes.experts.width,
-        "norm_topk_prob": sizes.experts.normalizes,
-    }
+    experts = (
+        {}
+        if sizes.experts is None
+        else {
+            "num_experts": sizes.experts.count,
+            "num_experts_per_tok": sizes.experts.used,
+            "moe_intermediate_size": sizes.experts.width,
+            "norm_topk_prob": sizes.experts.normalizes,
+        }
+    )
     return {
         "architectures": [hf_class],
         "model_type": model_type,
