@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 Headers = dict[str, str]
 _INFO = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
 _TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?")
@@ -32,6 +34,7 @@ class LoopbackHub:
         asked: method, path and range of every request, in order.
         refuse: called with a path; returns status and headers of a refusal, or None.
         sent: called with a content; returns the bytes that are sent of it, whatever was announced.
+        ranges: whether it sends the part of a content that was asked for, instead of all of it.
         hangs: whether it accepts requests and never answers.
 
     """
@@ -41,9 +44,9 @@ class LoopbackHub:
         self.asked: list[tuple[str, str, str]] = []
         self.refuse: Callable[[str], tuple[int, Headers] | None] = lambda path: None
         self.sent: Callable[[bytes], bytes] = lambda content: content
-        self.hangs = False
+        self.ranges, self.hangs = True, False
         self.closing = threading.Event()
-        self.url = ""
+        self.url = self.content_url = ""
 
     def environment(self, home: Path, **settings: str) -> dict[str, str]:
         """Return the environment of a program that uses this hub and a cache in `home`."""
@@ -58,6 +61,13 @@ class LoopbackHub:
         """Return a model's commit, which depends on its files."""
         contents = self.models[repository]
         return hashlib.sha1(b"".join(path.encode() + contents[path] for path in sorted(contents))).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing about a client that has gone."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -79,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := _TREE.fullmatch(path):
             self._of_model(found[1], found[2], self._send_tree)
         elif found := _RESOLVE.fullmatch(path):
-            self._of_model(found[1], found[2], lambda name: self._redirect(name, found[3]))
+            name, revision, file = found.groups()
+            self._of_model(name, revision, lambda name: self._redirect(name, file))
         elif found := _INFO.fullmatch(path):
             self._of_model(found[1], found[2], self._send_info)
         else:
@@ -105,7 +116,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_tree(self, name: str) -> None:
         self._send_json(
             [
-                {"type": "file", "path": path, "size": len(content), "oid": "0" * 40, "lfs": _large_file(content, "oid")}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": "0" * 40,
+                    "lfs": _large_file(content, "oid"),
+                }
                 for path, content in self.hub.models[name].items()
             ]
         )
@@ -117,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         digest = hashlib.sha256(content).hexdigest()
         headers = {
-            "Location": f"/content/{digest}" if self.command == "GET" else f"{self.hub.url}/content/{digest}",
+            "Location": f"{self.hub.content_url}/content/{digest}",
             "X-Repo-Commit": self.hub.commit(name),
             "X-Linked-Etag": f'"{digest}"',
             "X-Linked-Size": str(len(content)),
@@ -128,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         contents = [content for files in self.hub.models.values() for content in files.values()]
         content = next(content for content in contents if hashlib.sha256(content).hexdigest() == digest)
         found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = 0 if found is None else int(found[1])
+        start = 0 if found is None or not self.hub.ranges else int(found[1])
         headers = {"ETag": f'"{digest}"', "Content-Length": str(len(content) - start)}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -161,9 +178,9 @@ def _large_file(content: bytes, hash_name: str) -> dict[str, Any]:
 def loopback_hub() -> Iterator[LoopbackHub]:
     """Run a hub in a thread, on a free port, until the block ends."""
     hub = LoopbackHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
+    hub.content_url = f"http://localhost:{server.server_port}"  # large files come from another host, as on the real hub
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -173,3 +190,17 @@ def loopback_hub() -> Iterator[LoopbackHub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Path) -> None:
+    """Let this process use a hub and a cache in `home`: set what huggingface_hub has read from the environment."""
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_ETAG_TIMEOUT": 1,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)

@@ -87,8 +87,10 @@ def _refusal(error: Exception) -> str:
     """Return what an HTTP status of the hub means, and the remedy."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    remedy = _REMEDIES.get(status) if isinstance(status, int) else None
-    if remedy is None or response is None:
+    if not isinstance(status, int) or response is None:
+        return f"the download from the hub failed ({first_line(error)})"
+    remedy = "is out of order; try again later" if status >= 500 else _REMEDIES.get(status)
+    if remedy is None:
         return f"the download from the hub failed ({first_line(error)})"
     wait = response.headers.get("Retry-After", "")
     return f"the hub {remedy.format(later=f' in {wait} s' if wait.isdigit() else ' in some minutes')} (HTTP {status})"

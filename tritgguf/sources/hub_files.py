@@ -19,7 +19,7 @@ from typing import BinaryIO
 from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import check_room, disk_errors, open_locked
 from tritgguf.formats.file_kinds import conversion_command
-from tritgguf.formats.gguf_header import head_has_key
+from tritgguf.formats.gguf_header import MAGIC, head_has_key
 from tritgguf.formats.trit_types import KEY_VERSION
 from tritgguf.sources.hub import first_line, hub_errors, is_transport_error
 from tritgguf.sources.hub_cache import CachedFile, add_to_cache, find_cached, model_folder
@@ -174,7 +174,7 @@ class _Download:
                     f" ({'it sent less than all' if error is None else first_line(error)});"
                     f" {format_bytes(done)} of {format_bytes(total)} are here, the next attempt goes on from there"
                 ) from error
-            if done != total:
+            if attempts > 1:
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
 
     def _attempt(self, start: int) -> Exception | None:
@@ -237,11 +237,13 @@ def _check_content(file: RemoteFile, content: BinaryIO, progress: Progress) -> N
 
 
 def _check_head(file: RemoteFile, content: BinaryIO, n_bytes: int) -> None:
-    """Raise BadRequestError if the first bytes of a file tell that it is no trit file."""
+    """Raise BadRequestError if the first bytes of a file tell that it is no trit file, DamagedFileError if no GGUF."""
     content.seek(0)
-    is_trit_file = head_has_key(content.read(n_bytes), KEY_VERSION)
+    head = content.read(n_bytes)
     content.seek(0, os.SEEK_END)
-    if is_trit_file is False:
+    if not head.startswith(MAGIC):
+        raise DamagedFileError(f"{file.repository}: what the hub sends as {file.path} is no GGUF file; try again later")
+    if head_has_key(head, KEY_VERSION) is False:
         raise BadRequestError(
             f"{file.repository}: {file.path} is no trit file; if the model has safetensors, make one:"
             f" {conversion_command(file.repository)}"
