@@ -14,15 +14,13 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
-from tritgguf.conversion.file_metadata import error_value
 from tritgguf.conversion.pipeline import encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.recipes import Recipe, parse_recipe
-from tritgguf.conversion.report import ConvertReport, conversion_report, relative_error
+from tritgguf.conversion.report import ConvertReport, conversion_report
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.journal import Journal
-from tritgguf.formats.trit_types import KEY_RELATIVE_ERROR
 from tritgguf.runtime.compiler import prepare_kernels
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
@@ -95,9 +93,7 @@ def convert(
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
         squares, warnings = _encode(plan, writer, thread_pool, counter.written)
-        error = relative_error(squares)
-        writer.set_metadata(KEY_RELATIVE_ERROR, error_value(error))
-    return conversion_report(plan, output, error, time.perf_counter() - started, warnings)
+    return conversion_report(plan, output, squares, time.perf_counter() - started, warnings)
 
 
 def _writer(

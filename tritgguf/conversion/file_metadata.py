@@ -15,11 +15,7 @@ from tritgguf.formats.stacks import matrix_count
 def file_metadata(
     of_model: Mapping[str, GGUFValue], plan: list[PlannedTensor], encoder: str, depths: str
 ) -> dict[str, GGUFValue]:
-    """Return the model's keys and the trit keys.
-
-    Codebooks and checksums are zeros until their tensor is written, and so is the error of the quantized matrices until
-    all are.
-    """
+    """Return the model's keys and the trit keys; codebooks and checksums are zeros until their tensor is written."""
     metadata = dict(of_model)
     # llama.cpp has no file type for this mix; GUESSED means that the tensors' types decide.
     metadata["general.file_type"] = GGUFValue(int(LlamaFileType.GUESSED), GGUFValueType.UINT32)
@@ -31,7 +27,6 @@ def file_metadata(
         metadata[trit_types.KEY_DEPTHS] = GGUFValue(depths, GGUFValueType.STRING)
     metadata[trit_types.KEY_GROUP_SIZE] = GGUFValue(trit_types.GROUP_SIZE, GGUFValueType.UINT32)
     metadata[trit_types.KEY_SCALE_DEPTH] = GGUFValue(trit_types.SCALE_DEPTH, GGUFValueType.UINT32)
-    metadata[trit_types.KEY_RELATIVE_ERROR] = error_value(0.0)
     for tensor in plan:
         if trit_types.is_trit_type(tensor.type_id):
             metadata[trit_types.codebook_key(tensor.name)] = codebook_value(
@@ -45,11 +40,6 @@ def file_metadata(
 def codebook_value(codebook: Sequence[float] | np.ndarray) -> GGUFValue:
     """Return codebooks, one after the other, as a metadata value."""
     return GGUFValue([float(entry) for entry in codebook], GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-
-
-def error_value(relative_error: float) -> GGUFValue:
-    """Return the error of the quantized matrices as a metadata value."""
-    return GGUFValue(relative_error, GGUFValueType.FLOAT64)
 
 
 def checksum_value(checksum: int) -> GGUFValue:

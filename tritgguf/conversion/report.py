@@ -48,21 +48,16 @@ class ConvertReport:
         return {**vars(self), "parts": [part.as_dict() for part in self.parts]}
 
 
-def relative_error(squares: tuple[float, float]) -> float:
-    """Return the relative error of matrices from the sums of their squared errors and of their squared weights."""
-    error, power = squares
-    return math.sqrt(error / power) if power else 0.0
-
-
 def conversion_report(
-    plan: ConversionPlan, output: Path, error: float, seconds: float, warnings: list[str]
+    plan: ConversionPlan, output: Path, squares: tuple[float, float], seconds: float, warnings: list[str]
 ) -> ConvertReport:
     """Return the report of a completed conversion.
 
     Args:
         plan: the plan of the file.
         output: the file.
-        error: the relative error of the matrices packed in this conversion.
+        squares: the sums of the squared errors and of the squared weights, over the matrices packed in this
+            conversion.
         seconds: duration of the conversion.
         warnings: those of the encoder, in addition to the plan's.
 
@@ -75,6 +70,7 @@ def conversion_report(
     packed = [tensor for tensor in plan.tensors if trit_types.is_trit_type(tensor.type_id)]
     weights, packed_weights = _weights(plan.tensors), _weights(packed)
     packed_bytes, file_bytes = sum(tensor.n_bytes for tensor in packed), output.stat().st_size
+    error, power = squares
     return ConvertReport(
         output,
         plan.source.name,
@@ -86,7 +82,7 @@ def conversion_report(
         parts=file_parts([(t.name, _type_name(t), math.prod(t.shape), t.n_bytes) for t in plan.tensors], file_bytes),
         bits_per_weight_quantized=8 * packed_bytes / packed_weights if packed_weights else 0.0,
         bits_per_weight_file=8 * file_bytes / weights,
-        relative_error=error,
+        relative_error=math.sqrt(error / power) if power else 0.0,
         kept_unaligned=plan.kept_unaligned,
         warnings=[*plan.warnings, *warnings],
         file_bytes=file_bytes,

@@ -165,20 +165,15 @@ def verify_files(
     The source's logits are computed once for all files. Arguments and errors are those of `verify`; TritGgufError also
     if the files tokenize the text differently.
     """
-    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.reference.model import ReferenceModel, require_torch
     from tritgguf.sources.hub_cache import revision_of
-    from tritgguf.sources.open import open_source
 
     if not files:
         return []
     start = time.perf_counter()
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
-    trit_files = [open_trit_file(file) for file in files]
-    opened = open_source(str(source))
-    for file in trit_files:
-        check_same_model(file, opened)
+    opened, trit_files = open_all(source, files)
     text = shipped_text() if text is None else text
     windows = common_windows(trit_files, text, tokens)
     start += prepare_kernels(isa)
@@ -213,6 +208,18 @@ def verify_files(
         )
         for file, cost, error, blocks in zip(trit_files, costs, errors, block_errors, strict=True)
     ]
+
+
+def open_all(source: str | Path, files: Sequence[str | Path]) -> tuple[Source, list[GgufFile]]:
+    """Open a source and the trit files that were made of it; TritGgufError if one was not."""
+    from tritgguf.formats.gguf_file import open_trit_file
+    from tritgguf.sources.open import open_source
+
+    trit_files = [open_trit_file(file) for file in files]
+    opened = open_source(str(source))
+    for file in trit_files:
+        check_same_model(file, opened)
+    return opened, trit_files
 
 
 @dataclass(frozen=True)

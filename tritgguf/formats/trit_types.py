@@ -23,7 +23,6 @@ KEY_ENCODER = "trit.encoder"
 KEY_DEPTHS = "trit.depths"
 KEY_GROUP_SIZE = "trit.group_size"
 KEY_SCALE_DEPTH = "trit.scale_depth"
-KEY_RELATIVE_ERROR = "trit.relative_error"
 CODEC_NAME = "tritllm-v2"
 
 _FIRST_TYPE_ID = 10001
