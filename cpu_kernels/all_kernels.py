@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.compilation.signature import Type, array_type
+from cpu_kernels.compilation.signature import WRITABLE, Type, array_type
 from cpu_kernels.encoding import error_feedback, quantize, recover, search
 from cpu_kernels.packed_rows import check_words, pack, unpack
 from cpu_kernels.simd import self_test
@@ -192,6 +192,19 @@ def _prompts_of_mixtures(isa: Type) -> Signatures:
     }
 
 
+def _matrices(isa: Type) -> Signatures:
+    """Return the kernels that those of generation and prompts call."""
+    matrix, steps, share = (isa, _INTEGER), _floats(1), (_INTEGER, _INTEGER)
+    out = {dimensions: (np.dtype(np.float32), dimensions, WRITABLE) for dimensions in (1, 2)}
+    return {
+        gemv_batch.multiply_rows_batch: [
+            (*matrix, _INTEGER, steps, _vectors(bits, 2), out[2], *share, _floats(1)) for bits in (16, 8)
+        ],
+        gemv_batch.multiply_half_rows: [(*matrix, _floats(2), out[2], *share, _floats(1))],
+        gemv.multiply_rows: [(*matrix, _INTEGER, steps, _vectors(bits, 1), out[1], *share) for bits in (16, 8)],
+    }
+
+
 def _generation(isa: Type) -> Signatures:
     """Return the kernels of generated tokens."""
     matrices = (isa, _integers(1), _integers(1), _integers(1), _floats(2))
@@ -210,6 +223,12 @@ def _generation(isa: Type) -> Signatures:
         gemv.gemv: [(*matrices, _vectors(16, 1), _floats(1), *_SHARE)],
         gemv_batch.gemv_batch: [(*matrices, _vectors(16, 2), _floats(2), _floats(2), *_SHARE)],
         activations.quantize_vectors: [(*_vectors(16, 2)[1:], *_SHARE)],
+        attend_token.attend_units: [
+            (
+                isa, f16, _SCRATCH, _INTEGER, _INTEGER, *[_floats(1)] * 3, _OPTIONS, *[_INTEGER] * 4, _BOOLEAN,
+                _INTEGER,
+            ),
+        ],
         attend_layers.attend_layers: [
             (
                 isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
@@ -235,6 +254,7 @@ def all_kernels(isa: tuple[int, ...]) -> Signatures:
     """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
     isa_type = (tuple, *[_INTEGER] * len(isa))
     return {
+        **_matrices(isa_type),
         **_generation(isa_type),
         **_prompts(isa_type),
         **_prompts_of_mixtures(isa_type),

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set
@@ -31,6 +32,14 @@ Display = Callable[[], AbstractContextManager[Progress]]  # shows the progress w
 _MOST_WORKERS = 4
 # About the seconds for one version of a kernel; less than a second for most.
 _SECONDS = {"decode_batch": 8, "decode": 7, "trit_gemm": 3, "quantize_columns": 3, "attend_layers": 2}
+
+
+class _Job(NamedTuple):
+    """A version of a kernel, for certain argument types: their numbers in `all_kernels`, and about the seconds."""
+
+    kernel: int
+    version: int
+    seconds: int
 
 
 def precompile(isa: str | None, display: Display) -> bool:
@@ -82,15 +91,17 @@ def _run_workers(isa: str, progress: Progress) -> bool:
     """Let worker processes compile all kernels; return whether they did."""
     from cpu_kernels.all_kernels import all_kernels
 
-    waiting: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # number, versions, seconds of each
-    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # seconds of a version; None: a worker has died
-    kernels = all_kernels(instruction_set.chosen(isa))
-    seconds = [_SECONDS.get(kernel.__name__, 1) for kernel in kernels]
-    versions = [len(signatures) for signatures in kernels.values()]
-    jobs = list(zip(range(len(kernels)), versions, seconds, strict=True))
-    for job in sorted(jobs, key=lambda job: -job[1] * job[2]):
+    waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # seconds of a job; None: a worker has died
+    kernels = all_kernels(instruction_set.chosen(isa)).items()
+    jobs = [
+        _Job(number, version, _SECONDS.get(kernel.__name__, 1))
+        for number, (kernel, signatures) in enumerate(kernels)
+        for version in range(len(signatures))
+    ]
+    for job in sorted(jobs, key=lambda job: -job.seconds):
         waiting.put(job)
-    total, done = sum(count * each for _, count, each in jobs), 0
+    total, done = sum(job.seconds for job in jobs), 0
     workers = [_start_worker(isa) for _ in range(min(_MOST_WORKERS, physical_cores()))]
     try:
         for worker in workers:
@@ -126,26 +137,25 @@ def _start_worker(isa: str) -> subprocess.Popen[str]:
 
 def _feed(
     worker: subprocess.Popen[str],
-    waiting: queue.SimpleQueue[tuple[int, int, int]],
+    waiting: queue.SimpleQueue[_Job],
     finished: queue.SimpleQueue[int | None],
 ) -> None:
-    """Give a worker one kernel after the other."""
+    """Give a worker one job after the other."""
     assert worker.stdin is not None and worker.stdout is not None
     with contextlib.suppress(queue.Empty):
         while True:
-            number, versions, seconds = waiting.get_nowait()
+            job = waiting.get_nowait()
             try:
-                worker.stdin.write(f"{number}\n")
+                worker.stdin.write(f"{job.kernel} {job.version}\n")
                 worker.stdin.flush()
-                for _ in range(versions):
-                    finished.put(seconds if worker.stdout.readline() else None)
+                finished.put(job.seconds if worker.stdout.readline() else None)
             except (OSError, ValueError):  # the worker has died, or was killed
                 finished.put(None)
                 return
 
 
 def _work(isa: str) -> None:
-    """Compile the kernels whose numbers come in through stdin; answer with a line for each version."""
+    """Compile the versions of kernels whose numbers come in through stdin; answer with a line for each."""
     from cpu_kernels.all_kernels import all_kernels
     from cpu_kernels.compilation.machine_code import make_functions_of_numba_inner
 
@@ -153,9 +163,9 @@ def _work(isa: str) -> None:
     make_functions_of_numba_inner()  # a tenth
     kernels = list(all_kernels(instruction_set.chosen(isa)).items())
     for line in sys.stdin:
-        kernel, signatures = kernels[int(line)]
-        for signature in signatures:
-            with contextlib.suppress(Exception):  # whatever Numba raises: whoever needs the kernel will see it
-                if not kernel.is_cached(signature):
-                    kernel.compile(signature)
-            print(line, end="", flush=True)
+        number, version = map(int, line.split())
+        kernel, signatures = kernels[number]
+        with contextlib.suppress(Exception):  # whatever Numba raises: whoever needs the kernel will see it
+            if not kernel.is_cached(signatures[version]):
+                kernel.compile(signatures[version])
+        print(line, end="", flush=True)

@@ -81,7 +81,7 @@ def store_key_value(kv, scratch, layer, qkv, bias, norm, options, sequence, posi
     store_head(kv, sequence, layer, kv_head, position, key, qkv[start : start + dim])
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True)
 def attend_units(
     isa, kv, scratch, token, layer, qkv, bias, norm, options, sequence, position, first, last, stores, thread
 ):
