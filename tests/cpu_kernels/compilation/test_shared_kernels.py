@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +24,9 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the kernels of these tests out of the real cache."""
     monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)
-    return
 
 
 @numba.njit(nogil=True, shared=True, any_strides=("out",))
@@ -52,7 +50,7 @@ def _describe_twice(
 def test_every_kind_of_argument_reaches_a_shared_kernel() -> None:
     array, pair = np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::2], Pair(np.array([5.0, -7.0]), 1)
     out = np.zeros((2, 6))
-    _describe_twice((1, 2), array, pair, np.int8(-9), True, np.float32(0.25), 1e300, out)
+    _describe_twice((1, 2), array, pair, np.int8(-9), True, (np.float32(0.25), 1e300), out)
     np.testing.assert_array_equal(out, [[222, 5, -7, 222, 5, -7], [-9, 0.5, 1e300, -9, 0, 1e300]])
 
 
