@@ -192,11 +192,24 @@ def _prompts_of_mixtures(isa: Type) -> Signatures:
     }
 
 
-def _matrices(isa: Type) -> Signatures:
+def _any_strides(dtype: str, dimensions: int) -> Type:
+    return np.dtype(dtype), dimensions, WRITABLE
+
+
+def _shared(isa: Type) -> Signatures:
     """Return the kernels that those of generation and prompts call."""
-    matrix, steps, share = (isa, _INTEGER), _floats(1), (_INTEGER, _INTEGER)
-    out = {dimensions: (np.dtype(np.float32), dimensions, WRITABLE) for dimensions in (1, 2)}
+    matrix, steps, share, row = (isa, _INTEGER), _floats(1), (_INTEGER, _INTEGER), _floats(1)
+    out = {dimensions: _any_strides("float32", dimensions) for dimensions in (1, 2)}
     return {
+        activations.quantize_row: [
+            (row, _any_strides(f"int{bits}", 3), _any_strides("int32", 2), _any_strides("float32", 1))
+            for bits in (16, 8)
+        ],
+        activations.add_and_rms_norm: [
+            (row, row, row, _FLOAT, _floats(1, readonly=readonly), _FLOAT, row) for readonly in (False, True)
+        ],
+        activations.swiglu: [(row, row, _BOOLEAN, row)],
+        attend_token.merge_splits: [(isa, _SCRATCH, *[_INTEGER] * 4, row, _INTEGER)],
         gemv_batch.multiply_rows_batch: [
             (*matrix, _INTEGER, steps, _vectors(bits, 2), out[2], *share, _floats(1)) for bits in (16, 8)
         ],
@@ -254,7 +267,7 @@ def all_kernels(isa: tuple[int, ...]) -> Signatures:
     """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
     isa_type = (tuple, *[_INTEGER] * len(isa))
     return {
-        **_matrices(isa_type),
+        **_shared(isa_type),
         **_generation(isa_type),
         **_prompts(isa_type),
         **_prompts_of_mixtures(isa_type),
