@@ -30,16 +30,27 @@ Display = Callable[[], AbstractContextManager[Progress]]  # shows the progress w
 
 # Each worker has half a gigabyte; more than this many gain nothing, because the largest kernel takes as long as all.
 _MOST_WORKERS = 4
-# About the seconds for one version of a kernel; less than a second for most.
-_SECONDS = {"decode_batch": 8, "decode": 7, "trit_gemm": 3, "quantize_columns": 3, "attend_layers": 2}
+# About how many thirds of a second a version of a kernel takes; one for most.
+_WORK = {
+    "decode_batch": 15,
+    "multiply_rows_batch": 13,
+    "decode": 11,
+    "trit_gemm": 7,
+    "attend_units": 4,
+    "attend": 3,
+    "_unpack_rows": 3,
+    "multiply_half_rows": 3,
+    "multiply_rows": 2,
+    "quantize_columns": 2,
+}
 
 
 class _Job(NamedTuple):
-    """A version of a kernel, for certain argument types: their numbers in `all_kernels`, and about the seconds."""
+    """A version of a kernel, for certain argument types: their numbers in `all_kernels`, and about the work."""
 
     kernel: int
     version: int
-    seconds: int
+    work: int
 
 
 def precompile(isa: str | None, display: Display) -> bool:
@@ -92,16 +103,16 @@ def _run_workers(isa: str, progress: Progress) -> bool:
     from cpu_kernels.all_kernels import all_kernels
 
     waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # seconds of a job; None: a worker has died
+    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # work of a job; None: a worker has died
     kernels = all_kernels(instruction_set.chosen(isa)).items()
     jobs = [
-        _Job(number, version, _SECONDS.get(kernel.__name__, 1))
+        _Job(number, version, _WORK.get(kernel.__name__, 1))
         for number, (kernel, signatures) in enumerate(kernels)
         for version in range(len(signatures))
     ]
-    for job in sorted(jobs, key=lambda job: -job.seconds):
+    for job in sorted(jobs, key=lambda job: -job.work):
         waiting.put(job)
-    total, done = sum(job.seconds for job in jobs), 0
+    total, done = sum(job.work for job in jobs), 0
     workers = [_start_worker(isa) for _ in range(min(_MOST_WORKERS, physical_cores()))]
     try:
         for worker in workers:
@@ -148,7 +159,7 @@ def _feed(
             try:
                 worker.stdin.write(f"{job.kernel} {job.version}\n")
                 worker.stdin.flush()
-                finished.put(job.seconds if worker.stdout.readline() else None)
+                finished.put(job.work if worker.stdout.readline() else None)
             except (OSError, ValueError):  # the worker has died, or was killed
                 finished.put(None)
                 return

@@ -68,7 +68,7 @@ def _is_there(name: str) -> bool:
     if name in _loaded_shared:
         return True
     content = kernel_cache.read(name.removeprefix(SHARED_PREFIX))
-    return content is not None and load(content) is not None
+    return content is not None and load(content) is not None and name in _loaded_shared
 
 
 def shared_symbol(file_name: str) -> str:

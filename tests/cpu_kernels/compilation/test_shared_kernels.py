@@ -40,11 +40,9 @@ def _describe(kind: Any, array: Any, pair: Any, small: Any, flag: Any, factor: A
 
 
 @numba.njit(nogil=True)
-def _describe_twice(
-    kind: Any, array: Any, pair: Any, small: Any, flag: Any, factor: Any, double: Any, out: Any
-) -> None:
-    _describe(kind, array, pair, small, flag, factor, double, out)
-    _describe(kind, array.T, pair, small, not flag, factor, double, out.T[3:].T)
+def _describe_twice(kind: Any, array: Any, pair: Any, small: Any, flag: Any, numbers: Any, out: Any) -> None:
+    _describe(kind, array, pair, small, flag, numbers[0], numbers[1], out)
+    _describe(kind, array.T, pair, small, not flag, numbers[0], numbers[1], out.T[3:].T)
 
 
 def test_every_kind_of_argument_reaches_a_shared_kernel() -> None:
