@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set
@@ -28,12 +27,13 @@ LAZY_VARIABLE = "TRITGGUF_LAZY_KERNELS"  # if set, kernels are compiled when the
 Progress = Callable[[int, int], None]  # work that is done, and all work
 Display = Callable[[], AbstractContextManager[Progress]]  # shows the progress while it is entered
 
-# Each worker has half a gigabyte; more than this many gain nothing, because the largest kernel takes as long as all.
+# Each worker has half a gigabyte; more than this many gain little, because the largest kernels take as long as all.
 _MOST_WORKERS = 4
-# About how many thirds of a second a version of a kernel takes; one for most.
+# About how many thirds of a second a version of a kernel takes; one for most. One worker compiles all versions of a
+# kernel, because they have functions in common.
 _WORK = {
-    "decode_batch": 15,
-    "multiply_rows_batch": 13,
+    "decode_batch": 14,
+    "multiply_rows_batch": 12,
     "decode": 11,
     "trit_gemm": 7,
     "attend_units": 4,
@@ -43,14 +43,6 @@ _WORK = {
     "multiply_rows": 2,
     "quantize_columns": 2,
 }
-
-
-class _Job(NamedTuple):
-    """A version of a kernel, for certain argument types: their numbers in `all_kernels`, and about the work."""
-
-    kernel: int
-    version: int
-    work: int
 
 
 def precompile(isa: str | None, display: Display) -> bool:
@@ -102,17 +94,15 @@ def _run_workers(isa: str, progress: Progress) -> bool:
     """Let worker processes compile all kernels; return whether they did."""
     from cpu_kernels.all_kernels import all_kernels
 
-    waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # work of a job; None: a worker has died
-    kernels = all_kernels(instruction_set.chosen(isa)).items()
-    jobs = [
-        _Job(number, version, _WORK.get(kernel.__name__, 1))
-        for number, (kernel, signatures) in enumerate(kernels)
-        for version in range(len(signatures))
-    ]
-    for job in sorted(jobs, key=lambda job: -job.work):
+    waiting: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # number, versions, work of each
+    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # work of a version; None: a worker has died
+    kernels = all_kernels(instruction_set.chosen(isa))
+    work = [_WORK.get(kernel.__name__, 1) for kernel in kernels]
+    versions = [len(signatures) for signatures in kernels.values()]
+    jobs = list(zip(range(len(kernels)), versions, work, strict=True))
+    for job in sorted(jobs, key=lambda job: -job[1] * job[2]):
         waiting.put(job)
-    total, done = sum(job.work for job in jobs), 0
+    total, done = sum(count * each for _, count, each in jobs), 0
     workers = [_start_worker(isa) for _ in range(min(_MOST_WORKERS, physical_cores()))]
     try:
         for worker in workers:
@@ -148,25 +138,26 @@ def _start_worker(isa: str) -> subprocess.Popen[str]:
 
 def _feed(
     worker: subprocess.Popen[str],
-    waiting: queue.SimpleQueue[_Job],
+    waiting: queue.SimpleQueue[tuple[int, int, int]],
     finished: queue.SimpleQueue[int | None],
 ) -> None:
-    """Give a worker one job after the other."""
+    """Give a worker one kernel after the other."""
     assert worker.stdin is not None and worker.stdout is not None
     with contextlib.suppress(queue.Empty):
         while True:
-            job = waiting.get_nowait()
+            number, versions, work = waiting.get_nowait()
             try:
-                worker.stdin.write(f"{job.kernel} {job.version}\n")
+                worker.stdin.write(f"{number}\n")
                 worker.stdin.flush()
-                finished.put(job.work if worker.stdout.readline() else None)
+                for _ in range(versions):
+                    finished.put(work if worker.stdout.readline() else None)
             except (OSError, ValueError):  # the worker has died, or was killed
                 finished.put(None)
                 return
 
 
 def _work(isa: str) -> None:
-    """Compile the versions of kernels whose numbers come in through stdin; answer with a line for each."""
+    """Compile the kernels whose numbers come in through stdin; answer with a line for each version."""
     from cpu_kernels.all_kernels import all_kernels
     from cpu_kernels.compilation.machine_code import make_functions_of_numba_inner
 
@@ -174,9 +165,9 @@ def _work(isa: str) -> None:
     make_functions_of_numba_inner()  # a tenth
     kernels = list(all_kernels(instruction_set.chosen(isa)).items())
     for line in sys.stdin:
-        number, version = map(int, line.split())
-        kernel, signatures = kernels[number]
-        with contextlib.suppress(Exception):  # whatever Numba raises: whoever needs the kernel will see it
-            if not kernel.is_cached(signatures[version]):
-                kernel.compile(signatures[version])
-        print(line, end="", flush=True)
+        kernel, signatures = kernels[int(line)]
+        for signature in signatures:
+            with contextlib.suppress(Exception):  # whatever Numba raises: whoever needs the kernel will see it
+                if not kernel.is_cached(signature):
+                    kernel.compile(signature)
+            print(line, end="", flush=True)
