@@ -67,7 +67,7 @@ def precompile(isa: str | None, display: Display) -> bool:
     if mark.exists():
         return False
     try:
-        with _locked(mark.with_suffix(".lock")):
+        with locked(mark.with_suffix(".lock")):
             if mark.exists():  # another process was faster
                 return False
             kernel_cache.remove_old()
@@ -80,7 +80,7 @@ def precompile(isa: str | None, display: Display) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Let one process at a time into the block; on systems without file locks, all."""
     with path.open("w") as file:
         with contextlib.suppress(ImportError):

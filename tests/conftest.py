@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import functools
 import inspect
 import os
@@ -178,23 +177,12 @@ def trit_file(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         from tritgguf.conversion.convert import convert
 
         output = folder / f"smollm2-d{depth}.gguf"
-        with _one_process(output.with_suffix(".lock")):
+        with precompile.locked(output.with_suffix(".lock")):
             if not output.exists():
                 convert(smollm2_folder, output, depth=depth, recipe="published")
         return output
 
     return convert_once
-
-
-@contextlib.contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block."""
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

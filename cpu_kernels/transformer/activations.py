@@ -105,6 +105,7 @@ def _groups_first(typing_context, integers):
         for field in ("shape", "strides"):
             planes, groups, lanes = cgutils.unpack_tuple(builder, getattr(source, field))
             setattr(view, field, cgutils.pack_array(builder, [groups, planes, lanes]))
+        context.nrt.incref(builder, integers, arguments[0])  # the caller gives up a reference of what it gets
         return view._getvalue()
 
     return turned(integers), generate

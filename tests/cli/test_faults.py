@@ -5,13 +5,14 @@ written to), `test_cli` (closed pipes).
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ Files = Callable[..., GgufFile]
 MOST_SECONDS = 300  # a hang, on any machine
 
 
-def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tritgguf", *arguments]
+def start(*arguments: str, program: Sequence[str] = ("-m", "tritgguf"), **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, *arguments]
     # A process in the background may ignore Ctrl-C, and a child would inherit that.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
@@ -47,21 +48,41 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+# `tritgguf`, whose conversion says that it has written tensors, and waits then.
+WAITING_CONVERSION = """
+import contextlib, itertools, sys, time
+from tritgguf.cli import app, terminal
+
+@contextlib.contextmanager
+def progress(*, in_bytes):
+    calls = itertools.count(1)
+    def report(name, done, total):
+        if next(calls) == 50:
+            print("waiting", flush=True)
+            time.sleep(300)
+    yield report
+
+terminal.progress = progress
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: Path, smollm2_d2: Path) -> None:
     out = tmp_path / "out.gguf"
-    process = start("convert", str(smollm2_folder), str(out), "--depth", "2", "--encoder", "v2")
-    journal = tmp_path / "out.gguf.part.journal"
-    wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3)  # of more than two hundred tensors
+    command = ["convert", str(smollm2_folder), str(out), "--depth", "2", "--encoder", "v2", "--recipe", "published"]
+    process = start(*command, program=["-c", WAITING_CONVERSION])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=MOST_SECONDS)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
-    assert app.main(["convert", str(smollm2_folder), str(out), "--depth", "2", "--encoder", "v2", "--resume"]) == 0
+    assert app.main([*command, "--resume"]) == 0
     assert names(tmp_path) == ["out.gguf"]
-    assert out.read_bytes() == smollm2_d2.read_bytes()
+    assert filecmp.cmp(out, smollm2_d2, shallow=False)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a child process")

@@ -147,7 +147,7 @@ def test_rows_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_trit_file_shows_its_rows_and_scales(tmp_path: Path, depth: int) -> None:
-    convert(write_tiny_model(tmp_path / "folder"), tmp_path / "trit.gguf", depth=depth)
+    convert(write_tiny_model(tmp_path / "folder"), tmp_path / "trit.gguf", depth=depth, recipe="published")
     source, file = open_source(tmp_path / "trit.gguf"), GgufFile(tmp_path / "trit.gguf")
     for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
         packed = source.packed(name)

@@ -34,6 +34,7 @@ class ScriptedModel:
     def __init__(self, script: Sequence[int]) -> None:
         sizes = SimpleNamespace(layers=1, kv_heads=1, head_dim=2, hidden=4, vocabulary=VOCABULARY)
         self.config: Any = SimpleNamespace(vocab_size=VOCABULARY, dimensions=sizes, context_length=4096)
+        self.file_bytes = 0
         self.script = list(script)
         self.calls: list[list[int]] = []
         self.interrupt_in_call: int | None = None

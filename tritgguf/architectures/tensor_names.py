@@ -18,6 +18,9 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import matrix_names, split_matrix_name
 
+EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
+"""GGUF names; a model without the second one uses its embeddings as the head, too."""
+
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
 from tritgguf.calibration.output_divergence import output_divergences
+from tritgguf.calibration.output_head import head_name
 from tritgguf.calibration.sensitivity import output_and_importance, relative_error
 from tritgguf.errors import TritGgufError
-from tritgguf.formats.matrix_rows import MatrixRows
-from tritgguf.quantization.scale_search import quantize_searched
+from tritgguf.quantization.scale_search import quantized_and_decoded
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from tritgguf.sources.source import Source
 
-EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 PROBED_DEPTH = 2  # at which 1 and 2 are measured
 _PREDICTED_WINDOWS, _PREDICTED_TOKENS = 2, 256  # of which 2 measures the predictions
 
@@ -69,10 +69,10 @@ def measure_divergence_costs(
     hidden = blocks.embed(windows)
     predicted = [window[:_PREDICTED_TOKENS] for window in windows[:_PREDICTED_WINDOWS]]
     original = blocks.embed(predicted)
-    tied = all(tensor.name != HEAD for tensor in source.tensors)
+    tied = head_name(source) == EMBEDDINGS
     copies: list[_Copy] = []
     for depth in depths if EMBEDDINGS in names else ():
-        embedded = blocks.embed(predicted, partial(_quantized, depth=depth, thread_pool=thread_pool))
+        embedded = blocks.embed(predicted, partial(quantized_and_decoded, depth=depth, thread_pool=thread_pool))
         copies.append(_Copy(embedded, depth if tied else 0, {EMBEDDINGS: {depth: 1.0}}))
     for index in range(blocks.count):
         with blocks.block(index) as block:
@@ -130,7 +130,7 @@ def _measure_block(
         weights = block.get(name)
         squares = {}
         for depth in {*depths, PROBED_DEPTH}:
-            decoded = _quantized(weights, depth, thread_pool, importance[name])
+            decoded = quantized_and_decoded(weights, depth, thread_pool, importance=importance[name])
             squares[depth] = float((np.square(decoded - weights) @ importance[name]).sum(dtype=np.float64))
             if depth == PROBED_DEPTH:
                 probed[name] = decoded
@@ -144,11 +144,3 @@ def _measure_block(
     return expected, {
         name: {depth: errors[name] / total * ratio for depth, ratio in ratios[name].items()} for name in names
     }
-
-
-def _quantized(
-    weights: np.ndarray, depth: int, thread_pool: ThreadPool, importance: np.ndarray | None = None
-) -> np.ndarray:
-    """Quantize and decode a matrix, float32 [rows, columns]."""
-    quantized = quantize_searched(MatrixRows.of(weights), depth, thread_pool, importance=importance)
-    return np.concatenate([part.decoded() for part in quantized.parts])

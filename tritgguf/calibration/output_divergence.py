@@ -15,8 +15,7 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.output_head import final_norm, head_importance, head_name, logit_function
 from tritgguf.formats.dtypes import to_float32
-from tritgguf.formats.matrix_rows import MatrixRows
-from tritgguf.quantization.scale_search import quantize_searched
+from tritgguf.quantization.scale_search import quantized_and_decoded
 from tritgguf.reference.process_settings import torch_threads
 
 if TYPE_CHECKING:
@@ -54,8 +53,7 @@ def output_divergences(
             rows = to_float32(block)
             heads = {0: torch.from_numpy(rows)}
             for depth in {depth for _, depth in states} - {0}:
-                quantized = quantize_searched(MatrixRows.of(rows), depth, thread_pool, importance=importance)
-                heads[depth] = torch.from_numpy(np.concatenate([part.decoded() for part in quantized.parts]))
+                heads[depth] = torch.from_numpy(quantized_and_decoded(rows, depth, thread_pool, importance=importance))
             expected = finish(reference @ heads[0].T)
             for (hidden, depth), running in zip(states, sums, strict=True):
                 running.add(expected, finish(hidden @ heads[depth].T))

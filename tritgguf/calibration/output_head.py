@@ -9,6 +9,7 @@ import numpy as np
 
 from tritgguf.architectures import keys
 from tritgguf.architectures.key_rules import KeyRule
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
 from tritgguf.formats.dtypes import to_float32
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def head_name(source: Source) -> str:
     """Return the GGUF name of the output head, which is that of the embeddings if they are one tensor."""
-    return "output.weight" if any(tensor.name == "output.weight" for tensor in source.tensors) else "token_embd.weight"
+    return HEAD if any(tensor.name == HEAD for tensor in source.tensors) else EMBEDDINGS
 
 
 def head_squares(source: Source, hidden: Tensor) -> np.ndarray:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.stacks import by_tensor
-from tritgguf.quantization.scale_search import quantize_searched
+from tritgguf.quantization.scale_search import quantized_and_decoded
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
 
 if TYPE_CHECKING:
@@ -59,10 +58,10 @@ def measure_sensitivities(
                     sensitivities[name] = {}
                     for depth in depths:
                         for matrix in matrices:
-                            (quantized,) = quantize_searched(
-                                MatrixRows.of(weights[matrix]), depth, thread_pool, importance=importance.get(matrix)
-                            ).parts
-                            block.set(matrix, quantized.decoded())
+                            decoded = quantized_and_decoded(
+                                weights[matrix], depth, thread_pool, importance=importance.get(matrix)
+                            )
+                            block.set(matrix, decoded)
                         sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
                     for matrix in matrices:
                         block.set(matrix, weights[matrix])

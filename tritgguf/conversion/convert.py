@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,10 +115,11 @@ def _encode(
     squares = np.zeros(2)
     names = [name for tensor in plan.tensors for name in tensor.matrices]
     encoder = plan.quantizer.start(job)
-    matrices = encode_and_write(plan.source, writer, plan.recovery.fits, encoder, thread_pool)
-    for name, matrix_squares in zip(names, matrices, strict=True):
-        squares += matrix_squares
-        written(name)
+    # Closed before the writer is: an interruption in `written` must not leave a thread that goes on writing.
+    with closing(encode_and_write(plan.source, writer, plan.recovery.fits, encoder, thread_pool)) as matrices:
+        for name, matrix_squares in zip(names, matrices, strict=True):
+            squares += matrix_squares
+            written(name)
     return (float(squares[0]), float(squares[1])), encoder.warnings
 
 

@@ -6,7 +6,7 @@ One thread reads the next matrix and another writes finished parts, while the th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ class _Encoded:
 
 def encode_and_write(
     source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], encoder: MatrixEncoder, thread_pool: ThreadPool
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray]:
     """Read, encode and write the planned tensors; yield the squares of each matrix after it is written.
 
     `fits` are the matrices to recover; `encoder` quantizes the others. Memory holds only a few matrices, even if the

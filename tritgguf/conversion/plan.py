@@ -14,7 +14,7 @@ import xxhash
 from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import kept_in_float32, quantized_tensor
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, kept_in_float32, quantized_tensor
 from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
@@ -27,7 +27,6 @@ from tritgguf.conversion.encoders import (
     quantizer_of,
 )
 from tritgguf.conversion.file_metadata import file_metadata
-from tritgguf.conversion.recipes import EMBEDDINGS, HEAD
 from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
 from tritgguf.conversion.requested_depths import TABLES, free_tables, requested_depths
 from tritgguf.errors import TritGgufError

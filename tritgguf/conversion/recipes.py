@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.trit_types import DEPTHS
-
-EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
-"""GGUF names; a model without the second one uses its embeddings as the head, too."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, quantized_tensor
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.recipes import DEFAULT, EMBEDDINGS, HEAD
+from tritgguf.conversion.recipes import DEFAULT
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.sources.source import Source

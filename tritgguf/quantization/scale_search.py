@@ -63,6 +63,14 @@ def quantize_searched(
     return QuantizedRows(codebook, parts())
 
 
+def quantized_and_decoded(
+    weights: np.ndarray, depth: int, thread_pool: ThreadPool, *, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """Quantize weights, float32 [rows, columns], as `quantize_searched` does, and return what they decode to."""
+    quantized = quantize_searched(MatrixRows.of(weights), depth, thread_pool, importance=importance)
+    return np.concatenate([part.decoded() for part in quantized.parts])
+
+
 def searched_codebook(weights: np.ndarray, importance: np.ndarray, depth: int, thread_pool: ThreadPool) -> np.ndarray:
     """Return the 27 scales, float32, that `quantize_searched` would choose for float32 weights [rows, columns]."""
     scales = _ideal_scales(weights, _factors(importance, weights.shape[1]), False, depth, thread_pool)

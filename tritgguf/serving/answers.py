@@ -87,6 +87,7 @@ class Answer:
         self.generated = 0
         self._decoded = self._shown = 0  # characters
         self._held = list[PlacedLogprobs]()
+        self._ends = list[int]()  # where the text of the first of these ends; a character may take several tokens
 
     async def pieces(self, engine_thread: EngineThread) -> AsyncGenerator[Piece, None]:
         """Generate the answer; raises the error that ends it. It is cancelled when the iteration ends early."""
@@ -103,6 +104,7 @@ class Answer:
                 if self.finish_reason:
                     return
         self._decoded += len(rest := self._decoder.flush())
+        self._note_ends()
         text = self._stops.feed(rest) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.found else self.running.finish_reason or "interrupted"
         piece = self._piece(text)
@@ -118,12 +120,23 @@ class Answer:
         self.generated += 1
         text = self._decoder.step(token)
         self._decoded += len(text)
+        if not self._decoder.holds_back:
+            self._note_ends()
         return self._stops.feed(text)
 
+    def _note_ends(self) -> None:
+        self._ends += [self._decoded] * (len(self._held) - len(self._ends))
+
     def _piece(self, text: str) -> Piece:
-        """Return a piece of text with the log probabilities of the tokens that begin in it or before."""
+        """Return a piece of text with the log probabilities of the tokens that begin in it or before.
+
+        Tokens without text belong to the text before them. What follows does not matter, so that an answer has the same
+        tokens whether they come one by one or at once.
+        """
         self._shown += len(text)
-        all_shown = self._shown == self._decoded and not self._stops.found
-        ready = [held for held in self._held if all_shown or held.offset < self._shown]
-        self._held = self._held[len(ready) :]
-        return Piece(text, ready)
+        ends = [*self._ends, *[self._shown + 1] * len(self._held)]  # the text of the others is not complete
+        shown = [
+            held for held, end in zip(self._held, ends, strict=False) if held.offset < self._shown or end <= self._shown
+        ]
+        self._held, self._ends = self._held[len(shown) :], self._ends[len(shown) :]
+        return Piece(text, shown)

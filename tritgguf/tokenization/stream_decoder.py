@@ -18,6 +18,10 @@ class StreamDecoder:
     until the next tokens complete the character. Some tokenizers drop the space before the first word of a text, so a
     token is decoded together with the tokens before it. `context` are the tokens before the first one, if any. Control
     tokens have no text, but for those of `shown`, whose names are returned.
+
+    Attributes:
+        holds_back: whether a character is incomplete, so that some of the text is held back.
+
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), shown: Container[int] = ()) -> None:
@@ -33,6 +37,7 @@ class StreamDecoder:
         self._context_length = len(self._window)
         self._returned = len(self._tokenizer.decode(self._window))  # characters of the window that were returned
         self._incomplete = 0  # tokens that did not complete a character
+        self.holds_back = False
 
     def step(self, token: int) -> str:
         """Take the next token and return the text that it completes, possibly none."""
@@ -50,6 +55,7 @@ class StreamDecoder:
             self._returned, self._incomplete = len(complete), 0
         elif complete != text:
             self._incomplete += 1
+        self.holds_back = complete != text
         return new
 
     def flush(self) -> str:

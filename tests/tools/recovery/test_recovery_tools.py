@@ -47,7 +47,7 @@ def test_roundtrip(run: Callable[..., str], tiny_trit_file: Callable[..., GgufFi
 
 
 def test_roundtrip_of_a_mixture(run: Callable[..., str], tmp_path: Path) -> None:
-    convert(write_tiny_mixture(tmp_path / "model"), tmp_path / "out.gguf", depth=2)
+    convert(write_tiny_mixture(tmp_path / "model"), tmp_path / "out.gguf", depth=2, recipe="published")
     printed = run(recover_roundtrip.main, tmp_path / "out.gguf")
     assert "recovered 32 at depth 2; no exact fit 0; differing numbers 0 of" in printed
     export(tmp_path / "out.gguf", tmp_path / "hf", to="hf")
