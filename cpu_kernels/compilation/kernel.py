@@ -28,8 +28,8 @@ _READ: dict[str, Callable[[int], Any]] = {
 }
 _OWN_OPTIONS = ("nogil", "shared", "any_strides")  # which are not Numba's
 _one_at_a_time = threading.RLock()
-# By their symbols, those that were called by what this process has compiled.
-shared_kernels: dict[str, tuple[SharedKernel, tuple[signature.Type, ...]]] = {}
+# The shared kernels, by their symbols, that what this process has compiled calls.
+_called: dict[str, tuple[SharedKernel, tuple[signature.Type, ...]]] = {}
 
 
 class InnerFunction:
@@ -117,7 +117,7 @@ class Kernel(InnerFunction):
             listener()
         content = self.compile(types)
         for symbol in loader.shared_symbols(content):
-            kernel, its_types = shared_kernels[symbol]
+            kernel, its_types = _called[symbol]
             kernel._version(its_types)
         code = loader.load(content)
         assert code is not None
@@ -168,7 +168,12 @@ class SharedKernel(Kernel):
     def _numba_type_(self) -> Any:
         from cpu_kernels.compilation.shared_calls import call_type
 
-        return call_type(self)
+        def symbol_of(types: tuple[signature.Type, ...]) -> str:
+            symbol = self.symbol(types)
+            _called[symbol] = self, types
+            return symbol
+
+        return call_type(self.py_func, self.any_strides, symbol_of)
 
     def symbol(self, types: tuple[signature.Type, ...]) -> str:
         """Return the name of the entry: the same in all processes, and the loader finds the file in the cache by it."""

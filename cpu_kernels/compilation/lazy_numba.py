@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from cpu_kernels.compilation.deferred import load_numba, register
+from cpu_kernels.compilation.deferred import intrinsic_type, load_numba, register
 from cpu_kernels.compilation.kernel import InnerFunction, Kernel, SharedKernel
 
 
@@ -51,10 +51,7 @@ class _Intrinsic:
 
     @functools.cached_property
     def _numba_type_(self) -> Any:
-        made = load_numba().extending.intrinsic(self._emit)
-        context = importlib.import_module("numba.core.registry").cpu_target.typing_context
-        context.refresh()
-        return context.resolve_value_type(made)
+        return intrinsic_type(self._emit)
 
 
 def intrinsic(emit: Callable[..., Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -10,25 +11,35 @@ from numba import types
 from numba.core import cgutils
 from numba.np.numpy_support import as_dtype
 
-from cpu_kernels.compilation import lazy_numba, signature
-from cpu_kernels.compilation.kernel import SharedKernel, shared_kernels
+from cpu_kernels.compilation import signature
+from cpu_kernels.compilation.deferred import intrinsic_type
 from cpu_kernels.compilation.machine_code import numba_type
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-def call_type(kernel: SharedKernel) -> Any:
-    """Return what Numba takes the kernel for where another one calls it: the type of a function that emits the call."""
-    parameters = inspect.signature(kernel.py_func).parameters
+def call_type(
+    py_func: Callable[..., Any],
+    any_strides: tuple[str, ...],
+    symbol_of: Callable[[tuple[signature.Type, ...]], str],
+) -> Any:
+    """Return what Numba takes a shared kernel for where another one calls it: the type of what emits the call.
+
+    Args:
+        py_func: the kernel in Python.
+        any_strides: as in `SharedKernel`.
+        symbol_of: returns the symbol of the version for arguments of these types, and makes sure that it will be there.
+
+    """
+    parameters = inspect.signature(py_func).parameters
     names = list(parameters)
 
     def emit_call(typing_context: Any, *arguments: Any) -> Any:
         types_ = tuple(
-            _signature_type(argument, any_strides=name in kernel.any_strides)
+            _signature_type(argument, any_strides=name in any_strides)
             for name, argument in zip(names, arguments, strict=True)
         )
-        symbol = kernel.symbol(types_)
-        shared_kernels[symbol] = kernel, types_
+        symbol = symbol_of(types_)
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
             slots = [
@@ -49,7 +60,7 @@ def call_type(kernel: SharedKernel) -> Any:
     # Numba takes the arguments' names and number from here.
     first, _ = inspect.signature(emit_call).parameters.values()
     emit_call.__signature__ = inspect.Signature([first, *parameters.values()])  # type: ignore[attr-defined]
-    return lazy_numba.intrinsic(emit_call)._numba_type_
+    return intrinsic_type(emit_call)
 
 
 def _signature_type(type_: Any, *, any_strides: bool = False) -> signature.Type:
