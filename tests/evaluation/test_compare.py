@@ -151,7 +151,7 @@ def test_every_point_lies_inside(rows: list[tuple[str, int, float]]) -> None:
     assert len(points) == sum(kl > 0 for _, _, kl in rows)
     for point in points:
         assert 64 <= float(point["cx"]) <= 696
-        assert 60 <= float(point["cy"]) <= 372
+        assert 74 <= float(point["cy"]) <= 372
     assert sum(element.tag.endswith("line") for element in root.iter()) >= 4
 
 

@@ -81,7 +81,9 @@ def _print_layers(report: VerifyReport, title: str) -> None:
 
 def verify_command(
     source: Annotated[str, typer.Argument(help="The model that the files were converted from.", metavar="SOURCE")],
-    files: Annotated[list[Path], typer.Argument(help="GGUF files that `convert` wrote.", metavar="FILE.gguf")],
+    files: Annotated[
+        list[Path], typer.Argument(help="GGUF files that `convert` wrote, or names on the hub.", metavar="FILE.gguf")
+    ],
     text_file: TextToEvaluate = None,
     tokens: TokensToEvaluate = 512,
     layers: Annotated[bool, typer.Option("--layers", help="Also show the error of each block.")] = False,

@@ -10,7 +10,7 @@ from tritgguf.evaluation.quantization_costs import FileQuality
 from tritgguf.formats.svg import Drawing
 
 _WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 60, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 74, 48
 _COLOR = "#0969da"
 _MARGIN = 0.12  # of an axis, beyond the outermost points
 
