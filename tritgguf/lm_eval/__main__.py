@@ -1,6 +1,6 @@
 """`python -m tritgguf.lm_eval`: lm-eval's own command line, which knows the model `tritgguf` and the tasks here.
 
-    python -m tritgguf.lm_eval --model tritgguf --model_args pretrained=d3.gguf --tasks tritgguf_facts
+python -m tritgguf.lm_eval --model tritgguf --model_args pretrained=d3.gguf --tasks tritgguf_facts
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from tritgguf.lm_eval.registration import TASKS_FOLDER, register_model
 
 def with_tasks(arguments: Sequence[str]) -> list[str]:
     """Return lm-eval's arguments with the folder of the tasks that ship here, unless they name a folder."""
-    if any(argument.partition("=")[0] == "--include_path" for argument in arguments):
+    names = [argument.partition("=")[0] for argument in arguments]
+    needs_tasks = "--tasks" in names or names[:1] in (["ls"], ["validate"])
+    if "--include_path" in names or not needs_tasks:
         return list(arguments)
-    runs = "--tasks" in [argument.partition("=")[0] for argument in arguments] or arguments[:1] in (["ls"], ["validate"])
-    return [*arguments, "--include_path", str(TASKS_FOLDER)] if runs else list(arguments)
+    return [*arguments, "--include_path", str(TASKS_FOLDER)]
 
 
 def main() -> int:

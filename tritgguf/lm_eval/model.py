@@ -23,6 +23,9 @@ from tritgguf.version import __version__
 _PARALLEL = 16
 _ANSWER_TOKENS = 256  # as lm-eval's other models have it
 
+_TokenPair = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A context and a continuation as texts, where there are texts, and as tokens."""
+
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the number of requests done and their total."""
 
@@ -122,10 +125,9 @@ class TritGgufLM(TemplateLM):
         from tritgguf.tokenization.chat_template import render
 
         tokenizer = self.model.tokenizer
-        options: dict[str, Any] = {} if add_generation_prompt else {"continue_final_message": True}
         text = render(
             self._template(), chat_history, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
-            add_generation_prompt=add_generation_prompt, options=options,
+            add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
         return text if add_generation_prompt else _without_end(text, chat_history)
 
@@ -136,8 +138,13 @@ class TritGgufLM(TemplateLM):
 
     # -- requests
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is what greedy sampling would give."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._progress is not None)
+        return found
+
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[_TokenPair], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         """Return log-likelihoods of pairs of tokens, each with whether it is what greedy sampling would give."""
         continuations = [self._fitting(context, tokens) for _, context, tokens in requests]
@@ -146,12 +153,12 @@ class TritGgufLM(TemplateLM):
             found = log_likelihoods(self.model.engine, continuations, show)
         for (texts, _, _), likelihood in zip(requests, found, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, tuple(likelihood))
-        return [tuple(likelihood) for likelihood in found]
+                self.cache_hook.add_partial("loglikelihood", texts, (likelihood.log_likelihood, likelihood.is_greedy))
+        return [(value, is_greedy) for value, is_greedy in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of `max_length` tokens behind the prefix token."""
-        windows, counts = [], []
+        windows, counts = list[_TokenPair](), list[int]()
         for request in requests:
             (text,) = request.args
             cut = get_rolling_token_windows(
@@ -203,7 +210,7 @@ class TritGgufLM(TemplateLM):
         return Continuation(context[-(self.max_length + 1 - len(tokens)) :], tokens)
 
     def _prompt(self, text: str, options: dict[str, Any]) -> tuple[list[int], GenerationOptions, bool]:
-        """Return the tokens of a prompt, of which the last ones are kept where the answer needs room, and its options."""
+        """Return a prompt's tokens, as many as leave room for the answer, its options, and whether some are cut off."""
         chosen = generation_options(options, max_tokens=self.max_gen_toks)
         tokens = self.tok_encode(text) or [self.prefix_token_id]
         room = self.max_length - chosen.max_tokens

@@ -25,14 +25,8 @@ def require_lm_eval() -> None:
 def register_model() -> None:
     """Register the model `tritgguf` with lm-eval, unless an entry point has done so; MissingExtraError without it."""
     require_lm_eval()
-    import lm_eval.models
-    from lm_eval.api import registry
+    from lm_eval import models  # noqa: F401  # which fills the registry
+    from lm_eval.api.registry import model_registry
 
-    if hasattr(registry, "model_registry"):
-        if MODEL_NAME not in registry.model_registry:
-            registry.model_registry.register(MODEL_NAME, target=MODEL_CLASS)
-        return
-    from tritgguf.lm_eval.model import TritGgufLM  # older versions take the class itself
-
-    if MODEL_NAME not in registry.MODEL_REGISTRY:
-        registry.register_model(MODEL_NAME)(TritGgufLM)
+    if MODEL_NAME not in model_registry:
+        model_registry.register(MODEL_NAME, target=MODEL_CLASS)
