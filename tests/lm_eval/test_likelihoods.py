@@ -20,7 +20,7 @@ def continuations() -> list[Continuation]:
         tokens = generator.integers(0, 400, 1 + number % 5).tolist()
         others = [[*tokens[:-1], 17], [*tokens[:-1], 18], [*tokens, 19]]
         found += [Continuation(context, other) for other in [tokens, *others][: 2 + number % 3]]
-    generator.shuffle(found)  # type: ignore[arg-type]
+    generator.shuffle(found)
     return [Continuation(*map(list, one)) for one in found]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tritgguf.errors import BadRequestError, TritGgufError
+from tritgguf.formats.text_file import read_text
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.lm_eval.registration import TASKS_FOLDER, require_lm_eval
 from tritgguf.text_format import one_line
@@ -103,11 +104,13 @@ def evaluate(
 
         from tritgguf.lm_eval.model import TritGgufLM
 
-        loaded = _load_tasks(tasks, report)
+        manager = _task_manager(tasks)
+        loaded = _load_tasks(manager, tasks, report)
         _check_code(loaded, allow_code_execution)
         results = simple_evaluate(
             model=TritGgufLM(model, progress=report),
             tasks=loaded,
+            task_manager=manager,
             limit=limit,
             num_fewshot=num_fewshot,
             apply_chat_template=chat_template,
@@ -119,13 +122,18 @@ def evaluate(
     return EvaluationReport(model.path, _task_results(results), limit, chat_template, __version__, seconds)
 
 
-def _load_tasks(names: Sequence[str], report: Progress) -> list[Any]:
-    """Return lm-eval's tasks and groups with these names, with their data."""
+def _task_manager(names: Sequence[str]) -> Any:
+    """Return lm-eval's index of tasks, as far as these names need it."""
+    if not names:
+        raise BadRequestError(f"there is no task to run; name some, such as {', '.join(_shipped_tasks())}")
     from lm_eval.tasks import TaskManager
 
-    # The index of the tasks that lm-eval brings takes ten seconds.
-    only_ours = all(name.startswith(_MARK_OF_OURS) for name in names)
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not only_ours)
+    defaults = not all(map(_needs_no_index, names))
+    return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=defaults)
+
+
+def _load_tasks(manager: Any, names: Sequence[str], report: Progress) -> list[Any]:
+    """Return lm-eval's tasks and groups with these names, with their data."""
     found = dict.fromkeys(match for name in names for match in _matches(manager, name))
     loaded = []
     for done, name in enumerate(found):
@@ -148,9 +156,20 @@ def _load_tasks(names: Sequence[str], report: Progress) -> list[Any]:
     return loaded
 
 
+def _needs_no_index(name: str) -> bool:
+    """Tell whether a name needs none of the tasks that lm-eval brings, whose index takes ten seconds."""
+    if _is_file(name):
+        return "group:" not in read_text(Path(name))
+    return name.startswith(_MARK_OF_OURS)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
 def _matches(manager: Any, name: str) -> list[str]:
     """Return the names that a name or pattern stands for; BadRequestError if there are none."""
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+    if _is_file(name):
         return [name]
     matches: list[str] = manager.match_tasks([name])
     if matches:

@@ -60,20 +60,17 @@ class TritGgufLM(TemplateLM):
             pretrained: the file, or a loaded model, whose own settings then count.
             max_length: tokens that a request may have; None for what the model was trained for.
             batch_size: how many requests run at once; "auto" and None for 16.
-            max_batch_size: as lm-eval passes it; not used.
-            device: as lm-eval passes it: "cpu" or None.
+            max_batch_size, device: what lm-eval passes to every model; not used, a trit file runs on the CPU.
             prefix_token_id: the token that stands for an empty context; None for BOS, or EOS where there is no BOS.
             max_gen_toks: the longest answer in tokens where a task does not say.
             prefill_bits, exact, cache_type, threads, isa: as `load` takes them.
             progress: called as requests are done; None shows a tqdm bar, as lm-eval's other models do.
 
         Raises:
-            TritGgufError: as `load`, and for another device.
+            TritGgufError: as `load`.
 
         """
         super().__init__()
-        if device not in (None, "cpu"):
-            raise BadRequestError(f"a trit file runs on the CPU, not on {device}; leave device out")
         if isinstance(pretrained, LoadedModel):
             self.model = pretrained
         else:
