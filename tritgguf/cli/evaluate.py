@@ -11,10 +11,32 @@ import typer
 
 from tritgguf.cli import terminal
 from tritgguf.cli.loading import load_model
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import CacheType, InstructionSet, Json, Overwrite, PrefillBits, Threads, TritFile, option
 
 if TYPE_CHECKING:
     from tritgguf.lm_eval.evaluate import EvaluationReport, TaskResult
+
+Tasks = Annotated[str, option("--tasks", metavar="A,B", help="Tasks, groups or patterns of lm-eval.")]
+Limit = Annotated[
+    int | None, option("--limit", min=1, help="Questions of each task, the first ones.", show_default="all")
+]
+Examples = Annotated[
+    int | None,
+    option("--num-fewshot", min=0, help="Examples before each question.", show_default="what the task has"),
+]
+ChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="Ask each question as a message of a chat.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox (Linux).")
+]
+Output = Annotated[
+    Path | None, option("--output", metavar="FILE", help="Also write the results as JSON.", show_default=False)
+]
+Context = Annotated[int, option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's training context.")]
+Parallel = Annotated[int, option("--parallel", "-np", min=1, max=256, help="Requests that run at once.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Multiply all activations with 31 bits, at a fraction of the speed.")
+]
 
 _ARROWS = {True: "↑", False: "↓", None: ""}
 
@@ -37,33 +59,18 @@ def _row(result: TaskResult) -> tuple[str, ...]:
 
 def evaluate_command(
     file: TritFile,
-    tasks: Annotated[str, option("--tasks", metavar="A,B", help="Tasks, groups or patterns of lm-eval.")],
-    limit: Annotated[
-        int | None, option("--limit", min=1, help="Questions of each task, the first ones.", show_default="all")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        option("--num-fewshot", min=0, help="Examples before each question.", show_default="what the task has"),
-    ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask each question as a message of a chat.")
-    ] = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run code that the model writes, in a sandbox (Linux).")
-    ] = False,
-    output: Annotated[
-        Path | None, option("--output", metavar="FILE", help="Also write the results as JSON.", show_default=False)
-    ] = None,
+    tasks: Tasks,
+    limit: Limit = None,
+    num_fewshot: Examples = None,
+    chat_template: ChatTemplate = False,
+    allow_code_execution: AllowCode = False,
+    output: Output = None,
     overwrite: Overwrite = False,
-    context: Annotated[
-        int, option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's training context.")
-    ] = 0,
-    parallel: Annotated[int, option("--parallel", "-np", min=1, max=256, help="Requests that run at once.")] = 16,
+    context: Context = 0,
+    parallel: Parallel = 16,
     threads: Threads = None,
     prefill_bits: PrefillBits = 16,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Multiply all activations with 31 bits, at a fraction of the speed.")
-    ] = False,
+    exact: Exact = False,
     cache_type: CacheType = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -79,6 +86,7 @@ def evaluate_command(
     from tritgguf.lm_eval.registration import require_lm_eval
 
     require_lm_eval()
+    file = local_file(file)
     output = None if output is None else check_output(output, overwrite, [file])
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; read when tqdm is imported
     settings = {"prefill_bits": prefill_bits, "exact": exact, "cache_type": cache_type, "threads": threads, "isa": isa}
