@@ -26,6 +26,7 @@ from tritgguf.cli.check import check_command
 from tritgguf.cli.compare import compare_command
 from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
+from tritgguf.cli.evaluate import evaluate_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
@@ -164,6 +165,7 @@ for _name, _command in (
     ("bench", bench_command),
     ("verify", verify_command),
     ("compare", compare_command),
+    ("evaluate", evaluate_command),
     ("inspect", inspect_command),
     ("check", check_command),
     ("doctor", doctor_command),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from tritgguf.cli.quality_table import (
     Plot,
     TextToEvaluate,
     TokensToEvaluate,
+    TritFiles,
     print_qualities,
     with_speeds,
     write_plot,
@@ -22,9 +22,7 @@ from tritgguf.cli.quality_table import (
 
 
 def compare_command(
-    files: Annotated[
-        list[Path], typer.Argument(help="GGUF files that `convert` wrote, or names on the hub.", metavar="FILE.gguf")
-    ],
+    files: TritFiles,
     source: Annotated[
         str | None,
         option("--source", metavar="SOURCE", help="What the files are compared with.", show_default="the first file"),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from tritgguf.cli import terminal
 from tritgguf.cli.options import option
 from tritgguf.text_format import format_bytes
@@ -14,6 +16,9 @@ from tritgguf.text_format import format_bytes
 if TYPE_CHECKING:
     from tritgguf.evaluation.quantization_costs import FileQuality
 
+TritFiles = Annotated[
+    list[Path], typer.Argument(help="GGUF files that `convert` wrote, or names on the hub.", metavar="FILE.gguf")
+]
 TextToEvaluate = Annotated[
     Path | None,
     option("--text", metavar="FILE", help="Text to evaluate on.", show_default="a text in the package"),

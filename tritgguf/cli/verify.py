@@ -12,7 +12,14 @@ import typer
 from tritgguf.cli import terminal
 from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import InstructionSet, Json, Threads
-from tritgguf.cli.quality_table import Plot, TextToEvaluate, TokensToEvaluate, print_qualities, with_speeds, write_plot
+from tritgguf.cli.quality_table import (
+    Plot,
+    TextToEvaluate,
+    TokensToEvaluate,
+    print_qualities,
+    with_speeds,
+    write_plot,
+)
 from tritgguf.cli.terminal import print_table
 
 if TYPE_CHECKING:
