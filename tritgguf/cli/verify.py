@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from tritgguf.cli.quality_table import (
     Plot,
     TextToEvaluate,
     TokensToEvaluate,
+    TritFiles,
     print_qualities,
     with_speeds,
     write_plot,
@@ -88,9 +88,7 @@ def _print_layers(report: VerifyReport, title: str) -> None:
 
 def verify_command(
     source: Annotated[str, typer.Argument(help="The model that the files were converted from.", metavar="SOURCE")],
-    files: Annotated[
-        list[Path], typer.Argument(help="GGUF files that `convert` wrote, or names on the hub.", metavar="FILE.gguf")
-    ],
+    files: TritFiles,
     text_file: TextToEvaluate = None,
     tokens: TokensToEvaluate = 512,
     layers: Annotated[bool, typer.Option("--layers", help="Also show the error of each block.")] = False,
