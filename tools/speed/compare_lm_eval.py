@@ -47,9 +47,9 @@ def seconds_of(lm: Any, requests: list[Any]) -> float:
 def main(
     file: Annotated[Path, typer.Argument(help="A trit file.")],
     folder: Annotated[Path, typer.Argument(help="The Hugging Face folder of its source.")],
-    questions: Annotated[int, typer.Option(help="How many questions.", min=1)] = 24,
+    questions: Annotated[int, typer.Option(help="How many questions.", min=1)] = 84,
     examples: Annotated[int, typer.Option(help="Examples before each.", min=0)] = 5,
-    turn: Annotated[int, typer.Option(help="Questions of a turn.", min=1)] = 8,
+    turn: Annotated[int, typer.Option(help="Questions of a turn.", min=1)] = 16,
     batch_size: Annotated[int, typer.Option(help="Batch size of `hf`.", min=1)] = 16,
     prefill_bits: Annotated[int, typer.Option(help="Bits of the trit file's activations: 8 or 16.")] = 16,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
