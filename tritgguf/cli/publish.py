@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
-from tritgguf.cli.options import Json, Threads
+from tritgguf.cli.options import Json, Threads, option
 from tritgguf.cli.quality_table import print_qualities
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.text_format import format_bytes
@@ -53,6 +53,9 @@ def print_publication(report: PublishReport) -> None:
         print_qualities(source, [dataclasses.replace(file.quality, file=Path(file.configuration)) for file in files])
     rows = [(stage, f"{seconds:.1f} s") for stage, seconds in report.stage_seconds.items()]
     print_table("Time of this run", ("", ">"), [*rows, ("together", f"{report.seconds:.1f} s")])
+    for upload in report.uploads:
+        if not upload.error:
+            note(f"uploaded: {upload.repository}")
     for warning in report.warnings:
         note(f"warning: {warning}")
 
@@ -68,6 +71,10 @@ def publish_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show the files, disk, memory and time that the plan takes.")
     ] = False,
+    upload: Annotated[
+        str | None,
+        option("--upload", metavar="ORG", help="Upload each folder to this account on the hub.", show_default=False),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -89,8 +96,17 @@ def publish_command(
         return
     from tritgguf.evaluation.logits_store import user_store
     from tritgguf.publishing.publish import publish
+    from tritgguf.publishing.upload import check_organization, upload_folders
 
     store = user_store()
+    if upload is not None:
+        check_organization(upload)
     with terminal.progress(in_bytes=False) as report:
         result = publish(plan, threads=threads, store=store, progress=report)
+        if upload is not None:
+            result.uploads = upload_folders([Path(file.folder) for file in result.files], upload, report)
     terminal.print_json(result.as_dict()) if as_json else print_publication(result)
+    for failed in (failures := [done for done in result.uploads if done.error]):
+        terminal.error(failed.error)
+    if failures:
+        raise typer.Exit(1)

@@ -19,6 +19,7 @@ from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
 from tritgguf.publishing.stages import Job, Stages
 from tritgguf.publishing.state import State
+from tritgguf.publishing.upload import Upload
 from tritgguf.reference.model import require_torch
 from tritgguf.runtime.compiler import prepare_kernels
 from tritgguf.sources.source import Source
@@ -47,10 +48,15 @@ class PublishReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    uploads: list[Upload] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `publish --json` prints."""
-        return {**vars(self), "files": [file.as_dict() for file in self.files]}
+        return {
+            **vars(self),
+            "files": [file.as_dict() for file in self.files],
+            "uploads": [vars(upload) for upload in self.uploads],
+        }
 
 
 def publish(
