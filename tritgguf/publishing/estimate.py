@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.default_encoder import calibration_seconds
 from tritgguf.conversion.depths import apply_rules
+from tritgguf.conversion.file_metadata import file_metadata
 from tritgguf.conversion.plan import planned_tensor
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS
+from tritgguf.formats.gguf_writer import planned_file_bytes
 from tritgguf.publishing.configurations import Configuration
 from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.plan_file import PublishPlan
@@ -54,6 +56,7 @@ class Estimate:
         disk_bytes: of all files and exports; free_bytes: what is free there.
         memory_bytes: at most, while the largest source is verified.
         seconds: for everything.
+        not_fetched: hub ids whose files are not in the cache; nothing is known of them.
 
     """
 
@@ -62,6 +65,7 @@ class Estimate:
     free_bytes: int
     memory_bytes: int
     seconds: float
+    not_fetched: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `publish --dry-run --json` prints."""
@@ -72,7 +76,10 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
     """Estimate a plan; nothing is written. Raises TritGgufError as `publish` does for what is impossible."""
     files: list[PlannedFile] = []
     memory = seconds_of_sources = 0.0
+    not_fetched = [source.location for source in plan.sources if not _is_here(source.location)]
     for planned in plan.sources:
+        if planned.location in not_fetched:
+            continue
         inputs = SourceInputs(plan, planned, threads, lambda stage, done, total: None)
         source = inputs.source
         check_options(plan, planned, source)
@@ -101,22 +108,24 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
         shutil.disk_usage(_existing(plan.output)).free,
         int(memory),
         seconds_of_sources / speedup + sum(file.seconds for file in files),
+        not_fetched,
     )
 
 
 def file_bytes(source: Source, configuration: Configuration) -> int:
-    """Return the bytes of a configuration's tensors: at most, where depths are chosen by measurement."""
+    """Return the size of a configuration's file without scores: at most, where depths are chosen by measurement."""
     if configuration.target_size is not None:
         return configuration.target_size
     depths = requested_depths(source, configuration.options)
     quantized = [name for name in depths if quantized_tensor(name)]
     depths |= apply_rules(quantized, configuration.choice.keep)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
+    whole = planned_file_bytes(file_metadata(source.metadata, tensors, configuration.encoder, ""), tensors)
     if configuration.target_bpw is None:
-        return sum(tensor.n_bytes for tensor in tensors)
-    others = sum(tensor.n_bytes for tensor in tensors if not depths[tensor.name])
-    packed = sum(math.prod(tensor.shape) for tensor in tensors if depths[tensor.name])
-    return others + round(packed * configuration.target_bpw / 8)
+        return whole
+    packed = [tensor for tensor in tensors if depths[tensor.name]]
+    others = whole - sum(tensor.n_bytes for tensor in packed)
+    return others + round(sum(math.prod(tensor.shape) for tensor in packed) * configuration.target_bpw / 8)
 
 
 def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configuration, weights: int) -> float:
@@ -128,6 +137,13 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
     with_text = inputs.needs_text(configuration)
     text = calibration_seconds(weights, inputs.tokens_of(configuration), inputs.threads) if with_text else 0.0
     return weights * each / speedup + text
+
+
+def _is_here(location: str) -> bool:
+    """Tell whether a source is on this machine: looking at it must not download it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "config.json"), str)
 
 
 def _weights(source: Source) -> int:

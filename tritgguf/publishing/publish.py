@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,15 +143,9 @@ def _rows(jobs: Sequence[Job], qualities: Sequence[FileQuality], seconds: Sequen
     ]
 
 
-class _timed:
-    """Adds the seconds of a block to a kind of stage."""
-
-    def __init__(self, report: PublishReport, stage: str) -> None:
-        self._report, self._stage = report, stage
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.perf_counter() - self._start
-        self._report.stage_seconds[self._stage] = self._report.stage_seconds.get(self._stage, 0.0) + spent
+@contextmanager
+def _timed(report: PublishReport, stage: str) -> Iterator[None]:
+    """Add the seconds of the block to a kind of stage."""
+    start = time.perf_counter()
+    yield
+    report.stage_seconds[stage] = report.stage_seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -141,7 +141,7 @@ class Stages:
         for job, report in zip(missing, reports, strict=True):
             with self.state.changing(CONVERT, job.trit_file):
                 recorder.record(report)
-            quality = replace(report.quality, file_bytes=job.trit_file.stat().st_size)
+            quality = _quality_with_score(report.quality)
             done[job.name] = {
                 "seconds": report.seconds / len(reports),
                 "quality": quality.as_dict(),
@@ -195,6 +195,13 @@ class Stages:
         )
         self.state.finish(EXPORT, output, settings, {"bytes": report.output_bytes})
         return output
+
+
+def _quality_with_score(quality: FileQuality) -> FileQuality:
+    """Return a file's row after its score was recorded, which makes it a little larger."""
+    n_bytes = quality.file.stat().st_size
+    per_weight = quality.bits_per_weight * n_bytes / quality.file_bytes
+    return replace(quality, file_bytes=n_bytes, bits_per_weight=per_weight)
 
 
 def _conversion_settings(job: Job, inputs: SourceInputs) -> dict[str, Any]:
