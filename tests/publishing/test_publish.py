@@ -257,10 +257,10 @@ def test_folders_are_uploaded(whole: Path, tmp_path: Path, capsys: Capture, monk
             there = hub.models[f"org/{name}"]
             assert there[f"{name}.gguf"] == (whole / "out" / name / f"{name}.gguf").read_bytes()
             assert {"README.md", "chart.svg", "hf/model.safetensors", f"{name}-q8_0.gguf"} <= there.keys()
-        hub.refuse = lambda path: (403, {}) if "/commit/" in path else None
-        (whole / "out" / NAMES[0] / "note.txt").write_text("something new to commit")
+        hub.refuse = lambda path: (403, {}) if path == "/api/repos/create" else None
         assert app.main(["publish", plan, "--upload", "org"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert re.match(rf"error: org/{NAMES[0]}: the upload failed: .*HTTP 403", errors[0])
+    assert len(errors) == 2
+    for name, error in zip(NAMES, errors, strict=True):
+        assert re.match(rf"error: org/{name}: the upload failed: .*HTTP 403", error)
     assert "is no name of an organization" in fails(capsys, "publish", plan, "--upload", "a/b")
