@@ -109,7 +109,7 @@ def _groups_first(typing_context, integers):
     return turned(integers), generate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True, any_strides=("integers", "offsets", "scales"))
 def quantize_row(x, integers, offsets, scales):
     """Quantize one vector.
 
@@ -172,7 +172,7 @@ def normalize_row(x, residual, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor)
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+@numba.njit(cache=True, nogil=True, shared=True, fastmath={"contract", "reassoc"})
 def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
     """Add a layer's output to the residual stream, then apply the RMS norm; all float32.
 

@@ -82,7 +82,7 @@ def _gelu_times(typing_context, gate, up, out, count):
     return types.void(*[types.intp] * 4), generate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True)
 def swiglu(gate, up, activation, out):
     """Compute a gated activation; all float32 [columns], contiguous.
 

@@ -27,7 +27,10 @@ from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
+from tritgguf.cli.list import list_command
 from tritgguf.cli.options import UsageError
+from tritgguf.cli.pull import pull_command
+from tritgguf.cli.rm import rm_command
 from tritgguf.cli.run import run_command
 from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
@@ -162,5 +165,8 @@ for _name, _command in (
     ("inspect", inspect_command),
     ("check", check_command),
     ("doctor", doctor_command),
+    ("pull", pull_command),
+    ("list", list_command),
+    ("rm", rm_command),
 ):
     app.command(_name)(_command)

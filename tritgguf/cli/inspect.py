@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import Json
 from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import print_table
@@ -71,7 +72,7 @@ def inspect_command(
     """
     from tritgguf.formats.description import describe
 
-    description = describe(file)
+    description = describe(local_file(file))
     if as_json:
         terminal.print_json(description.as_dict())
     else:

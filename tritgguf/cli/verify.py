@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import InstructionSet, Json, Threads, option
 from tritgguf.cli.terminal import print_table
 
@@ -109,6 +110,7 @@ def verify_command(
     from tritgguf.formats.text_file import read_text
 
     text = None if text_file is None else read_text(text_file)
+    files = [local_file(file) for file in files]
     with terminal.progress(in_bytes=False) as report:
         reports = verify_files(
             source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report

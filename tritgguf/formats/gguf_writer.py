@@ -5,10 +5,8 @@ A failure leaves only files from which the conversion can resume.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,18 +21,14 @@ from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, sync_folder
+from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, open_locked, sync_folder
 from tritgguf.formats.journal import Journal, WrittenMatrix
 from tritgguf.formats.stacks import matrix_count, matrix_names
-
-if sys.platform != "win32":
-    import fcntl
 
 ALIGNMENT = 32
 """Every tensor begins at a multiple of this many bytes."""
 _SYNC_BYTES = 1 << 26
 _SYNC_SECONDS = 0.5
-_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,9 @@ class StreamingWriter:
         """Write the header with the current metadata, and find the tensors that exist already."""
         try:
             with disk_errors(self.output):
-                self._file = self._open()
+                self._file = open_locked(
+                    self._part, f"{self.output}: another conversion is writing it; wait for it, or name another file"
+                )
                 header = self._header()
                 self._header_bytes = len(header)
                 self._begin(header)
@@ -179,26 +175,6 @@ class StreamingWriter:
     @property
     def _header_end(self) -> int:
         return _aligned(self._header_bytes)
-
-    def _open(self) -> BinaryIO:
-        """Open and lock the unfinished file; the lock ends with the process."""
-        while True:
-            file = cast("BinaryIO", os.fdopen(os.open(self._part, _OPEN_FLAGS, 0o666), "r+b"))
-            if sys.platform == "win32":
-                return file
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.close()
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                raise TritGgufError(
-                    f"{self.output}: another conversion is writing it; wait for it, or name another file"
-                ) from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
-                    return file
-            file.close()  # another process finished and renamed this file in the meantime
 
     def _begin(self, header: bytes) -> None:
         """Write the header, and seek to the end of the tensors that an unfinished file has."""
