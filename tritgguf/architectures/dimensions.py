@@ -19,6 +19,7 @@ from tritgguf.architectures.experts import (
 )
 from tritgguf.architectures.table import ARCHITECTURES, ATTENTION_MATRICES, GGUF_ARCHITECTURES, Architecture
 from tritgguf.architectures.tensor_names import GGUF_LAYER
+from tritgguf.architectures.unsupported import why_not
 from tritgguf.errors import TritGgufError
 
 
@@ -100,10 +101,15 @@ def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
             f"{where}: names no model class under `architectures`; this is not the config of a causal language model"
         )
     if classes[0] not in ARCHITECTURES:
-        raise TritGgufError(
-            f"{where}: architecture {classes[0]} is not supported (supported: {', '.join(ARCHITECTURES)})"
-        )
+        raise _unsupported(classes[0], ARCHITECTURES, where)
     return ARCHITECTURES[classes[0]]
+
+
+def _unsupported(name: Any, supported: Iterable[str], where: str) -> TritGgufError:
+    reason = why_not(name) if isinstance(name, str) else None
+    if reason is not None:
+        return TritGgufError(f"{where}: {name} is not supported: {reason}")
+    return TritGgufError(f"{where}: architecture {name} is not supported (supported: {', '.join(supported)})")
 
 
 def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
@@ -151,9 +157,7 @@ def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architect
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
-        raise TritGgufError(
-            f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
-        )
+        raise _unsupported(arch, GGUF_ARCHITECTURES, where)
     entries = [entry for entry in ARCHITECTURES.values() if entry.gguf_name == arch]
     has_experts, has_shared = bool(metadata.get(f"{arch}.{COUNT_KEY}")), f"{arch}.{SHARED_WIDTH_KEY}" in metadata
     has_window = f"{arch}.{keys.WINDOW_KEY}" in metadata
