@@ -65,6 +65,7 @@ LONGEST = (
     "cli/test_chat_at_a_terminal.py",
     "cpu_kernels/transformer/test_gemm.py",
     "serving/test_lm_eval.py",
+    "lm_eval/test_evaluate.py",
     "serving/test_scheduling.py",
 )
 

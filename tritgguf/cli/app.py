@@ -25,6 +25,7 @@ from tritgguf.cli.calibrate import calibrate_command
 from tritgguf.cli.check import check_command
 from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
+from tritgguf.cli.evaluate import evaluate_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
@@ -162,6 +163,7 @@ for _name, _command in (
     ("serve", serve_command),
     ("bench", bench_command),
     ("verify", verify_command),
+    ("evaluate", evaluate_command),
     ("inspect", inspect_command),
     ("check", check_command),
     ("doctor", doctor_command),

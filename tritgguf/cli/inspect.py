@@ -16,6 +16,7 @@ from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
     from tritgguf.formats.description import FileDescription
+    from tritgguf.formats.scores import Score
 
 
 def print_description(file: FileDescription) -> None:
@@ -61,6 +62,27 @@ def print_description(file: FileDescription) -> None:
         if bits is not None:
             summary.append((label, f"{bits:.3f}"))
     print_table("summary", ("", ""), summary)
+    if file.score is not None:
+        print_score(file.score)
+
+
+def print_score(score: Score) -> None:
+    """Print what a file records of its measures."""
+    from tritgguf.evaluation.text_windows import shipped_text
+    from tritgguf.formats.scores import text_fingerprint
+
+    text = "the text in the package" if score.text == text_fingerprint(shipped_text()) else f"SHA-256 {score.text}"
+    source = " at ".join(filter(None, (score.source, score.revision)))
+    rows = [
+        ("source", source or "unknown"),
+        ("text", f"{score.tokens} tokens of {text}"),
+        ("KL divergence, mean", f"{score.kl_mean:.4f}"),
+        ("KL divergence, 99th percentile", f"{score.kl_p99:.4f}"),
+        ("same top token", f"{score.top1_agreement:.1%}"),
+        ("perplexity", f"{score.perplexity:.3f}"),
+        ("perplexity of the source", f"{score.perplexity_reference:.3f}"),
+    ]
+    print_table("recorded score", ("", ""), rows)
 
 
 def inspect_command(

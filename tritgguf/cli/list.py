@@ -10,6 +10,8 @@ from tritgguf.text_format import format_bytes
 def list_command(as_json: Json = False) -> None:
     """Show the trit files in huggingface_hub's cache, by the names that the other commands take.
 
+    KL is the divergence from the source, of files that record it (`verify --write`).
+
     Example: tritgguf list
     """
     from tritgguf.sources.hub_cache import cache_folder, cached_files
@@ -23,7 +25,8 @@ def list_command(as_json: Json = False) -> None:
     if not files:
         terminal.note(f"there is no trit file in {cache_folder()}; fetch one: tritgguf pull ORG/NAME")
         return
-    rows = [
-        (name, file.depth, format_bytes(file.n_bytes), file.encoder) for name, file in zip(names, files, strict=True)
-    ]
-    terminal.print_table(f"Trit files in {cache_folder()}", ("name", ">depth", ">size", "encoder"), rows)
+    rows = []
+    for name, file in zip(names, files, strict=True):
+        kl = "" if file.score is None else f"{file.score.kl_mean:.4f}"
+        rows.append((name, file.depth, format_bytes(file.n_bytes), file.encoder, kl))
+    terminal.print_table(f"Trit files in {cache_folder()}", ("name", ">depth", ">size", "encoder", ">KL"), rows)

@@ -103,7 +103,16 @@ class Metadata(Mapping[str, Any]):
 
 
 class HeaderParser:
-    """Parses and checks all keys and tensor entries of a header in one pass."""
+    """Parses and checks all keys and tensor entries of a header in one pass.
+
+    Attributes:
+        entries: key -> the value's type and offset, in the file's order.
+        tensors: the tensors by name.
+        keys_end, header_end, data_start: offsets of the first tensor's entry, of the end of the last one and of the
+            tensors' data.
+        alignment: every tensor begins at a multiple of this many bytes.
+
+    """
 
     def __init__(self, buffer: mmap.mmap | bytes, path: Path) -> None:
         self.buffer = buffer
@@ -129,13 +138,15 @@ class HeaderParser:
             type_id = self._take("<I")[0]
             self.entries[key] = (type_id, self.position)
             self._skip_value(type_id)
-        alignment = self._alignment()
+        self.keys_end = self.position
+        self.alignment = self._alignment()
         infos = [self._take_tensor() for _ in range(tensor_count)]
-        data_start = -(-self.position // alignment) * alignment
+        self.header_end = self.position
+        self.data_start = -(-self.position // self.alignment) * self.alignment
         for name, shape, type_id, offset in infos:
-            if offset % alignment:
-                self._fail(f"tensor {name} does not start at a multiple of {alignment} bytes")
-            self.tensors[name] = self._check_tensor(name, shape, type_id, data_start + offset)
+            if offset % self.alignment:
+                self._fail(f"tensor {name} does not start at a multiple of {self.alignment} bytes")
+            self.tensors[name] = self._check_tensor(name, shape, type_id, self.data_start + offset)
         if len(self.tensors) != len(infos):
             self._fail("two tensors have the same name")
         self._check_overlap()

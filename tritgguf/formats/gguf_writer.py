@@ -277,6 +277,16 @@ def _header_writer(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedT
     return writer
 
 
+def encode_entries(metadata: Mapping[str, GGUFValue]) -> bytes:
+    """Return keys and values as a header has them."""
+    writer, buffer = GGUFWriter(None, ""), io.BytesIO()
+    writer.kv_data[0] = dict(metadata)
+    writer.fout = [buffer]  # type: ignore[list-item]
+    writer.state = WriterState.HEADER
+    writer.write_kv_data_to_file()
+    return buffer.getvalue()
+
+
 def _encode(writer: GGUFWriter) -> bytes:
     """Return the encoded header with the writer's current metadata."""
     buffer = io.BytesIO()

@@ -17,6 +17,7 @@ from typing import Any
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
+from tritgguf.formats.scores import Score, read_score
 from tritgguf.formats.trit_types import KEY_ENCODER, TritType, is_trit_type
 from tritgguf.sources.hub_names import HubName, is_candidate, the_chosen
 from tritgguf.text_format import one_line
@@ -65,6 +66,11 @@ class CachedFile:
         return one_line(str(self.opened.metadata.get(KEY_ENCODER, "")))
 
     @property
+    def score(self) -> Score | None:
+        """What was measured of it, if the file says so."""
+        return read_score(self.opened.metadata)
+
+    @property
     def n_bytes(self) -> int:
         """Size."""
         return self.location.stat().st_size
@@ -79,6 +85,7 @@ class CachedFile:
             "depth": self.depth,
             "bytes": self.n_bytes,
             "encoder": self.encoder,
+            "score": None if self.score is None else vars(self.score),
         }
 
 
@@ -110,6 +117,12 @@ def is_in_cache(path: Path) -> bool:
     """Tell whether a file lies in the cache, or is a link to one there."""
     real = path.resolve()
     return real.is_relative_to(cache_folder().resolve())
+
+
+def revision_of(path: Path) -> str:
+    """Return the commit of a file or folder in a snapshot of a cache; empty if it is in none."""
+    folders = [path.absolute(), *path.absolute().parents]
+    return next((folder.name for folder in folders if folder.parent.name == "snapshots"), "")
 
 
 def add_to_cache(repository: str, path: str, revision: str, content: Path) -> CachedFile:
