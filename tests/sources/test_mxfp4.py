@@ -13,6 +13,8 @@ from source_checks import fails
 from tiny_mixtures import EXPERTS, mixture_config, mixture_weights
 from tiny_models import edit_json, write_safetensors_parts, write_tokenizer
 
+from tritgguf.conversion.convert import convert
+from tritgguf.evaluation.verify import verify
 from tritgguf.formats.checked import read_json
 from tritgguf.sources.open import open_source
 
@@ -130,3 +132,17 @@ def test_mxfp4_of_another_family_is_refused(tmp_path: Path) -> None:
     config = mixture_config("qwen3", quantization_config=read_json(folder / "config.json")["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     fails(folder, "already quantized .mxfp4.")
+
+
+def test_transformers_reads_the_same(tmp_path: Path) -> None:
+    """The whole way: transformers unpacks the checkpoint by itself, and has the logits of the trit file's weights."""
+    pytest.importorskip("torch")
+    from tritgguf.reference.model import ReferenceModel
+
+    source = open_source(write_mxfp4(tmp_path / "model"))
+    parameters = dict(ReferenceModel.open(source).module.named_parameters())
+    stored = parameters[f"{PREFIX}gate_up_proj"].detach().numpy().swapaxes(1, 2)
+    np.testing.assert_array_equal(stored[:, ::2], source.read("blk.1.ffn_gate_exps.weight"))
+    np.testing.assert_array_equal(stored[:, 1::2], source.read("blk.1.ffn_up_exps.weight"))
+    convert(tmp_path / "model", tmp_path / "out.gguf", depth=2)
+    assert verify(tmp_path / "model", tmp_path / "out.gguf", tokens=64).max_rel_logit_diff < 1e-5
