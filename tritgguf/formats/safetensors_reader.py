@@ -53,10 +53,10 @@ class StoredTensor:
         self._read_into(stored.reshape(-1).view(np.uint8), first * row_bytes)
         return stored
 
-    def read_flat(self, first: int, last: int) -> np.ndarray:
-        """Return rows of all matrices of the tensor, counted through: [last - first, columns]."""
+    def read_flat(self, first: int, last: int, step: int = 1) -> np.ndarray:
+        """Return every `step`th row from `first` to before `last`, of all matrices counted through: [rows, columns]."""
         columns = self.shape[-1]
-        return replace(self, shape=(math.prod(self.shape[:-1]), columns)).read_rows(first, last)
+        return replace(self, shape=(math.prod(self.shape[:-1]), columns)).read_rows(first, last)[::step]
 
     def equals(self, other: StoredTensor) -> bool:
         """Tell whether another tensor has the same dtype, shape and bytes."""

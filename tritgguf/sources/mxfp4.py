@@ -52,16 +52,19 @@ class Mxfp4Tensor:
         """Bytes in the checkpoint."""
         return self.blocks.n_bytes + self.scales.n_bytes
 
-    def read_flat(self, first: int, last: int) -> np.ndarray:
-        """Return rows of all matrices, counted through: float32 [last - first, columns]; exact."""
+    def read_flat(self, first: int, last: int, step: int = 1) -> np.ndarray:
+        """Return every `step`th row from `first` to before `last`, of all matrices counted through; exact.
+
+        float32 [rows, columns].
+        """
         experts, rows, groups, _ = self.blocks.shape
-        blocks = replace(self.blocks, shape=(experts * rows, groups, _BYTES)).read_rows(first, last)
-        scales = replace(self.scales, shape=(experts * rows, groups)).read_rows(first, last)
+        blocks = replace(self.blocks, shape=(experts * rows, groups, _BYTES)).read_rows(first, last)[::step]
+        scales = replace(self.scales, shape=(experts * rows, groups)).read_rows(first, last)[::step]
         exponents = scales.astype(np.int32) - _EXPONENT_BIAS
         with np.errstate(over="ignore"):  # infinities are refused where weights are checked
             numbers = np.ldexp(_PAIRS[blocks], exponents[..., np.newaxis, np.newaxis])
         numbers[scales == 255] = np.nan  # E8M0 has no infinity
-        return numbers.reshape(last - first, -1)
+        return numbers.reshape(len(scales), -1)
 
 
 def with_mxfp4(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor | Mxfp4Tensor]:

@@ -66,7 +66,7 @@ class Piece:
         if part.half is None or part.of_vectors:
             return part.view(self.stored.read_flat(begin + first, begin + last))
         if part.alternates:
-            return part.view(self.stored.read_flat(begin + 2 * first, begin + 2 * last))
+            return self.stored.read_flat(begin + 2 * first + part.half, begin + 2 * last, 2)
         begin += part.half * rows
         return self.stored.read_flat(begin + first, begin + last)
 
