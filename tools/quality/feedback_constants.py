@@ -1,7 +1,7 @@
 """Measure the KL of constants of error feedback: one row for each setting, all on the same texts.
 
-The calibration text is package descriptions and docstrings. The columns are the KL on other such text, then on the text
-that ships with `tritgguf verify`, which has mixed subjects.
+The calibration text is package descriptions and docstrings. The columns are the KL on other such text, on the text that
+ships with `tritgguf verify`, which has mixed subjects, and on exam questions, which no constant is chosen by.
 
     python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
 
@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools.quality import package_texts
+from tools.quality import exam_text, package_texts
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.error_feedback import ErrorFeedback
@@ -52,21 +52,23 @@ def main() -> None:
     tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
     depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
     calibration, evaluation = package_texts.texts()
-    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in (evaluation, shipped_text())]
+    evaluated = (evaluation, shipped_text(), exam_text.text())
+    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in evaluated]
     reference = ReferenceModel.open(source)
     expected = [[reference.logits(window) for window in windows] for windows in texts]
-    print("setting                KL   99th  top-1      KL   99th  top-1  seconds", flush=True)
+    print(f"{'setting':18}" + "      KL   99th  top-1" * len(texts) + "  seconds", flush=True)
     for setting in options.settings:
         values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
         some = package_texts.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
         started = time.perf_counter()
         quantize(source, depths, some, values, reference)
+        seconds = time.perf_counter() - started
         found = [
             compare_windows(windows, logits, map(reference.logits, windows))
             for windows, logits in zip(texts, expected, strict=True)
         ]
         columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
-        print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
+        print(f"{setting or 'as it is':18} {columns}  {seconds:7.0f}", flush=True)
 
 
 def quantized_names(source: Source, blocks: int) -> list[str]:
