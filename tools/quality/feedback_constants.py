@@ -33,7 +33,10 @@ from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
-SETTINGS = ("", "damping=0.05", "damping=0.2", "few_inputs_damping=0", "correction=0", "act_order=0", "windows=96")
+SETTINGS = (
+    *("", "damping=0.05", "damping=0.2", "few_inputs_damping=0"),
+    *("correction=0", "act_order=0", "sweeps=0", "sweeps=3", "windows=96"),
+)
 
 
 def main() -> None:
@@ -58,8 +61,8 @@ def main() -> None:
     expected = [[reference.logits(window) for window in windows] for windows in texts]
     print(f"{'setting':18}" + "      KL   99th  top-1" * len(texts) + "  seconds", flush=True)
     for setting in options.settings:
-        values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
-        some = package_texts.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
+        values = dict(parsed(part) for part in setting.split(",") if part)
+        some = package_texts.windows_of(calibration, tokenizer, values.pop("windows", 32))
         started = time.perf_counter()
         quantize(source, depths, some, values, reference)
         seconds = time.perf_counter() - started
@@ -69,6 +72,12 @@ def main() -> None:
         ]
         columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
         print(f"{setting or 'as it is':18} {columns}  {seconds:7.0f}", flush=True)
+
+
+def parsed(setting: str) -> tuple[str, Any]:
+    """Return the name and the number of NAME=VALUE."""
+    name, _, value = setting.partition("=")
+    return name, int(value) if value.isdigit() else float(value)
 
 
 def quantized_names(source: Source, blocks: int) -> list[str]:

@@ -7,7 +7,7 @@ The method has two steps, both based on the inputs x of the matrix in the quanti
    the calibration text, so a quarter of the inputs is held out to find the best factor from 0 to 1 for the correction.
    (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.)
 2. Error feedback. W' is quantized column by column; H determines how the remaining columns compensate for the error of
-   each column (`quantize_columns`).
+   each column (`quantize_columns`). Then levels and scales are chosen once more, given all others (`refine`).
 
 torch computes the large products. It is imported inside functions because only the `verify` extra installs it.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
 
@@ -34,6 +35,8 @@ FEW_INPUTS_DAMPING = 2.0
 
 Both are measured in `docs/quality.md`.
 """
+SWEEPS = 1
+"""How often all levels and scales are chosen again after error feedback (`refine`)."""
 _HELD_OUT_FRACTION = 4
 """One of this many inputs is held out."""
 _SAMPLED_ROWS = 256
@@ -134,6 +137,7 @@ class ErrorFeedback:
         correction: whether to correct the difference between original and quantized inputs, as far as that helps on
             held-out inputs.
         act_order: whether groups with the largest inputs are quantized first; otherwise from left to right.
+        sweeps: see `SWEEPS`.
 
     Raises ValueError if the moments are NaN or infinite.
     """
@@ -146,6 +150,7 @@ class ErrorFeedback:
         few_inputs_damping: float = FEW_INPUTS_DAMPING,
         correction: bool = True,
         act_order: bool = True,
+        sweeps: int = SWEEPS,
     ) -> None:
         import torch
 
@@ -168,6 +173,7 @@ class ErrorFeedback:
         # These matrices take most of the memory, so the name is reused to free the previous one.
         second = second[self._order][:, self._order]
         self._factor = _inverse_cholesky(second)
+        self._second_moments, self._sweeps = second, sweeps
 
     def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the reported errors are those of the weights, not of the output.
@@ -195,6 +201,9 @@ class ErrorFeedback:
             levels[:, first:last] = block_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = block_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
+        if self._sweeps:
+            ordered = target[:, self._order]
+            refine(ordered, self._second_moments, levels, indices, steps, offset, self._sweeps, thread_pool)
         original_order = np.argsort(self._order.numpy())
         levels, indices = levels[:, original_order], indices[:, original_order[::GROUP_SIZE] // GROUP_SIZE]
         quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)

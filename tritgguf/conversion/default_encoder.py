@@ -57,15 +57,16 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
     names = [name for tensor in tensors for name in matrix_names(tensor.name, tensor.shape)]
     if holds_trits(source, names, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
+    # Not `Automatic` from here on: it would search the same matrices for trits again.
     try:
         require_torch()
     except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
-        return DefaultEncoder(Automatic(V2()), [f"{lost}: {error}"])
+        return DefaultEncoder(V2(), [f"{lost}: {error}"])
     seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)
     time = "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"
     note = f"calibrating on {tokens} tokens that the model writes: {time} (--encoder v2: seconds, but much is lost)"
-    return DefaultEncoder(Automatic(Calibrated()), [note])
+    return DefaultEncoder(Calibrated(), [note])
 
 
 def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -> float:
