@@ -35,7 +35,7 @@ from tritgguf.sources.source import Source
 
 SETTINGS = (
     *("", "damping=0.05", "damping=0.2", "few_inputs_damping=0"),
-    *("correction=0", "act_order=0", "sweeps=0", "sweeps=3", "windows=96"),
+    *("correction=0", "whole_stream=0", "act_order=0", "sweeps=0", "sweeps=3", "windows=96"),
 )
 
 
@@ -90,7 +90,9 @@ def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
     """Load the model with matrices quantized with these settings of `ErrorFeedback`, and the others as they are."""
-    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(ErrorFeedback, **settings))
+    whole_stream = bool(settings.pop("whole_stream", True))
+    feedback = partial(ErrorFeedback, **settings)
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=feedback, whole_stream=whole_stream)
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:

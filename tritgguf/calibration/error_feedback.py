@@ -5,7 +5,8 @@ The method has two steps, both based on the inputs x of the matrix in the quanti
 1. Correction. The inputs x differ from the original model's inputs x'. W' = W + W E[(x' - x) x^T] H^-1, with the second
    moments H = E[x x^T], minimizes the error of W' x against the original output W x'. This least-squares fit overfits
    the calibration text, so a quarter of the inputs is held out to find the best factor from 0 to 1 for the correction.
-   (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.)
+   (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.) Where the output is added to the
+   residual stream, the stream's own error is corrected in the same way, with a factor of its own.
 2. Error feedback. W' is quantized column by column; H determines how the remaining columns compensate for the error of
    each column (`quantize_columns`). Then levels and scales are chosen once more, given all others (`refine`).
 
@@ -21,6 +22,7 @@ import numpy as np
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
@@ -37,94 +39,11 @@ Both are measured in `docs/quality.md`.
 """
 SWEEPS = 1
 """How often all levels and scales are chosen again after error feedback (`refine`)."""
-_HELD_OUT_FRACTION = 4
-"""One of this many inputs is held out."""
 _SAMPLED_ROWS = 256
 """Approximate number of rows from which the factor of a matrix's correction is computed."""
+_DESCENTS = 30
 _BLOCK_COLUMNS = 128
-_MOMENTS_BLOCKS = 4  # of columns: products are computed in those on and above the diagonal, 5/8 of all
-_LEAST_MOMENTS_BLOCK = 128  # columns
 _SOLVE_BLOCK = 1024
-
-
-class InputMoments:
-    """Second moments of an input that several matrices share.
-
-    Args:
-        columns: number of columns of the inputs.
-        matrix: float32 [rows, columns], if only one matrix has this input.
-
-    Attributes:
-        count: number of inputs that were added.
-
-    """
-
-    def __init__(self, columns: int, matrix: np.ndarray | None = None) -> None:
-        import torch
-
-        # With d = x' - x, the result is W d x^T. For a matrix W with few rows, (W d) x^T is cheaper than W (d x^T).
-        self._matrix = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
-        # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
-        self._second_moments = torch.zeros(columns, columns)
-        self._difference_sums = torch.zeros(columns if self._matrix is None else len(self._matrix), columns)
-        self._held_out: list[tuple[Tensor, Tensor]] = []
-        self.count = 0
-
-    def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Add inputs, and the original model's inputs at the same positions, both float32 [..., columns]."""
-        columns = len(self._second_moments)
-        x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
-        difference = x_original - x
-        if self._matrix is not None:
-            difference = difference @ self._matrix.T
-        self._difference_sums.addmm_(difference.T, x)
-        self.count += len(x)
-        fitted = len(x) - len(x) // _HELD_OUT_FRACTION
-        _add_products(self._second_moments, x[:fitted])
-        self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
-
-    def mean_output_error(self, weights: Tensor) -> Tensor:
-        """Return the mean of W (x' - x) x^T, W's output error correlated with x, for W float32 [rows, columns]."""
-        sums = self._difference_sums if self._matrix is not None else weights @ self._difference_sums
-        return sums / max(1, self.count)
-
-    def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
-        """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
-        mean = self._second_moments.clone()
-        for x, _ in self._held_out if held_out else []:
-            _add_products(mean, x)
-        mean /= max(1, self.count if held_out else self.count - self.held_out_count)
-        for block in _column_blocks(len(mean)):
-            first = block.start
-            mean[block, :first] = mean[:first, block].T
-        return mean
-
-    def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the held-out inputs x, float32 [n, columns], and W (x' - x) of some rows of W, float32 [n, rows].
-
-        W is float32 [rows, columns].
-        """
-        import torch
-
-        x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        return x, difference[:, rows] if self._matrix is not None else difference @ weights[rows].T
-
-    @property
-    def held_out_count(self) -> int:
-        """Number of held-out inputs."""
-        return sum(len(x) for x, _ in self._held_out)
-
-
-def _column_blocks(columns: int) -> list[slice]:
-    """Return the blocks of columns in which products are computed."""
-    size = max(-(-columns // _MOMENTS_BLOCKS), _LEAST_MOMENTS_BLOCK)
-    return [slice(first, first + size) for first in range(0, columns, size)]
-
-
-def _add_products(second: Tensor, x: Tensor) -> None:
-    """Add the sums of x x^T, for x [n, columns], in the blocks on and above the diagonal."""
-    for block in _column_blocks(len(second)):
-        second[block, block.start :].addmm_(x[:, block].T, x[:, block.start :])
 
 
 class ErrorFeedback:
@@ -218,28 +137,46 @@ class ErrorFeedback:
 
         if self._moments is None:
             return weights
-        output_error = self._moments.mean_output_error(weights)
+        errors = self._moments.mean_output_errors(weights)
+        factors = self._correction_factors(weights, errors)
+        error = sum(factor * error for factor, error in zip(factors, errors, strict=True))
         correction = torch.empty_like(weights)
-        correction[:, self._order] = output_error[:, self._order] @ self._factor.T @ self._factor
-        return weights + self._correction_factor(weights, output_error) * correction
+        correction[:, self._order] = error[:, self._order] @ self._factor.T @ self._factor
+        return weights + correction
 
-    def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
-        """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
+    def _correction_factors(self, weights: Tensor, errors: list[Tensor]) -> list[float]:
+        """Return the factors of the corrections, from 0 to 1, with the smallest error on held-out inputs.
 
-        `output_error` is the mean of W (x' - x) x^T over all inputs. The correction of some rows is fitted without the
+        `errors` are the `mean_output_errors` over all inputs. The corrections of some rows are fitted without the
         held-out inputs and evaluated on them.
         """
         import torch
 
         moments = self._moments
         if moments is None or self._fitted_factor is None:
-            return 1.0
+            return [1.0] * len(errors)
         rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
-        inputs, expected = moments.held_out(weights, rows)
-        fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
-        corrections = inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor)
-        size = float(corrections.square().sum())
-        return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
+        inputs, wanted = moments.held_out(weights, rows)
+        corrections = []
+        for error, difference in zip(errors, wanted, strict=True):
+            fitted = (moments.count * error[rows] - difference.T @ inputs) / (moments.count - len(inputs))
+            corrections.append(inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor))
+        products = [[float((one * other).sum()) for other in corrections] for one in corrections]
+        return best_factors(products, [float((one * sum(wanted)).sum()) for one in corrections])
+
+
+def best_factors(products: list[list[float]], wanted: list[float]) -> list[float]:
+    """Return the factors f, from 0 to 1, with the smallest error of the sum of f[i] v[i], by coordinate descent.
+
+    `products` are the v[i] v[j], `wanted` those of v[i] and the wanted sum.
+    """
+    factors = [1.0] * len(wanted)
+    for _ in range(_DESCENTS if len(factors) > 1 else 1):
+        for i, row in enumerate(products):
+            others = sum(row[j] * factors[j] for j in range(len(factors)) if j != i)
+            if row[i] > 0:
+                factors[i] = min(max((wanted[i] - others) / row[i], 0.0), 1.0)
+    return factors
 
 
 def _damped(second: Tensor, damping: float) -> Tensor:
