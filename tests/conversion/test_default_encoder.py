@@ -72,7 +72,7 @@ def test_depths_that_contradict_the_source_are_refused_before_a_text_is_written(
 def test_the_estimate_grows_with_weights_and_tokens_and_shrinks_with_threads() -> None:
     seconds = calibration_seconds(10**9, 16384, 2)
     assert calibration_seconds(2 * 10**9, 16384, 4) == pytest.approx(seconds)
-    assert calibration_seconds(10**9, 32768, 1) == pytest.approx(4 * seconds)
+    assert 3 * seconds < calibration_seconds(10**9, 32768, 1) < 4 * seconds
 
 
 def test_the_command_calibrates_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,9 @@ from tritgguf.sources.source import Source
 
 DEEPEST_TO_CALIBRATE = 2
 """With more trits, little is lost without calibration."""
-_SECONDS_PER_WEIGHT_AND_TOKEN = 1.4e-10
-"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model."""
+_SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
+_SECONDS_PER_WEIGHT = 2e-7
+"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (`docs/quality.md`)."""
 _MEASURED_THREADS = 2
 
 
@@ -71,4 +72,5 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
 
 def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -> float:
     """Estimate how long a model takes to write this many tokens and to be calibrated on them."""
-    return weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN * _MEASURED_THREADS / (threads or physical_cores())
+    seconds = weights * (tokens * _SECONDS_PER_WEIGHT_AND_TOKEN + _SECONDS_PER_WEIGHT)
+    return seconds * _MEASURED_THREADS / (threads or physical_cores())
