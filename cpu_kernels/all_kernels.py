@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.compilation.signature import Type, array_type
+from cpu_kernels.compilation.signature import WRITABLE, Type, array_type
 from cpu_kernels.encoding import error_feedback, quantize, recover, search
 from cpu_kernels.packed_rows import check_words, pack, unpack
 from cpu_kernels.simd import self_test
@@ -192,6 +192,32 @@ def _prompts_of_mixtures(isa: Type) -> Signatures:
     }
 
 
+def _any_strides(dtype: str, dimensions: int) -> Type:
+    return np.dtype(dtype), dimensions, WRITABLE
+
+
+def _shared(isa: Type) -> Signatures:
+    """Return the kernels that those of generation and prompts call."""
+    matrix, steps, share, row = (isa, _INTEGER), _floats(1), (_INTEGER, _INTEGER), _floats(1)
+    out = {dimensions: _any_strides("float32", dimensions) for dimensions in (1, 2)}
+    return {
+        activations.quantize_row: [
+            (row, _any_strides(f"int{bits}", 3), _any_strides("int32", 2), _any_strides("float32", 1))
+            for bits in (16, 8)
+        ],
+        activations.add_and_rms_norm: [
+            (row, row, row, _FLOAT, _floats(1, readonly=readonly), _FLOAT, row) for readonly in (False, True)
+        ],
+        activations.swiglu: [(row, row, _BOOLEAN, row)],
+        attend_token.merge_splits: [(isa, _SCRATCH, *[_INTEGER] * 4, row, _INTEGER)],
+        gemv_batch.multiply_rows_batch: [
+            (*matrix, _INTEGER, steps, _vectors(bits, 2), out[2], *share, _floats(1)) for bits in (16, 8)
+        ],
+        gemv_batch.multiply_half_rows: [(*matrix, _floats(2), out[2], *share, _floats(1))],
+        gemv.multiply_rows: [(*matrix, _INTEGER, steps, _vectors(bits, 1), out[1], *share) for bits in (16, 8)],
+    }
+
+
 def _generation(isa: Type) -> Signatures:
     """Return the kernels of generated tokens."""
     matrices = (isa, _integers(1), _integers(1), _integers(1), _floats(2))
@@ -210,6 +236,12 @@ def _generation(isa: Type) -> Signatures:
         gemv.gemv: [(*matrices, _vectors(16, 1), _floats(1), *_SHARE)],
         gemv_batch.gemv_batch: [(*matrices, _vectors(16, 2), _floats(2), _floats(2), *_SHARE)],
         activations.quantize_vectors: [(*_vectors(16, 2)[1:], *_SHARE)],
+        attend_token.attend_units: [
+            (
+                isa, f16, _SCRATCH, _INTEGER, _INTEGER, *[_floats(1)] * 3, _OPTIONS, *[_INTEGER] * 4, _BOOLEAN,
+                _INTEGER,
+            ),
+        ],
         attend_layers.attend_layers: [
             (
                 isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
@@ -235,6 +267,7 @@ def all_kernels(isa: tuple[int, ...]) -> Signatures:
     """Return each kernel and the argument types that it is needed with; `isa` is the instruction set."""
     isa_type = (tuple, *[_INTEGER] * len(isa))
     return {
+        **_shared(isa_type),
         **_generation(isa_type),
         **_prompts(isa_type),
         **_prompts_of_mixtures(isa_type),

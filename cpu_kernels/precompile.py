@@ -27,10 +27,22 @@ LAZY_VARIABLE = "TRITGGUF_LAZY_KERNELS"  # if set, kernels are compiled when the
 Progress = Callable[[int, int], None]  # work that is done, and all work
 Display = Callable[[], AbstractContextManager[Progress]]  # shows the progress while it is entered
 
-# Each worker has half a gigabyte; more than this many gain nothing, because the largest kernel takes as long as all.
+# Each worker has half a gigabyte; more than this many gain little, because the largest kernels take as long as all.
 _MOST_WORKERS = 4
-# About the seconds for one version of a kernel; less than a second for most.
-_SECONDS = {"decode_batch": 8, "decode": 7, "trit_gemm": 3, "quantize_columns": 3, "attend_layers": 2}
+# About how many thirds of a second a version of a kernel takes; one for most. One worker compiles all versions of a
+# kernel, because they have functions in common.
+_WORK = {
+    "decode_batch": 14,
+    "multiply_rows_batch": 12,
+    "decode": 11,
+    "trit_gemm": 7,
+    "attend_units": 4,
+    "attend": 3,
+    "_unpack_rows": 3,
+    "multiply_half_rows": 3,
+    "multiply_rows": 2,
+    "quantize_columns": 2,
+}
 
 
 def precompile(isa: str | None, display: Display) -> bool:
@@ -82,12 +94,12 @@ def _run_workers(isa: str, progress: Progress) -> bool:
     """Let worker processes compile all kernels; return whether they did."""
     from cpu_kernels.all_kernels import all_kernels
 
-    waiting: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # number, versions, seconds of each
-    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # seconds of a version; None: a worker has died
+    waiting: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # number, versions, work of each
+    finished: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # work of a version; None: a worker has died
     kernels = all_kernels(instruction_set.chosen(isa))
-    seconds = [_SECONDS.get(kernel.__name__, 1) for kernel in kernels]
+    work = [_WORK.get(kernel.__name__, 1) for kernel in kernels]
     versions = [len(signatures) for signatures in kernels.values()]
-    jobs = list(zip(range(len(kernels)), versions, seconds, strict=True))
+    jobs = list(zip(range(len(kernels)), versions, work, strict=True))
     for job in sorted(jobs, key=lambda job: -job[1] * job[2]):
         waiting.put(job)
     total, done = sum(count * each for _, count, each in jobs), 0
@@ -133,12 +145,12 @@ def _feed(
     assert worker.stdin is not None and worker.stdout is not None
     with contextlib.suppress(queue.Empty):
         while True:
-            number, versions, seconds = waiting.get_nowait()
+            number, versions, work = waiting.get_nowait()
             try:
                 worker.stdin.write(f"{number}\n")
                 worker.stdin.flush()
                 for _ in range(versions):
-                    finished.put(seconds if worker.stdout.readline() else None)
+                    finished.put(work if worker.stdout.readline() else None)
             except (OSError, ValueError):  # the worker has died, or was killed
                 finished.put(None)
                 return

@@ -42,6 +42,9 @@ settings.load_profile("tritgguf")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# No test asks the Hugging Face hub: those of downloads have a hub of their own (`loopback_hub`).
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Files of tests that take the longest. They begin first, so that the workers of pytest-xdist end together.
 LONGEST = (
     "evaluation/test_verify.py",
@@ -62,6 +65,7 @@ LONGEST = (
     "cli/test_chat_at_a_terminal.py",
     "cpu_kernels/transformer/test_gemm.py",
     "serving/test_lm_eval.py",
+    "lm_eval/test_evaluate.py",
     "serving/test_scheduling.py",
 )
 

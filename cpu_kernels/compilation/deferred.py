@@ -30,3 +30,11 @@ def register(registration: Callable[[], object]) -> None:
         registration()
     else:
         _waiting.append(registration)
+
+
+def intrinsic_type(emit: Callable[..., Any]) -> Any:
+    """Return the type by which Numba calls what `emit` generates (`numba.extending.intrinsic`)."""
+    made = load_numba().extending.intrinsic(emit)
+    context = importlib.import_module("numba.core.registry").cpu_target.typing_context
+    context.refresh()
+    return context.resolve_value_type(made)

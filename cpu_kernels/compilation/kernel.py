@@ -26,7 +26,10 @@ _READ: dict[str, Callable[[int], Any]] = {
     "bool": bool,
     "float": lambda bits: struct.unpack("d", struct.pack("q", bits))[0],
 }
+_OWN_OPTIONS = ("nogil", "shared", "any_strides")  # which are not Numba's
 _one_at_a_time = threading.RLock()
+# The shared kernels, by their symbols, that what this process has compiled calls.
+_called: dict[str, tuple[SharedKernel, tuple[signature.Type, ...]]] = {}
 
 
 class InnerFunction:
@@ -41,7 +44,7 @@ class InnerFunction:
     def __init__(self, py_func: Callable[..., Any], options: dict[str, Any]) -> None:
         functools.update_wrapper(self, py_func)
         self.py_func = py_func
-        self.targetoptions = {name: value for name, value in options.items() if name != "nogil"}
+        self.targetoptions = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
 
     @functools.cached_property
     def dispatcher(self) -> Any:
@@ -112,7 +115,11 @@ class Kernel(InnerFunction):
             return code
         for listener in compilation_listeners:
             listener()
-        code = loader.load(self.compile(types))
+        content = self.compile(types)
+        for symbol in loader.shared_symbols(content):
+            kernel, its_types = _called[symbol]
+            kernel._version(its_types)
+        code = loader.load(content)
         assert code is not None
         return code
 
@@ -124,9 +131,13 @@ class Kernel(InnerFunction):
         load_numba()
         from cpu_kernels.compilation.machine_code import compile_kernel
 
-        content = compile_kernel(self.dispatcher, types)
+        content = compile_kernel(self.dispatcher, types, self.symbol(types))
         kernel_cache.write(self.file_name(types), content)
         return content
+
+    def symbol(self, types: tuple[signature.Type, ...]) -> str | None:
+        """Return the name of the entry; None if it does not matter."""
+        return None
 
     def is_cached(self, types: tuple[signature.Type, ...]) -> bool:
         """Tell whether the cache has the machine code for arguments of these types."""
@@ -137,6 +148,38 @@ class Kernel(InnerFunction):
         module = self.py_func.__module__.rpartition(".")[2]
         names = ",".join(map(signature.name_of, types))
         return kernel_cache.file_name(f"{module}.{self.py_func.__name__}", names)
+
+
+class SharedKernel(Kernel):
+    """A kernel that other kernels call as machine code of its own, by its symbol, instead of containing it.
+
+    So it is compiled once for all of them. It returns nothing, and a call costs some tens of nanoseconds.
+
+    Attributes:
+        any_strides: names of arguments whose arrays kernels pass as arrays of any strides, for fewer combinations.
+
+    """
+
+    def __init__(self, py_func: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__(py_func, options)
+        self.any_strides: tuple[str, ...] = options.get("any_strides", ())
+
+    @functools.cached_property
+    def _numba_type_(self) -> Any:
+        from cpu_kernels.compilation.shared_calls import call_type
+
+        def symbol_of(types: tuple[signature.Type, ...]) -> str:
+            symbol = self.symbol(types)
+            _called[symbol] = self, types
+            return symbol
+
+        return call_type(self.py_func, self.any_strides, symbol_of)
+
+    def symbol(self, types: tuple[signature.Type, ...]) -> str:
+        """Return the name of the entry: the same in all processes, and the loader finds the file in the cache by it."""
+        from cpu_kernels.compilation import loader
+
+        return loader.shared_symbol(self.file_name(types))
 
 
 class Call:

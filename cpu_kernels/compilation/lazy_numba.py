@@ -11,8 +11,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from cpu_kernels.compilation.deferred import load_numba, register
-from cpu_kernels.compilation.kernel import InnerFunction, Kernel
+from cpu_kernels.compilation.deferred import intrinsic_type, load_numba, register
+from cpu_kernels.compilation.kernel import InnerFunction, Kernel, SharedKernel
 
 
 class _LazyModule:
@@ -32,11 +32,14 @@ cgutils: Any = _LazyModule("numba.core.cgutils")
 def njit(*, cache: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that does what `numba.njit` does with these options.
 
-    With `nogil=True` it makes a kernel, which Python can call, else an inner function, which only kernels can. What is
-    compiled is always cached.
+    With `nogil=True` it makes a kernel, which Python can call, else an inner function, which only kernels can. With
+    `shared=True`, and perhaps `any_strides`, kernels that call it do not contain it (`SharedKernel`). What is compiled
+    is always cached.
     """
     assert cache
-    kind = Kernel if options.get("nogil") else InnerFunction
+    kind = InnerFunction
+    if options.get("nogil"):
+        kind = SharedKernel if options.get("shared") else Kernel
     return lambda py_func: kind(py_func, options)
 
 
@@ -48,10 +51,7 @@ class _Intrinsic:
 
     @functools.cached_property
     def _numba_type_(self) -> Any:
-        made = load_numba().extending.intrinsic(self._emit)
-        context = importlib.import_module("numba.core.registry").cpu_target.typing_context
-        context.refresh()
-        return context.resolve_value_type(made)
+        return intrinsic_type(self._emit)
 
 
 def intrinsic(emit: Callable[..., Any]) -> Any:

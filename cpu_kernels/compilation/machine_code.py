@@ -39,7 +39,7 @@ class _EntryLibrary(JITCodeLibrary):
     def _optimize_final_module(self) -> None:
         """Optimize it; nothing but the entry can be called from outside."""
         for function in self._final_module.functions:
-            if not function.is_declaration and not function.name.startswith(entries.PREFIX):
+            if not function.is_declaration and not function.name.startswith((entries.PREFIX, loader.SHARED_PREFIX)):
                 function.linkage = "internal"
         super()._optimize_final_module()
 
@@ -169,15 +169,22 @@ def _short_errors() -> Iterator[None]:
         arrayobj.raise_with_shape_context = before
 
 
-def compile_kernel(dispatcher: Any, arguments: tuple[signature.Type, ...]) -> bytes:
-    """Compile a function for arguments of these types; return what `loader.load` takes."""
+def compile_kernel(dispatcher: Any, arguments: tuple[signature.Type, ...], symbol: str | None = None) -> bytes:
+    """Compile a function for arguments of these types; return what `loader.load` takes.
+
+    `symbol` is the name of the entry of a shared kernel. TypeError if such a kernel returns anything.
+    """
     numba_types = tuple(map(numba_type, arguments))
     with global_compiler_lock, _short_errors():
         dispatcher.compile(numba_types)
         compiled = dispatcher.overloads[numba_types]
         target = cpu_target.target_context
         library = _EntryLibrary(target.codegen(), f"{compiled.fndesc.qualname}.entry")
-        symbol = f"{entries.PREFIX}{compiled.fndesc.mangled_name}"
+        results = entries.result_kinds(compiled.signature.return_type)
+        if symbol is None:
+            symbol = f"{entries.PREFIX}{compiled.fndesc.mangled_name}"
+        elif results:
+            raise TypeError("a shared kernel returns nothing")
         library.add_ir_module(entries.entry(target, compiled, symbol))
         library.add_ir_module(entries.runtime(target))
         library.add_linking_library(compiled.library)
@@ -187,6 +194,6 @@ def compile_kernel(dispatcher: Any, arguments: tuple[signature.Type, ...]) -> by
         return loader.pack(
             target.codegen()._tm.emit_object(module),
             symbol=symbol,
-            results=entries.result_kinds(compiled.signature.return_type),
+            results=results,
             externals=[name for name in externals if not name.startswith("llvm.")],
         )

@@ -9,7 +9,8 @@ argument types, and the length of a tuple is part of its type, so each variant h
 
 The features that LLVM reports are trusted to raise no illegal instruction. On x86 they come from cpuid and xgetbv
 (which tells whether the operating system saves the registers). Numba compiles everything for these features, so if
-they were wrong, no Numba program would run at all. The results of the instructions are checked: see `self_test`.
+they were wrong, no Numba program would run at all. Numba's own settings can leave features out. The results of the
+instructions are checked: see `self_test`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cpu_kernels.simd import self_test
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE, as_type, name_of
 
 ENVIRONMENT_VARIABLE = "TRITGGUF_ISA"
+_NUMBA_VARIABLES = ("NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
 _AVX2_FEATURES = ("avx2", "fma", "f16c")
 _AVX512_FEATURES = (*_AVX2_FEATURES, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 _REQUIRED_FEATURES = {
@@ -81,13 +83,23 @@ def features() -> list[str]:
 def why_unavailable(isa: int) -> str | None:
     """Return why a variant cannot be used here, as a predicate ("needs avx2, ..."); None if it can be used."""
     missing = [name for name in _REQUIRED_FEATURES[isa] if name not in features()]
-    return f"needs {', '.join(missing)}, which this processor lacks" if missing else _failure(isa)
+    if not missing:
+        return _failure(isa)
+    restricted = any(name in os.environ for name in _NUMBA_VARIABLES)
+    return f"needs {', '.join(missing)}, which this processor{' or a setting of Numba' if restricted else ''} lacks"
 
 
 def _host_features() -> Mapping[str, bool]:
+    """Return the processor's features that Numba may use; instructions of others would end the process in LLVM."""
     import llvmlite.binding
 
-    return llvmlite.binding.get_host_cpu_features()
+    found = llvmlite.binding.get_host_cpu_features()
+    if listed := os.environ.get("NUMBA_CPU_FEATURES"):
+        named = {name.strip() for name in listed.split(",")}
+        return {name: has and f"+{name}" in named for name, has in found.items()}
+    if os.environ.get("NUMBA_ENABLE_AVX") == "0":
+        return {name: has and not name.startswith("avx") for name, has in found.items()}
+    return found
 
 
 def _failure(isa: int) -> str | None:

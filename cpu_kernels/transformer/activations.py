@@ -111,7 +111,7 @@ def _groups_first(typing_context, integers):
     return turned(integers), generate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True, any_strides=("integers", "offsets", "scales"))
 def quantize_row(x, integers, offsets, scales):
     """Quantize one vector.
 
@@ -174,7 +174,7 @@ def normalize_row(x, residual, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor)
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+@numba.njit(cache=True, nogil=True, shared=True, fastmath={"contract", "reassoc"})
 def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
     """Add a layer's output to the residual stream, then apply the RMS norm; all float32.
 
@@ -251,7 +251,7 @@ def _gelu_times(typing_context, gate, up, out, count):
     return types.void(*[types.intp] * 4), generate
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True)
 def swiglu(gate, up, gelu, out):
     """Compute SwiGLU or GEGLU: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
     if gelu:

@@ -81,7 +81,7 @@ def store_key_value(kv, scratch, layer, qkv, bias, norm, options, sequence, posi
     store_head(kv, sequence, layer, kv_head, position, key, qkv[start : start + dim])
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True)
 def attend_units(
     isa, kv, scratch, token, layer, qkv, bias, norm, options, sequence, position, first, last, stores, thread
 ):
@@ -143,7 +143,7 @@ def attend_token(isa, kv, scratch, layer, qkv, bias, norm, options, sequence, po
     )  # fmt: skip
 
 
-@numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
+@numba.njit(cache=True, nogil=True, shared=True, fastmath={"contract"}, error_model="numpy")
 def merge_splits(isa, scratch, token, window, position, head_dim, out, thread):
     """Combine the splits of a token's attention after all its units are computed.
 

@@ -251,7 +251,7 @@ def _aligned(room):
     return room[-room.ctypes.data % _ALIGNMENT // room.itemsize :]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, shared=True)
 def trit_gemm(isa, words, rows, kind, steps, integers, offsets, scales, y, first_column, thread, threads):
     """Compute a thread's share of a packed matrix times a batch.
 

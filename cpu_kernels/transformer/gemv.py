@@ -29,7 +29,7 @@ def half_rows(isa, address, x, y, first, last):
             y[r] += dot_last_columns(address + r * row_bytes, x.ctypes.data, columns // 16 * 16, columns)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True, any_strides=("y",))
 def multiply_rows(isa, address, depth, steps, activations, y, first, last):
     """Compute rows `first` to before `last` of one matrix times one vector.
 

@@ -252,7 +252,7 @@ def _half_rows_batch(isa, address, x, y, first, last, scratch):
                 y[v, r] += dot_last_columns(address + r * row_bytes, x[v].ctypes.data, done, columns)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True, any_strides=("y",))
 def multiply_half_rows(isa, address, x, y, first, last, scratch):
     """Compute rows `first` to `last` of one float16 matrix times some vectors.
 
@@ -270,7 +270,7 @@ def multiply_half_rows(isa, address, x, y, first, last, scratch):
         _half_rows_batch(isa, address, x[some], y[some], first, last, scratch)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True, shared=True, any_strides=("y",))
 def multiply_rows_batch(isa, address, depth, steps, activations, y, first, last, scratch):
     """Compute rows `first` to `last` of one matrix times some vectors: for each what `multiply_rows` gives, to the bit.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from command_line import Capture, fails
 from converted_models import as_stock_gguf
+from loopback_hub import loopback_hub, use_hub
 from tiny_models import write_tiny_model
 
 from cpu_kernels import precompile
@@ -65,9 +66,14 @@ def test_a_folder(capsys: Capture, folder: Path, command: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("command", [*RUNS_A_TRIT_FILE, *READS_ANY_GGUF_FILE], ids=lambda command: command[0])
-def test_a_hub_id(capsys: Capture, folder: Path, command: tuple[str, ...]) -> None:
-    line = error_of(capsys, command, "Qwen/Qwen2.5-1.5B", folder)
-    assert "if it is a model on the hub" in line
+def test_a_hub_id_without_a_trit_file(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, command: tuple[str, ...]
+) -> None:
+    with loopback_hub() as hub:
+        hub.models["Qwen/Qwen2.5-1.5B"] = {"model.safetensors": b"x", "config.json": b"{}"}
+        use_hub(monkeypatch, hub, tmp_path)
+        line = error_of(capsys, command, "Qwen/Qwen2.5-1.5B", folder)
+    assert "the hub has no trit file of this model" in line
     assert "tritgguf convert Qwen/Qwen2.5-1.5B Qwen2.5-1.5B.gguf" in line
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
+from cpu_kernels.compilation.kernel import Kernel
 
 
 @functools.cache
-def as_kernel(function: Any) -> Any:
-    """Return a kernel that only calls this inner function; it releases the GIL."""
-
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    return numba.njit(call, nogil=True)
+def as_kernel(function: Any) -> Kernel:
+    """Return a kernel that does what this inner function does, itself if it is one."""
+    return function if isinstance(function, Kernel) else Kernel(function.py_func, function.targetoptions)

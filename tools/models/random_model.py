@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -52,6 +52,10 @@ def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
     return dataclasses.replace(sizes, layers=layers)
 
 
+# Two files of the whole mixture would not fit the memory, as comparing them takes.
+SHAPES["qwen3-30b-a3b-half"] = (SHAPES["qwen3-30b-a3b"][0], with_layers(SHAPES["qwen3-30b-a3b"][1], 24))
+
+
 def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: int = 0) -> None:
     """Write the file; it appears when it is complete. The same seed gives the same bytes."""
     partial = path.with_name(path.name + ".partial")
@@ -77,16 +81,19 @@ def _write_weights(
 ) -> None:
     """Write Gaussian matrices, scaled so that activations stay near 1, norms of ones and biases of zeros."""
     for name, shape in shapes.items():
-        if len(shape) == 1:
-            writer.write_tensor_data(np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32))
-            continue
-        dtype = np.float32 if kept_in_float32(name) else np.float16
-        weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype)
-        step = max(1, _ROWS_AT_ONCE // shape[-1])
-        for first in range(0, len(weights), step):
-            part = weights[first : first + step]
-            part[:] = generator.standard_normal(part.shape, np.float32) * np.float32(shape[-1] ** -0.5)
-        writer.write_tensor_data(weights.reshape(shape))
+        writer.write_tensor_data(np.concatenate(list(random_rows(name, shape, generator))).reshape(shape))
+
+
+def random_rows(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield the rows of a random tensor, of the type that an F16 file has it in, a part at a time."""
+    if len(shape) == 1:
+        yield np.full((1, *shape), 0.0 if name.endswith("bias") else 1.0, np.float32)
+        return
+    rows, step = math.prod(shape[:-1]), max(1, _ROWS_AT_ONCE // shape[-1])
+    for first in range(0, rows, step):
+        part = generator.standard_normal((min(step, rows - first), shape[-1]), np.float32)
+        part *= np.float32(shape[-1] ** -0.5)
+        yield part if kept_in_float32(name) else part.astype(np.float16)
 
 
 def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) -> None:

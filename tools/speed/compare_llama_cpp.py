@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from tools.llama_cpp import binaries
 from tools.models.random_model import SHAPES, write_random_model
 from tools.speed import narrower_processor
 from tools.speed.chart import draw
+from tools.speed.compared_files import ROOT, check_types, has_no_source, our_command, our_program, write_blocks
 from tools.speed.quiet_machine import Patience, processor_seconds, share_of_others
 from tools.speed.ratios import (
     BATCH,
@@ -63,12 +63,10 @@ from tritgguf.cli import terminal
 from tritgguf.diagnostics.bench import processor_name
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.gguf_header import F16
 
 _GENERATED_TOKENS = {SMOLLM2: 128}  # 32 tokens of a small model are too fast to measure
 _BATCHED_TOKENS = 24  # of each sequence
 _K_BLOCK = 256  # llama.cpp's K and ternary types need row lengths that are multiples of it
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ class Comparison:
     def make_files(self, ratios: Sequence[Ratio]) -> None:
         """Make the files for these ratios."""
         for side in _sides(ratios):
-            self._source(side.shape)
+            if not has_no_source(side.shape):
+                self._source(side.shape)
             if ratios[0].test != "convert":
                 self._file(side)
 
@@ -124,7 +123,12 @@ class Comparison:
         path = self.folder / side.shape / f"{side.file}.gguf"
         if not path.exists():
             terminal.note(f"making {path.name} of {side.shape}")
-            self._make(side.shape, path, side.file)
+            if has_no_source(side.shape):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_blocks(side.shape, path, side.file)
+                check_types(path, side.file)
+            else:
+                self._make(side.shape, path, side.file)
         return path
 
     def _our_bench(self, file: Path, prompt_tokens: int, generated_tokens: int, options: Sequence[str]) -> Any:
@@ -184,27 +188,6 @@ def variant_options(variant: str) -> list[str]:
     if variant.startswith("context"):
         return ["--n-depth", variant.removeprefix("context")]
     return []
-
-
-def our_program(module: str, call: str) -> list[str]:
-    """Return a command that evaluates `call` of this checkout's module, which has a `main`, in any folder."""
-    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); import typer; from {module} import main; {call}"
-    return [sys.executable, "-c", start]
-
-
-def our_command() -> list[str]:
-    """Return a command that runs this checkout's `tritgguf` from any folder."""
-    return our_program("tritgguf.__main__", "sys.exit(main())")
-
-
-def check_types(path: Path, name: str) -> None:
-    """Raise TritGgufError unless all matrices of the layers have the type and head and embeddings are F16."""
-    expected = name.upper().removesuffix("_S")
-    for info in GgufFile(path).tensors.values():
-        if quantized_tensor(info.name) and info.type_name != expected:
-            raise TritGgufError(f"{path}: tensor {info.name} is {info.type_name}, not {expected}")
-        if info.name in ("token_embd.weight", "output.weight") and info.type_id != F16:
-            raise TritGgufError(f"{path}: tensor {info.name} is {info.type_name}, not F16")
 
 
 def select_ratios(shape: str, only: str | None, isa: str | None = None) -> list[Ratio]:
@@ -297,7 +280,7 @@ def measure_group(
 
 def git_revision() -> str:
     """Return this checkout's commit, with `-dirty` appended if files differ, or `unknown`."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except OSError:

@@ -25,9 +25,13 @@ from tritgguf.cli.calibrate import calibrate_command
 from tritgguf.cli.check import check_command
 from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
+from tritgguf.cli.evaluate import evaluate_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
+from tritgguf.cli.list import list_command
 from tritgguf.cli.options import UsageError
+from tritgguf.cli.pull import pull_command
+from tritgguf.cli.rm import rm_command
 from tritgguf.cli.run import run_command
 from tritgguf.cli.serve import serve_command
 from tritgguf.cli.verify import verify_command
@@ -159,8 +163,12 @@ for _name, _command in (
     ("serve", serve_command),
     ("bench", bench_command),
     ("verify", verify_command),
+    ("evaluate", evaluate_command),
     ("inspect", inspect_command),
     ("check", check_command),
     ("doctor", doctor_command),
+    ("pull", pull_command),
+    ("list", list_command),
+    ("rm", rm_command),
 ):
     app.command(_name)(_command)

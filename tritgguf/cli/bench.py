@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import (
     CacheType,
     InstructionSet,
@@ -39,7 +40,7 @@ def bench_command(
     from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
 
     report = bench(
-        file,
+        local_file(file),
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
         depth=depth,

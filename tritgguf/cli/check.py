@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import Json, Threads, TritFile
 from tritgguf.cli.terminal import print_table
 from tritgguf.text_format import format_bytes
@@ -33,7 +34,7 @@ def check_command(file: TritFile, threads: Threads = None, as_json: Json = False
 
     Example: tritgguf check d3.gguf
     """
-    report = check_file(file, threads)
+    report = check_file(local_file(file), threads)
     if as_json:
         terminal.print_json(vars(report))
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import Json, Threads, TritFile, option
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.text_format import format_bytes
@@ -61,9 +62,10 @@ def export_command(
     """
     from tritgguf.exporters.export import export
 
+    trit_file = local_file(file)
     with terminal.progress(in_bytes=True) as report:
         result = export(
-            file,
+            trit_file,
             output,
             to=to,
             max_shard_size=max_shard_size,

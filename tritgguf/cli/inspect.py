@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import Json
 from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import print_table
@@ -15,6 +16,7 @@ from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
     from tritgguf.formats.description import FileDescription
+    from tritgguf.formats.scores import Score
 
 
 def print_description(file: FileDescription) -> None:
@@ -60,6 +62,27 @@ def print_description(file: FileDescription) -> None:
         if bits is not None:
             summary.append((label, f"{bits:.3f}"))
     print_table("summary", ("", ""), summary)
+    if file.score is not None:
+        print_score(file.score)
+
+
+def print_score(score: Score) -> None:
+    """Print what a file records of its measures."""
+    from tritgguf.evaluation.text_windows import shipped_text
+    from tritgguf.formats.scores import text_fingerprint
+
+    text = "the text in the package" if score.text == text_fingerprint(shipped_text()) else f"SHA-256 {score.text}"
+    source = " at ".join(filter(None, (score.source, score.revision)))
+    rows = [
+        ("source", source or "unknown"),
+        ("text", f"{score.tokens} tokens of {text}"),
+        ("KL divergence, mean", f"{score.kl_mean:.4f}"),
+        ("KL divergence, 99th percentile", f"{score.kl_p99:.4f}"),
+        ("same top token", f"{score.top1_agreement:.1%}"),
+        ("perplexity", f"{score.perplexity:.3f}"),
+        ("perplexity of the source", f"{score.perplexity_reference:.3f}"),
+    ]
+    print_table("recorded score", ("", ""), rows)
 
 
 def inspect_command(
@@ -71,7 +94,7 @@ def inspect_command(
     """
     from tritgguf.formats.description import describe
 
-    description = describe(file)
+    description = describe(local_file(file))
     if as_json:
         terminal.print_json(description.as_dict())
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 
 if TYPE_CHECKING:
     from tritgguf.generation.loaded_model import LoadedModel
@@ -16,6 +17,8 @@ def load_model(file: Path, **settings: Any) -> LoadedModel:
     """Load a model, with settings as `load` takes them; a context longer than the model was trained for is noted."""
     from tritgguf.generation.loaded_model import load
 
+    if settings.get("draft") is not None:
+        settings["draft"] = local_file(settings["draft"])
     gc.disable()  # loading creates a million objects and no garbage; collection would take 50 ms
     try:
         model = load(file, on_compilation=terminal.print_compilation_note, **settings)

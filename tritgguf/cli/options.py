@@ -28,7 +28,13 @@ SourceModel = Annotated[
 OutputFile = Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead, also of an error.")]
-TritFile = Annotated[Path, typer.Argument(help="A GGUF file that `convert` wrote.", metavar="FILE.gguf")]
+TritFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A GGUF file that `convert` wrote, or its name on the hub: ORG/NAME, ORG/NAME:d2, ORG/NAME:FILE.",
+        metavar="FILE.gguf",
+    ),
+]
 InstructionSet = Annotated[
     str | None,
     option(

@@ -13,6 +13,7 @@ from tritgguf.cli.answer import AnswerWriter, print_context_note, print_timings
 from tritgguf.cli.chat import chat_at_terminal
 from tritgguf.cli.check import check_file
 from tritgguf.cli.loading import load_model
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import (
     CacheType,
     DraftFile,
@@ -129,7 +130,7 @@ def run_command(
     text = read_prompt(prompt, prompt_file)
     if text is None and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a prompt; give one with -p or -f")
-    rules = _rules(json_schema, grammar)
+    rules, file = _rules(json_schema, grammar), local_file(file)
     if text is not None:
         check_prompt_fits(file, text, system=system, raw=raw, context=context or None)
     if check_first:

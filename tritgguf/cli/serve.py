@@ -12,6 +12,7 @@ import typer
 
 from tritgguf.cli import terminal
 from tritgguf.cli.loading import load_model
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import (
     CacheType,
     DecodeBits,
@@ -113,6 +114,7 @@ def serve_command(
     )
     if not all(settings.api_keys):
         raise TritGgufError("an API key must not be empty")
+    file = local_file(file)
     bound = listening_socket(host, port)
     importing = threading.Thread(target=_import_packages, daemon=True)  # beside loading
     importing.start()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tritgguf.cli import terminal
+from tritgguf.cli.model_file import local_file
 from tritgguf.cli.options import InstructionSet, Json, Threads, option
 from tritgguf.cli.terminal import print_table
 
@@ -94,6 +95,9 @@ def verify_command(
     ] = None,
     tokens: Annotated[int, option("--tokens", min=2, help="Number of tokens to evaluate.")] = 512,
     layers: Annotated[bool, typer.Option("--layers", help="Also show the error of each block.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Record the scores in the files, where inspect, list and exports show them.")
+    ] = False,
     threads: Threads = None,
     isa: InstructionSet = None,
     as_json: Json = False,
@@ -105,14 +109,20 @@ def verify_command(
 
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """
+    from tritgguf.evaluation.recorded_scores import ScoreRecorder
     from tritgguf.evaluation.verify import verify_files
     from tritgguf.formats.text_file import read_text
 
     text = None if text_file is None else read_text(text_file)
+    files = [local_file(file) for file in files]
+    recorder = ScoreRecorder(files) if write else None
     with terminal.progress(in_bytes=False) as report:
         reports = verify_files(
             source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report
         )
+    if recorder is not None:
+        for result in reports:
+            recorder.record(result)
     if as_json:
         objects = [report.as_dict() for report in reports]
         terminal.print_json(objects[0] if len(objects) == 1 else objects)

@@ -28,6 +28,7 @@ import numpy as np
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_logits, largest_difference
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS, common_windows, shipped_text
+from tritgguf.formats.scores import text_fingerprint
 from tritgguf.runtime.compiler import prepare_kernels
 
 if TYPE_CHECKING:
@@ -72,12 +73,18 @@ class VerifyReport:
     """Duration of the whole verification, for all files."""
     layers: list[LayerError] | None = None
     """Errors of each decoder block, if requested."""
+    text: str = ""
+    """Fingerprint of the text, see `text_fingerprint`."""
+    revision: str = ""
+    """The source's commit on the hub, if it is known."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
         return {
             "source": self.source,
             "file": str(self.file),
+            "revision": self.revision,
+            "text": self.text,
             "tokens": self.tokens,
             "windows": self.windows,
             "runner": {
@@ -158,20 +165,17 @@ def verify_files(
     The source's logits are computed once for all files. Arguments and errors are those of `verify`; TritGgufError also
     if the files tokenize the text differently.
     """
-    from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.reference.model import ReferenceModel, require_torch
-    from tritgguf.sources.open import open_source
+    from tritgguf.sources.hub_cache import revision_of
 
     if not files:
         return []
     start = time.perf_counter()
     report: Progress = progress or (lambda stage, done, total: None)
     require_torch()
-    trit_files = [open_trit_file(file) for file in files]
-    opened = open_source(str(source))
-    for file in trit_files:
-        check_same_model(file, opened)
-    windows = common_windows(trit_files, shipped_text() if text is None else text, tokens)
+    opened, trit_files = open_all(source, files)
+    text = shipped_text() if text is None else text
+    windows = common_windows(trit_files, text, tokens)
     start += prepare_kernels(isa)
     runner = _Runner(threads, isa)
     file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
@@ -199,9 +203,23 @@ def verify_files(
             **cost.as_dict(),
             seconds=seconds,
             layers=blocks,
+            text=text_fingerprint(text),
+            revision=revision_of(opened.files[0]),
         )
         for file, cost, error, blocks in zip(trit_files, costs, errors, block_errors, strict=True)
     ]
+
+
+def open_all(source: str | Path, files: Sequence[str | Path]) -> tuple[Source, list[GgufFile]]:
+    """Open a source and the trit files that were made of it; TritGgufError if one was not."""
+    from tritgguf.formats.gguf_file import open_trit_file
+    from tritgguf.sources.open import open_source
+
+    trit_files = [open_trit_file(file) for file in files]
+    opened = open_source(str(source))
+    for file in trit_files:
+        check_same_model(file, opened)
+    return opened, trit_files
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> 
     codec, encoder = file.metadata.get(trit_types.KEY_CODEC), file.metadata.get(trit_types.KEY_ENCODER)
     return [
         *rows,
+        *_measures(file),
         ("Group size", f"{trit_types.GROUP_SIZE} weights of a row share a scale"),
         (
             "Scale codebook",
@@ -111,6 +112,19 @@ def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> 
         ("Not quantized", _tensor_kinds(file, quantized=False)),
         ("Size of the weights here", f"{format_bytes(weight_bytes)}, float16"),
         ("Size of the packed GGUF file", format_bytes(file.file_bytes)),
+    ]
+
+
+def _measures(file: FileDescription) -> list[tuple[str, str]]:
+    """Return the rows of what was measured of the file, if it says so."""
+    score = file.score
+    if score is None:
+        return []
+    return [
+        ("KL divergence from the source", f"{score.kl_mean:.4f} nats in the mean, {score.kl_p99:.4f} at most for 99 %"),
+        ("Same most likely token", f"{score.top1_agreement:.1%}"),
+        ("Perplexity", f"{score.perplexity:.3f}; of the source: {score.perplexity_reference:.3f}"),
+        ("Measured on", f"{score.tokens} tokens of the text with SHA-256 {_cell(score.text)}"),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tritgguf.formats.file_parts import FilePart, file_parts
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import TensorInfo
+from tritgguf.formats.scores import Score, read_score
 from tritgguf.formats.stacks import matrix_count
 from tritgguf.formats.trit_types import checksum_key, codebook_key, is_trit_type
 
@@ -68,6 +69,11 @@ class FileDescription:
     tensors: list[TensorDescription]
 
     @property
+    def score(self) -> Score | None:
+        """What was measured of the file, if it says so."""
+        return read_score(self.metadata)
+
+    @property
     def weights(self) -> int:
         """Number of weights in all tensors."""
         return sum(tensor.weights for tensor in self.tensors)
@@ -117,6 +123,7 @@ class FileDescription:
             "weights": self.weights,
             "bits_per_weight_quantized": self.bits_per_weight_quantized,
             "bits_per_weight_file": self.bits_per_weight_file,
+            "score": None if self.score is None else vars(self.score),
             "types": [{**vars(summary), "bits_per_weight": summary.bits_per_weight} for summary in self.types],
             "parts": [part.as_dict() for part in self.parts],
             "metadata": {key: _json_value(value) for key, value in self.metadata.items()},

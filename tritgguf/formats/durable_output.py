@@ -5,12 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.text_format import format_bytes
+
+if sys.platform != "win32":
+    import fcntl
+
+_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -34,6 +41,28 @@ def disk_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "make room" if error.errno == errno.ENOSPC else "choose another location"
         raise DiskError(f"{output}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def open_locked(part: Path, if_busy: str) -> BinaryIO:
+    """Open an unfinished file for reading and writing, and lock it; the lock ends with the process.
+
+    Raises TritGgufError with the message `if_busy` if another process has locked it, and OSError.
+    """
+    while True:
+        file = cast("BinaryIO", os.fdopen(os.open(part, _OPEN_FLAGS, 0o666), "r+b"))
+        if sys.platform == "win32":
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise TritGgufError(if_busy) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                return file
+        file.close()  # another process finished and renamed this file in the meantime
 
 
 def sync_folder(folder: Path) -> None:
@@ -128,3 +157,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it; DiskError if that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with disk_errors(path):
+            write_text(temporary, text)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -103,9 +103,18 @@ class Metadata(Mapping[str, Any]):
 
 
 class HeaderParser:
-    """Parses and checks all keys and tensor entries of a header in one pass."""
+    """Parses and checks all keys and tensor entries of a header in one pass.
 
-    def __init__(self, buffer: mmap.mmap, path: Path) -> None:
+    Attributes:
+        entries: key -> the value's type and offset, in the file's order.
+        tensors: the tensors by name.
+        keys_end, header_end, data_start: offsets of the first tensor's entry, of the end of the last one and of the
+            tensors' data.
+        alignment: every tensor begins at a multiple of this many bytes.
+
+    """
+
+    def __init__(self, buffer: mmap.mmap | bytes, path: Path) -> None:
         self.buffer = buffer
         self.path = path
         self.size = len(buffer)
@@ -129,13 +138,15 @@ class HeaderParser:
             type_id = self._take("<I")[0]
             self.entries[key] = (type_id, self.position)
             self._skip_value(type_id)
-        alignment = self._alignment()
+        self.keys_end = self.position
+        self.alignment = self._alignment()
         infos = [self._take_tensor() for _ in range(tensor_count)]
-        data_start = -(-self.position // alignment) * alignment
+        self.header_end = self.position
+        self.data_start = -(-self.position // self.alignment) * self.alignment
         for name, shape, type_id, offset in infos:
-            if offset % alignment:
-                self._fail(f"tensor {name} does not start at a multiple of {alignment} bytes")
-            self.tensors[name] = self._check_tensor(name, shape, type_id, data_start + offset)
+            if offset % self.alignment:
+                self._fail(f"tensor {name} does not start at a multiple of {self.alignment} bytes")
+            self.tensors[name] = self._check_tensor(name, shape, type_id, self.data_start + offset)
         if len(self.tensors) != len(infos):
             self._fail("two tensors have the same name")
         self._check_overlap()
@@ -143,17 +154,20 @@ class HeaderParser:
     def _fail(self, what: str) -> NoReturn:
         raise DamagedFileError(f"{self.path}: {what}; fetch or write the file again")
 
+    def _fail_at_end(self) -> NoReturn:
+        self._fail("the file ends inside its header")
+
     def _take(self, code: str) -> tuple[Any, ...]:
         size = struct.calcsize(code)
         if self.position + size > self.size:
-            self._fail("the file ends inside its header")
+            self._fail_at_end()
         values = struct.unpack_from(code, self.buffer, self.position)
         self.position += size
         return values
 
     def _skip(self, length: int) -> None:
         if length > self.size - self.position:
-            self._fail("the file ends inside its header")
+            self._fail_at_end()
         self.position += length
 
     def _take_string(self) -> str:
@@ -184,12 +198,12 @@ class HeaderParser:
     def _skip_strings(self, count: int) -> None:
         """Skip an array of strings; this is the header's hot loop, because vocabularies are long."""
         if count > (self.size - self.position) // 8:
-            self._fail("the file ends inside its header")
+            self._fail_at_end()
         position, end, buffer = self.position, self.size - 8, self.buffer
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if position > end:
-                self._fail("the file ends inside its header")
+                self._fail_at_end()
             position += 8 + unpack(buffer, position)[0]
         self.position = position
         self._skip(0)
@@ -239,7 +253,7 @@ class HeaderParser:
             end, previous = info.offset + info.n_bytes, info.name
 
 
-def decode_value(buffer: mmap.mmap, type_id: int, position: int) -> tuple[Any, int]:
+def decode_value(buffer: mmap.mmap | bytes, type_id: int, position: int) -> tuple[Any, int]:
     """Decode a value that HeaderParser has checked; return it and the offset of the byte after it."""
     if type_id in _SCALARS:
         return struct.unpack_from(_SCALARS[type_id], buffer, position)[0], position + _SCALAR_BYTES[type_id]
@@ -258,6 +272,36 @@ def decode_value(buffer: mmap.mmap, type_id: int, position: int) -> tuple[Any, i
         value, position = decode_value(buffer, element_type, position)
         values.append(value)
     return values, position
+
+
+class _HeadParser(HeaderParser):
+    """Parses the first bytes of a file."""
+
+    def _fail_at_end(self) -> NoReturn:
+        raise _IncompleteHeadError
+
+
+class _IncompleteHeadError(Exception):
+    """The bytes end inside the header."""
+
+
+def head_has_key(head: bytes, key: str) -> bool | None:
+    """Tell whether a GGUF file that begins with `head` has a metadata key; None if that needs more bytes.
+
+    What is no GGUF file has no key.
+    """
+    name = key.encode()
+    if head[: len(MAGIC)] != MAGIC[: len(head)]:
+        return False
+    if len(name).to_bytes(8, "little") + name in head:
+        return True
+    try:
+        _HeadParser(head, Path())
+    except _IncompleteHeadError:
+        return None
+    except (DamagedFileError, UnicodeDecodeError, OverflowError):
+        return False  # the keys are complete, because tensors come after them, or they are damaged
+    return False
 
 
 _COMMON_TYPES = {F32: ("F32", 1, 4), F16: ("F16", 1, 2)}  # the common case needs no import of gguf

@@ -5,10 +5,8 @@ A failure leaves only files from which the conversion can resume.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,19 +21,15 @@ from gguf import GGMLQuantizationType, GGUFValue, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, sync_folder
+from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, open_locked, sync_folder
 from tritgguf.formats.journal import Journal, WrittenMatrix
 from tritgguf.formats.metadata_bytes import encoded_metadata
 from tritgguf.formats.stacks import matrix_count, matrix_names
-
-if sys.platform != "win32":
-    import fcntl
 
 ALIGNMENT = 32
 """Every tensor begins at a multiple of this many bytes."""
 _SYNC_BYTES = 1 << 26
 _SYNC_SECONDS = 0.5
-_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,9 @@ class StreamingWriter:
         """Write the header with the current metadata, and find the tensors that exist already."""
         try:
             with disk_errors(self.output):
-                self._file = self._open()
+                self._file = open_locked(
+                    self._part, f"{self.output}: another conversion is writing it; wait for it, or name another file"
+                )
                 header = self._header()
                 self._header_bytes = len(header)
                 self._begin(header)
@@ -180,26 +176,6 @@ class StreamingWriter:
     @property
     def _header_end(self) -> int:
         return _aligned(self._header_bytes)
-
-    def _open(self) -> BinaryIO:
-        """Open and lock the unfinished file; the lock ends with the process."""
-        while True:
-            file = cast("BinaryIO", os.fdopen(os.open(self._part, _OPEN_FLAGS, 0o666), "r+b"))
-            if sys.platform == "win32":
-                return file
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.close()
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                raise TritGgufError(
-                    f"{self.output}: another conversion is writing it; wait for it, or name another file"
-                ) from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
-                    return file
-            file.close()  # another process finished and renamed this file in the meantime
 
     def _begin(self, header: bytes) -> None:
         """Write the header, and seek to the end of the tensors that an unfinished file has."""
@@ -300,6 +276,16 @@ def _header_writer(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedT
         kind = cast("GGMLQuantizationType", tensor.type_id)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
     return writer
+
+
+def encode_entries(metadata: Mapping[str, GGUFValue]) -> bytes:
+    """Return keys and values as a header has them."""
+    writer, buffer = GGUFWriter(None, ""), io.BytesIO()
+    writer.kv_data[0] = dict(metadata)
+    writer.fout = [buffer]  # type: ignore[list-item]
+    writer.state = WriterState.HEADER
+    writer.write_kv_data_to_file()
+    return buffer.getvalue()
 
 
 def _encode(writer: GGUFWriter) -> bytes:

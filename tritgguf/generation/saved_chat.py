@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.durable_output import disk_errors, write_text
+from tritgguf.formats.durable_output import replace_text
 from tritgguf.formats.text_file import read_text
 
 if TYPE_CHECKING:
@@ -24,13 +23,7 @@ def save_messages(path: Path, messages: Sequence[Message]) -> None:
     path = path.resolve()  # so that a link stays one
     if path.exists() and not path.is_file():
         raise TritGgufError(f"{path}: is no regular file; name another one")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with disk_errors(path):
-            write_text(temporary, json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=1) + "\n")
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=1) + "\n")
 
 
 def load_messages(path: Path) -> list[Message]:

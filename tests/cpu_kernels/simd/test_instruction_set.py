@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
 from arm_assembly import arm_assembly
 from llvmlite.ir import Value
 
+from cpu_kernels import precompile
 from cpu_kernels.packed_rows.extract import EXTRACT
 from cpu_kernels.packed_rows.group_lanes import GroupLanes
 from cpu_kernels.simd import instruction_set, self_test, variants
-from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE
 from cpu_kernels.simd.vectors import I32, Vectors
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.trit_types import DEPTHS
@@ -31,7 +36,8 @@ def clear_caches() -> None:
 
 @pytest.fixture(autouse=True)
 def no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(instruction_set.ENVIRONMENT_VARIABLE, raising=False)
+    for name in (instruction_set.ENVIRONMENT_VARIABLE, "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"):
+        monkeypatch.delenv(name, raising=False)
     clear_caches()
     yield
     clear_caches()
@@ -67,6 +73,35 @@ def test_a_feature_that_is_off_does_not_count(monkeypatch: pytest.MonkeyPatch) -
     features = {**dict.fromkeys(_AVX2, True), "fma": False}
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     assert instruction_set.supported() == [PORTABLE]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "best"),
+    [
+        ("NUMBA_CPU_FEATURES", "+avx2, +fma,+f16c,-avx512f", "avx2"),
+        ("NUMBA_CPU_FEATURES", "", "avx512"),
+        ("NUMBA_ENABLE_AVX", "0", "portable"),
+        ("NUMBA_ENABLE_AVX", "1", "avx512"),
+    ],
+)
+def test_features_that_numba_may_not_use_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, best: str
+) -> None:
+    fake_processor(monkeypatch, *_AVX2, *_AVX512)
+    monkeypatch.setenv(variable, value)
+    assert instruction_set.choose() == NAMES[best]
+    if best == "portable":
+        reason = "needs avx2, which this processor or a setting of Numba lacks"
+        assert instruction_set.why_unavailable(AVX2) == reason
+
+
+def test_a_restricted_numba_computes(tmp_path: Path) -> None:
+    program = "from cpu_kernels.simd import instruction_set as i; print(i.choose())"
+    restricted = {"NUMBA_ENABLE_AVX": "0", "NUMBA_CACHE_DIR": str(tmp_path), precompile.LAZY_VARIABLE: "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **restricted}, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == (f"{PORTABLE}\n", 0), done.stderr
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tools.models.random_model import SHAPES, byte_tokens, write_random_model
-from tools.speed.compare_llama_cpp import check_types
+from tools.speed.compared_files import check_types
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.conversion.convert import convert
 from tritgguf.diagnostics.bench import bench

@@ -21,12 +21,12 @@ from tools.speed import compare_llama_cpp, narrower_processor
 from tools.speed.compare_llama_cpp import (
     Comparison,
     Measured,
-    check_types,
     in_groups,
     measure,
     select_ratios,
     variant_options,
 )
+from tools.speed.compared_files import check_types, our_program
 from tools.speed.quiet_machine import Patience
 from tools.speed.ratios import GOALS, Ratio, Samples, Side, read_result
 from tritgguf.architectures.dimensions import Dimensions
@@ -154,7 +154,7 @@ def test_several_sequences_are_measured_on_both_sides(tmp_path: Path, monkeypatc
 
 def test_our_programs_start_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = compare_llama_cpp.our_program("tools.speed.batched_decode", "typer.run(main)")
+    command = our_program("tools.speed.batched_decode", "typer.run(main)")
     printed = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--sequences" in printed
 
