@@ -6,7 +6,7 @@ The method has two steps, both based on the inputs x of the matrix in the quanti
    moments H = E[x x^T], minimizes the error of W' x against the original output W x'. This least-squares fit overfits
    the calibration text, so a quarter of the inputs is held out to find the best factor from 0 to 1 for the correction.
    (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.) Where the output is added to the
-   residual stream, the stream's own error is corrected in the same way, with a factor of its own.
+   residual stream, the stream's own error is corrected with it.
 2. Error feedback. W' is quantized column by column; H determines how the remaining columns compensate for the error of
    each column (`quantize_columns`). Then levels and scales are chosen once more, given all others (`refine`).
 
@@ -41,7 +41,6 @@ SWEEPS = 1
 """How often all levels and scales are chosen again after error feedback (`refine`)."""
 _SAMPLED_ROWS = 256
 """Approximate number of rows from which the factor of a matrix's correction is computed."""
-_DESCENTS = 30
 _BLOCK_COLUMNS = 128
 _SOLVE_BLOCK = 1024
 
@@ -137,46 +136,28 @@ class ErrorFeedback:
 
         if self._moments is None:
             return weights
-        errors = self._moments.mean_output_errors(weights)
-        factors = self._correction_factors(weights, errors)
-        error = sum(factor * error for factor, error in zip(factors, errors, strict=True))
+        output_error = self._moments.mean_output_error(weights)
         correction = torch.empty_like(weights)
-        correction[:, self._order] = error[:, self._order] @ self._factor.T @ self._factor
-        return weights + correction
+        correction[:, self._order] = output_error[:, self._order] @ self._factor.T @ self._factor
+        return weights + self._correction_factor(weights, output_error) * correction
 
-    def _correction_factors(self, weights: Tensor, errors: list[Tensor]) -> list[float]:
-        """Return the factors of the corrections, from 0 to 1, with the smallest error on held-out inputs.
+    def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
+        """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
 
-        `errors` are the `mean_output_errors` over all inputs. The corrections of some rows are fitted without the
+        `output_error` is the `mean_output_error` over all inputs. The correction of some rows is fitted without the
         held-out inputs and evaluated on them.
         """
         import torch
 
         moments = self._moments
         if moments is None or self._fitted_factor is None:
-            return [1.0] * len(errors)
+            return 1.0
         rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
-        inputs, wanted = moments.held_out(weights, rows)
-        corrections = []
-        for error, difference in zip(errors, wanted, strict=True):
-            fitted = (moments.count * error[rows] - difference.T @ inputs) / (moments.count - len(inputs))
-            corrections.append(inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor))
-        products = [[float((one * other).sum()) for other in corrections] for one in corrections]
-        return best_factors(products, [float((one * sum(wanted)).sum()) for one in corrections])
-
-
-def best_factors(products: list[list[float]], wanted: list[float]) -> list[float]:
-    """Return the factors f, from 0 to 1, with the smallest error of the sum of f[i] v[i], by coordinate descent.
-
-    `products` are the v[i] v[j], `wanted` those of v[i] and the wanted sum.
-    """
-    factors = [1.0] * len(wanted)
-    for _ in range(_DESCENTS if len(factors) > 1 else 1):
-        for i, row in enumerate(products):
-            others = sum(row[j] * factors[j] for j in range(len(factors)) if j != i)
-            if row[i] > 0:
-                factors[i] = min(max((wanted[i] - others) / row[i], 0.0), 1.0)
-    return factors
+        inputs, expected = moments.held_out(weights, rows)
+        fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
+        corrections = inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor)
+        size = float(corrections.square().sum())
+        return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
 
 
 def _damped(second: Tensor, damping: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Second moments of a matrix's inputs on the calibration text, and how its output should differ.
 
 Inputs x of the quantized model determine how the error of one column can be compensated in another. The difference
-between the wanted and the actual output, correlated with x, is what a correction of the matrix can remove. It has two
-parts: x is not the original model's input x', and the residual stream that the output is added to has an error too.
+between the wanted and the actual output, correlated with x, is what a correction of the matrix can remove: x is not the
+original model's input x', and the residual stream that the output is added to may have an error too.
 
 torch is imported inside functions because only the `verify` extra installs it.
 """
@@ -46,8 +46,8 @@ class InputMoments:
         # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
         self._second_moments = torch.zeros(columns, columns)
         rows = columns if self._matrix is None else len(self._matrix)
-        self._difference_sums = [torch.zeros(rows, columns) for _ in range(1 + with_stream)]
-        self._held_out: list[list[Tensor]] = []
+        self._difference_sums = torch.zeros(rows, columns)
+        self._held_out: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
     def add(self, inputs: Tensor, original: Tensor, stream_error: Tensor | None = None) -> None:
@@ -57,53 +57,49 @@ class InputMoments:
         """
         columns = len(self._second_moments)
         x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
-        differences = [x_original - x]
+        difference = x_original - x
         if self._matrix is not None:
-            differences = [differences[0] @ self._matrix.T]
+            difference = difference @ self._matrix.T
         if stream_error is not None:
-            differences.append(stream_error.reshape(len(x), -1))
-        for sums, difference in zip(self._difference_sums, differences, strict=True):
-            sums.addmm_(difference.T, x)
+            difference = difference + stream_error.reshape(difference.shape)
+        self._difference_sums.addmm_(difference.T, x)
         self.count += len(x)
         fitted = len(x) - len(x) // _HELD_OUT_FRACTION
         _add_products(self._second_moments, x[:fitted])
-        self._held_out.append([part[fitted:].clone() for part in (x, *differences)])
+        self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
 
-    def mean_output_errors(self, weights: Tensor) -> list[Tensor]:
-        """Return means of d x^T, float32 [rows, columns], for the parts d of the difference of W's output.
+    def mean_output_error(self, weights: Tensor) -> Tensor:
+        """Return the mean of d x^T, float32 [rows, columns], d being the difference of W's output.
 
-        W is float32 [rows, columns]. The first part is W (x' - x), the second the stream's error if it was added.
+        W is float32 [rows, columns]; d is W (x' - x), plus the stream's error if it was added.
         """
-        if self._matrix is not None:
-            return [sums / max(1, self.count) for sums in self._difference_sums]
-        return [weights @ self._difference_sums[0] / max(1, self.count)]
+        sums = self._difference_sums if self._matrix is not None else weights @ self._difference_sums
+        return sums / max(1, self.count)
 
     def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
         """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
         mean = self._second_moments.clone()
-        for x, *_ in self._held_out if held_out else []:
+        for x, _ in self._held_out if held_out else []:
             _add_products(mean, x)
         mean /= max(1, self.count if held_out else self.count - self.held_out_count)
         for block in _column_blocks(len(mean)):
             mean[block, : block.start] = mean[: block.start, block].T
         return mean
 
-    def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
-        """Return the held-out inputs, float32 [n, columns], and the parts of the difference of some rows of W's output.
+    def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the held-out inputs, float32 [n, columns], and the differences of some outputs, float32 [n, rows].
 
-        W is float32 [rows, columns]; the parts are float32 [n, rows], in the order of `mean_output_errors`.
+        W is float32 [rows, columns].
         """
         import torch
 
-        x, *differences = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        if self._matrix is not None:
-            return x, [difference[:, rows] for difference in differences]
-        return x, [differences[0] @ weights[rows].T]
+        x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
+        return x, difference[:, rows] if self._matrix is not None else difference @ weights[rows].T
 
     @property
     def held_out_count(self) -> int:
         """Number of held-out inputs."""
-        return sum(len(x) for x, *_ in self._held_out)
+        return sum(len(x) for x, _ in self._held_out)
 
 
 def _column_blocks(columns: int) -> list[slice]:
