@@ -44,6 +44,8 @@ sys.dont_write_bytecode = False
 
 # No test asks the Hugging Face hub: those of downloads have a hub of their own (`loopback_hub`).
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor does any keep logits on this machine, unless in a folder of its own.
+os.environ["TRITGGUF_LOGITS"] = "0"
 
 # Files of tests that take the longest. They begin first, so that the workers of pytest-xdist end together.
 LONGEST = (

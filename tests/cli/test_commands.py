@@ -152,7 +152,8 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 
 
 def verification() -> VerifyReport:
-    return VerifyReport("models/x", Path("x.gguf"), 500, 1, 2.5e-4, 3.5e-4, 1.5e-3, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
+    measures = (2.5e-4, 3.5e-4, 1.5e-3, 0.576, 4.2, 0.691, 12.25, 7.5, 3.0)
+    return VerifyReport("models/x", Path("x.gguf"), 500, 1, *measures, file_bytes=61_000_000, bits_per_weight=3.75)
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
     (tmp_path / "text.txt").write_text("Some text.\n", encoding="utf-8-sig")
     arguments = ["--text", str(tmp_path / "text.txt"), "--tokens", "50", "--layers"]
     assert app.main(["verify", "models/x", "x.gguf", *arguments]) == 0
-    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None, "isa": None}
+    options = {"text": "Some text.\n", "tokens": 50, "layers": True, "threads": None, "isa": None, "store": None}
     assert calls == [("models/x", [Path("x.gguf")], options)]
     captured = capsys.readouterr()
     for text in ("2.5e-04", "3.5e-04", "0.5760", "4.2000", "69.1%", "12.250", "7.500"):
@@ -192,8 +193,8 @@ def test_verify_several_files(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
     assert app.main(["verify", "models/x", "x.gguf", "y.gguf"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^  x\.gguf +2\.5e-04 +3\.5e-04 +1\.5e-03$", out, re.MULTILINE)
-    assert re.search(r"^  x\.gguf +0\.5760 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
-    assert re.search(r"^  y\.gguf +0\.1250 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert re.search(r"^  x\.gguf +61\.0 MB +3\.75 +0\.5760 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
+    assert re.search(r"^  y\.gguf +61\.0 MB +3\.75 +0\.1250 +4\.2000 +69\.1% +12\.250$", out, re.MULTILINE)
     assert out.count("7.500") == 1  # the source's perplexity
     assert re.search(r"^  +0 +0\.2500 +0\.5000$", out, re.MULTILINE)
     assert app.main(["verify", "models/x", "x.gguf", "y.gguf", "--json"]) == 0

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import RunningServer
+from scripted_model import scripted
+from serving import RunningServer, running_server
 
 from tritgguf.generation.generate import generate
 from tritgguf.generation.loaded_model import LoadedModel
@@ -107,6 +108,22 @@ def test_lm_eval_reads_likelihoods(server: RunningServer, serving_model: LoadedM
     for (log_likelihood, is_greedy), score in zip(found, expected, strict=True):
         assert log_likelihood == pytest.approx(score.log_probability, abs=1e-4)
         assert is_greedy == score.is_greedy
+
+
+def test_behind_an_echo_the_token_that_ends_the_answer_counts() -> None:
+    """lm-eval takes the last log probability away; without this one it would lose one of the prompt's."""
+    options: dict[str, Any] = {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    prompt = [40, 41, 42]
+    with running_server(scripted([]), alias="tiny") as running:  # which ends every answer at once
+        whole = complete(running, prompt, **options).choices[0]
+        chunks = list(complete(running, prompt, stream=True, **options))
+        alone = complete(running, prompt, **{**options, "echo": False}).choices[0]
+    assert whole.finish_reason == "stop"
+    assert len(whole.logprobs.token_logprobs) == len(prompt) + 1
+    assert [value for chunk in chunks for value in chunk.choices[0].logprobs.token_logprobs] == (
+        whole.logprobs.token_logprobs
+    )
+    assert alone.logprobs.token_logprobs == []
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,22 @@ def test_a_download_that_broke_goes_on(hub: LoopbackHub, sent: int, tmp_path: Pa
     assert hub.downloads()[-1] == (f"bytes={count}-" if count else "")
 
 
+def test_an_interrupted_download_goes_on(hub: LoopbackHub) -> None:
+    content = hub.models["org/tiny"]["tiny-d2.gguf"]
+    done: list[int] = []
+
+    def interrupt(stage: str, count: int, total: int) -> None:
+        done.append(count)
+        if count > total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(D2, interrupt)
+    assert find_cached(D2) is None
+    assert pull(D2, silent).location.read_bytes() == content
+    assert hub.downloads() == ["", f"bytes={done[-1]}-"]
+
+
 def test_a_connection_that_breaks_again_and_again_is_made_again(hub: LoopbackHub) -> None:
     hub.sent = lambda content: content[:50_000]
     content = hub.models["org/tiny"]["tiny-d2.gguf"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.svg import Drawing
+from tritgguf.formats.svg import Drawing
 
 _WIDTH, _LEFT, _GAP, _TOP = 820, 40, 44, 64  # units: width, left margin, gap between charts, top margin
 _HEIGHT, _ROW = 96, 150  # of a chart without and with its title and axis

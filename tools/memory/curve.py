@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tools import svg
 from tools.memory.chart import draw
 from tools.models.random_model import with_layers
 from tools.models.synthetic_checkpoint import SHAPES, write_checkpoint
 from tritgguf.diagnostics.bench import processor_name
 from tritgguf.exporters.export import FORMATS
+from tritgguf.formats import svg
 from tritgguf.formats.durable_output import disk_errors, write_text
 from tritgguf.machine import resident_bytes
 

@@ -27,7 +27,7 @@ import typer
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools import svg, tool_command
+from tools import tool_command
 from tools.llama_cpp import binaries
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
 from tools.llama_cpp.referee import build_referee
@@ -40,6 +40,7 @@ from tritgguf.conversion.depths import DepthChoice
 from tritgguf.conversion.own_text import SavedText, self_generated_windows
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_windows
+from tritgguf.formats import svg
 from tritgguf.formats.description import describe
 from tritgguf.formats.durable_output import write_text
 from tritgguf.formats.gguf_file import GgufFile

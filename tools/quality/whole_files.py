@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools import svg, tool_command
+from tools import tool_command
 from tools.llama_cpp import binaries
 from tools.quality import chart
 from tools.quality.compare_encoders import MODELS, Measurement
@@ -28,6 +28,7 @@ from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.conversion.depths import DepthChoice, parse_rules
 from tritgguf.errors import TritGgufError
+from tritgguf.formats import svg
 from tritgguf.formats.durable_output import write_text
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.text_format import format_bytes

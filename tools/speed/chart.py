@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.speed.ratios import GOALS, verdict
-from tools.svg import Drawing
+from tritgguf.formats.svg import Drawing
 
 _WIDTH, _LABELS, _RIGHT = 820, 350, 60  # units: width, space for labels, space for figures
 _ROW, _BAR, _TOP, _FIGURE = 26, 14, 56, 40

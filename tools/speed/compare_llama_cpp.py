@@ -37,7 +37,6 @@ import typer
 
 from cpu_kernels.simd import instruction_set, variants
 from cpu_kernels.threads.cores import physical_cores
-from tools import svg
 from tools.llama_cpp import binaries
 from tools.models.random_model import SHAPES, write_random_model
 from tools.speed import narrower_processor
@@ -62,6 +61,7 @@ from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.cli import terminal
 from tritgguf.diagnostics.bench import processor_name
 from tritgguf.errors import TritGgufError
+from tritgguf.formats import svg
 from tritgguf.formats.gguf_file import GgufFile
 
 _GENERATED_TOKENS = {SMOLLM2: 128}  # 32 tokens of a small model are too fast to measure

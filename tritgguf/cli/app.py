@@ -23,6 +23,7 @@ from tritgguf.cli import terminal
 from tritgguf.cli.bench import bench_command
 from tritgguf.cli.calibrate import calibrate_command
 from tritgguf.cli.check import check_command
+from tritgguf.cli.compare import compare_command
 from tritgguf.cli.convert import convert_command
 from tritgguf.cli.doctor import doctor_command
 from tritgguf.cli.evaluate import evaluate_command
@@ -163,6 +164,7 @@ for _name, _command in (
     ("serve", serve_command),
     ("bench", bench_command),
     ("verify", verify_command),
+    ("compare", compare_command),
     ("evaluate", evaluate_command),
     ("inspect", inspect_command),
     ("check", check_command),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tritgguf.cli import terminal
 from tritgguf.cli.model_file import local_file
-from tritgguf.cli.options import InstructionSet, Json, Threads, option
+from tritgguf.cli.options import InstructionSet, Json, Threads
+from tritgguf.cli.quality_table import (
+    Plot,
+    TextToEvaluate,
+    TokensToEvaluate,
+    TritFiles,
+    print_qualities,
+    with_speeds,
+    write_plot,
+)
 from tritgguf.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ def print_verification(report: VerifyReport) -> None:
             ("same top token", f"{report.top1_agreement:.1%}"),
             ("perplexity", f"{report.perplexity:.3f}"),
             ("perplexity of the source", f"{report.perplexity_reference:.3f}"),
+            *([] if report.tokens_per_second is None else [("tokens per second", f"{report.tokens_per_second:.1f}")]),
         ],
     )
     _print_layers(report, "Hidden states after each block, error relative to the original")
@@ -58,19 +68,9 @@ def print_verifications(reports: Sequence[VerifyReport]) -> None:
             for report in reports
         ],
     )
-    print_table(
+    print_qualities(
         f"Quantization, against {first.source} with a perplexity of {first.perplexity_reference:.3f}",
-        ("file", ">KL, mean", ">KL, 99th percentile", ">same top token", ">perplexity"),
-        [
-            (
-                str(report.file),
-                f"{report.kl_mean:.4f}",
-                f"{report.kl_p99:.4f}",
-                f"{report.top1_agreement:.1%}",
-                f"{report.perplexity:.3f}",
-            )
-            for report in reports
-        ],
+        [report.quality for report in reports],
     )
     for report in reports:
         _print_layers(report, f"Hidden states after each block of {report.file}, error relative to the original")
@@ -88,41 +88,52 @@ def _print_layers(report: VerifyReport, title: str) -> None:
 
 def verify_command(
     source: Annotated[str, typer.Argument(help="The model that the files were converted from.", metavar="SOURCE")],
-    files: Annotated[list[Path], typer.Argument(help="GGUF files that `convert` wrote.", metavar="FILE.gguf")],
-    text_file: Annotated[
-        Path | None,
-        option("--text", metavar="FILE", help="Text to evaluate on.", show_default="a text in the package"),
-    ] = None,
-    tokens: Annotated[int, option("--tokens", min=2, help="Number of tokens to evaluate.")] = 512,
+    files: TritFiles,
+    text_file: TextToEvaluate = None,
+    tokens: TokensToEvaluate = 512,
     layers: Annotated[bool, typer.Option("--layers", help="Also show the error of each block.")] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Record the scores in the files, where inspect, list and exports show them.")
     ] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure the tokens per second of each file.")] = False,
+    plot: Plot = None,
     threads: Threads = None,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
     """Compare trit files with their source: is the runner correct, and what does quantization cost?
 
-    With several files, tables have a row per file and --json prints a list with an object per file.
+    With several files, tables have a row per file and --json prints a list with an object per file. The source's logits
+    are kept on disk for the next files (TRITGGUF_LOGITS: at most so much, such as 4GB; 0: none).
     Needs torch and transformers: pip install "tritgguf[verify]".
 
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """
+    from tritgguf.evaluation.logits_store import user_store
     from tritgguf.evaluation.recorded_scores import ScoreRecorder
     from tritgguf.evaluation.verify import verify_files
+    from tritgguf.formats.durable_output import check_output
     from tritgguf.formats.text_file import read_text
 
     text = None if text_file is None else read_text(text_file)
     files = [local_file(file) for file in files]
     recorder = ScoreRecorder(files) if write else None
+    if plot is not None:
+        check_output(plot, True, [source, *files])
+    settings: dict[str, Any] = {"layers": layers, "threads": threads, "isa": isa, "store": user_store()}
     with terminal.progress(in_bytes=False) as report:
-        reports = verify_files(
-            source, files, text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=report
-        )
+        reports = verify_files(source, files, text=text, tokens=tokens, **settings, progress=report)
     if recorder is not None:
         for result in reports:
             recorder.record(result)
+    if speed:
+        measured = with_speeds([report.quality for report in reports], threads, isa)
+        reports = [
+            dataclasses.replace(report, tokens_per_second=row.tokens_per_second)
+            for report, row in zip(reports, measured, strict=True)
+        ]
+    if plot is not None:
+        write_plot(plot, "Divergence and size", f"against {reports[0].source}", [report.quality for report in reports])
     if as_json:
         objects = [report.as_dict() for report in reports]
         terminal.print_json(objects[0] if len(objects) == 1 else objects)

@@ -17,17 +17,26 @@ The runner computes its 16-bit logits twice, so that they need not be stored unt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.divergence import Comparison, compare_logits, largest_difference
-from tritgguf.evaluation.text_windows import WINDOW_TOKENS, common_windows, shipped_text
+from tritgguf.evaluation.logits_store import LogitsStore
+from tritgguf.evaluation.quantization_costs import (
+    FileQuality,
+    Progress,
+    Runner,
+    bits_per_weight,
+    quantization_costs,
+    source_logits,
+)
+from tritgguf.evaluation.text_windows import common_windows, shipped_text
 from tritgguf.formats.scores import text_fingerprint
 from tritgguf.runtime.compiler import prepare_kernels
 
@@ -44,10 +53,6 @@ _DIMENSIONS = {
     "attention.head_count": "heads",
     "attention.head_count_kv": "key-value heads",
 }
-
-Logits = Callable[[Sequence[int]], np.ndarray]
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, the number of steps done and their total."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,20 @@ class VerifyReport:
     """Duration of the whole verification, for all files."""
     layers: list[LayerError] | None = None
     """Errors of each decoder block, if requested."""
+    file_bytes: int = 0
+    bits_per_weight: float = 0.0
+    """Of the whole file."""
+    tokens_per_second: float | None = None
+    """Speed of generating, if it was measured."""
     text: str = ""
     """Fingerprint of the text, see `text_fingerprint`."""
     revision: str = ""
     """The source's commit on the hub, if it is known."""
+
+    @property
+    def quality(self) -> FileQuality:
+        """The file's row of a comparison."""
+        return FileQuality(**{field.name: getattr(self, field.name) for field in fields(FileQuality)})
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
@@ -99,6 +114,9 @@ class VerifyReport:
                 "perplexity": self.perplexity,
                 "perplexity_reference": self.perplexity_reference,
             },
+            "file_bytes": self.file_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
             **({} if self.layers is None else {"layers": [vars(layer) for layer in self.layers]}),
         }
@@ -122,6 +140,7 @@ def verify(
     layers: bool = False,
     threads: int | None = None,
     isa: str | None = None,
+    store: LogitsStore | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare a trit GGUF file with the source it was converted from.
@@ -136,6 +155,7 @@ def verify(
         layers: whether to measure the error of each decoder block too, on the windows of full length.
         threads: number of threads, of the runner and of torch.
         isa: the runner's instruction set.
+        store: where the source's logits are kept for the next files; None: nowhere.
         progress: called with the stage, the number of steps done and their total.
 
     Raises:
@@ -144,7 +164,15 @@ def verify(
 
     """
     (report,) = verify_files(
-        source, [file], text=text, tokens=tokens, layers=layers, threads=threads, isa=isa, progress=progress
+        source,
+        [file],
+        text=text,
+        tokens=tokens,
+        layers=layers,
+        threads=threads,
+        isa=isa,
+        store=store,
+        progress=progress,
     )
     return report
 
@@ -158,6 +186,7 @@ def verify_files(
     layers: bool = False,
     threads: int | None = None,
     isa: str | None = None,
+    store: LogitsStore | None = None,
     progress: Progress | None = None,
 ) -> list[VerifyReport]:
     """Compare several trit GGUF files with their common source; return one report per file, in order.
@@ -165,7 +194,7 @@ def verify_files(
     The source's logits are computed once for all files. Arguments and errors are those of `verify`; TritGgufError also
     if the files tokenize the text differently.
     """
-    from tritgguf.reference.model import ReferenceModel, require_torch
+    from tritgguf.reference.model import require_torch
     from tritgguf.sources.hub_cache import revision_of
 
     if not files:
@@ -177,17 +206,8 @@ def verify_files(
     text = shipped_text() if text is None else text
     windows = common_windows(trit_files, text, tokens)
     start += prepare_kernels(isa)
-    runner = _Runner(threads, isa)
-    file_logits = [runner.logits_of(file, bits=16) for file in trit_files]
-    report("load source", 0, 1)
-    reference = ReferenceModel.open(opened, threads=threads)
-    costs = _quantization_costs(reference, file_logits, windows, report)
     progresses = [report if len(trit_files) == 1 else _with_file_name(report, file) for file in trit_files]
-    errors = [
-        _runner_errors(reference, file, windows, runner, progress_of_file)
-        for file, progress_of_file in zip(trit_files, progresses, strict=True)
-    ]
-    del reference
+    costs, errors = _measures(opened, trit_files, windows, Runner(threads, isa), store, report, progresses)
     block_errors = [
         _layer_errors(opened, file, windows, threads, progress_of_file) if layers else None
         for file, progress_of_file in zip(trit_files, progresses, strict=True)
@@ -203,6 +223,8 @@ def verify_files(
             **cost.as_dict(),
             seconds=seconds,
             layers=blocks,
+            file_bytes=file.path.stat().st_size,
+            bits_per_weight=bits_per_weight(file),
             text=text_fingerprint(text),
             revision=revision_of(opened.files[0]),
         )
@@ -210,38 +232,45 @@ def verify_files(
     ]
 
 
-def open_all(source: str | Path, files: Sequence[str | Path]) -> tuple[Source, list[GgufFile]]:
-    """Open a source and the trit files that were made of it; TritGgufError if one was not."""
+def _measures(
+    source: Source,
+    files: Sequence[GgufFile],
+    windows: Sequence[Sequence[int]],
+    runner: Runner,
+    store: LogitsStore | None,
+    report: Progress,
+    progresses: Sequence[Progress],
+) -> tuple[list[Comparison], list[_RunnerErrors]]:
+    """Return what quantization costs and the runner's errors, of every file; `progresses` has a callback for each."""
+    from tritgguf.reference.model import ReferenceModel
+
+    report("load source", 0, 1)
+    reference = ReferenceModel.open(source, threads=runner.threads)
+    expected = source_logits(source, windows, store, lambda: reference)
+    file_logits = [runner.logits_of(file, bits=16) for file in files]
+    costs = quantization_costs(expected, files, file_logits, windows, report)
+    return costs, [
+        _runner_errors(reference, file, windows, runner, progress)
+        for file, progress in zip(files, progresses, strict=True)
+    ]
+
+
+@overload
+def open_all(source: str | Path, files: Sequence[str | Path]) -> tuple[Source, list[GgufFile]]: ...
+@overload
+def open_all(source: str | Path | None, files: Sequence[str | Path]) -> tuple[Source | None, list[GgufFile]]: ...
+def open_all(source: str | Path | None, files: Sequence[str | Path]) -> tuple[Source | None, list[GgufFile]]:
+    """Open a source, unless it is None, and trit files that were made of it; TritGgufError if one was not."""
     from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.sources.open import open_source
 
     trit_files = [open_trit_file(file) for file in files]
+    if source is None:
+        return None, trit_files
     opened = open_source(str(source))
     for file in trit_files:
         check_same_model(file, opened)
     return opened, trit_files
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """Computes logits with this package's kernels."""
-
-    threads: int | None
-    isa: str | None
-
-    def logits_of(self, file: GgufFile, *, bits: int, exact: bool = False) -> Logits:
-        """Return a function from a window of tokens to its logits, float32 [tokens, vocabulary]."""
-        from tritgguf.generation.engine import Engine
-        from tritgguf.generation.request import Request
-        from tritgguf.runtime.model import Model
-
-        model = Model(file, threads=self.threads, prefill_bits=bits, exact=exact, isa=self.isa)
-        engine = Engine(model, context=WINDOW_TOKENS, parallel=1, cache_type="f16" if bits == 8 else "f32")
-
-        def logits(window: Sequence[int]) -> np.ndarray:
-            return engine.outputs(engine.submit(Request(list(window), wanted="logits", cache_prompt=False)))
-
-        return logits
 
 
 def _with_file_name(report: Progress, file: GgufFile) -> Progress:
@@ -249,28 +278,11 @@ def _with_file_name(report: Progress, file: GgufFile) -> Progress:
     return lambda stage, done, total: report(f"{stage} of {file.path.name}", done, total)
 
 
-def _quantization_costs(
-    reference: ReferenceModel,
-    file_logits: Sequence[Logits],
-    windows: Sequence[Sequence[int]],
-    report: Progress,
-) -> list[Comparison]:
-    """Compare the runner's logits of every file with those of `reference`, which holds the source's weights."""
-    parts: list[list[Comparison]] = [[] for _ in file_logits]
-    for done, window in enumerate(windows):
-        report("source", done, len(windows))
-        expected = reference.logits(window)
-        for logits, comparisons in zip(file_logits, parts, strict=True):
-            comparisons.append(compare_logits(expected, logits(window), window[1:]))
-    report("source", len(windows), len(windows))
-    return [Comparison.concatenate(comparisons) for comparisons in parts]
-
-
 def _runner_errors(
     reference: ReferenceModel,
     file: GgufFile,
     windows: Sequence[Sequence[int]],
-    runner: _Runner,
+    runner: Runner,
     report: Progress,
 ) -> _RunnerErrors:
     """Compare the runner's logits with those of `reference` after loading the file's dequantized weights into it."""

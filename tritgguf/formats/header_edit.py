@@ -6,12 +6,13 @@ import mmap
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritgguf.errors import DamagedFileError
-from tritgguf.formats.durable_output import check_output, check_room, disk_errors, open_locked, sync_folder
+from tritgguf.formats.durable_output import check_output, check_room, disk_errors, sync_folder
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import MAGIC, HeaderParser
 from tritgguf.formats.gguf_writer import encode_entries
@@ -25,32 +26,32 @@ _COPY_BYTES = 1 << 23
 def replace_entries(path: Path, prefix: str, entries: Mapping[str, GGUFValue]) -> None:
     """Replace all metadata of a file whose key begins with `prefix` by `entries`.
 
-    A new file is written beside it, as `PATH.part`, checked, synced and renamed; until then the old one is untouched,
-    and a program that has it open keeps it. Other keys and all tensors keep their bytes. Raises TritGgufError if the
-    file is damaged or cannot be written.
+    A new file is written beside it, checked, synced and renamed. Until then the old one is untouched; who has it
+    open keeps it. Other keys and all tensors keep their bytes. Raises TritGgufError if the file is damaged or
+    cannot be written.
     """
     target = check_output(path, overwrite=True)
     old = GgufFile(target)
-    part = target.with_name(f"{target.name}.part")
-    with disk_errors(target):
-        with target.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with disk_errors(target), target.open("rb") as source:
+        with mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as content:
             parser = HeaderParser(content, target)
             header = _new_header(parser, content, prefix, entries)
-            with open_locked(part, f"{path}: another program is writing it; wait for it") as file:
-                try:
-                    check_room(target, len(header) + len(content) - parser.data_start)
-                    file.truncate(0)
-                    file.write(header)
-                    source.seek(parser.data_start)
-                    shutil.copyfileobj(source, file, _COPY_BYTES)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    _check_same_tensors(old, GgufFile(part))
-                    shutil.copymode(target, part)
-                    os.replace(part, target)
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
+            check_room(target, len(header) + len(content) - parser.data_start)
+        # A name of its own: `PATH.part` may be a conversion that can be resumed.
+        number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(header)
+                source.seek(parser.data_start)
+                shutil.copyfileobj(source, file, _COPY_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            _check_same_tensors(old, GgufFile(name))
+            shutil.copymode(target, name)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
         sync_folder(target.parent)
 
 

@@ -21,6 +21,7 @@ from tritgguf.text_format import one_line
 
 _BOOTSTRAP_SAMPLES = 1000  # for the standard error of metrics that are no means
 _MARK_OF_OURS = "tritgguf_"
+_OFFLINE_TASKS = "tritgguf_facts and tritgguf_cloze"
 _LONGEST_REASON = 160  # characters of another package's error
 _LOUD = ("datasets", "huggingface_hub", "lm_eval")  # loggers
 
@@ -125,7 +126,7 @@ def evaluate(
 def _task_manager(names: Sequence[str]) -> Any:
     """Return lm-eval's index of tasks, as far as these names need it."""
     if not names:
-        raise BadRequestError(f"there is no task to run; name some, such as {', '.join(_shipped_tasks())}")
+        raise BadRequestError(f"there is no task to run; name some, such as {_OFFLINE_TASKS}")
     from lm_eval.tasks import TaskManager
 
     defaults = not all(map(_needs_no_index, names))
@@ -146,7 +147,7 @@ def _load_tasks(manager: Any, names: Sequence[str], report: Progress) -> list[An
             reason = one_line(str(error))[:_LONGEST_REASON]
             raise TritGgufError(
                 f"the task {name} cannot be loaded ({type(error).__name__}: {reason}); if its data set has to be"
-                f" fetched, this needs a network once; {', '.join(_shipped_tasks())} need none"
+                f" fetched, this needs a network once; {_OFFLINE_TASKS} need none"
             ) from error
         children = {child for members in parts.get("group_map", {}).values() for child in members}
         loaded += [part for part_name, part in parts["groups"].items() if part_name not in children] or list(

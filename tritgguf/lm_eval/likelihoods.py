@@ -86,7 +86,7 @@ def log_likelihoods(
     """
     results: list[Likelihood | None] = [None] * len(continuations)
     done = 0
-    waiting = iter(_groups(continuations))
+    waiting = iter(_leaders_first(_groups(continuations), engine.parallel))
     running = deque[tuple[_Group, RunningRequest]]()
     try:
         while True:
@@ -120,3 +120,18 @@ def _groups(continuations: Iterable[Continuation]) -> list[_Group]:
         group.last_tokens.append(tokens[-1])
         group.places.append(place)
     return sorted(groups.values(), key=lambda group: group.prompt)
+
+
+def _leaders_first(groups: Sequence[_Group], contexts: int) -> Iterator[_Group]:
+    """Yield the first group of each of so many contexts, then their other groups, and so on.
+
+    When these start, the contexts have been evaluated, also those that are too short for the engine to wait for them.
+    """
+    by_context = dict[tuple[int, ...], list[_Group]]()
+    for group in groups:
+        by_context.setdefault(tuple(group.prompt[: group.first_output + 1]), []).append(group)
+    families = list(by_context.values())
+    for first in range(0, len(families), contexts):
+        part = families[first : first + contexts]
+        yield from (family[0] for family in part)
+        yield from (group for family in part for group in family[1:])

@@ -111,6 +111,13 @@ class Answer:
         if piece.text or piece.logprobs:
             yield piece
 
+    @property
+    def end_logprobs(self) -> list[PlacedLogprobs]:
+        """Those of the stop token with which the model has ended the answer, and which is not part of it."""
+        if self._stops.found or self.running is None or self.running.finish_reason != "stop":
+            return []
+        return [PlacedLogprobs(found, self._decoded) for found in self._sampler.logprobs[self.generated :]]
+
     def _step(self, token: int) -> str:
         """Return what can be shown of the text with one more token."""
         if self._stops.found:

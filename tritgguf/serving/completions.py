@@ -84,7 +84,7 @@ class Completions:
             async with aclosing(self._service.merged(self.answers)) as pieces:
                 async for index, piece in pieces:
                     reason = finish_reason(self.answers[index]) if piece is None else None
-                    text, logprobs = (piece.text, piece.logprobs) if piece else ("", [])
+                    text, logprobs = (piece.text, piece.logprobs) if piece else ("", self._end_logprobs(index))
                     yield self._chunk(self._choice(index, text, self._behind_echo(index, logprobs), reason))
         else:
             for index in range(len(self.answers)):
@@ -122,8 +122,15 @@ class Completions:
         reason = finish_reason(answer) if self._generates else "length"
         if echo is None:
             return self._choice(index, text, logprobs, reason)
-        logprobs = [*echo.logprobs, *self._behind_echo(index, logprobs)]
+        logprobs = [*echo.logprobs, *self._behind_echo(index, [*logprobs, *self._end_logprobs(index)])]
         return self._choice(index, echo.text + text, logprobs, reason)
+
+    def _end_logprobs(self, index: int) -> list[PlacedLogprobs]:
+        """Return those of the token that ends an answer behind an echo.
+
+        Who scores a prompt, as lm-eval does, asks for one token behind it and takes the last one away, whatever it is.
+        """
+        return self.answers[index].end_logprobs if self._echoes else []
 
     def _behind_echo(self, index: int, logprobs: Sequence[PlacedLogprobs]) -> list[PlacedLogprobs]:
         """Return log probabilities of an answer, placed behind the prompt if the text begins with it."""

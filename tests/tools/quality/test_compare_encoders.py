@@ -14,10 +14,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools import svg
 from tools.llama_cpp.ggml_types import GgmlQuantizer, bits_per_weight
 from tools.quality import chart, compare_encoders, package_texts
 from tritgguf.evaluation.divergence import Comparison
+from tritgguf.formats import svg
 from tritgguf.formats.gguf_file import GgufFile
 
 RESULT: dict[str, Any] = {

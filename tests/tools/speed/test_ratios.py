@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools import svg
 from tools.speed.chart import draw
 from tools.speed.ratios import GOALS, Ratio, Result, Samples, Side, markdown, read_result, table, verdict
 from tritgguf.errors import TritGgufError
+from tritgguf.formats import svg
 
 # What others read from the JSON.
 KEYS = (

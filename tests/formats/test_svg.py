@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.svg import Drawing, write
 from tritgguf.errors import TritGgufError
+from tritgguf.formats.svg import Drawing, write
 
 SVG = "{http://www.w3.org/2000/svg}"
 
