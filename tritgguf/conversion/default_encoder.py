@@ -25,7 +25,7 @@ DEEPEST_TO_CALIBRATE = 2
 """With more trits, little is lost without calibration."""
 _SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
 _SECONDS_PER_WEIGHT = 2e-7
-"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (`docs/quality.md`)."""
+"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
 _MEASURED_THREADS = 2
 
 
