@@ -257,7 +257,7 @@ def test_folders_are_uploaded(whole: Path, tmp_path: Path, capsys: Capture, monk
             there = hub.models[f"org/{name}"]
             assert there[f"{name}.gguf"] == (whole / "out" / name / f"{name}.gguf").read_bytes()
             assert {"README.md", "chart.svg", "hf/model.safetensors", f"{name}-q8_0.gguf"} <= there.keys()
-        hub.refuse = lambda path: (403, {}) if path == "/api/repos/create" else None
+        hub.refuse = lambda path: (403, {})
         assert app.main(["publish", plan, "--upload", "org"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
