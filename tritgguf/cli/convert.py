@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
@@ -32,6 +36,7 @@ from tritgguf.cli.options import (
 from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.cli.text_windows import TextOptions, read_windows
+from tritgguf.errors import TritGgufError
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
@@ -63,14 +68,26 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
-def _start(source: str) -> float:
-    """Look at the source, then compile the kernels if this machine has not done so; return the time after that."""
-    from tritgguf.runtime.compiler import prepare_kernels
+def _check(source: str, options: DepthOptions, text: Path | None) -> None:
+    """Raise TritGgufError for a source, depths and a text that cannot be used: before kernels are compiled."""
+    from tritgguf.conversion.plan import check_depths
+    from tritgguf.formats.text_file import read_text
     from tritgguf.sources.open import open_source
 
-    open_source(source)
-    prepare_kernels()
-    return time.perf_counter()
+    check_depths(open_source(source), options)
+    if text is not None and str(text) != "-" and not read_text(text).strip():
+        raise TritGgufError(f"{text}: has no text; give a text file")
+
+
+@contextlib.contextmanager
+def _explained_interruption(target: Path) -> Iterator[None]:
+    """Say how an interrupted conversion goes on, if it can."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if any(os.path.exists(f"{target}{suffix}") for suffix in (".part.journal", ".part.text")):
+            note(f"interrupted; the same command with --resume goes on ({target}.part is kept for it)")
+        raise
 
 
 def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, threads: int | None) -> Encoder:
@@ -117,7 +134,9 @@ def convert_command(
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
+    from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
+    from tritgguf.runtime.compiler import prepare_kernels
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
@@ -126,12 +145,15 @@ def convert_command(
     settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
     settings["choice"] = choice
     text_options = TextOptions(text, own_text, tokens, seed)
-    started = _start(source)
+    options = DepthOptions(**depths, choice=choice, recipe=None if recipe is None else parse_recipe(recipe))
+    _check(source, options, text)
+    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
+    prepare_kernels()
+    started = time.perf_counter()
     if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
         chosen = _default_encoder(source, DepthOptions(**depths), tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
-    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
-    with SavedText(target, resume=resume) as saved:
+    with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(
