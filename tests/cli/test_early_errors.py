@@ -203,7 +203,12 @@ def test_the_reported_time_is_the_clock_s(
     ],
 )
 def test_options_are_checked_before_kernels_are_compiled(
-    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n")
