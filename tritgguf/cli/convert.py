@@ -68,15 +68,23 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
-def _check(source: str, options: DepthOptions, text: Path | None) -> None:
-    """Raise TritGgufError for a source, depths and a text that cannot be used: before kernels are compiled."""
+def _prepare(source: str, options: DepthOptions, text: Path | None, imatrix: Path | None) -> tuple[Any, list[str]]:
+    """Check the source, depths and files, then compile the kernels; return the importance matrix and warnings.
+
+    Raises TritGgufError for what cannot be used, before kernels are compiled.
+    """
+    from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.plan import check_depths
     from tritgguf.formats.text_file import read_text
+    from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
     check_depths(open_source(source), options)
     if text is not None and str(text) != "-" and not read_text(text).strip():
         raise TritGgufError(f"{text}: has no text; give a text file")
+    importance = (None, []) if imatrix is None else importance_of(source, imatrix)
+    prepare_kernels()
+    return importance
 
 
 @contextlib.contextmanager
@@ -132,26 +140,21 @@ def convert_command(
     from tritgguf.conversion.convert import convert
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
-    from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
-    from tritgguf.runtime.compiler import prepare_kernels
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
-    settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
-    settings["choice"] = choice
+    depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
+    settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
-    options = DepthOptions(**depths, choice=choice, recipe=None if recipe is None else parse_recipe(recipe))
-    _check(source, options, text)
-    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
-    prepare_kernels()
+    settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
     started = time.perf_counter()
     if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
-        chosen = _default_encoder(source, DepthOptions(**depths), tokens, threads)
+        chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
