@@ -19,6 +19,7 @@ import typer
 
 from tools import tool_command
 from tritgguf.cli import terminal
+from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request
@@ -39,6 +40,8 @@ def tokens_per_second(model: Model, sequences: int, tokens: int) -> float:
         requests.append(engine.submit(Request(prompt, Sampler(_GREEDY), max_tokens=tokens + 2, cache_prompt=False)))
     while any(request.is_prompt for request in requests):
         engine.step()
+    if any(request.ended for request in requests):
+        raise TritGgufError(f"the first of {len(requests)} sequences ends while prompts are read; use more --tokens")
     before = sum(request.decoded_tokens for request in requests)
     start = time.perf_counter()
     while not any(request.ended for request in requests):
