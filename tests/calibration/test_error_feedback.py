@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments, _inverse_cholesky
+from tritgguf.calibration.error_feedback import ErrorFeedback, _inverse_cholesky
+from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.trit_types import DEPTHS
 from tritgguf.quantization.scale_search import quantize_searched
@@ -172,6 +173,24 @@ def test_the_correction_factor_is_fitted_to_held_out_inputs(alone: bool) -> None
     assert factor == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_error_of_the_stream_is_corrected_as_far_as_the_inputs_tell() -> None:
+    generator = np.random.default_rng(5)
+    weights, of_inputs = (generator.standard_normal((96, 256)).astype(np.float32) for _ in range(2))
+    inputs, original = noisy_inputs(256, 4096, 1)
+    noise = 16 * generator.standard_normal((4096, 96)).astype(np.float32)
+    stream = 0.5 * inputs @ of_inputs.T + noise
+    quantized = []
+    for added in (None, stream):
+        moments = InputMoments(256, weights, with_stream=added is not None)
+        for part in np.array_split(np.arange(4096), 3):
+            x, x_original = torch.from_numpy(inputs[part]), torch.from_numpy(original[part])
+            moments.add(x, x_original, None if added is None else torch.from_numpy(added[part]))
+        quantized.append(ErrorFeedback(moments).quantize(weights, 3, THREAD_POOL).decoded())
+    wanted = original @ weights.T + stream - noise
+    without, with_stream = (np.square(inputs @ decoded.T - wanted).sum() for decoded in quantized)
+    assert with_stream < 0.6 * without
+
+
 @pytest.mark.parametrize("rows", [16, 63, 64, 200])
 def test_output_error_of_a_single_matrix_is_the_same(rows: int) -> None:
     weights = np.random.default_rng(rows).standard_normal((rows, 128)).astype(np.float32)
@@ -180,7 +199,7 @@ def test_output_error_of_a_single_matrix_is_the_same(rows: int) -> None:
     expected = (original - inputs).astype(np.float64) @ weights.T.astype(np.float64)
     expected = expected.T @ inputs / len(inputs)
     for moments in (shared, alone):
-        found = moments.mean_output_error(torch.from_numpy(weights)).numpy()
+        found = moments.mean_output_error(torch.from_numpy(weights))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

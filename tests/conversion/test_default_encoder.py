@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_few_trits_are_calibrated_on_text_of_the_model_s_own(model: Path, depths: dict[str, int]) -> None:
     pytest.importorskip("torch")
     encoder, notes = chosen(model, **depths)
-    assert encoder == Automatic(Calibrated())
+    assert encoder == Calibrated()
     assert len(notes) == 1
     assert "calibrating on 16384 tokens that the model writes: less than a minute" in notes[0]
     assert "--encoder v2" in notes[0]
@@ -49,7 +49,7 @@ def test_more_trits_take_the_best_scales(model: Path, depth: int) -> None:
 def test_without_torch_one_line_says_what_is_missed(model: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     encoder, (line,) = chosen(model, depth=2)
-    assert encoder == Automatic(V2())
+    assert encoder == V2()
     assert line.startswith("warning: not calibrated")
     assert f"this needs {package}" in line
     assert "pip install" in line
@@ -72,7 +72,7 @@ def test_depths_that_contradict_the_source_are_refused_before_a_text_is_written(
 def test_the_estimate_grows_with_weights_and_tokens_and_shrinks_with_threads() -> None:
     seconds = calibration_seconds(10**9, 16384, 2)
     assert calibration_seconds(2 * 10**9, 16384, 4) == pytest.approx(seconds)
-    assert calibration_seconds(10**9, 32768, 1) == pytest.approx(4 * seconds)
+    assert 3 * seconds < calibration_seconds(10**9, 32768, 1) < 4 * seconds
 
 
 def test_the_command_calibrates_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

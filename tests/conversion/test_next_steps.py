@@ -21,7 +21,7 @@ def test_a_good_file_is_run(depth: int, encoder: str) -> None:
 
 def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
     advice = next_steps(report(2, "v2"))[1]
-    assert "about 6 min" in advice
+    assert "about 3 min" in advice
     command = "tritgguf convert models/SmolLM2 'my model.gguf' --depth 2 --encoder calibrated --overwrite"
     assert advice.splitlines()[-1].strip() == command
-    assert "about 60 min" in next_steps(report(1, "best", 1_543_714_304))[1]
+    assert "about 25 min" in next_steps(report(1, "best", 1_543_714_304))[1]

@@ -324,3 +324,15 @@ def test_a_forked_process_goes_on(model: Model) -> None:
 def test_a_pool_that_is_too_small_is_refused(model: Model) -> None:
     with pytest.raises(ValueError, match="smaller than a single request"):
         Engine(model, context=CONTEXT, pages=3)
+
+
+def test_a_prompt_takes_over_what_is_kept_and_may_keep_nothing_itself(model: Model) -> None:
+    engine = Engine(model, context=CONTEXT)
+    engine.outputs(engine.submit(Request(COMMON[:300], wanted="logits", first_output=299)))
+    free = engine.pool.free_pages
+    for keep, cached in ((False, 300), (False, 300), (True, 300), (True, 320)):
+        request = engine.submit(Request(COMMON[:330], wanted="logits", first_output=320, keep_prompt=keep))
+        engine.outputs(request)
+        assert request.cached == cached
+        assert keep or engine.pool.free_pages == free
+    engine.check()

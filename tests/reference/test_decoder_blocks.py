@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import VARIANTS, write_tiny_model
 
+from tools.models.families import write_random_family
 from tritgguf.exporters.export import export
 from tritgguf.reference.decoder_blocks import DecoderBlocks
 from tritgguf.reference.model import ReferenceModel
@@ -133,3 +134,17 @@ def test_bfloat16_matmul_ends_with_its_context() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("family", "has_streams"), [("llama", True), ("qwen3", True), ("gemma2", False), ("granite", False)]
+)
+def test_the_residual_streams_are_those_that_a_product_is_added_to(
+    tmp_path: Path, family: str, has_streams: bool
+) -> None:
+    """Gemma normalizes the products first, Granite scales them."""
+    blocks = DecoderBlocks(open_source(str(write_random_family(tmp_path / "model", family))))
+    with blocks.block(0) as block:
+        found = block.residual_streams(blocks.embed((np.asarray(WINDOWS) % 200).tolist()))
+    expected = {"blk.0.attn_output.weight": None, "blk.0.ffn_down.weight": "blk.0.ffn_norm.weight"}
+    assert found == (expected if has_streams else {})

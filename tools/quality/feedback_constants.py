@@ -1,7 +1,7 @@
 """Measure the KL of constants of error feedback: one row for each setting, all on the same texts.
 
-The calibration text is package descriptions and docstrings. The columns are the KL on other such text, then on the text
-that ships with `tritgguf verify`, which has mixed subjects.
+The calibration text is package descriptions and docstrings. The columns are the KL on other such text, on the text that
+ships with `tritgguf verify`, which has mixed subjects, and on exam questions, which no constant is chosen by.
 
     python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
 
@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools.quality import package_texts
+from tools.quality import exam_text, package_texts
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.error_feedback import ErrorFeedback
@@ -33,7 +33,10 @@ from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
-SETTINGS = ("", "damping=0.05", "damping=0.2", "few_inputs_damping=0", "correction=0", "act_order=0", "windows=96")
+SETTINGS = (
+    *("", "damping=0.05", "damping=0.2", "few_inputs_damping=0"),
+    *("correction=0", "whole_stream=0", "act_order=0", "sweeps=0", "sweeps=3", "windows=96"),
+)
 
 
 def main() -> None:
@@ -52,21 +55,29 @@ def main() -> None:
     tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
     depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
     calibration, evaluation = package_texts.texts()
-    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in (evaluation, shipped_text())]
+    evaluated = (evaluation, shipped_text(), exam_text.text())
+    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in evaluated]
     reference = ReferenceModel.open(source)
     expected = [[reference.logits(window) for window in windows] for windows in texts]
-    print("setting                KL   99th  top-1      KL   99th  top-1  seconds", flush=True)
+    print(f"{'setting':18}" + "      KL   99th  top-1" * len(texts) + "  seconds", flush=True)
     for setting in options.settings:
-        values = {name: float(value) for name, _, value in (part.partition("=") for part in setting.split(",") if part)}
-        some = package_texts.windows_of(calibration, tokenizer, int(values.pop("windows", 32)))
+        values = dict(parsed(part) for part in setting.split(",") if part)
+        some = package_texts.windows_of(calibration, tokenizer, values.pop("windows", 32))
         started = time.perf_counter()
         quantize(source, depths, some, values, reference)
+        seconds = time.perf_counter() - started
         found = [
             compare_windows(windows, logits, map(reference.logits, windows))
             for windows, logits in zip(texts, expected, strict=True)
         ]
         columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
-        print(f"{setting or 'as it is':18} {columns}  {time.perf_counter() - started:7.0f}", flush=True)
+        print(f"{setting or 'as it is':18} {columns}  {seconds:7.0f}", flush=True)
+
+
+def parsed(setting: str) -> tuple[str, Any]:
+    """Return the name and the number of NAME=VALUE."""
+    name, _, value = setting.partition("=")
+    return name, int(value) if value.isdigit() else float(value)
 
 
 def quantized_names(source: Source, blocks: int) -> list[str]:
@@ -79,7 +90,9 @@ def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
     """Load the model with matrices quantized with these settings of `ErrorFeedback`, and the others as they are."""
-    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=partial(ErrorFeedback, **settings))
+    whole_stream = bool(settings.pop("whole_stream", True))
+    feedback = partial(ErrorFeedback, **settings)
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=feedback, whole_stream=whole_stream)
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:

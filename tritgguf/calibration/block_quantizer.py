@@ -2,33 +2,57 @@
 
 A text passes through two copies of the model, one decoder block at a time: the original, and one whose earlier
 matrices are quantized. A matrix's error is measured on its inputs in the second copy, and the matrix also corrects the
-error that these inputs already carry (`error_feedback`). Memory holds one block, and the hidden states and the block's
-inputs in both copies, so it does not grow with the number of blocks.
+error that these inputs already carry (`error_feedback`). A matrix whose product is added to the residual stream also
+corrects, as far as its inputs tell, the error that the stream carries past it. Memory holds one block, and the hidden
+states and the block's inputs in both copies, so it does not grow with the number of blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments
+from tritgguf.calibration.error_feedback import ErrorFeedback
 from tritgguf.calibration.expert_quantizer import FEWEST_TOKENS, ExpertQuantizer, RoutedInputs
+from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.calibration.tuning import Tuning, tune_block
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer
-from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks
+from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks, Observer
 from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tritgguf.sources.source import Source
+
+
+@dataclass
+class _Stream:
+    """The residual stream that a matrix's product is added to, batch by batch, float32 [windows, tokens, width].
+
+    Attributes:
+        norm: name of the norm whose input it is; None for the block's input.
+        original: in the original model, in bfloat16; emptied as the batches are used, to free memory.
+        quantized: in the quantized model, likewise.
+
+    """
+
+    norm: str | None
+    original: list[Tensor] = field(default_factory=list)
+    quantized: list[Tensor] = field(default_factory=list)
+
+    def next_error(self) -> Tensor:
+        """Return the difference of the next batch."""
+        return self.original.pop(0).float() - self.quantized.pop(0)
 
 
 class BlockQuantizer:
@@ -43,6 +67,7 @@ class BlockQuantizer:
             written, or None. A block whose matrices are all written is not quantized again.
         feedback: creates the quantizer of matrices that share an input.
         tuning: how each block is trained after its matrices are quantized; None for no training.
+        whole_stream: whether matrices whose product is added to the residual stream also correct the stream's error.
 
     Raises TritGgufError if torch or transformers is missing or cannot build the model.
 
@@ -58,10 +83,11 @@ class BlockQuantizer:
         written: Callable[[str], np.ndarray | None] = lambda name: None,
         feedback: Callable[[InputMoments], ErrorFeedback] = ErrorFeedback,
         tuning: Tuning | None = None,
+        whole_stream: bool = True,
     ) -> None:
         self._blocks = DecoderBlocks(source, threads=thread_pool.threads)
         self._depths, self._thread_pool, self._written, self._feedback = depths, thread_pool, written, feedback
-        self._tuning = tuning
+        self._tuning, self._whole_stream = tuning, whole_stream
         if tuning is not None and any(split_matrix_name(name)[1] is not None for name in depths):
             raise TritGgufError(
                 f"{source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
@@ -120,13 +146,14 @@ class BlockQuantizer:
         originals = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
         groups = [group for group in groups if group]
-        routed = RoutedInputs()
+        streams, routed = self._streams(block), RoutedInputs()
         with nullcontext() if block.experts is None else block.experts.observing(routed.add):
-            original_inputs = self._forward_original(block, [group[0] for group in groups])
+            original_inputs = self._forward_original(block, [group[0] for group in groups], streams)
         projections = block.output_projections(self._original)
         cached: dict[OutputProjection, Tensor] = {}
         for group in groups:
-            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), cached)
+            stream = streams.pop(group[0], None)
+            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), stream, cached)
             if group[0] in projections and inputs is not None:
                 projection = projections[group[0]]
                 cached[projection] = block.products(projection, inputs)
@@ -138,23 +165,44 @@ class BlockQuantizer:
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
         return block.forward(self._hidden, cached=cached)
 
+    def _streams(self, block: Block) -> dict[str, _Stream]:
+        """Return matrix -> the residual stream that its product is added to."""
+        if not self._whole_stream:
+            return {}
+        streams = {name: _Stream(norm) for name, norm in block.residual_streams(self._original).items()}
+        for stream in streams.values():
+            if stream.norm is None:
+                stream.original.extend(self._blocks.batches(self._original))
+                stream.quantized.extend(self._blocks.batches(self._hidden))
+        return streams
+
     def _quantize_group(
-        self, block: Block, names: Sequence[str], original_inputs: list[Tensor], cached: CachedProducts
+        self,
+        block: Block,
+        names: Sequence[str],
+        original_inputs: list[Tensor],
+        stream: _Stream | None,
+        cached: CachedProducts,
     ) -> Tensor | None:
         """Quantize matrices that share an input; `original_inputs` is emptied to free memory.
 
         Returns the input, float32 [windows, tokens, columns]; None if transformers has joined windows and tokens.
         """
         only_matrix = block.get(names[0]) if len(names) == 1 else None
-        moments = InputMoments(original_inputs[0].shape[-1], only_matrix)
+        stream = stream if only_matrix is not None else None
+        moments = InputMoments(original_inputs[0].shape[-1], only_matrix, with_stream=stream is not None)
         buffer = RowBuffer(len(self._hidden))
 
         def observe(inputs: Tensor) -> None:
-            moments.add(inputs, original_inputs.pop(0).float())
+            stream_error = None if stream is None else stream.next_error()
+            moments.add(inputs, original_inputs.pop(0).float(), stream_error)
             if inputs.dim() == self._hidden.dim():
                 buffer.add(inputs)
 
-        block.observe_inputs(self._hidden, {names[0]: observe}, last=names[0], cached=cached)
+        observers: dict[str, Observer] = {names[0]: observe}
+        if stream is not None and stream.norm is not None:
+            observers[stream.norm] = stream.quantized.append
+        block.observe_inputs(self._hidden, observers, last=names[0], cached=cached)
         feedback = self._feedback(moments)
         for name in names:
             quantized = feedback.quantize(block.get(name), self._depths[name], self._thread_pool)
@@ -162,13 +210,21 @@ class BlockQuantizer:
             self._quantized[name] = quantized
         return buffer.rows if buffer.is_used else None
 
-    def _forward_original(self, block: Block, names: Sequence[str]) -> dict[str, list[Tensor]]:
+    def _forward_original(
+        self, block: Block, names: Sequence[str], streams: Mapping[str, _Stream]
+    ) -> dict[str, list[Tensor]]:
         """Run the original block on the original hidden states and return the inputs of some matrices.
 
         The inputs take most of the memory, so they are stored in bfloat16. The rounding error averages out over the
         tokens (`docs/quality.md`).
         """
         recorded: dict[str, list[Tensor]] = {name: [] for name in names}
-        observers = {name: lambda inputs, kept=recorded[name]: kept.append(inputs.bfloat16()) for name in names}
+        kept = recorded | {stream.norm: stream.original for stream in streams.values() if stream.norm is not None}
+        observers: dict[str, Observer] = {name: partial(_keep_in_half, inputs) for name, inputs in kept.items()}
         self._original = block.forward(self._original, observers)
         return recorded
+
+
+def _keep_in_half(kept: list[Tensor], inputs: Tensor) -> None:
+    """Append inputs in bfloat16."""
+    kept.append(inputs.bfloat16())

@@ -5,9 +5,10 @@ The method has two steps, both based on the inputs x of the matrix in the quanti
 1. Correction. The inputs x differ from the original model's inputs x'. W' = W + W E[(x' - x) x^T] H^-1, with the second
    moments H = E[x x^T], minimizes the error of W' x against the original output W x'. This least-squares fit overfits
    the calibration text, so a quarter of the inputs is held out to find the best factor from 0 to 1 for the correction.
-   (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.)
+   (Qronos and GPTAQ, 2025, introduced correcting the error of earlier layers.) Where the output is added to the
+   residual stream, the stream's own error is corrected with it.
 2. Error feedback. W' is quantized column by column; H determines how the remaining columns compensate for the error of
-   each column (`quantize_columns`).
+   each column (`quantize_columns`). Then levels and scales are chosen once more, given all others (`refine`).
 
 torch computes the large products. It is imported inside functions because only the `verify` extra installs it.
 """
@@ -21,6 +22,8 @@ import numpy as np
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.calibration.input_moments import InputMoments
+from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
 
@@ -34,94 +37,12 @@ FEW_INPUTS_DAMPING = 2.0
 
 Both are measured in `docs/quality.md`.
 """
-_HELD_OUT_FRACTION = 4
-"""One of this many inputs is held out."""
+SWEEPS = 1
+"""How often all levels and scales are chosen again after error feedback (`refine`)."""
 _SAMPLED_ROWS = 256
 """Approximate number of rows from which the factor of a matrix's correction is computed."""
 _BLOCK_COLUMNS = 128
-_MOMENTS_BLOCKS = 4  # of columns: products are computed in those on and above the diagonal, 5/8 of all
-_LEAST_MOMENTS_BLOCK = 128  # columns
 _SOLVE_BLOCK = 1024
-
-
-class InputMoments:
-    """Second moments of an input that several matrices share.
-
-    Args:
-        columns: number of columns of the inputs.
-        matrix: float32 [rows, columns], if only one matrix has this input.
-
-    Attributes:
-        count: number of inputs that were added.
-
-    """
-
-    def __init__(self, columns: int, matrix: np.ndarray | None = None) -> None:
-        import torch
-
-        # With d = x' - x, the result is W d x^T. For a matrix W with few rows, (W d) x^T is cheaper than W (d x^T).
-        self._matrix = torch.from_numpy(matrix) if matrix is not None and 2 * len(matrix) < columns else None
-        # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
-        self._second_moments = torch.zeros(columns, columns)
-        self._difference_sums = torch.zeros(columns if self._matrix is None else len(self._matrix), columns)
-        self._held_out: list[tuple[Tensor, Tensor]] = []
-        self.count = 0
-
-    def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Add inputs, and the original model's inputs at the same positions, both float32 [..., columns]."""
-        columns = len(self._second_moments)
-        x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
-        difference = x_original - x
-        if self._matrix is not None:
-            difference = difference @ self._matrix.T
-        self._difference_sums.addmm_(difference.T, x)
-        self.count += len(x)
-        fitted = len(x) - len(x) // _HELD_OUT_FRACTION
-        _add_products(self._second_moments, x[:fitted])
-        self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
-
-    def mean_output_error(self, weights: Tensor) -> Tensor:
-        """Return the mean of W (x' - x) x^T, W's output error correlated with x, for W float32 [rows, columns]."""
-        sums = self._difference_sums if self._matrix is not None else weights @ self._difference_sums
-        return sums / max(1, self.count)
-
-    def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
-        """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
-        mean = self._second_moments.clone()
-        for x, _ in self._held_out if held_out else []:
-            _add_products(mean, x)
-        mean /= max(1, self.count if held_out else self.count - self.held_out_count)
-        for block in _column_blocks(len(mean)):
-            first = block.start
-            mean[block, :first] = mean[:first, block].T
-        return mean
-
-    def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the held-out inputs x, float32 [n, columns], and W (x' - x) of some rows of W, float32 [n, rows].
-
-        W is float32 [rows, columns].
-        """
-        import torch
-
-        x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        return x, difference[:, rows] if self._matrix is not None else difference @ weights[rows].T
-
-    @property
-    def held_out_count(self) -> int:
-        """Number of held-out inputs."""
-        return sum(len(x) for x, _ in self._held_out)
-
-
-def _column_blocks(columns: int) -> list[slice]:
-    """Return the blocks of columns in which products are computed."""
-    size = max(-(-columns // _MOMENTS_BLOCKS), _LEAST_MOMENTS_BLOCK)
-    return [slice(first, first + size) for first in range(0, columns, size)]
-
-
-def _add_products(second: Tensor, x: Tensor) -> None:
-    """Add the sums of x x^T, for x [n, columns], in the blocks on and above the diagonal."""
-    for block in _column_blocks(len(second)):
-        second[block, block.start :].addmm_(x[:, block].T, x[:, block.start :])
 
 
 class ErrorFeedback:
@@ -134,6 +55,7 @@ class ErrorFeedback:
         correction: whether to correct the difference between original and quantized inputs, as far as that helps on
             held-out inputs.
         act_order: whether groups with the largest inputs are quantized first; otherwise from left to right.
+        sweeps: see `SWEEPS`.
 
     Raises ValueError if the moments are NaN or infinite.
     """
@@ -146,6 +68,7 @@ class ErrorFeedback:
         few_inputs_damping: float = FEW_INPUTS_DAMPING,
         correction: bool = True,
         act_order: bool = True,
+        sweeps: int = SWEEPS,
     ) -> None:
         import torch
 
@@ -168,6 +91,7 @@ class ErrorFeedback:
         # These matrices take most of the memory, so the name is reused to free the previous one.
         second = second[self._order][:, self._order]
         self._factor = _inverse_cholesky(second)
+        self._second_moments, self._sweeps = second, sweeps
 
     def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the reported errors are those of the weights, not of the output.
@@ -195,6 +119,9 @@ class ErrorFeedback:
             levels[:, first:last] = block_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = block_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
+        if self._sweeps:
+            ordered = target[:, self._order]
+            refine(ordered, self._second_moments, levels, indices, steps, offset, self._sweeps, thread_pool)
         original_order = np.argsort(self._order.numpy())
         levels, indices = levels[:, original_order], indices[:, original_order[::GROUP_SIZE] // GROUP_SIZE]
         quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)
@@ -217,7 +144,7 @@ class ErrorFeedback:
     def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
         """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
 
-        `output_error` is the mean of W (x' - x) x^T over all inputs. The correction of some rows is fitted without the
+        `output_error` is the `mean_output_error` over all inputs. The correction of some rows is fitted without the
         held-out inputs and evaluated on them.
         """
         import torch

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.error_feedback import ErrorFeedback, InputMoments
+from tritgguf.calibration.error_feedback import ErrorFeedback
+from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import quantize_searched

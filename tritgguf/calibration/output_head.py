@@ -43,7 +43,7 @@ def final_norm(source: Source) -> Callable[[Tensor], Tensor]:
     """Return the function that applies the model's last norm and joins windows: float32 [positions, width]."""
     import torch
 
-    weight = torch.from_numpy(to_float32(source.read("output_norm.weight")))
+    weight = torch.tensor(to_float32(source.read("output_norm.weight")))
     epsilon = _number(source, keys.EPSILON)
 
     def normalize(hidden: Tensor) -> Tensor:

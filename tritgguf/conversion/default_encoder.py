@@ -23,8 +23,9 @@ from tritgguf.sources.source import Source
 
 DEEPEST_TO_CALIBRATE = 2
 """With more trits, little is lost without calibration."""
-_SECONDS_PER_WEIGHT_AND_TOKEN = 1.4e-10
-"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model."""
+_SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
+_SECONDS_PER_WEIGHT = 2e-7
+"""For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
 _MEASURED_THREADS = 2
 
 
@@ -57,17 +58,19 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
     names = [name for tensor in tensors for name in matrix_names(tensor.name, tensor.shape)]
     if holds_trits(source, names, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
+    # Not `Automatic` from here on: it would search the same matrices for trits again.
     try:
         require_torch()
     except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
-        return DefaultEncoder(Automatic(V2()), [f"{lost}: {error}"])
+        return DefaultEncoder(V2(), [f"{lost}: {error}"])
     seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)
     time = "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"
     note = f"calibrating on {tokens} tokens that the model writes: {time} (--encoder v2: seconds, but much is lost)"
-    return DefaultEncoder(Automatic(Calibrated()), [note])
+    return DefaultEncoder(Calibrated(), [note])
 
 
 def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -> float:
     """Estimate how long a model takes to write this many tokens and to be calibrated on them."""
-    return weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN * _MEASURED_THREADS / (threads or physical_cores())
+    seconds = weights * (tokens * _SECONDS_PER_WEIGHT_AND_TOKEN + _SECONDS_PER_WEIGHT)
+    return seconds * _MEASURED_THREADS / (threads or physical_cores())

@@ -23,6 +23,7 @@ from gguf.gguf_writer import WriterState
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import DiskError, check_output, check_room, disk_errors, open_locked, sync_folder
 from tritgguf.formats.journal import Journal, WrittenMatrix
+from tritgguf.formats.metadata_bytes import encoded_metadata
 from tritgguf.formats.stacks import matrix_count, matrix_names
 
 ALIGNMENT = 32
@@ -293,7 +294,8 @@ def _encode(writer: GGUFWriter) -> bytes:
     writer.fout = [buffer]  # type: ignore[list-item]
     writer.state = WriterState.EMPTY
     writer.write_header_to_file()
-    writer.write_kv_data_to_file()
+    buffer.write(encoded_metadata(writer.kv_data[0]))
+    writer.state = WriterState.KV_DATA
     writer.write_ti_data_to_file()
     return buffer.getvalue()
 

@@ -63,7 +63,8 @@ class EngineCore:
             self._forget_drafts(request)
         for request in [running for running in self.running if running.ended]:
             self.running.remove(request)
-            if request.request.cache_prompt and request.error is None:
+            wanted = request.request.cache_prompt and request.request.keep_prompt
+            if wanted and request.error is None:
                 pages = self._pool.pages(_sequence_of(request))
                 self.prefix_cache.insert(request.tokens[: request.evaluated], pages, request.computed_as_prompt)
             self._free(request)

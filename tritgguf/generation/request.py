@@ -40,6 +40,7 @@ class Request:
         reduce_outputs: what to keep of output rows instead of the rows: takes float32 [rows, width] and the position in
             the prompt of the first one, returns an array of as many rows; None keeps them as they are.
         cache_prompt: whether keys and values of an equal beginning are taken over, and these kept for later requests.
+        keep_prompt: whether they are kept, where `cache_prompt` is true.
 
     """
 
@@ -51,6 +52,7 @@ class Request:
     first_output: int = 0
     reduce_outputs: Callable[[np.ndarray, int], np.ndarray] | None = None
     cache_prompt: bool = True
+    keep_prompt: bool = True
 
 
 @dataclass(eq=False)

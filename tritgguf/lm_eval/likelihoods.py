@@ -49,6 +49,7 @@ class _Group:
     first_output: int
     last_tokens: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # in the list of continuations
+    leads: bool = True  # it is the first of its context: its keys and values are worth keeping
 
     def reduce(self, rows: np.ndarray, first: int) -> np.ndarray:
         """Return float64 [rows, 2 + candidates] for logits, float32 [rows, vocabulary], from position `first` on.
@@ -108,7 +109,13 @@ def log_likelihoods(
 
 
 def _request(group: _Group) -> Request:
-    return Request(group.prompt, wanted="logits", first_output=group.first_output, reduce_outputs=group.reduce)
+    return Request(
+        group.prompt,
+        wanted="logits",
+        first_output=group.first_output,
+        reduce_outputs=group.reduce,
+        keep_prompt=group.leads,
+    )
 
 
 def _groups(continuations: Iterable[Continuation]) -> list[_Group]:
@@ -129,7 +136,9 @@ def _leaders_first(groups: Sequence[_Group], contexts: int) -> Iterator[_Group]:
     """
     by_context = dict[tuple[int, ...], list[_Group]]()
     for group in groups:
-        by_context.setdefault(tuple(group.prompt[: group.first_output + 1]), []).append(group)
+        family = by_context.setdefault(tuple(group.prompt[: group.first_output + 1]), [])
+        group.leads = not family
+        family.append(group)
     families = list(by_context.values())
     for first in range(0, len(families), contexts):
         part = families[first : first + contexts]

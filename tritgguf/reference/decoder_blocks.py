@@ -21,6 +21,7 @@ from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.expert_layer import ExpertLayer, find_experts
+from tritgguf.reference.hooks import capture_input, capture_output, replace_input
 from tritgguf.reference.model import head_counts, identity_layer, meta_module, require_torch
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
@@ -84,7 +85,7 @@ class DecoderBlocks:
         )
         embeddings.padding_idx = None
         captured: list[Tensor] = []
-        capture = _capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))
+        capture = capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))
         with torch_threads(self._threads), torch.inference_mode(), capture:
             for batch in self.batches(torch.from_numpy(indices.reshape(ids.shape))):
                 self._forward(embeddings(batch))
@@ -136,7 +137,7 @@ class DecoderBlocks:
         for batch in self.batches(hidden):
             outputs: list[Tensor] = []
             # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
-            with _replace_input(layer, batch), _capture_output(layer, outputs.append):
+            with replace_input(layer, batch), capture_output(layer, outputs.append):
                 try:
                     self._forward(batch)
                 except _StopForwardError:
@@ -306,6 +307,33 @@ class Block:
         parents = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
+    def residual_streams(self, hidden: Tensor) -> dict[str, str | None]:
+        """Return GGUF name -> the residual stream that the matrix's product is added to as it is.
+
+        That is the name of the norm whose input is this stream, or None for the block's input. Families that normalize
+        or scale the product before they add it have no such matrices.
+        """
+        import torch
+
+        norm, *names = (f"blk.{self.index}.{part}.weight" for part in ("ffn_norm", "attn_output", "ffn_down"))
+        if norm not in self._parameters or not set(names) <= set(self.matrices):
+            return {}
+        seen: list[Tensor] = []  # the products, the norm's input between them, and the block's output
+        with ExitStack() as hooks, torch.inference_mode(), self._observing({norm: seen.append}, None):
+            for name in names:
+                hook = self.linear(name).register_forward_hook(lambda module, inputs, product: seen.append(product))
+                hooks.callback(hook.remove)
+            self._blocks.run(hidden[:1], self.index, seen.append)
+        if len(seen) != 4:
+            return {}
+        after_attention, stream, after_feed_forward, output = seen
+        found: dict[str, str | None] = {}
+        if torch.equal(hidden[:1] + after_attention, stream):
+            found[names[0]] = None
+        if torch.equal(stream + after_feed_forward, output):
+            found[names[1]] = norm
+        return found
+
     def products(self, projection: OutputProjection, inputs: Tensor) -> Tensor:
         """Return the product of an output projection, for inputs of all windows, float32 [windows, tokens, columns]."""
         import torch
@@ -346,47 +374,3 @@ class Block:
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
         return module_parameter(self._blocks.architecture, name)[0].removesuffix(".weight").split(".", 3)[3]
-
-
-@contextmanager
-def _capture_input(module: Any, capture: Callable[[Any], Any]) -> Iterator[None]:
-    """Call a function with the hidden states that a layer receives."""
-
-    def hook(module: Any, arguments: Any, settings: Any) -> None:
-        capture(arguments[0] if arguments else settings["hidden_states"])
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replace_input(module: Any, hidden: Any) -> Iterator[None]:
-    """Replace the hidden states that a layer receives."""
-
-    def hook(module: Any, arguments: Any, settings: Any) -> Any:
-        if arguments:
-            return (hidden, *arguments[1:]), settings
-        return arguments, {**settings, "hidden_states": hidden}
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _capture_output(module: Any, capture: Callable[[Any], Any]) -> Iterator[None]:
-    """Call a function with the hidden states that a layer returns."""
-
-    def hook(module: Any, arguments: Any, output: Any) -> None:
-        capture(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
