@@ -34,6 +34,7 @@ from cpu_kernels.transformer import (
     layer_options,
     rotation,
     router,
+    swiglu,
 )
 
 _INTEGER, _FLOAT, _BOOLEAN = int, np.dtype(np.float32), bool
@@ -83,8 +84,9 @@ _WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _flo
 _HEAD = _named(decode.OutputHead, _floats(1), _integers(1), _integers(1), _integers(1), _floats(2))
 _SCRATCH = _named(attend_token.Scratch, _floats(3), _floats(3), _floats(5), _floats(4), _floats(4))
 _OPTIONS = _named(
-    layer_options.LayerOptions, _FLOAT, _FLOAT, _BOOLEAN, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN, _integers(1), _integers(1)
-)
+    layer_options.LayerOptions, _FLOAT, _FLOAT, _INTEGER, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN, _integers(1),
+    _integers(1), _floats(2),
+)  # fmt: skip
 _SINGLE_BUFFERS = _named(
     decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 4, _vectors(16, 2), _named(
         experts.ExpertBuffers, _floats(2), _floats(3), _integers(2), *[_floats(2)] * 3, _vectors(16, 2), _floats(2)
@@ -152,7 +154,7 @@ def _prompts(isa: Type) -> Signatures:
         activations.add_and_rms_norm_batch: [(*kept, *_batch(bits), *_SHARE) for bits in (8, 16)],
         activations.quantize_batch: [(_floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)],
         activations.swiglu_batch: [
-            (_floats(2), _BOOLEAN, _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
+            (_floats(2), _INTEGER, _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
         ],
         activations.quantization_error_of_batch: [
             (_floats(2), array_type(np.int16, 5), _floats(3), _floats(2), *_SHARE),
@@ -208,8 +210,8 @@ def _shared(isa: Type) -> Signatures:
         activations.add_and_rms_norm: [
             (row, row, row, _FLOAT, _floats(1, readonly=readonly), _FLOAT, row) for readonly in (False, True)
         ],
-        activations.swiglu: [(row, row, _BOOLEAN, row)],
-        attend_token.merge_splits: [(isa, _SCRATCH, *[_INTEGER] * 4, row, _INTEGER)],
+        swiglu.swiglu: [(row, row, _INTEGER, row)],
+        attend_token.merge_splits: [(isa, _SCRATCH, _INTEGER, _OPTIONS, *[_INTEGER] * 3, row, _INTEGER)],
         gemv_batch.multiply_rows_batch: [
             (*matrix, _INTEGER, steps, _vectors(bits, 2), out[2], *share, _floats(1)) for bits in (16, 8)
         ],

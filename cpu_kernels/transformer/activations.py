@@ -14,14 +14,12 @@ from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.layout import BLOCK_TOKENS, GROUP_SIZE, PAIRS, QUADS, level_offset
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I32, I64, Vectors, vector
+from cpu_kernels.transformer.swiglu import swiglu
 
 # x, integers, offsets, scales: input of the matrix kernels; `quantize_row` and `quantize_batch` specify the layouts
 VectorBuffers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 _SMALLEST = 1e-30  # the reciprocal of a smaller number could overflow
-_LOG2_E = 1.4426950408889634
-_SQRT_2_BY_PI = 0.7978845608028654
-_MAX_EXPONENT = 126.0  # the gate's output is zero for a larger exponent of exp(-x)
 _GROUPS_AT_ONCE = 64
 _OFFSETS = tuple(-level_offset(depth) for depth in (1, 2, 3, 4))
 
@@ -206,60 +204,6 @@ def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor) if len(weight) > 0 else x[k]
 
 
-def _emit_gate(builder, arguments, inner):
-    """Emit out = x / (1 + exp(-inner(x))) * y for `count` float32 x of `gate` and y of `up`, given as addresses."""
-    vectors = Vectors(builder, PORTABLE)
-    gate, up, out, count = arguments
-    whole = builder.and_(count, I64(-GROUP_SIZE))
-    for lanes, start, end in ((GROUP_SIZE, I64(0), whole), (1, whole, count)):
-        with cgutils.for_range_slice(builder, start, end, I64(lanes), I64) as (index, _):
-            offset = builder.shl(index, I64(2))
-            x, y = (vectors.load(builder.add(address, offset), FLOAT, lanes) for address in (gate, up))
-            exponent = builder.fmul(inner(builder, vectors, x, lanes), vectors.constant(FLOAT, -_LOG2_E, lanes))
-            zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
-            closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MAX_EXPONENT, lanes))
-            power = vectors.power_of_two(builder.select(closed, zero, exponent))
-            share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
-            vectors.store(builder.fmul(share, y), builder.add(out, offset))
-
-
-@intrinsic
-def _silu_times(typing_context, gate, up, out, count):
-    """Emit SwiGLU: silu(x) = x / (1 + exp(-x))."""
-
-    def generate(context, builder, signature, arguments):
-        _emit_gate(builder, arguments, lambda builder, vectors, x, lanes: x)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 4), generate
-
-
-@intrinsic
-def _gelu_times(typing_context, gate, up, out, count):
-    """Emit GEGLU: gelu(x) = x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x**3)."""
-
-    def inner(builder, vectors, x, lanes):
-        square = builder.fmul(x, x)
-        cubic = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI * 0.044715, lanes)
-        linear = vectors.constant(FLOAT, 2 * _SQRT_2_BY_PI, lanes)
-        return builder.fmul(x, builder.fadd(builder.fmul(square, cubic), linear))
-
-    def generate(context, builder, signature, arguments):
-        _emit_gate(builder, arguments, inner)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 4), generate
-
-
-@numba.njit(cache=True, nogil=True, shared=True)
-def swiglu(gate, up, gelu, out):
-    """Compute SwiGLU or GEGLU: out = silu(gate) * up, or gelu(gate) * up; all float32 [columns], contiguous."""
-    if gelu:
-        _gelu_times(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
-    else:
-        _silu_times(gate.ctypes.data, up.ctypes.data, out.ctypes.data, len(out))
-
-
 @numba.njit(cache=True, nogil=True)
 def quantize_batch(x, integers, offsets, scales, thread, threads):
     """Quantize a thread's share of a batch.
@@ -344,12 +288,12 @@ def add_and_rms_norm_batch(
 
 
 @numba.njit(cache=True, nogil=True)
-def swiglu_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, threads):
-    """Compute SwiGLU or GEGLU and quantize the result: a thread's share of a batch.
+def swiglu_batch(gate_up, activation, keep, x, integers, offsets, scales, thread, threads):
+    """Compute a gated activation and quantize the result: a thread's share of a batch.
 
     Args:
         gate_up: float32 [tokens, 2 * columns], gate first.
-        gelu: as in `swiglu`.
+        activation: as in `swiglu`.
         keep: whether to write `x`, which takes as much memory as all the rest and is not read by packed matrices. If
             false, columns must be a multiple of 16.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
@@ -361,7 +305,7 @@ def swiglu_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, thre
     for block in _share(len(scales), thread, threads):
         if keep:
             for t in _tokens(block, x):
-                swiglu(gate_up[t, :columns], gate_up[t, columns:], gelu, x[t])
+                swiglu(gate_up[t, :columns], gate_up[t, columns:], activation, x[t])
             _quantize_tokens(block, x, integers, offsets, scales)
             continue
         for first in range(0, groups, _GROUPS_AT_ONCE):
@@ -369,5 +313,5 @@ def swiglu_batch(gate_up, gelu, keep, x, integers, offsets, scales, thread, thre
             start, end = some.start * GROUP_SIZE, some.stop * GROUP_SIZE
             for t in _tokens(block, x):
                 part = gated[: end - start]
-                swiglu(gate_up[t, start:end], gate_up[t, columns + start : columns + end], gelu, part)
+                swiglu(gate_up[t, start:end], gate_up[t, columns + start : columns + end], activation, part)
                 _quantize_part(t, some, _groups(part), integers, offsets, scales)

@@ -28,5 +28,5 @@ def attend_layers(isa, kv, scratch, qkv, bias, norms, options, position, out, co
     for layer in range(kv.layers):
         attend_token(isa, kv, scratch, layer, qkv, bias, norms[layer], options, 0, position, thread, threads)
         wait_for_all(counter, threads)
-        merge_splits(isa, scratch, 0, options.windows[layer], position, head_dim, out[thread], thread)
+        merge_splits(isa, scratch, 0, options, layer, position, head_dim, out[thread], thread)
         wait_for_all(counter, threads)

@@ -17,6 +17,7 @@ from cpu_kernels.transformer.attention import (
     attend_rows,
     first_position,
     lowest_position,
+    sink_weight,
 )
 from cpu_kernels.transformer.attention_tile import PANEL, largest_of, powers_of_two
 from cpu_kernels.transformer.kv_pages import PAGE, padded_dimension, store_head
@@ -144,14 +145,15 @@ def attend_token(isa, kv, scratch, layer, qkv, bias, norm, options, sequence, po
 
 
 @numba.njit(cache=True, nogil=True, shared=True, fastmath={"contract"}, error_model="numpy")
-def merge_splits(isa, scratch, token, window, position, head_dim, out, thread):
+def merge_splits(isa, scratch, token, options, layer, position, head_dim, out, thread):
     """Combine the splits of a token's attention after all its units are computed.
 
     Args:
         isa: the instruction set.
         scratch: the results of the units.
         token: the token's index in `scratch`.
-        window: the layer's window, see `LayerOptions`.
+        options: see `LayerOptions`.
+        layer: index of the layer.
         position: the token's position.
         head_dim: length of a head.
         out: float32 [heads * head_dim].
@@ -159,14 +161,15 @@ def merge_splits(isa, scratch, token, window, position, head_dim, out, thread):
 
     """
     _, kv_heads, _, group, _ = scratch.sums.shape
-    splits = _split_positions(position, window)[2]
+    splits = _split_positions(position, options.windows[layer])[2]
     weights = scratch.own_scores[thread, 0]
     for head in range(kv_heads * group):
         kv_head, g = head // group, head % group
         for split in range(PANEL):
             weights[split] = scratch.largest[token, kv_head, split, g] if split < splits else -np.inf
-        powers_of_two(isa, weights.ctypes.data, PANEL, largest_of(isa, weights.ctypes.data, PANEL))
-        total = np.float32(0.0)
+        largest = largest_of(isa, weights.ctypes.data, PANEL)
+        powers_of_two(isa, weights.ctypes.data, PANEL, largest)
+        total = sink_weight(options.sinks[layer], head, largest)
         row = out[head * head_dim : (head + 1) * head_dim]
         row[:] = np.float32(0.0)
         for split in range(splits):

@@ -142,6 +142,14 @@ def first_position(position, window):
     return max(0, lowest_position(position, window)) // PANEL * PANEL
 
 
+@numba.njit(cache=True)
+def sink_weight(sinks, head, largest):
+    """Return the weight of a head's sink beside those of scores whose largest, times log2(e), is given; 0 for none."""
+    if len(sinks) == 0:
+        return np.float32(0.0)
+    return np.float32(np.exp2(sinks[head] * np.float32(LOG2_E) - largest))
+
+
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
     """Compute a thread's share of the causal attention of prompts.
@@ -185,8 +193,9 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
                 totals[:rows],
             )  # fmt: skip
             for r in range(rows):
-                column = (kv_head * group + r % group) * dim
-                inverse = np.float32(1.0) / totals[r]
+                head = kv_head * group + r % group
+                column = head * dim
+                inverse = np.float32(1.0) / (totals[r] + sink_weight(options.sinks[layer], head, largest[r]))
                 for k in range(dim):
                     out[first + r // group, column + k] = sums[r, k] * inverse
         done += parts

@@ -13,7 +13,7 @@ import numpy as np
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.experts import (
     ExpertBuffers,
@@ -26,6 +26,7 @@ from cpu_kernels.transformer.experts import (
     sum_experts,
 )
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
+from cpu_kernels.transformer.swiglu import swiglu
 
 # Indices of a layer's matrices; gate, up and down are those of the shared expert if there are experts
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6
@@ -103,7 +104,7 @@ def _attention(
         sequence, position, thread, threads,
     )  # fmt: skip
     wait_for_all(counter, threads)
-    merge_splits(isa, scratch, 0, options.windows[layer], position, 2 * kv.cosines.shape[2], attended[0], thread)
+    merge_splits(isa, scratch, 0, options, layer, position, 2 * kv.cosines.shape[2], attended[0], thread)
     quantize_row(*attended)
     out = buffers.residual
     first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
@@ -127,7 +128,7 @@ def _gate_and_up(isa, weights, options, layer, hidden, buffers, thread, threads)
     add_bias(weights.gate_biases[layer], buffers.gate, first, last)
     add_bias(weights.up_biases[layer], buffers.up, first, last)
     x, pairs, offsets, scales = row_of(buffers.gated, 0)
-    swiglu(buffers.gate[first:last], buffers.up[first:last], options.gelu, x[first:last])
+    swiglu(buffers.gate[first:last], buffers.up[first:last], options.activation, x[first:last])
     quantize_row(
         x[first:last],
         pairs[:, first_group:last_group],

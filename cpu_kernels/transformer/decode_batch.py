@@ -15,7 +15,7 @@ import numpy as np
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row, swiglu
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
 from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
 from cpu_kernels.transformer.experts import add_scaled, shared_gate
@@ -27,6 +27,7 @@ from cpu_kernels.transformer.experts_batch import (
     sum_experts_batch,
 )
 from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
+from cpu_kernels.transformer.swiglu import swiglu
 
 
 class BatchBuffers(NamedTuple):
@@ -85,7 +86,7 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
     head_dim = 2 * kv.cosines.shape[2]
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, integers, offsets, scales = row_of(buffers.attended, t)
-        merge_splits(isa, scratch, t, window, positions[t], head_dim, x, thread)
+        merge_splits(isa, scratch, t, options, layer, positions[t], head_dim, x, thread)
         quantize_row(x, integers, offsets, scales)
     wait_for_all(counter, threads)
 
@@ -115,7 +116,7 @@ def _gate_and_up(isa, weights, options, layer, buffers, thread, threads):
     _multiply(isa, weights, layer, UP, buffers.hidden, up_bias, buffers.up, buffers, first, last, thread)
     for t in range(len(buffers.gate)):
         x, integers, offsets, scales = row_of(buffers.gated, t)
-        swiglu(buffers.gate[t, first:last], buffers.up[t, first:last], options.gelu, x[first:last])
+        swiglu(buffers.gate[t, first:last], buffers.up[t, first:last], options.activation, x[first:last])
         quantize_row(
             x[first:last],
             integers[:, first_group:last_group],

@@ -15,9 +15,10 @@ from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import I64, Vectors
 from cpu_kernels.threads.read_ahead import read_ahead
-from cpu_kernels.transformer.activations import VectorBuffers, quantize_row, swiglu
+from cpu_kernels.transformer.activations import VectorBuffers, quantize_row
 from cpu_kernels.transformer.gemv import multiply_rows
 from cpu_kernels.transformer.router import Routing, choose_experts, router_scores, sigmoid
+from cpu_kernels.transformer.swiglu import swiglu
 
 EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = 0, 1, 2  # indices of an expert's matrices
 # `multiply_rows` asks for memory so far ahead; the beginning of the next matrix has to be asked for by itself.
@@ -147,7 +148,7 @@ def expert_gates(isa, experts, layer, options, hidden, buffers, thread, threads)
         multiply_expert_rows(isa, experts, layer, EXPERT_UP, expert, hidden, up, first, last)
         add_expert_bias(experts.gate_biases[layer], expert, gate, first, last)
         add_expert_bias(experts.up_biases[layer], expert, up, first, last)
-        swiglu(gate[first:last], up[first:last], options.gelu, x[rank, first:last])
+        swiglu(gate[first:last], up[first:last], options.activation, x[rank, first:last])
         quantize_row(x[rank, first:last], integers[rank, :, own], offsets[rank, :, own], scales[rank, own])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
-from cpu_kernels.transformer.activations import VectorBuffers, quantize_row, swiglu
+from cpu_kernels.transformer.activations import VectorBuffers, quantize_row
 from cpu_kernels.transformer.experts import (
     EXPERT_DOWN,
     EXPERT_GATE,
@@ -23,6 +23,7 @@ from cpu_kernels.transformer.experts import (
 )
 from cpu_kernels.transformer.gemv_batch import multiply_rows_batch
 from cpu_kernels.transformer.router import choose_experts, router_scores
+from cpu_kernels.transformer.swiglu import swiglu
 
 
 class ExpertBatchBuffers(NamedTuple):
@@ -135,8 +136,9 @@ def expert_gates_batch(isa, experts, layer, options, buffers, own_rows, thread, 
         _multiply(isa, experts, layer, EXPERT_GATE, expert, vectors, gate_biases, gate, first, last, own_rows)
         _multiply(isa, experts, layer, EXPERT_UP, expert, vectors, up_biases, up, first, last, own_rows)
         for entry in range(entries.start, entries.stop):
-            swiglu(buffers.gate[entry, first:last], buffers.up[entry, first:last], options.gelu, x[entry, first:last])
-            quantize_row(x[entry, first:last], integers[entry, :, own], offsets[entry, :, own], scales[entry, own])
+            gated = x[entry, first:last]
+            swiglu(buffers.gate[entry, first:last], buffers.up[entry, first:last], options.activation, gated)
+            quantize_row(gated, integers[entry, :, own], offsets[entry, :, own], scales[entry, own])
 
 
 @numba.njit(cache=True)

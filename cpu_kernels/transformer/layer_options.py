@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+SILU, GELU, CLAMPED_SILU = 0, 1, 2
+
 
 class LayerOptions(NamedTuple):
     """Options of a model's layers; they are the same for every token."""
@@ -14,8 +16,8 @@ class LayerOptions(NamedTuple):
     """Epsilon of the RMS norms."""
     residual_scale: np.float32
     """Factor of the outputs of attention and feed-forward before they are added to the residual stream."""
-    gelu: bool
-    """Whether the feed-forward's activation is GELU (tanh approximation) instead of SiLU."""
+    activation: int
+    """The feed-forward's activation: SILU, GELU (tanh approximation) or CLAMPED_SILU; see `swiglu`."""
     interleaved: bool
     """Whether RoPE rotates pairs (2i, 2i + 1) of a head, as for GGUF's `llama`, instead of (i, i + half)."""
     attention_scale: np.float32
@@ -28,3 +30,5 @@ class LayerOptions(NamedTuple):
     """int64 [layers]: the sliding window, in positions, including the token's own; 0 for none."""
     rotations: np.ndarray
     """int64 [layers]: the index of each layer's rotation table."""
+    sinks: np.ndarray
+    """float32 [layers, heads]: a score that is added to every softmax of a query head; [layers, 0] for none."""

@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2MOE,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "granite": gguf.MODEL_ARCH.GRANITE_MOE,
+    "gpt-oss": gguf.MODEL_ARCH.GPT_OSS,
 }
 
 
@@ -28,7 +29,7 @@ def test_stacks_have_llama_cpps_names(kind: str) -> None:
     assert sizes.architecture == arch
     names = [name for name in sizes.shapes() if name.startswith("blk.0.")]
     assert {name.removesuffix(".weight").removesuffix(".bias") for name in names} <= known
-    assert len([name for name in names if "_exps." in name]) == 3
+    assert len([name for name in names if name.endswith("_exps.weight")]) == 3
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -38,7 +39,7 @@ def test_every_tensor_of_a_checkpoint_has_a_place(kind: str, fused: bool) -> Non
     weights = mixture_weights(kind, mixture_config(kind), fused=fused)
     places = {name: tensor_names.places_of(sizes.architecture, name) for name in weights}
     assert all(places.values())
-    found = [(place.name, place.half) for of_tensor in places.values() for place in of_tensor]
+    found = [(place.name, place.part) for of_tensor in places.values() for place in of_tensor]
     assert len(set(found)) == len(found)
     assert {name.split("[")[0] for name, _ in found} == set(sizes.shapes())
     if not fused:
@@ -73,9 +74,10 @@ def test_packed_and_unpacked_tensors(kind: str) -> None:
     shapes = dimensions.dimensions_from_config(mixture_config(kind)).shapes()
     in_layer = [name for name in shapes if name.startswith("blk.1.") and len(shapes[name]) > 1]
     packed = {name for name in in_layer if tensor_names.quantized_tensor(name)}
-    routers = {name for name in in_layer if tensor_names.kept_in_float32(name)}
-    assert routers == {"blk.1.ffn_gate_inp.weight"}
-    assert packed == set(in_layer) - routers
+    kept = {name for name in in_layer if tensor_names.kept_in_float32(name)}
+    biases = {f"blk.1.ffn_{part}_exps.bias" for part in ("gate", "up", "down")} if kind == "gpt-oss" else set()
+    assert kept == {"blk.1.ffn_gate_inp.weight", *biases}
+    assert packed == set(in_layer) - kept
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,7 @@ def test_packed_and_unpacked_tensors(kind: str) -> None:
         ("qwen2", {"norm_topk_prob": True}),
         ("granite", {"shared_intermediate_size": 0}),
         ("mixtral", {"sliding_window": 64}),
+        ("gpt-oss", {"sliding_window": 64}),
     ],
 )
 def test_keys_lead_back(kind: str, entries: dict[str, Any]) -> None:

@@ -45,7 +45,9 @@ def test_defaults_lead_back(hf_class: str) -> None:
     assert keys.items() <= keys_again.items()  # GGUF has the head dimension now
     stated = {"num_key_value_heads", "tie_word_embeddings"}  # by the config and by the tensors
     defaults = {name: value for name, value in ARCHITECTURES[hf_class].defaults.items() if name not in stated}
-    assert defaults.items() <= entries.items()
+    rope = entries["rope_parameters"]
+    assert defaults.pop("rope_scaling", {}).items() <= rope.items()
+    assert defaults.items() <= {**entries, **rope}.items()
 
 
 @all_classes

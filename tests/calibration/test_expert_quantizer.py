@@ -54,7 +54,7 @@ def routed_inputs(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "granite"])
+@pytest.mark.parametrize("kind", ["qwen2", "granite", "gpt-oss"])
 def test_logits_are_closer_than_with_plain_rounding(tmp_path: Path, kind: str) -> None:
     folder = write_tiny_mixture(tmp_path / "model", kind)
     convert(folder, tmp_path / "v2.gguf", depth=2, threads=1)

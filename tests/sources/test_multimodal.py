@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ pytest.importorskip("torch")
 from tools.models.families import write_byte_tokenizer
 from tritgguf.architectures.multimodal import text_tensor_name
 from tritgguf.conversion.convert import convert
-from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.verify import verify
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.reference.process_settings import silent_transformers
@@ -100,13 +98,6 @@ def test_a_text_has_the_logits_of_the_whole_model(tmp_path: Path, kind: str) -> 
     found = sequence.forward(TOKENS, all_logits=True)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert verify(tmp_path / "model", file.path, tokens=100).max_rel_logit_diff < 1e-5
-
-
-def test_llama_4_is_refused_with_a_reason(tmp_path: Path) -> None:
-    config = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}
-    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
-    with pytest.raises(TritGgufError, match="Llama4ForConditionalGeneration is not supported: its text model has"):
-        convert(tmp_path, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,27 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": EXPERTS}),
     "granite": ("GraniteMoeSharedForCausalLM", {"num_local_experts": EXPERTS, "shared_intermediate_size": 64}),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": EXPERTS,
+            "intermediate_size": 64,
+            "head_dim": 32,
+            "attention_bias": True,
+            "sliding_window": 16,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
+            },
+        },
+    ),
+}  # fmt: skip
+MODEL_TYPES = {
+    "qwen3": "qwen3_moe",
+    "qwen2": "qwen2_moe",
+    "mixtral": "mixtral",
+    "granite": "granitemoeshared",
+    "gpt-oss": "gpt_oss",
 }
-MODEL_TYPES = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "mixtral": "mixtral", "granite": "granitemoeshared"}
 KINDS = tuple(_CLASSES)
 
 
@@ -65,6 +84,9 @@ def mixture_weights(kind: str, config: Mapping[str, Any], *, fused: bool = False
         if kind == "qwen3":
             for name in ("q_norm", "k_norm"):
                 weights[f"{prefix}self_attn.{name}.weight"] = np.ones(config["head_dim"], np.float32)
+        if kind == "gpt-oss":
+            sinks = generator.standard_normal(config["num_attention_heads"]).astype(np.float32)
+            weights |= {f"{prefix}self_attn.sinks": sinks, **_biases_of_gpt_oss(f"{prefix}mlp.", generator, experts)}
         router = generator.standard_normal((len(experts["ffn_up_exps"]), hidden)).astype(np.float32)
         feed_forward = {_router_name(kind, fused=fused): router, **_stored_experts(kind, experts, fused=fused)}
         shared = config.get("shared_expert_intermediate_size") or config.get("shared_intermediate_size")
@@ -86,7 +108,21 @@ def write_tiny_mixture(
     return folder
 
 
+def _biases_of_gpt_oss(
+    prefix: str, generator: np.random.Generator, experts: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    count, hidden, width = experts["ffn_down_exps"].shape
+    shapes = {
+        "router.bias": (count,),
+        "experts.gate_up_proj_bias": (count, 2 * width),
+        "experts.down_proj_bias": (count, hidden),
+    }
+    return {prefix + name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 def _router_name(kind: str, *, fused: bool) -> str:
+    if kind == "gpt-oss":
+        return "mlp.router.weight"
     if kind == "granite":
         return "block_sparse_moe.router.weight" if fused else "block_sparse_moe.router.layer.weight"
     return "block_sparse_moe.gate.weight" if kind == "mixtral" and not fused else "mlp.gate.weight"
@@ -94,6 +130,12 @@ def _router_name(kind: str, *, fused: bool) -> str:
 
 def _stored_experts(kind: str, experts: Mapping[str, np.ndarray], *, fused: bool) -> dict[str, np.ndarray]:
     gate, up, down = experts["ffn_gate_exps"], experts["ffn_up_exps"], experts["ffn_down_exps"]
+    if kind == "gpt-oss":
+        alternating = np.stack([gate, up], axis=2).reshape(len(gate), -1, gate.shape[2])
+        return {
+            "mlp.experts.gate_up_proj": np.ascontiguousarray(alternating.swapaxes(1, 2)),
+            "mlp.experts.down_proj": np.ascontiguousarray(down.swapaxes(1, 2)),
+        }
     gate_up = np.concatenate([gate, up], axis=1)
     if kind == "granite" and not fused:
         return {"block_sparse_moe.input_linear.weight": gate_up, "block_sparse_moe.output_linear.weight": down}

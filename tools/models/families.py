@@ -49,6 +49,13 @@ _GRANITE = {
     "logits_scaling": 2.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_GPT_OSS = {
+    "num_experts_per_tok": 4,
+    "num_local_experts": 8,
+    "intermediate_size": 64,
+    "head_dim": 64,
+    "sliding_window": 48,
+}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
     "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
@@ -59,6 +66,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared",
         {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
     ),
+    "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "gpt-oss, YaRN": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {**_YARN, "truncate": False}}),
 }
 """Those of the families below that are mixtures of experts."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,6 +128,10 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
             # Some families multiply embeddings with the root of their width; the others need embeddings near 1.
             if "embed_tokens" in name and not architecture.scales_embeddings:
                 parameter.mul_(parameter.shape[1] ** 0.5)
+            if architecture.clamped_swiglu and name.endswith("experts.gate_up_proj"):
+                parameter.mul_(2.5)  # so that some are clamped
+            if architecture.clamped_swiglu and name.endswith("experts.down_proj"):
+                parameter.mul_(0.25)
         else:
             parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
 

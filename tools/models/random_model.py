@@ -12,6 +12,7 @@ import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.experts import COUNT_KEY, SHARED_WIDTH_KEY, USED_KEY, WIDTH_KEY, Experts
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import kept_in_float32
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -37,12 +38,28 @@ SHAPES = {
             experts=Experts(count=128, used=8, width=768, normalizes=True),
         ),
     ),
+    "gpt-oss-20b": (
+        "gpt-oss",
+        Dimensions(
+            layers=24,
+            vocabulary=201088,
+            hidden=2880,
+            feed_forward=2880,
+            heads=64,
+            kv_heads=8,
+            head_dim=64,
+            biased=GGUF_ARCHITECTURES["gpt-oss"].biased,
+            architecture="gpt-oss",
+            experts=Experts(count=32, used=4, width=2880),
+        ),
+    ),
     "smollm2-135m": (
         "llama",
         Dimensions(layers=30, vocabulary=49152, hidden=576, feed_forward=1536, heads=9, kv_heads=3, head_dim=64),
     ),
 }
-_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "llama": "smollm"}
+_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "gpt-oss": "gpt-4o", "llama": "smollm"}
+_SLIDING_WINDOWS = {"gpt-oss": 128}
 _CONTEXT = 32768
 _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
 
@@ -114,6 +131,8 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) 
             keys[SHARED_WIDTH_KEY] = sizes.experts.shared_width
         for key, number in keys.items():
             writer.add_uint32(f"{architecture}.{key}", number)
+    if architecture in _SLIDING_WINDOWS:
+        writer.add_sliding_window(_SLIDING_WINDOWS[architecture])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_vocab_size(sizes.vocabulary)

@@ -19,6 +19,7 @@ from tritgguf.architectures.experts import (
 )
 from tritgguf.architectures.table import ARCHITECTURES, ATTENTION_MATRICES, GGUF_ARCHITECTURES, Architecture
 from tritgguf.architectures.tensor_names import GGUF_LAYER
+from tritgguf.architectures.unsupported import why_not
 from tritgguf.errors import TritGgufError
 
 
@@ -50,13 +51,16 @@ class Dimensions:
             "output_norm.weight": (self.hidden,),
             "output.weight": (self.vocabulary, self.hidden),
         }
-        matrices, norms = self._layer_matrices(), self._layer_norms()
+        matrices, norms, entry = self._layer_matrices(), self._layer_norms(), GGUF_ARCHITECTURES[self.architecture]
+        biased = {name for name in self.biased if name in matrices or name in entry.biased}
         for index in range(self.layers):
             experts = self.experts.shapes(self.hidden) if self.experts else {}
             for name, shape in {**norms, **matrices, **experts}.items():
                 shapes[f"blk.{index}.{name}.weight"] = shape
-                if name in self.biased and name in matrices:
-                    shapes[f"blk.{index}.{name}.bias"] = shape[:1]
+                if name in biased and name not in norms:
+                    shapes[f"blk.{index}.{name}.bias"] = shape[:-1]
+            if entry.sinks:
+                shapes[f"blk.{index}.attn_sinks.weight"] = (self.heads,)
         return shapes
 
     def _layer_matrices(self) -> dict[str, tuple[int, ...]]:
@@ -97,10 +101,15 @@ def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
             f"{where}: names no model class under `architectures`; this is not the config of a causal language model"
         )
     if classes[0] not in ARCHITECTURES:
-        raise TritGgufError(
-            f"{where}: architecture {classes[0]} is not supported (supported: {', '.join(ARCHITECTURES)})"
-        )
+        raise _unsupported(classes[0], ARCHITECTURES, where)
     return ARCHITECTURES[classes[0]]
+
+
+def _unsupported(name: Any, supported: Iterable[str], where: str) -> TritGgufError:
+    reason = why_not(name) if isinstance(name, str) else None
+    if reason is not None:
+        return TritGgufError(f"{where}: {name} is not supported: {reason}")
+    return TritGgufError(f"{where}: architecture {name} is not supported (supported: {', '.join(supported)})")
 
 
 def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
@@ -130,8 +139,11 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
 def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -> frozenset[str]:
     biased = set(architecture.biased)
     for entry, names in keys.BIASES.items():
-        if config.get(entry) and not architecture.may_be_biased:
+        always = architecture.biased.issuperset(names)
+        if config.get(entry) and not architecture.may_be_biased and not always:
             raise TritGgufError(f"{where}: biases ({entry}) of a {architecture.hf_class} are not supported")
+        if config.get(entry) is False and always:
+            raise TritGgufError(f"{where}: a {architecture.hf_class} without biases ({entry}) is not supported")
         if config.get(entry):
             biased.update(names)
     return frozenset(biased)
@@ -145,9 +157,7 @@ def find_gguf_architecture(metadata: Mapping[str, Any], where: str) -> Architect
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
-        raise TritGgufError(
-            f"{where}: architecture {arch} is not supported (supported: {', '.join(GGUF_ARCHITECTURES)})"
-        )
+        raise _unsupported(arch, GGUF_ARCHITECTURES, where)
     entries = [entry for entry in ARCHITECTURES.values() if entry.gguf_name == arch]
     has_experts, has_shared = bool(metadata.get(f"{arch}.{COUNT_KEY}")), f"{arch}.{SHARED_WIDTH_KEY}" in metadata
     has_window = f"{arch}.{keys.WINDOW_KEY}" in metadata
@@ -168,8 +178,9 @@ def dimensions_from_gguf(
 ) -> Dimensions:
     """Return the sizes in the keys of a GGUF file.
 
-    `vocabulary` (rows of the embedding) and `biased` come from its tensors. Raises TritGgufError for an architecture
-    that is not in the table, for a missing or impossible size, for experts of other families and for partial rotation.
+    `vocabulary` (rows of the embedding) and `biased` come from its tensors; biases that the architecture always has are
+    added. Raises TritGgufError for an architecture that is not in the table, for a missing or impossible size, for
+    experts of other families and for partial rotation.
     """
     architecture = find_gguf_architecture(metadata, where)
     hidden = keys.HIDDEN.in_gguf(metadata, architecture, where)
@@ -191,7 +202,7 @@ def dimensions_from_gguf(
         heads=heads,
         kv_heads=keys.KV_HEADS.in_gguf(metadata, architecture, where, default=heads),
         head_dim=head_dim,
-        biased=biased,
+        biased=biased | architecture.biased,
         architecture=architecture.gguf_name,
         experts=experts_from_gguf(metadata, architecture, where),
     )

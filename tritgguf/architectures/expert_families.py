@@ -69,3 +69,21 @@ GRANITE_MOE_SHARED = ExpertFamily(
     shared_width_entry="shared_intermediate_size",
     normalizes=True,
 )
+_GPT_OSS = {
+    "mlp.router.weight": (ROUTER,),
+    "mlp.router.bias": (f"{ROUTER}.bias",),
+    "mlp.experts.gate_up_proj": (_GATE, _UP),
+    "mlp.experts.gate_up_proj_bias": (f"{_GATE}.bias", f"{_UP}.bias"),
+    "mlp.experts.down_proj": (_DOWN,),
+    "mlp.experts.down_proj_bias": (f"{_DOWN}.bias",),
+}
+GPT_OSS = ExpertFamily(
+    _GPT_OSS,
+    _GPT_OSS,
+    count_entry="num_local_experts",
+    softmax_of_chosen=True,
+    writes_width=True,
+    alternates=True,
+    transposes=True,
+    may_be_mxfp4=True,
+)

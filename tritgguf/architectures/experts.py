@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.architectures.key_rules import GgufKeys, HfConfig, SpecialRule
+from tritgguf.architectures.tensor_part import TensorPart
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import count_of
 
@@ -22,6 +23,7 @@ _MAX_WIDTH = 1 << 20
 _COUNT_ENTRIES = ("num_experts", "num_local_experts")
 _USED_ENTRY = "num_experts_per_tok"
 _NORM_ENTRY = "norm_topk_prob"
+_CLAMPED_SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # no GGUF key has them; llama.cpp assumes them too
 
 COUNT_KEY = "expert_count"
 USED_KEY = "expert_used_count"
@@ -37,8 +39,8 @@ SHARED_MATRICES = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 
 HfNames = Mapping[str, tuple[str, ...]]
-"""Hugging Face name of a layer's tensor -> GGUF name without `.weight`. `{}` stands for the number of an expert whose
-matrix is a tensor of its own. Two GGUF names are the upper and the lower half of the rows of every matrix."""
+"""Hugging Face name of a layer's tensor -> GGUF name, which may lack `.weight`. `{}` stands for the number of an expert
+whose matrix is a tensor of its own. Two GGUF names are the halves of the rows of every matrix."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class ExpertFamily:
         normalizes: whether the weights of the chosen experts are divided by their sum, if GGUF has no key that says so;
             llama.cpp does what this says.
         may_normalize: whether config.json says so (`norm_topk_prob`, by default false).
+        softmax_of_chosen: whether the weights are the softmax of the chosen experts' scores instead of all scores.
+        writes_width: whether GGUF has a key for the rows of an expert's gate matrix even if it is `intermediate_size`.
+        alternates: whether the rows of gate and up alternate in a tensor of both.
+        transposes: whether the matrices of stacks are stored transposed.
+        may_be_mxfp4: whether checkpoints may have their stacks in MXFP4.
 
     """
 
@@ -66,6 +73,21 @@ class ExpertFamily:
     has_shared_router: bool = False
     normalizes: bool = False
     may_normalize: bool = False
+    softmax_of_chosen: bool = False
+    writes_width: bool = False
+    alternates: bool = False
+    transposes: bool = False
+    may_be_mxfp4: bool = False
+
+    def part(self, names: tuple[str, ...], index: int) -> TensorPart:
+        """Return how the `index`th of some GGUF tensors lies in the Hugging Face tensor of all of them."""
+        stack, _, suffix = names[index].partition(".")
+        return TensorPart(
+            half=index if len(names) > 1 else None,
+            alternates=self.alternates and len(names) > 1,
+            transposed=self.transposes and stack in STACKS and suffix != "bias",
+            of_vectors=suffix == "bias",
+        )
 
 
 @dataclass(frozen=True)
@@ -174,6 +196,9 @@ def _check_supported(entries: Mapping[str, Any], where: str) -> None:
         raise TritGgufError(f"{where}: clipped queries, keys and values (clip_qkv) are not supported")
     if entries.get("qkv_bias") is False:
         raise TritGgufError(f"{where}: queries, keys and values without biases (qkv_bias) are not supported")
+    for entry, only in _CLAMPED_SWIGLU.items():
+        if entries.get(entry, only) != only:
+            raise TritGgufError(f"{where}: {entry} is {entries[entry]!r:.40}, but only {only} is supported")
 
 
 def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
@@ -181,7 +206,7 @@ def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
     if family is None or experts is None:
         return {}
     keys: dict[str, int | float | str] = {COUNT_KEY: experts.count, USED_KEY: experts.used}
-    if family.width_entry != FEED_FORWARD_ENTRY:
+    if family.writes_width or family.width_entry != FEED_FORWARD_ENTRY:
         keys[WIDTH_KEY] = experts.width
     if experts.shared_width:
         keys[SHARED_WIDTH_KEY] = experts.shared_width

@@ -60,6 +60,8 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
     }
     if f"{architecture.gguf_name}.{keys.HEAD_DIM.gguf}" not in file.metadata:
         del config["head_dim"]
+    if config["rope_scaling"] is None and "rope_scaling" in architecture.defaults:
+        config["rope_scaling"] = {"rope_type": "default"}  # null would mean the default
     if ROPE_FREQS in file.tensors:
         config["rope_scaling"] = llama3_scaling(file.read_float32(ROPE_FREQS), config, where)
     _check_shapes(shapes, config, where)

@@ -32,11 +32,6 @@ _TEXT_MODELS = {
     "Qwen3VLForConditionalGeneration": _TextModel("Qwen3ForCausalLM"),
     "Qwen3VLMoeForConditionalGeneration": _TextModel("Qwen3MoeForCausalLM"),
 }
-_REFUSED = {
-    "Llama4ForConditionalGeneration": (
-        "its text model has chunked attention and experts beside dense layers, which are not supported"
-    ),
-}
 _TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 _OTHER_PREFIXES = tuple(
     f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
@@ -47,14 +42,12 @@ IMAGES_LEFT_OUT = "this is a multimodal model; its text model is converted, imag
 
 
 def text_entries(config: Mapping[str, Any], where: str) -> Mapping[str, Any] | None:
-    """Return the config.json of the text model inside a multimodal model; None for a model of text.
+    """Return the config.json of the text model inside a multimodal model; None for any other model.
 
-    Raises TritGgufError for a multimodal model whose text model is not supported.
+    Raises TritGgufError if the text model has no entries.
     """
     classes = config.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
-    if name in _REFUSED:
-        raise TritGgufError(f"{where}: {name} is not supported: {_REFUSED[name]}")
     text_model = _TEXT_MODELS.get(name)
     if text_model is None:
         return None

@@ -64,10 +64,11 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
 
 
-def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: str) -> Rotation:
+def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: str, *, truncates: bool) -> Rotation:
     """Return the rotation from a GGUF model's keys, without the factors in `rope_freqs.weight`.
 
-    Raises TritGgufError for a scaling other than linear and YaRN, and for a value that is not a positive number.
+    `truncates` says whether YaRN's range of pairs is rounded to whole pairs, which GGUF has no key for. Raises
+    TritGgufError for a scaling other than linear and YaRN, and for a value that is not a positive number.
     """
     arch = metadata["general.architecture"]
 
@@ -92,8 +93,9 @@ def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: st
         """Return the (fractional) index of the pair that turns this many times within the original context."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) if base > 1 else 0.0
 
-    low = max(math.floor(pair_with_turns(fast)), 0)
-    high = min(math.ceil(pair_with_turns(slow)), head_dim - 1)
+    first, last = pair_with_turns(fast), pair_with_turns(slow)
+    low = max(math.floor(first) if truncates else first, 0)
+    high = min(math.ceil(last) if truncates else last, head_dim - 1)
     # Pairs below `low` keep their frequency; pairs above `high` are scaled linearly; pairs in between are mixed.
     scaled_share = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     attention_factor = number(YARN_KEYS["attention_factor"], 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)

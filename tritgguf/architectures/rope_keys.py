@@ -41,7 +41,7 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     parameters.
     """
     entries, where = config.entries, config.where
-    stored = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    stored = entries.get("rope_parameters") or entries.get("rope_scaling") or config.default("rope_scaling") or {}
     if isinstance(stored, dict) and isinstance(stored.get("full_attention"), dict):
         stored = stored["full_attention"]
     if not isinstance(stored, dict):
@@ -61,8 +61,14 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
         )
     if parameters.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
         raise TritGgufError(f"{where}: rotating only a part of each head (partial_rotary_factor) is not supported")
-    if parameters.get("mscale") is not None or parameters.get("truncate", True) is not True:
-        raise TritGgufError(f"{where}: a rope scaling with mscale or without truncate is not supported")
+    if parameters.get("mscale") is not None:
+        raise TritGgufError(f"{where}: a rope scaling with mscale is not supported")
+    truncates = config.architecture.truncates_yarn
+    if rope_type == "yarn" and parameters.get("truncate", True) is not truncates:
+        raise TritGgufError(
+            f"{where}: a rope scaling {'without' if truncates else 'with'} truncate is not supported in a"
+            f" {config.architecture.hf_class}"
+        )
     numbers = ["rope_theta", *(("factor",) if rope_type in ("linear", "yarn") else ())]
     if rope_type == "llama3":
         parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
@@ -117,6 +123,7 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
     if rope_type == "yarn":
         rope["original_max_position_embeddings"] = number(ORIGINAL_KEY, whole=True)
         rope |= {entry: number(key) for entry, key in YARN_KEYS.items() if keys.get(key) is not None}
+        rope |= {} if keys.architecture.truncates_yarn else {"truncate": False}
     if not keys.architecture.sliding_rope:
         return {"rope_parameters": rope}
     sliding = {"rope_type": "default", "rope_theta": number(SLIDING_BASE_KEY, DEFAULT_BASE)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tritgguf.architectures import expert_families
-from tritgguf.architectures.experts import EXPERTS, ExpertFamily
+from tritgguf.architectures.experts import EXPERTS, ROUTER, STACKS, ExpertFamily
 from tritgguf.architectures.key_rules import Rule
 from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS, SHARED
 
@@ -65,6 +65,8 @@ class Architecture:
     """Whether `attention_bias` and `mlp_bias` of config.json add biases."""
     norms: Mapping[str, str] | None = None
     """GGUF name -> Hugging Face name of a layer's norms; None for those of Llama."""
+    feed_forward_norm: str = "ffn_norm"
+    """GGUF name of the norm before the feed-forward."""
     normalizes_together: bool = False
     """Whether the query and key norms run over all heads of a token together instead of each head."""
     norm_offset: int = 0
@@ -75,6 +77,8 @@ class Architecture:
     """The experts of every layer's feed-forward; None for a dense one."""
     gelu: bool = False
     """Whether the gate activation of the feed-forward is GELU (tanh) instead of SiLU."""
+    clamped_swiglu: bool = False
+    """Whether the feed-forward has gpt-oss's SwiGLU, whose inputs are clamped."""
     activation_entry: str = "hidden_act"
     """The entry of config.json with the name of the gate activation."""
     full_attention_every: int | None = None
@@ -84,6 +88,10 @@ class Architecture:
     """n: every nth layer has no rotary embedding. 0: all layers have it."""
     sliding_rope: bool = False
     """Whether layers with a sliding window have their own rotary base."""
+    truncates_yarn: bool = True
+    """Whether YaRN's range of pairs is rounded to whole pairs (`truncate` of a rope scaling)."""
+    sinks: bool = False
+    """Whether each query head has an attention sink: a learned score in the denominator of its softmax."""
     scales_embeddings: bool = False
     """Whether embeddings are multiplied by the square root of the hidden size."""
     always_writes_head_dim: bool = False
@@ -126,6 +134,14 @@ class Architecture:
 
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_YARN_OF_GPT_OSS = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 _WITH_HEAD_NORMS = {**_NORMS, **_QUERY_KEY_NORMS}
 ARCHITECTURES = {
     architecture.hf_class: architecture
@@ -222,6 +238,30 @@ ARCHITECTURES = {
             keys=MULTIPLIERS,
             permutes_rotary_rows=True,
             experts=expert_families.GRANITE_MOE_SHARED,
+        ),
+        Architecture(
+            "GptOssForCausalLM",
+            "gpt-oss",
+            {
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "rms_norm_eps": 1e-5,
+                "sliding_window": 128,
+                "rope_theta": 150000.0,
+                "rope_scaling": _YARN_OF_GPT_OSS,
+                "num_local_experts": 128,
+                "num_experts_per_tok": 4,
+            },
+            model_type="gpt_oss",
+            biased=QKV | {"attn_output", ROUTER, *STACKS},
+            norms={"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"},
+            feed_forward_norm="post_attention_norm",
+            experts=expert_families.GPT_OSS,
+            clamped_swiglu=True,
+            full_attention_every=2,
+            truncates_yarn=False,
+            sinks=True,
         ),
         Architecture(
             "GraniteForCausalLM",

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, HfNames
 from tritgguf.architectures.table import ARCHITECTURES, FUSED_MATRICES, GGUF_ARCHITECTURES, MATRICES
+from tritgguf.architectures.tensor_part import WHOLE, TensorPart
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import matrix_names, split_matrix_name
@@ -21,13 +22,14 @@ from tritgguf.formats.stacks import matrix_names, split_matrix_name
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 """GGUF names; a model without the second one uses its embeddings as the head, too."""
 
+_SINKS: HfNames = {"self_attn.sinks": ("attn_sinks",)}
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 _INDEX = r"(0|[1-9][0-9]{0,5})"
 _PACKED_NAMES = (*{**MATRICES, **FUSED_MATRICES}, *STACKS, *SHARED_MATRICES)
 _QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join(_PACKED_NAMES)})\.weight")
-_ROUTER = re.compile(rf"blk\.{_INDEX}\.{ROUTER}\.weight")
+_FLOAT32 = re.compile(rf"blk\.{_INDEX}\.({ROUTER}\.weight|({'|'.join(STACKS)})\.bias)")
 GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.(\w+)\.(weight|bias)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 _HF_EXPERT_TENSOR = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)")
@@ -36,24 +38,26 @@ _EXPERT_NUMBER = re.compile(rf"(?<=\.){_INDEX}(?=\.)")
 
 @dataclass(frozen=True)
 class Place:
-    """The weights that a Hugging Face tensor holds.
-
-    Attributes:
-        name: GGUF name of the tensor, or of one matrix of a stack (see `stacks`).
-        half: which half of the rows of each of its matrices they are, 0 or 1; None for all rows.
-
-    """
+    """The weights that a Hugging Face tensor holds: GGUF name of a tensor or matrix (see `stacks`), and its part."""
 
     name: str
-    half: int | None = None
+    part: TensorPart = WHOLE
 
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A tensor of a Hugging Face checkpoint: its shape, and the matrices (see `stacks`) whose rows it has, in order."""
+    """A tensor of a Hugging Face checkpoint.
+
+    Attributes:
+        shape: in NumPy order.
+        matrices: the matrices (see `stacks`) whose rows it has, in order; the halves of a matrix are a tuple.
+        part: how each of them lies in it; which half does not matter.
+
+    """
 
     shape: tuple[int, ...]
-    matrices: tuple[str, ...]
+    matrices: tuple[tuple[str, ...], ...]
+    part: TensorPart = WHOLE
 
 
 def quantized_tensor(name: str) -> bool:
@@ -62,8 +66,8 @@ def quantized_tensor(name: str) -> bool:
 
 
 def kept_in_float32(name: str) -> bool:
-    """Tell whether a GGUF tensor is a router, which is small and decides which experts are used."""
-    return _ROUTER.fullmatch(name) is not None
+    """Tell whether a GGUF tensor is a router, which is small and decides which experts are used, or experts' biases."""
+    return _FLOAT32.fullmatch(name) is not None
 
 
 def places_of(arch: str, hf_name: str) -> list[Place]:
@@ -75,10 +79,12 @@ def places_of(arch: str, hf_name: str) -> list[Place]:
         return []
     expert = _EXPERT_NUMBER.search(layer[2])
     pattern = layer[2] if expert is None else _EXPERT_NUMBER.sub("{}", layer[2], count=1)
-    names = _expert_names(arch, in_module=True).get(pattern) or _expert_names(arch, in_module=False).get(pattern, ())
+    names = _other_names(arch, in_module=True).get(pattern) or _other_names(arch, in_module=False).get(pattern, ())
     place = "" if expert is None else f"[{expert[1]}]"
-    halves = range(len(names)) if len(names) > 1 else (None,)
-    return [Place(f"blk.{layer[1]}.{name}.weight{place}", half) for name, half in zip(names, halves, strict=False)]
+    return [
+        Place(f"blk.{layer[1]}.{_with_suffix(name)}{place}", _part(arch, names, index))
+        for index, name in enumerate(names)
+    ]
 
 
 def hf_tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HfTensor]:
@@ -88,39 +94,32 @@ def hf_tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Hf
     """
     tensors: dict[str, HfTensor] = {}
     for name, shape in shapes.items():
-        hf_name, half = _stored_name(arch, name)
-        if half is None and "{}" in hf_name:
+        hf_name, part = _stored_name(arch, name)
+        if "{}" in hf_name:
             for expert, matrix in enumerate(matrix_names(name, shape)):
-                tensors[hf_name.format(expert)] = HfTensor(shape[1:], (matrix,))
-        elif half is None:
-            hf_shape = (1, *shape) if name.endswith(f".{SHARED_ROUTER}.weight") else shape
-            tensors[hf_name] = HfTensor(hf_shape, tuple(matrix_names(name, shape)))
+                tensors[hf_name.format(expert)] = HfTensor(shape[1:], ((matrix,),))
+        elif part.half is None:
+            stored = (1, *shape) if name.endswith(f".{SHARED_ROUTER}.weight") else part.shape(shape)
+            tensors[hf_name] = HfTensor(stored, tuple((matrix,) for matrix in matrix_names(name, shape)), part)
         elif hf_name not in tensors:
-            others = [place.name for place in places_of(arch, hf_name)]
-            rows = sum(shapes[other][-2] for other in others if other in shapes)
-            matrices = zip(*(matrix_names(other, shape) for other in others), strict=True)
-            in_order = tuple(matrix for of_expert in matrices for matrix in of_expert)
-            tensors[hf_name] = HfTensor((*shape[:-2], rows, shape[-1]), in_order)
+            halves = [place.name for place in places_of(arch, hf_name)]
+            sizes = [shapes[half] for half in halves if half in shapes]
+            axis = -1 if part.of_vectors else -2
+            whole = [*shape[:axis], sum(size[axis] for size in sizes), *shape[len(shape) + axis + 1 :]]
+            matrices = zip(*(matrix_names(half, shape) for half in halves), strict=True)
+            tensors[hf_name] = HfTensor(replace(part, half=None).shape(tuple(whole)), tuple(matrices), part)
     return tensors
 
 
-def rows_of_half(weights: np.ndarray, half: int | None) -> np.ndarray:
-    """Return one half of the rows of every matrix [..., rows, columns], as a view; all of them if `half` is None."""
-    if half is None:
-        return weights
-    rows = weights.shape[-2] // 2
-    return weights[..., half * rows : (half + 1) * rows, :]
+def module_parameter(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
+    """Return the parameter of transformers' model that holds a GGUF tensor, and which part of it that is.
 
-
-def module_parameter(arch: str, gguf_name: str) -> tuple[str, int | None]:
-    """Return the parameter of transformers' model that holds a GGUF tensor, and which half of its rows that is.
-
-    The half is None for all rows. Raises TritGgufError as `hf_tensor_name` does.
+    Raises TritGgufError as `hf_tensor_name` does.
     """
     layer = GGUF_LAYER.fullmatch(gguf_name)
-    found = None if layer is None else _expert_tensor(arch, layer[2], in_module=True)
+    found = None if layer is None else _other_tensor(arch, f"{layer[2]}.{layer[3]}", in_module=True)
     if layer is None or found is None:
-        return hf_tensor_name(arch, gguf_name), None
+        return hf_tensor_name(arch, gguf_name), WHOLE
     return f"model.layers.{layer[1]}.{found[0]}", found[1]
 
 
@@ -145,17 +144,17 @@ def hf_tensor_name(arch: str, gguf_name: str) -> str:
     return _stored_name(arch, tensor)[0].replace("{}", "*" if expert is None else str(expert))
 
 
-def _stored_name(arch: str, gguf_name: str) -> tuple[str, int | None]:
-    """Return the Hugging Face name of a GGUF tensor, with `{}` for an expert's number, and its half of the rows."""
+def _stored_name(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
+    """Return the Hugging Face name of a GGUF tensor, with `{}` for an expert's number, and its part of that tensor."""
     if layer := GGUF_LAYER.fullmatch(gguf_name):
         index, name, suffix = layer.groups()
         if name in _layer_names(arch):
-            return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}", None
-        if suffix == "weight" and (found := _expert_tensor(arch, name, in_module=False)):
+            return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}", WHOLE
+        if found := _other_tensor(arch, f"{name}.{suffix}", in_module=False):
             return f"model.layers.{index}.{found[0]}", found[1]
     stem, _, suffix = gguf_name.rpartition(".")
     if suffix == "weight" and stem in _MODEL_NAMES:
-        return f"{_MODEL_NAMES[stem]}.weight", None
+        return f"{_MODEL_NAMES[stem]}.weight", WHOLE
     raise TritGgufError(f"tensor {gguf_name} has no counterpart in a Hugging Face checkpoint of architecture {arch}")
 
 
@@ -167,22 +166,36 @@ def _layer_names(arch: str) -> dict[str, str]:
 
 
 @functools.cache
-def _expert_names(arch: str, *, in_module: bool) -> HfNames:
-    """Return the Hugging Face names of a layer's expert tensors, of all classes of a GGUF architecture."""
-    families = [entry.experts for entry in ARCHITECTURES.values() if entry.gguf_name == arch and entry.experts]
-    return {
+def _other_names(arch: str, *, in_module: bool) -> HfNames:
+    """Return the Hugging Face names of a layer's tensors of experts and of sinks, of all classes of an architecture."""
+    entries = [entry for entry in ARCHITECTURES.values() if entry.gguf_name == arch]
+    families = [entry.experts for entry in entries if entry.experts]
+    names = {
         name: tensors
         for family in families
         for name, tensors in (family.module if in_module else family.stored).items()
     }
+    return {**names, **_SINKS} if any(entry.sinks for entry in entries) else names
 
 
-def _expert_tensor(arch: str, name: str, *, in_module: bool) -> tuple[str, int | None] | None:
-    """Return the Hugging Face tensor with an expert tensor (GGUF name without layer) and which half of it that is."""
-    for hf_name, tensors in _expert_names(arch, in_module=in_module).items():
-        if name in tensors:
-            return hf_name, tensors.index(name) if len(tensors) > 1 else None
+def _other_tensor(arch: str, name: str, *, in_module: bool) -> tuple[str, TensorPart] | None:
+    """Return the Hugging Face tensor with a GGUF tensor (name without layer) of `_other_names`, and the part of it."""
+    for hf_name, tensors in _other_names(arch, in_module=in_module).items():
+        full_names = [_with_suffix(tensor) for tensor in tensors]
+        if name in full_names:
+            return hf_name, _part(arch, tensors, full_names.index(name))
     return None
+
+
+def _part(arch: str, names: tuple[str, ...], index: int) -> TensorPart:
+    """Return how one of some GGUF tensors lies in the Hugging Face tensor of all of them."""
+    families = (entry.experts for entry in ARCHITECTURES.values() if entry.gguf_name == arch and entry.experts)
+    family = next(families, None)
+    return WHOLE if family is None else family.part(names, index)
+
+
+def _with_suffix(name: str) -> str:
+    return name if name.endswith(".bias") else f"{name}.weight"
 
 
 def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:

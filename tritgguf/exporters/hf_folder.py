@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,9 +53,15 @@ def export_folder(
     durable_output.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
 
     def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        for matrix in tensors[hf_name].matrices:
-            yield from _float16_blocks(RowBlocks(file, matrix, thread_pool), arch, config)
-            on_matrix(matrix)
+        tensor = tensors[hf_name]
+        for matrices in tensor.matrices:
+            parts = (_float16_blocks(RowBlocks(file, matrix, thread_pool), arch, config) for matrix in matrices)
+            if tensor.part.alternates or tensor.part.transposed:
+                yield tensor.part.join([np.concatenate(list(blocks)) for blocks in parts])
+            else:
+                yield from itertools.chain.from_iterable(parts)
+            for matrix in matrices:
+                on_matrix(matrix)
 
     with durable_output.new_folder(output) as folder:
         for name, text in texts.items():

@@ -11,6 +11,8 @@ READABLE_DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
+STORED_DTYPES = {**READABLE_DTYPES, "U8": np.dtype(np.uint8)}
+"""Those of weights, and the bytes of formats that are quantized."""
 
 
 def to_float32(stored: np.ndarray) -> np.ndarray:

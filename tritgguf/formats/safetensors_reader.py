@@ -8,15 +8,16 @@ reads instead of a memory map, so that a large checkpoint does not count as memo
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import check_inside, read_json
-from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
+from tritgguf.formats.dtypes import STORED_DTYPES, to_float32
 from tritgguf.formats.file_kinds import HEAD_BYTES, foreign_kind
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -42,15 +43,20 @@ class StoredTensor:
         return to_float32(self.read_stored())
 
     def read_stored(self) -> np.ndarray:
-        """Return the tensor in its own dtype: float32, float16, or uint16 for the bits of BF16."""
+        """Return the tensor in its own dtype: float32, float16, uint8, or uint16 for the bits of BF16."""
         return self.read_rows(0, self.shape[0])
 
     def read_rows(self, first: int, last: int) -> np.ndarray:
         """Return rows (of a vector: elements) `first` to `last` (exclusive), in the dtype of `read_stored`."""
-        stored = np.empty((last - first, *self.shape[1:]), READABLE_DTYPES[self.dtype])
+        stored = np.empty((last - first, *self.shape[1:]), STORED_DTYPES[self.dtype])
         row_bytes = self.n_bytes // self.shape[0]
         self._read_into(stored.reshape(-1).view(np.uint8), first * row_bytes)
         return stored
+
+    def read_flat(self, first: int, last: int, step: int = 1) -> np.ndarray:
+        """Return every `step`th row from `first` to before `last`, of all matrices counted through: [rows, columns]."""
+        columns = self.shape[-1]
+        return replace(self, shape=(math.prod(self.shape[:-1]), columns)).read_rows(first, last)[::step]
 
     def equals(self, other: StoredTensor) -> bool:
         """Tell whether another tensor has the same dtype, shape and bytes."""

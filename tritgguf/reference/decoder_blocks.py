@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, rows_of_half, to_hf
+from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, to_hf
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
@@ -101,7 +101,7 @@ class DecoderBlocks:
         prefix = f"blk.{index}."
         tensors = [tensor for tensor in self._source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
-        weights = {name: rows_of_half(parameters[of], half) for name, (of, half) in places.items()}
+        weights = {name: part.view(parameters[of]) for name, (of, part) in places.items()}
         block = Block(self, index, weights, find_experts(layer, weights))
         for name in (matrix for tensor in tensors for matrix in tensor.matrices):
             block.set(name, to_float32(self._source.rows(name).whole()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,27 @@ class ExpertLayer:
     Args:
         module: transformers' module of the experts.
         stacks: GGUF name -> weights, float32 [experts, rows, columns], of gate, up and down matrices, in this order.
+        biases: float32 [experts, rows] of gate and up matrices; none if there are none.
 
     """
 
-    def __init__(self, module: Any, stacks: Mapping[str, Tensor]) -> None:
-        self._module = module
+    def __init__(self, module: Any, stacks: Mapping[str, Tensor], biases: Sequence[Tensor] = ()) -> None:
+        self._module, self._biases = module, biases
         self._gate, self._up, self._down = stacks.values()
         self.names = list(zip(*(matrix_names(name, stack.shape) for name, stack in stacks.items()), strict=True))
         """Names of each expert's gate, up and down matrix, see `stacks`."""
 
     def inner(self, expert: int, inputs: Tensor) -> Tensor:
         """Return the inputs of an expert's down matrix, float32 [tokens, columns], for its inputs [tokens, width]."""
-        return self._module.act_fn(inputs @ self._gate[expert].T) * (inputs @ self._up[expert].T)
+        import torch
+
+        gate, up = inputs @ self._gate[expert].T, inputs @ self._up[expert].T
+        if self._biases:
+            gate, up = gate + self._biases[0][expert], up + self._biases[1][expert]
+        if hasattr(self._module, "act_fn"):
+            return self._module.act_fn(gate) * up
+        # gpt-oss has an activation of its own, for elements of gate and up that alternate.
+        return self._module._apply_gate(torch.stack([gate, up], -1).flatten(-2))
 
     def tokens(self, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield every expert and the indices of the tokens that are routed to it: int64 [n]."""
@@ -72,8 +81,11 @@ class ExpertLayer:
 
 def find_experts(layer: Any, weights: Mapping[str, Tensor]) -> ExpertLayer | None:
     """Return the experts of transformers' module of a block, whose weights have GGUF names; None if it has none."""
-    stacks = [name for kind in STACKS for name in weights if f".{kind}." in name]
+    stacks = [name for kind in STACKS for name in weights if name.endswith(f".{kind}.weight")]
     if not stacks:
         return None
     (module,) = (module for name, module in layer.named_modules() if name.endswith(".experts"))
-    return ExpertLayer(module, {name: weights[name] for name in stacks})
+    biases = [name.replace(".weight", ".bias") for name in stacks[:2]]
+    return ExpertLayer(
+        module, {name: weights[name] for name in stacks}, [weights[name] for name in biases if name in weights]
+    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, rows_of_half, to_hf
+from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf
 from tritgguf.errors import DamagedFileError, MissingExtraError
 from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
 
@@ -101,9 +101,9 @@ class ReferenceModel:
                 progress(done, len(names))
             if name == ROPE_FREQS:
                 continue
-            hf_name, half = module_parameter(arch, name)
+            hf_name, part = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
-            place = None if hf_name not in parameters else rows_of_half(parameters[hf_name].detach().numpy(), half)
+            place = None if hf_name not in parameters else part.view(parameters[hf_name].detach().numpy())
             if place is not None and place.shape == (1, *weights.shape):
                 weights = weights[np.newaxis]  # the router of a shared expert
             if place is None or place.shape != weights.shape:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
-from cpu_kernels.transformer.layer_options import LayerOptions
+from cpu_kernels.transformer.layer_options import CLAMPED_SILU, GELU, SILU, LayerOptions
 from cpu_kernels.transformer.router import SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
 from tritgguf.architectures import keys
 from tritgguf.architectures.dimensions import (
@@ -111,13 +111,14 @@ class ModelConfig:
             layer_options=LayerOptions(
                 epsilon=np.float32(number(keys.EPSILON)),
                 residual_scale=np.float32(number(keys.RESIDUAL_SCALE)),
-                gelu=architecture.gelu,
+                activation=_activation(architecture),
                 interleaved=architecture.permutes_rotary_rows,
                 attention_scale=np.float32(number(keys.ATTENTION_SCALE, dimensions.head_dim**-0.5)),
                 softcap=np.float32(softcap(keys.ATTENTION_SOFTCAP)),
                 normalizes_together=architecture.normalizes_together,
                 windows=_windows(file, architecture, dimensions.layers),
                 rotations=of_layers,
+                sinks=_sinks(file, architecture, dimensions),
             ),
             rotations=rotations,
             embedding_scale=number(keys.EMBEDDING_SCALE, default_embedding_scale),
@@ -145,9 +146,25 @@ def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None
             f"{file.path}: experts of {experts.width} rows are not supported, only multiples of {GROUP_SIZE}"
         )
     key = f"{architecture.gguf_name}.expert_gating_func"
-    gating = count_of(file.metadata, key, str(file.path), default=SOFTMAX, most=SOFTMAX_OF_CHOSEN)
+    family = architecture.experts
+    default = SOFTMAX_OF_CHOSEN if family is not None and family.softmax_of_chosen else SOFTMAX
+    gating = count_of(file.metadata, key, str(file.path), default=default, most=SOFTMAX_OF_CHOSEN)
     scale = _number(file, f"{architecture.gguf_name}.expert_weights_scale", 1.0)
     return Routing(experts.used, gating, experts.normalizes, np.float32(scale))
+
+
+def _activation(architecture: Architecture) -> int:
+    if architecture.clamped_swiglu:
+        return CLAMPED_SILU
+    return GELU if architecture.gelu else SILU
+
+
+def _sinks(file: GgufFile, architecture: Architecture, dimensions: Dimensions) -> np.ndarray:
+    """Return the attention sinks: float32 [layers, heads], or [layers, 0] for none."""
+    if not architecture.sinks:
+        return np.zeros((dimensions.layers, 0), np.float32)
+    names = [f"blk.{layer}.attn_sinks.weight" for layer in range(dimensions.layers)]
+    return np.stack([read_vector(file, name, dimensions.heads) for name in names])
 
 
 def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndarray:
@@ -164,7 +181,8 @@ def _rotations(
 ) -> tuple[tuple[Rotation, ...], np.ndarray]:
     """Return a model's rotations, and which each layer has: int64 [layers]."""
     head_dim, layers = dimensions.head_dim, range(dimensions.layers)
-    rotation = rotation_from_metadata(file.metadata, head_dim, str(file.path))
+    truncates = architecture.truncates_yarn
+    rotation = rotation_from_metadata(file.metadata, head_dim, str(file.path), truncates=truncates)
     if ROPE_FREQS in file.tensors:
         factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
         if not (factors > 0).all():

@@ -31,7 +31,7 @@ class ExpertPass:
         self._outputs = np.zeros((slots, hidden), np.float32)
 
     def run(
-        self, thread_pool: ThreadPool, index: int, layer: ExpertWeights, hidden: np.ndarray, gelu: bool,
+        self, thread_pool: ThreadPool, index: int, layer: ExpertWeights, hidden: np.ndarray, activation: int,
         dense_out: np.ndarray, out: np.ndarray,
     ) -> None:  # fmt: skip
         """Run the experts of one layer.
@@ -40,7 +40,7 @@ class ExpertPass:
             thread_pool: the threads to use.
             index, layer: the layer's number, and its experts.
             hidden: float32 [tokens, hidden], the norm's output.
-            gelu: as in `swiglu`.
+            activation: as in `swiglu`.
             dense_out: float32 [tokens, hidden], the shared expert's output; [0, hidden] for none.
             out: float32 [tokens, hidden], out: the weighted sums.
 
@@ -55,7 +55,7 @@ class ExpertPass:
         slots.gather(hidden, inputs, thread_pool, keep=self._keeps(layer.gate.depth, layer.up.depth))
         layer.gate.multiply(slots, inputs, gate_up, 0, thread_pool, exact=self._exact)
         layer.up.multiply(slots, inputs, gate_up, layer.gate.rows, thread_pool, exact=self._exact)
-        thread_pool.run(swiglu_batch, gate_up, gelu, self._keeps(layer.down.depth), *gated.buffers)
+        thread_pool.run(swiglu_batch, gate_up, activation, self._keeps(layer.down.depth), *gated.buffers)
         layer.down.multiply(slots, gated, outputs, 0, thread_pool, exact=self._exact)
         thread_pool.run(sum_experts_prompt, self._experts, outputs, slots.of_tokens, weights, scores, dense_out, out)
 

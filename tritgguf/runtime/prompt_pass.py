@@ -111,7 +111,7 @@ class PromptPass:
             self._dense(thread_pool, space, layer, space.residual if layer.experts is None else space.shared)
         if layer.experts is not None:
             self._expert_pass.run(
-                thread_pool, index, layer.experts, space.hidden.x, self._config.layer_options.gelu, space.shared,
+                thread_pool, index, layer.experts, space.hidden.x, self._config.layer_options.activation, space.shared,
                 space.residual,
             )  # fmt: skip
 
@@ -120,7 +120,7 @@ class PromptPass:
         _add(layer.gate_bias, space.gate_up[:, : len(layer.gate_bias)])
         _add(layer.up_bias, space.gate_up[:, len(layer.gate_bias) :])
         keep = self._exact or layer.down.reads_floats
-        thread_pool.run(swiglu_batch, space.gate_up, self._config.layer_options.gelu, keep, *space.gated.buffers)
+        thread_pool.run(swiglu_batch, space.gate_up, self._config.layer_options.activation, keep, *space.gated.buffers)
         layer.down.multiply(space.gated, out, thread_pool, exact=self._exact)
         _add(layer.down_bias, out)
 

@@ -63,8 +63,10 @@ class LayerWeights:
         self.output_bias = bias("attn_output", sizes.hidden)
         self.gate_bias, self.up_bias = bias("ffn_gate", feed_forward), bias("ffn_up", feed_forward)
         self.down_bias = bias("ffn_down", sizes.hidden)
-        self.attention_norm, self.feed_forward_norm = norm("attn_norm"), norm("ffn_norm")
-        self.attention_output_norm = norm("post_attention_norm")
+        self.attention_norm = norm("attn_norm")
+        self.feed_forward_norm = norm(config.architecture.feed_forward_norm)
+        has_output_norm = config.architecture.feed_forward_norm != "post_attention_norm"
+        self.attention_output_norm = norm("post_attention_norm") if has_output_norm else np.zeros(0, np.float32)
         self.feed_forward_output_norm = norm("post_ffw_norm")
         of_queries, of_keys = norm("attn_q_norm"), norm("attn_k_norm")
         if not config.layer_options.normalizes_together:

@@ -22,6 +22,7 @@ from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.safetensors_reader import StoredTensor, open_shards
 from tritgguf.formats.text_file import read_text
+from tritgguf.sources.mxfp4 import Mxfp4Tensor, with_mxfp4
 from tritgguf.sources.source import PackedMatrix, SourceTensor, check_shapes
 from tritgguf.sources.stored_pieces import Piece, Pieces
 from tritgguf.tokenization.hf_to_gguf import tokenizer_metadata
@@ -53,11 +54,7 @@ class HfFolderSource:
         if self.is_multimodal:
             self.warnings.append(f"{self.name}: {IMAGES_LEFT_OUT}")
         self.architecture = dimensions.find_architecture(self.config, str(where))
-        if self.config.get("quantization_config"):
-            method = _get(self.config["quantization_config"], "quant_method", "an unknown method")
-            raise DamagedFileError(
-                f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
-            )
+        self.is_mxfp4 = self._check_quantization(where)
         self.dimensions = dimensions.dimensions_from_config(self.config, str(where))
         self._rope_factors: MatrixRows | None = None
         self.tensors: list[SourceTensor] = []
@@ -113,6 +110,18 @@ class HfFolderSource:
             return name
         return self._pieces.label(name) or tensor_names.hf_tensor_name(self.architecture.gguf_name, name)
 
+    def _check_quantization(self, where: Path) -> bool:
+        """Tell whether the experts are in MXFP4, as published; TritGgufError for weights that were quantized."""
+        quantization = self.config.get("quantization_config")
+        if not quantization:
+            return False
+        method, experts = _get(quantization, "quant_method", "an unknown method"), self.architecture.experts
+        if method == "mxfp4" and experts is not None and experts.may_be_mxfp4:
+            return True
+        raise DamagedFileError(
+            f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
+        )
+
     def _add_rope_factors(self, where: Path) -> None:
         factors = hf_to_gguf.rope_factors(self.config, str(where))
         if factors is not None:
@@ -123,8 +132,8 @@ class HfFolderSource:
 
     def _select_pieces(self) -> None:
         """Find the tensors to convert; check their names, dtypes and shapes against config.json."""
-        pieces = self._pieces
-        stored_tensors = open_shards(self.folder)
+        pieces, in_folder = self._pieces, open_shards(self.folder)
+        stored_tensors = with_mxfp4(in_folder) if self.is_mxfp4 else dict(in_folder)
         # A checkpoint of the model without its head lacks the prefix; transformers loads it all the same.
         prefix = "" if any(name.startswith(_PREFIX) for name in stored_tensors) else _PREFIX
         for hf_name, stored in stored_tensors.items():
@@ -146,12 +155,13 @@ class HfFolderSource:
                     f"{stored.path}: tensor {hf_name} has dtype {stored.dtype}; F32, F16 or BF16 is needed"
                 )
             for place in places:
-                pieces.add(place.name, Piece(_as_in_gguf(place.name, stored), place.half))
+                pieces.add(place.name, _piece(place, stored))
         tied = hf_to_gguf.is_tied(self.config, self.architecture)
         head, embedding = pieces.get("output.weight"), pieces.get("token_embd.weight")
         if tied and head is not None and embedding is not None:
             # If the two differ although config.json says they are tied, transformers keeps both, and so do we.
-            tied = head.stored.equals(embedding.stored)
+            both = [piece.stored for piece in (head, embedding) if isinstance(piece.stored, StoredTensor)]
+            tied = both[0].equals(both[1])
             if tied:
                 pieces.drop("output.weight")
         pieces.check_experts(self.dimensions.shapes(), self.name, self.label)
@@ -171,11 +181,13 @@ class HfFolderSource:
         return {**general, **model, **tokenizer}
 
 
-def _as_in_gguf(name: str, stored: StoredTensor) -> StoredTensor:
-    """Return a stored tensor with GGUF's shape: the router of a shared expert is a vector there, not a single row."""
-    if name.endswith(f".{SHARED_ROUTER}.weight") and stored.shape[:1] == (1,):
-        return replace(stored, shape=stored.shape[1:])
-    return stored
+def _piece(place: tensor_names.Place, stored: StoredTensor | Mxfp4Tensor) -> Piece:
+    """Return what a stored tensor has of a GGUF tensor."""
+    if isinstance(stored, Mxfp4Tensor):
+        return Piece(stored, replace(place.part, transposed=False))
+    if place.name.endswith(f".{SHARED_ROUTER}.weight") and stored.shape[:1] == (1,):
+        stored = replace(stored, shape=stored.shape[1:])  # a vector in GGUF, not a single row
+    return Piece(stored, place.part)
 
 
 def _check_is_model(folder: Path) -> None:

@@ -1,40 +1,33 @@
-"""Pieces of a GGUF tensor as a checkpoint stores them: a tensor, half of its rows, or one tensor for each expert."""
+"""Pieces of a GGUF tensor as a checkpoint stores them: a tensor, a part of one, or one tensor for each expert."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from tritgguf.architectures.tensor_part import WHOLE, TensorPart
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.safetensors_reader import StoredTensor
 from tritgguf.formats.stacks import matrix_names, matrix_shape, split_matrix_name
+from tritgguf.sources.mxfp4 import Mxfp4Tensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor, or one half of the rows of each of its matrices.
+    """A stored tensor, or a part of it."""
 
-    Attributes:
-        stored: the stored tensor.
-        half: 0 for the upper half, 1 for the lower half, None for all rows.
-
-    """
-
-    stored: StoredTensor
-    half: int | None = None
+    stored: StoredTensor | Mxfp4Tensor
+    part: TensorPart = WHOLE
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in NumPy order; that of the stored tensor if its rows have no halves."""
-        shape = self.stored.shape
-        if self.half is None or len(shape) < 2 or shape[-2] % 2:
-            return shape
-        return (*shape[:-2], shape[-2] // 2, shape[-1])
+        return self.part.shape(self.stored.shape)
 
     @property
     def n_bytes(self) -> int:
@@ -49,15 +42,12 @@ class Piece:
         `convert` converts blocks of a multiple of `multiple` rows, or a vector.
         """
         rows, columns = matrix_shape(self.shape)
-        stored_rows = matrix_shape(self.stored.shape)[0]
-        flat = replace(self.stored, shape=(math.prod(self.stored.shape[:-1]), columns))
-        begin = matrix * stored_rows + (self.half or 0) * rows
 
         def read(first: int, last: int) -> np.ndarray:
-            return convert(flat.read_rows(begin + first, begin + last)).reshape(-1, columns)
+            return convert(self._read(matrix, first, last)).reshape(-1, columns)
 
         def read_vector(first: int, last: int) -> np.ndarray:
-            return convert(flat.read_rows(0, 1)[0]).reshape(1, columns)
+            return convert(self.stored.read_flat(0, 1)[0]).reshape(1, columns)
 
         is_vector = len(self.shape) == 1
         return MatrixRows(
@@ -66,6 +56,19 @@ class Piece:
             read_vector if is_vector else read,
             1 if is_vector else multiple,
         )
+
+    def _read(self, matrix: int, first: int, last: int) -> np.ndarray:
+        """Return rows of a matrix of the part; of one that is stored transposed, all columns are read for them."""
+        stored_rows, rows = matrix_shape(self.stored.shape)[0], matrix_shape(self.shape)[0]
+        begin, part = matrix * stored_rows, self.part
+        if part.transposed:
+            return part.view(self.stored.read_flat(begin, begin + stored_rows))[first:last]
+        if part.half is None or part.of_vectors:
+            return part.view(self.stored.read_flat(begin + first, begin + last))
+        if part.alternates:
+            return self.stored.read_flat(begin + 2 * first + part.half, begin + 2 * last, 2)
+        begin += part.half * rows
+        return self.stored.read_flat(begin + first, begin + last)
 
 
 class Pieces:
@@ -103,7 +106,8 @@ class Pieces:
         piece = self._by_name.get(name) or self._by_name.get(tensor)
         if piece is None:
             return None
-        half = "" if piece.half is None else f" ({'lower' if piece.half else 'upper'} half of the rows)"
+        names = ("even", "odd") if piece.part.alternates else ("upper", "lower")
+        half = "" if piece.part.half is None else f" ({names[piece.part.half]} half of the rows)"
         return piece.stored.name + ("" if name in self._by_name else f"[{index}]") + half
 
     def shape(self, tensor: str) -> tuple[int, ...]:

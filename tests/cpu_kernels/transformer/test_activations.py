@@ -16,10 +16,11 @@ from cpu_kernels.transformer.activations import (
     add_and_rms_norm_batch,
     normalize_row,
     quantize_row,
-    swiglu,
     swiglu_batch,
 )
+from cpu_kernels.transformer.layer_options import CLAMPED_SILU, GELU, SILU
 from cpu_kernels.transformer.projection import Activations, Batch
+from cpu_kernels.transformer.swiglu import swiglu
 
 NO_NORM = np.empty(0, np.float32)
 tokens_and_columns = pytest.mark.parametrize(("tokens", "columns"), [(1, 64), (1, 576), (3, 192), (9, 64)])
@@ -203,33 +204,56 @@ def test_normalize_extreme_vectors(value: float) -> None:
     assert (np.abs(out) <= 1.0001).all()
 
 
-@pytest.mark.parametrize("gelu", [False, True])
-@tokens_and_columns
-def test_swiglu(tokens: int, columns: int, gelu: bool) -> None:
-    gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
-    x = gate.astype(np.float64)
-    inner = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3) if gelu else x
+activations = pytest.mark.parametrize("activation", [SILU, GELU, CLAMPED_SILU])
+
+
+def gated(gate: np.ndarray, up: np.ndarray, activation: int) -> np.ndarray:
+    """Return the gated activation in float64, by its definition."""
+    x, y = gate.astype(np.float64), up.astype(np.float64)
+    inner = x
+    if activation == GELU:
+        inner = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)
+    if activation == CLAMPED_SILU:
+        x, y = np.minimum(x, 7.0), np.clip(y, -7.0, 7.0) + 1
+        inner = 1.702 * x
     with np.errstate(over="ignore"):
-        expected = x / (1 + np.exp(-inner)) * up
+        return x / (1 + np.exp(-inner)) * y
+
+
+@activations
+@tokens_and_columns
+def test_swiglu(tokens: int, columns: int, activation: int) -> None:
+    gate, up = vectors(tokens, columns, seed=4), vectors(tokens, columns, seed=5)
+    assert np.abs(gate).max() > 7 or columns < 576
+    expected = gated(gate, up, activation)
     out = np.empty(columns, np.float32)
-    as_kernel(swiglu)(gate[0], up[0], gelu, out)
+    as_kernel(swiglu)(gate[0], up[0], activation, out)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-30)
     batch = Batch(tokens, columns)
     both = np.concatenate([gate, up], axis=1)
-    THREAD_POOL.run(swiglu_batch, both, gelu, True, *batch.buffers)
+    THREAD_POOL.run(swiglu_batch, both, activation, True, *batch.buffers)
     np.testing.assert_allclose(batch.x, expected, rtol=1e-5, atol=1e-30)
     for part, again in zip(batch.buffers, batch_of(batch.x).buffers, strict=True):
         np.testing.assert_array_equal(part, again)
     without_x = Batch(tokens, columns)
-    THREAD_POOL.run(swiglu_batch, both, gelu, False, *without_x.buffers)
+    THREAD_POOL.run(swiglu_batch, both, activation, False, *without_x.buffers)
     assert not without_x.x.any()
     for part, again in zip(without_x.buffers[1:], batch.buffers[1:], strict=True):
         np.testing.assert_array_equal(part, again)
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+@activations
 @pytest.mark.parametrize("value", [-1e30, -200.0, -1e-40, 0.0, 200.0, 1e30])
-def test_swiglu_of_extreme_vectors(value: float, gelu: bool) -> None:
-    out = np.empty(64, np.float32)
-    as_kernel(swiglu)(np.full(64, value, np.float32), np.ones(64, np.float32), gelu, out)
-    np.testing.assert_allclose(out, max(value, 0.0), rtol=1e-6, atol=1e-37)
+def test_swiglu_of_extreme_vectors(value: float, activation: int) -> None:
+    gate, up, out = np.full(64, value, np.float32), np.ones(64, np.float32), np.empty(64, np.float32)
+    as_kernel(swiglu)(gate, up, activation, out)
+    most = 14.0 if activation == CLAMPED_SILU else np.inf  # 7 * (1 + 1)
+    np.testing.assert_allclose(out, min(max(value, 0.0), most), rtol=1e-4, atol=1e-37)
+
+
+@activations
+@pytest.mark.parametrize("bad_gate", [False, True])
+def test_swiglu_keeps_what_is_no_number(bad_gate: bool, activation: int) -> None:
+    bad, good, out = np.full(64, np.nan, np.float32), np.ones(64, np.float32), np.empty(64, np.float32)
+    as_kernel(swiglu)(bad if bad_gate else good, good if bad_gate else bad, activation, out)
+    assert np.isnan(out).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import naive
 import numpy as np
@@ -20,7 +21,7 @@ from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.attention_tile import PANEL
-from cpu_kernels.transformer.layer_options import LayerOptions
+from cpu_kernels.transformer.layer_options import SILU, LayerOptions
 from cpu_kernels.transformer.rotation import rotate, rotate_and_store
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
@@ -32,19 +33,26 @@ cache_types = pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 
 
 def layer_options(
-    dim: int, *, interleaved: bool = False, window: int = 0, softcap: float = 0.0, together: bool = False
+    dim: int,
+    *,
+    interleaved: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    together: bool = False,
+    sinks: Sequence[float] = (),
 ) -> LayerOptions:
     """Return the options of a model with one layer and one rotation table."""
     return LayerOptions(
         epsilon=np.float32(EPSILON),
         residual_scale=np.float32(1),
-        gelu=False,
+        activation=SILU,
         interleaved=interleaved,
         attention_scale=np.float32(dim**-0.5),
         softcap=np.float32(softcap),
         normalizes_together=together,
         windows=np.array([window]),
         rotations=np.array([0]),
+        sinks=np.array([sinks], np.float32),
     )
 
 
@@ -59,7 +67,12 @@ def segments(tokens: int, position: int) -> np.ndarray:
 
 
 def expected_attention(
-    layer: PagedLayers, queries: np.ndarray, position: int, window: int = 0, softcap: float = 0.0
+    layer: PagedLayers,
+    queries: np.ndarray,
+    position: int,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Sequence[float] = (),
 ) -> np.ndarray:
     """Return float64 [tokens, heads * dim] for queries [tokens, heads, dim], the first of which is at `position`."""
     tokens, heads, dim = queries.shape
@@ -72,7 +85,8 @@ def expected_attention(
             scores = keys[shared, seen] @ queries[t, head].astype(np.float64) / np.sqrt(dim)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
-            out[t, head] = naive.softmax(scores) @ values[shared, seen]
+            weights = naive.softmax(np.append(scores, sinks[head : head + 1]))[: len(scores)]
+            out[t, head] = weights @ values[shared, seen]
     return out.reshape(tokens, -1)
 
 
@@ -169,7 +183,7 @@ def attend_to_last(
         as_kernel(attend_token)(chosen(), kv, scratch, 0, qkv, bias, norm, options, 0, position, thread, threads)
     outs = np.full((threads, heads * layer.dim), np.nan, np.float32)
     for thread in range(threads):
-        as_kernel(merge_splits)(chosen(), scratch, 0, options.windows[0], position, layer.dim, outs[thread], thread)
+        as_kernel(merge_splits)(chosen(), scratch, 0, options, 0, position, layer.dim, outs[thread], thread)
         np.testing.assert_array_equal(outs[thread], outs[0])
     return outs[0]
 
@@ -246,6 +260,30 @@ def test_softcap(softcap: float) -> None:
     queries = qkv.reshape(tokens, -1, dim)[:, :heads]
     np.testing.assert_allclose(out, expected_attention(layer, queries, position, 0, softcap), rtol=0, atol=1e-4)
     assert np.abs(out - expected_attention(layer, queries, position)).max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks(variant: str, window: int) -> None:
+    """Sinks far below and far above the scores: the one is as if there was none, the other takes all the weight."""
+    heads, kv_heads, dim, tokens, position = 4, 2, 32, 5, 300
+    sinks = (5.0, 8.0, -500.0, 500.0)
+    qkv = 3 * random(tokens, (heads + 2 * kv_heads) * dim)
+    layer = random_layer(kv_heads, 320, dim, np.float32, position + tokens)
+    out, options = np.full((tokens, heads * dim), np.nan, np.float32), layer_options(dim, window=window, sinks=sinks)
+    kv = layer.key_values()
+    THREAD_POOL.run(attend, chosen(), qkv, options, 0, kv, segments(tokens, position), heads, out)
+    queries = qkv.reshape(tokens, -1, dim)[:, :heads]
+    expected = expected_attention(layer, queries, position, window, sinks=sinks)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
+    assert not out[:, 3 * dim :].any()
+    without = expected_attention(layer, queries, position, window)
+    np.testing.assert_allclose(out[:, 2 * dim : 3 * dim], without[:, 2 * dim : 3 * dim], rtol=0, atol=1e-4)
+    assert np.abs(out - without)[:, : 2 * dim].reshape(tokens, 2, dim).max(axis=2).min() > 1e-3
+
+    one = attend_to_last(layer, qkv[0], np.zeros(qkv.shape[1], np.float32), position, heads, options, 2)
+    rotated = [naive.rotate(head, angles(320, dim)[position], False) for head in queries[0].astype(np.float64)]
+    expected = expected_attention(layer, np.array([rotated]), position, window, sinks=sinks)
+    np.testing.assert_allclose(one, expected[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("together", [False, True])

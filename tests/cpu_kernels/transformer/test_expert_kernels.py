@@ -27,7 +27,7 @@ from cpu_kernels.transformer.experts_batch import (
     sum_experts_batch,
 )
 from cpu_kernels.transformer.gemv_batch import scratch_for
-from cpu_kernels.transformer.layer_options import LayerOptions
+from cpu_kernels.transformer.layer_options import SILU, LayerOptions
 from cpu_kernels.transformer.projection import Activations
 from cpu_kernels.transformer.router import SOFTMAX, Routing
 from tritgguf.runtime.expert_pass import ExpertPass
@@ -37,13 +37,14 @@ ROUTING = Routing(3, SOFTMAX, True, np.float32(1.0))
 OPTIONS = LayerOptions(
     epsilon=np.float32(1e-5),
     residual_scale=np.float32(1),
-    gelu=False,
+    activation=SILU,
     interleaved=False,
     attention_scale=np.float32(1),
     softcap=np.float32(0),
     normalizes_together=False,
     windows=np.zeros(1, np.int64),
     rotations=np.zeros(1, np.int64),
+    sinks=np.zeros((1, 0), np.float32),
 )
 mixtures = pytest.mark.parametrize(
     ("depths", "biased"), [((1, 1, 1), False), ((2, 2, 2), True), ((3, 4, 2), False), ((0, 2, 0), True)]

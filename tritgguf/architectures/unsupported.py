@@ -1,0 +1,18 @@
+"""Why known families of models are not supported: reasons for the message of a refusal."""
+
+from __future__ import annotations
+
+_REASONS = {
+    "qwen35": "most of its layers have linear attention with a state (Gated DeltaNet), which is not run",
+    "qwen3next": "most of its layers have linear attention with a state (Gated DeltaNet), which is not run",
+    "lfm2": "most of its layers are short convolutions, which are not run",
+    "llama4": "its text model has chunked attention and experts beside dense layers, which are not supported",
+    "phimoe": "its router (SparseMixer), its norms with means and biases and its LongRoPE are not supported",
+}
+"""Beginning of a family's name, in lower case without underscores -> reason."""
+
+
+def why_not(name: str) -> str | None:
+    """Return why a class of config.json or an architecture of a GGUF file is not supported; None if that is unknown."""
+    plain = name.lower().replace("_", "")
+    return next((reason for beginning, reason in _REASONS.items() if plain.startswith(beginning)), None)
