@@ -40,7 +40,7 @@ InstructionSet = Annotated[
     option(
         "--isa",
         metavar="NAME",
-        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2 or portable.",
+        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2, neon-dotprod or portable.",
         show_default="the best that this processor supports",
     ),
 ]
