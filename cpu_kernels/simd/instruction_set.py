@@ -2,7 +2,8 @@
 
 Every kernel exists as generic LLVM vector IR (`portable`), which LLVM lowers to any processor's instructions,
 including NEON. The x86 variants call the multiply-high and multiply-add instructions by name, because LLVM rewrites
-some of the generic patterns into 32-bit multiplies that are three times slower. All variants compute the same integers.
+some of the generic patterns into 32-bit multiplies that are three times slower; `neon-dotprod` so calls the dot product
+of bytes. All variants compute the same integers.
 
 A compiled function takes its variant as a tuple whose length is the number in `variants`. Numba compiles and caches by
 argument types, and the length of a tuple is part of its type, so each variant has its own machine code in the cache.
@@ -20,8 +21,18 @@ import logging
 import os
 from collections.abc import Mapping
 
-from cpu_kernels.simd import self_test
-from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE, as_type, name_of
+from cpu_kernels.simd import arm_features, self_test
+from cpu_kernels.simd.variants import (
+    AVX2,
+    AVX2_VNNI,
+    AVX512,
+    AVX512_NO_VNNI,
+    NAMES,
+    NEON_DOTPROD,
+    PORTABLE,
+    as_type,
+    name_of,
+)
 
 ENVIRONMENT_VARIABLE = "TRITGGUF_ISA"
 _NUMBA_VARIABLES = ("NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
@@ -29,6 +40,7 @@ _AVX2_FEATURES = ("avx2", "fma", "f16c")
 _AVX512_FEATURES = (*_AVX2_FEATURES, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 _REQUIRED_FEATURES = {
     PORTABLE: (),
+    NEON_DOTPROD: ("dotprod",),
     AVX2: _AVX2_FEATURES,
     AVX2_VNNI: (*_AVX2_FEATURES, "avxvnni"),
     AVX512_NO_VNNI: _AVX512_FEATURES,
@@ -74,6 +86,12 @@ def chosen(name: str | None = None) -> tuple[int, ...]:
     return as_type(choose(name))
 
 
+def of_this_architecture() -> list[int]:
+    """Return the variants that processors of this kind may have, slowest first."""
+    arm = arm_features.is_arm()
+    return [isa for isa in NAMES.values() if isa == PORTABLE or (isa == NEON_DOTPROD) == arm]
+
+
 def features() -> list[str]:
     """Return the processor's features that some variant requires."""
     required = dict.fromkeys(name for needed in _REQUIRED_FEATURES.values() for name in needed)
@@ -93,6 +111,8 @@ def _host_features() -> Mapping[str, bool]:
     """Return the processor's features that Numba may use; instructions of others would end the process in LLVM."""
     import llvmlite.binding
 
+    if arm_features.is_arm():
+        return {**llvmlite.binding.get_host_cpu_features(), "dotprod": arm_features.has_dot_products()}
     found = llvmlite.binding.get_host_cpu_features()
     if listed := os.environ.get("NUMBA_CPU_FEATURES"):
         named = {name.strip() for name in listed.split(",")}

@@ -73,7 +73,7 @@ def failure(isa: int) -> str | None:
     generator = np.random.default_rng(0)
     left, right = generator.integers(0, 1 << 16, (2, _LANES), np.uint16)
     left[:4] = right[:4] = 0x8000, 0x7FFF, 0xFFFF, 0
-    small = generator.integers(0, 129, 2 * _LANES, np.uint8)
+    small = generator.integers(0, 128, 2 * _LANES, np.uint8)
     table = np.arange(_LANES, dtype=np.float32)
     highs = np.zeros((3, _LANES), np.uint16)
     sums, quads = np.zeros((2, 3, _LANES // 2), np.int32)

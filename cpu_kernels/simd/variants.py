@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512 = 0, 1, 2, 3, 4
+PORTABLE, NEON_DOTPROD, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512 = 0, 1, 2, 3, 4, 5
 NAMES = {
     "portable": PORTABLE,
+    "neon-dotprod": NEON_DOTPROD,
     "avx2": AVX2,
     "avx2-vnni": AVX2_VNNI,
     "avx512-novnni": AVX512_NO_VNNI,

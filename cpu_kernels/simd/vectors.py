@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NEON_DOTPROD, PORTABLE
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -48,8 +48,9 @@ class Vectors:
         self._kept: dict[tuple[int, ...], ir.Value] | None = None
         if keep_constants and isa in (AVX2, AVX2_VNNI):
             self._kept = {}
-        self._register_bits = 512 if isa >= AVX512_NO_VNNI else 256
-        self.has_quads = isa in (AVX2_VNNI, AVX512)
+        self._generic = isa in (PORTABLE, NEON_DOTPROD)
+        self._register_bits = 128 if isa == NEON_DOTPROD else 512 if isa >= AVX512_NO_VNNI else 256
+        self.has_quads = isa in (NEON_DOTPROD, AVX2_VNNI, AVX512)
 
     def constant(self, element: ir.Type, values: Sequence[int] | float, lanes: int) -> ir.Constant:
         """Return a constant vector: `values` repeated to fill the lanes."""
@@ -149,7 +150,7 @@ class Vectors:
             16: "llvm.x86.avx2.pmulhu.w",
             32: "llvm.x86.avx512.pmulhu.w.512",
         }.get(lanes)
-        if self.isa == PORTABLE or name is None:
+        if self._generic or name is None:
             product = self.builder.mul(self.widen(value), self.widen(factor))
             return self.builder.trunc(self.builder.lshr(product, self.constant(I32, 16, lanes)), vector(I16, lanes))
         return self._in_registers(self._multiply_high, value, factor) or self.call(name, value.type, value, factor)
@@ -188,7 +189,9 @@ class Vectors:
     def dot_pairs(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
         """Add left[2i] * right[2i] + left[2i+1] * right[2i+1], signed 16-bit lanes, to the 32-bit lane i."""
         lanes = left.type.count
-        if self.isa == PORTABLE:
+        if self.isa == NEON_DOTPROD:
+            return self._dot_pairs_of_neon(accumulator, left, right)
+        if self._generic:
             wide = vector(I32, lanes)
             product = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
             even = self.shuffle(product, range(0, lanes, 2))
@@ -206,6 +209,15 @@ class Vectors:
         }[lanes]
         return self.builder.add(accumulator, self.call(name, accumulator.type, left, right))
 
+    def _dot_pairs_of_neon(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Do what `dot_pairs` does, with an addition of neighbours that LLVM does not take apart."""
+        if halves := self._in_registers(self._dot_pairs_of_neon, accumulator, left, right):
+            return halves
+        wide = vector(I32, left.type.count)
+        product = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
+        sums = self.call("llvm.aarch64.neon.addp.v4i32", accumulator.type, *self.split(product))
+        return self.builder.add(accumulator, sums)
+
     def keep(self, value: ir.Value, after: Sequence[ir.Value] = ()) -> ir.Value:
         """Return a value that LLVM takes for a new one: it does not regroup the operations before and after.
 
@@ -222,11 +234,12 @@ class Vectors:
     def dot_quads(self, accumulator: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
         """Add the four products of unsigned 8-bit lanes of `left` and signed ones of `right` to each 32-bit lane.
 
-        The sum of two neighbouring products has to fit 16 bits: `left` is at most 128.
+        `left` is at most 127: the sum of two neighbouring products has to fit 16 bits, and Arm takes it for signed.
         """
         lanes = left.type.count
         if self.has_quads:
-            name = f"llvm.x86.avx512.vpdpbusd.{8 * lanes}"
+            neon = self.isa == NEON_DOTPROD
+            name = "llvm.aarch64.neon.sdot.v4i32.v16i8" if neon else f"llvm.x86.avx512.vpdpbusd.{8 * lanes}"
             whole = self._in_registers(self.dot_quads, accumulator, left, right)
             return whole or self.call(name, accumulator.type, accumulator, left, right)
         return self.dot_pairs(accumulator, self.multiply_quads(left, right), self.constant(I16, 1, lanes // 2))
@@ -234,7 +247,7 @@ class Vectors:
     def multiply_quads(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """Multiply unsigned 8-bit lanes with signed ones and add neighbours: 16-bit lanes; see `dot_quads`."""
         lanes = left.type.count
-        if self.isa == PORTABLE:
+        if self._generic:
             wide = vector(I16, lanes)
             product = self.builder.mul(self.builder.zext(left, wide), self.builder.sext(right, wide))
             even, odd = self.shuffle(product, range(0, lanes, 2)), self.shuffle(product, range(1, lanes, 2))
@@ -255,9 +268,9 @@ class Vectors:
         indices, lanes = self.widen(indices), indices.type.count
         if self._register_bits == 512 and lanes == 16:
             return self.call("llvm.x86.avx512.vpermi2var.ps.512", table[0].type, table[0], indices, table[1])
-        if self.isa != PORTABLE and self._register_bits == 256 and lanes == 16:
+        if not self._generic and self._register_bits == 256 and lanes == 16:
             return self.join(*[self.lookup(table, address, half) for half in self.split(indices)])
-        if self.isa != PORTABLE and self._register_bits == 256 and lanes == 8:
+        if not self._generic and self._register_bits == 256 and lanes == 8:
             quarters = [quarter for half in table for quarter in self.split(half)]
             found = [self.call("llvm.x86.avx2.permps", quarter.type, quarter, indices) for quarter in quarters]
             high = [

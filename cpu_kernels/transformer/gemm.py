@@ -18,7 +18,7 @@ from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
 from cpu_kernels.packed_rows.layout import BLOCK_SIZE, BLOCK_TOKENS, GROUP_SIZE, TILE_ROWS
 from cpu_kernels.packed_rows.unpack import unpack_tile
-from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, PORTABLE
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NEON_DOTPROD, PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, I16, I32, I64, Vectors, vector
 from cpu_kernels.transformer.gemv_batch import multiply_half_rows, scratch_floats
 
@@ -41,6 +41,7 @@ class _RegisterTile(NamedTuple):
 
 _REGISTER_TILES = {
     PORTABLE: _RegisterTile(16, 2, 3),
+    NEON_DOTPROD: _RegisterTile(4, 4, 3),
     AVX2: _RegisterTile(8, 1, 6),
     AVX2_VNNI: _RegisterTile(8, 2, 3),
     AVX512_NO_VNNI: _RegisterTile(16, 1, 6),

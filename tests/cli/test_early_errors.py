@@ -189,3 +189,31 @@ def test_the_reported_time_is_the_clock_s(
     started = time.perf_counter()
     assert app.main([command, str(folder), *arguments, "--json"]) == 0
     assert seconds <= json.loads(capsys.readouterr().out)["seconds"] <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--depth", "5"), "depth 5 does not exist"),
+        (("--keep", "nosuch=2"), "no matrix has such a name"),
+        (("--text", "nosuch.txt"), "nosuch.txt: cannot be read"),
+        (("--text", "empty.txt"), "empty.txt: has no text"),
+        (("--imatrix", "nosuch.gguf"), "nosuch.gguf"),
+        (("--recipe", "nosuch"), "recipe nosuch does not exist"),
+    ],
+)
+def test_options_are_checked_before_kernels_are_compiled(
+    folder: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    compiler = importlib.import_module("tritgguf.runtime.compiler")
+    monkeypatch.setattr(compiler, "prepare_kernels", lambda: pytest.fail("kernels would be compiled"))
+    assert message in fails(capsys, "convert", str(folder), "out.gguf", *options)
+    assert "give at most 1024" in fails(capsys, "convert", str(folder), "out.gguf", "-t", "9999", code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]

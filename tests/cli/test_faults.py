@@ -79,6 +79,7 @@ def test_a_terminated_conversion_can_be_resumed(tmp_path: Path, smollm2_folder: 
     _, errors = process.communicate(timeout=MOST_SECONDS)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
+    assert errors.endswith(f"interrupted; the same command with --resume goes on ({out}.part is kept for it)\n")
     assert names(tmp_path) == ["out.gguf.part", "out.gguf.part.journal"]
     assert app.main([*command, "--resume"]) == 0
     assert names(tmp_path) == ["out.gguf"]

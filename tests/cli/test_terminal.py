@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 
@@ -23,6 +24,15 @@ def test_control_characters_do_not_reach_a_terminal(
     writer.write(text)
     writer.end()
     assert capsys.readouterr().out == ("a[2J\n\tb é\n" if is_terminal else text + "\n")
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("ascii", '{"a": "\\u00fc\\udcff"}'), ("utf-8", '{"a": "ü?"}')])
+def test_json_keeps_its_characters(monkeypatch: pytest.MonkeyPatch, encoding: str, expected: str) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace", newline=""))
+    terminal.print_json({"a": "ü\udcff"})  # a byte of a file name that is no character
+    sys.stdout.flush()
+    assert written.getvalue().decode(encoding).rstrip() == expected
 
 
 def test_tables_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ def report(depth: int, encoder: str, weights: int = 134_515_008) -> ConvertRepor
     return ConvertReport(Path("my model.gguf"), "models/SmolLM2", depth, encoder, weights=weights)
 
 
-@pytest.mark.parametrize(("depth", "encoder"), [(3, "v2"), (4, "best"), (2, "calibrated"), (1, "recover")])
+@pytest.mark.parametrize(("depth", "encoder"), [(3, "calibrated"), (4, "best"), (2, "calibrated"), (1, "recover")])
 def test_a_good_file_is_run(depth: int, encoder: str) -> None:
     assert next_steps(report(depth, encoder)) == ["run it: tritgguf run 'my model.gguf' -p \"Why is the sky blue?\""]
+
+
+def test_a_file_from_trits_is_not_calibrated_on_them() -> None:
+    assert len(next_steps(dataclasses.replace(report(2, "v2"), from_trits=True))) == 1
 
 
 def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
@@ -24,4 +29,5 @@ def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
     assert "about 3 min" in advice
     command = "tritgguf convert models/SmolLM2 'my model.gguf' --depth 2 --encoder calibrated --overwrite"
     assert advice.splitlines()[-1].strip() == command
+    assert "6 times" in next_steps(report(3, "best"))[1]
     assert "about 25 min" in next_steps(report(1, "best", 1_543_714_304))[1]

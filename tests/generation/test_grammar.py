@@ -176,7 +176,7 @@ def test_a_pattern_that_becomes_too_complex_ends_the_answer_with_an_error(model:
 
 def test_without_llguidance_one_line_names_the_extra(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tritgguf\[grammar\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install llguidance"):
         generate(model, "Hi", json_schema=JSON_OBJECT)
 
 

@@ -144,7 +144,7 @@ def test_data_that_cannot_be_fetched_is_one_line(
 
 def test_a_missing_extra_is_one_line(file: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'tritgguf[eval]'" in fails(capsys, "evaluate", file, "--tasks", "tritgguf_facts")
+    assert "pip install lm-eval" in fails(capsys, "evaluate", file, "--tasks", "tritgguf_facts")
     with pytest.raises(MissingExtraError):
         require_lm_eval()
 

@@ -117,7 +117,8 @@ def test_without_the_extra_one_line_names_it(package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from tritgguf.cli import app; sys.exit(app.main())"
     result = run_python("-c", code, "serve", "any.gguf")
     assert result.returncode == 1
-    assert result.stderr == "error: serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'\n"
+    packages = "fastapi uvicorn prometheus_client llguidance"
+    assert result.stderr == f"error: serve needs more packages: pip install {packages}\n"
 
 
 def test_the_other_commands_do_not_import_the_server() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.cli import terminal
@@ -32,6 +36,7 @@ from tritgguf.cli.options import (
 from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.cli.text_windows import TextOptions, read_windows
+from tritgguf.errors import TritGgufError
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
@@ -63,14 +68,34 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
-def _start(source: str) -> float:
-    """Look at the source, then compile the kernels if this machine has not done so; return the time after that."""
+def _prepare(source: str, options: DepthOptions, text: Path | None, imatrix: Path | None) -> tuple[Any, list[str]]:
+    """Check the source, depths and files, then compile the kernels; return the importance matrix and warnings.
+
+    Raises TritGgufError for what cannot be used, before kernels are compiled.
+    """
+    from tritgguf.conversion.importance_file import importance_of
+    from tritgguf.conversion.plan import check_depths
+    from tritgguf.formats.text_file import read_text
     from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
-    open_source(source)
+    check_depths(open_source(source), options)
+    if text is not None and str(text) != "-" and not read_text(text).strip():
+        raise TritGgufError(f"{text}: has no text; give a text file")
+    importance = (None, []) if imatrix is None else importance_of(source, imatrix)
     prepare_kernels()
-    return time.perf_counter()
+    return importance
+
+
+@contextlib.contextmanager
+def _explained_interruption(target: Path) -> Iterator[None]:
+    """Say how an interrupted conversion goes on, if it can."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if any(os.path.exists(f"{target}{suffix}") for suffix in (".part.journal", ".part.text")):
+            note(f"interrupted; the same command with --resume goes on ({target}.part is kept for it)")
+        raise
 
 
 def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, threads: int | None) -> Encoder:
@@ -115,23 +140,23 @@ def convert_command(
     from tritgguf.conversion.convert import convert
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, with_tuning
-    from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.own_text import SavedText
+    from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
     chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
-    settings: dict[str, Any] = {"recipe": recipe, "threads": threads, "overwrite": overwrite, "resume": resume}
-    settings["choice"] = choice
+    depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
+    settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
-    started = _start(source)
+    settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
+    started = time.perf_counter()
     if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
-        chosen = _default_encoder(source, DepthOptions(**depths), tokens, threads)
+        chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
-    settings["importance"], warnings = (None, []) if imatrix is None else importance_of(source, imatrix)
-    with SavedText(target, resume=resume) as saved:
+    with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         with terminal.progress(in_bytes=True) as report:
             result = convert(

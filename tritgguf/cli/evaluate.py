@@ -78,7 +78,7 @@ def evaluate_command(
     """Evaluate a trit file on tasks of lm-evaluation-harness.
 
     tritgguf_facts and tritgguf_cloze need no network; most other tasks fetch their data set once.
-    Needs lm-eval: pip install "tritgguf[eval]".
+    Needs lm-eval: pip install lm-eval.
 
     Example: tritgguf evaluate d3.gguf --tasks tritgguf_facts,tritgguf_cloze
     """

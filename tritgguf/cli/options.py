@@ -40,7 +40,7 @@ InstructionSet = Annotated[
     option(
         "--isa",
         metavar="NAME",
-        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2 or portable.",
+        help="Vector instructions: avx512, avx512-novnni, avx2-vnni, avx2, neon-dotprod or portable.",
         show_default="the best that this processor supports",
     ),
 ]
@@ -76,10 +76,15 @@ CacheType = Annotated[
 ]
 
 
+_MOST_THREADS = 1024  # more would take minutes for a token
+
+
 def _check_threads(threads: int | None) -> int | None:
     """Return None for 0 and less, which mean the default as in llama.cpp; warn of more threads than processors."""
     if threads is None or threads < 1:
         return None
+    if threads > _MOST_THREADS:
+        raise UsageError(f"--threads {threads}: give at most {_MOST_THREADS}")
     from cpu_kernels.threads.cores import physical_cores
 
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -133,7 +133,7 @@ def serve_command(
 def _require_extra() -> None:
     """Raise MissingExtraError without the packages of the extra `server`."""
     if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
-        raise MissingExtraError("serve needs FastAPI and uvicorn: pip install 'tritgguf[server]'")
+        raise MissingExtraError("serve needs more packages: pip install fastapi uvicorn prometheus_client llguidance")
 
 
 def _import_packages() -> None:

@@ -42,8 +42,9 @@ def note_pairs(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object."""
-    print(json.dumps(value, ensure_ascii=False, default=str))
+    """Print one JSON object, in ASCII where standard output has another encoding than UTF-8."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
+    print(json.dumps(value, ensure_ascii=not is_utf8, default=str))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -105,7 +105,7 @@ def verify_command(
 
     With several files, tables have a row per file and --json prints a list with an object per file. The source's logits
     are kept on disk for the next files (TRITGGUF_LOGITS: at most so much, such as 4GB; 0: none).
-    Needs torch and transformers: pip install "tritgguf[verify]".
+    Needs torch and transformers: pip install torch transformers accelerate.
 
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """

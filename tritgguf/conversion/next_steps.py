@@ -6,22 +6,24 @@ import math
 import shlex
 
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
-from tritgguf.conversion.default_encoder import DEEPEST_TO_CALIBRATE, calibration_seconds
+from tritgguf.conversion.default_encoder import calibration_seconds
 from tritgguf.conversion.report import ConvertReport
 
 _UNCALIBRATED = ("v2", "best")
+# By depth; `docs/quality.md` has the figures.
+_GAIN_AT_TWO = "of a model of 135M weights 4 times smaller, and that of one of 1.5B up to 1.8 times"
+_GAINS = {1: _GAIN_AT_TWO, 2: _GAIN_AT_TWO, 3: "of a model of 135M weights 6 times smaller"}
 
 
 def next_steps(report: ConvertReport) -> list[str]:
     """Return lines that say what to type next."""
     file = shlex.quote(str(report.output))
     steps = [f'run it: tritgguf run {file} -p "Why is the sky blue?"']
-    if report.encoder in _UNCALIBRATED and report.depth <= DEEPEST_TO_CALIBRATE:
+    if report.encoder in _UNCALIBRATED and report.depth in _GAINS and not report.from_trits:
         minutes = math.ceil(calibration_seconds(report.weights, DEFAULT_GENERATED_TOKENS, 2) / 60)
         steps.append(
-            "come closer to the original: calibrating made the divergence of a model of 135M weights 4 times smaller,"
-            " and that of one of 1.5B up to 1.8 times;"
-            f" it takes about {minutes} min on two cores, and the extra `verify`:\n"
+            f"come closer to the original: calibrating made the divergence {_GAINS[report.depth]};"
+            f" it takes about {minutes} min on two cores, and PyTorch (pip install torch transformers accelerate):\n"
             f"  tritgguf convert {shlex.quote(report.source)} {file} --depth {report.depth} --encoder calibrated"
             " --overwrite"
         )

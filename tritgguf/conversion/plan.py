@@ -191,6 +191,11 @@ def plan_conversion(
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
+def check_depths(source: Source, options: DepthOptions) -> None:
+    """Raise TritGgufError for depths and rules that do not fit the source, as `plan_conversion` does, at once."""
+    apply_rules(_packable(source, requested_depths(source, options)), options.choice.keep)
+
+
 def _check_columns(source: Source, importance: Importance) -> None:
     """Raise TritGgufError if an importance does not have one value per column of its matrix."""
     columns = {matrix: tensor.shape[-1] for tensor in source.tensors for matrix in tensor.matrices}

@@ -26,6 +26,8 @@ class ConvertReport:
     depth: int
     encoder: str
     weights: int = 0
+    from_trits: bool = False
+    """Whether the source holds packed trits."""
     tensors_by_type: dict[str, int] = field(default_factory=dict)
     bytes_by_type: dict[str, int] = field(default_factory=dict)
     parts: list[FilePart] = field(default_factory=list)
@@ -77,6 +79,7 @@ def conversion_report(
         plan.depth,
         plan.recovery.encoder,
         weights=weights,
+        from_trits=any(plan.source.packed_depth(tensor.name) for tensor in plan.tensors),
         tensors_by_type=dict(counts),
         bytes_by_type=dict(sizes),
         parts=file_parts([(t.name, _type_name(t), math.prod(t.shape), t.n_bytes) for t in plan.tensors], file_bytes),

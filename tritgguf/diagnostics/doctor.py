@@ -128,7 +128,7 @@ def _instruction_sets() -> tuple[str | None, str | None, dict[str, str]]:
         chosen, problem = instruction_set.choose(), None
     except ValueError as error:
         return None, str(error), {}
-    better = sorted((isa for isa in variants.NAMES.values() if isa > chosen), reverse=True)
+    better = sorted((isa for isa in instruction_set.of_this_architecture() if isa > chosen), reverse=True)
     asked_for = f"works here, but {instruction_set.ENVIRONMENT_VARIABLE} asks for another one"
     reasons = {variants.name_of(isa): instruction_set.why_unavailable(isa) or asked_for for isa in better}
     return variants.name_of(chosen), problem, reasons

@@ -120,7 +120,7 @@ def check_llguidance() -> None:
         import llguidance  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            "grammars and JSON schemas need llguidance; install it with `pip install 'tritgguf[grammar]'`"
+            "grammars and JSON schemas need llguidance; install it with `pip install llguidance`"
         ) from error
 
 

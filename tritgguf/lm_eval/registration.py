@@ -19,7 +19,7 @@ TASKS_FOLDER = Path(__file__).parent / "tasks"
 def require_lm_eval() -> None:
     """Raise MissingExtraError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("evaluate needs lm-eval: pip install 'tritgguf[eval]'")
+        raise MissingExtraError("evaluate needs lm-eval: pip install lm-eval")
 
 
 def register_model() -> None:

@@ -39,7 +39,8 @@ def require_torch() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise MissingExtraError(
-                f"this needs {package}, which cannot be imported ({_first_line(error)}); pip install 'tritgguf[verify]'"
+                f"this needs {package}, which cannot be imported ({_first_line(error)});"
+                " pip install torch transformers accelerate"
             ) from error
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
-from arm_assembly import arm_assembly
+from arm_assembly import TRIPLE, arm_assembly, arm_target
 from llvmlite.ir import Value
 
 from cpu_kernels import precompile
 from cpu_kernels.packed_rows.extract import EXTRACT
 from cpu_kernels.packed_rows.group_lanes import GroupLanes
-from cpu_kernels.simd import instruction_set, self_test, variants
-from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, PORTABLE
-from cpu_kernels.simd.vectors import I32, Vectors
+from cpu_kernels.simd import arm_features, instruction_set, self_test, variants
+from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, NEON_DOTPROD, PORTABLE
+from cpu_kernels.simd.vectors import I8, I32, Vectors
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.trit_types import DEPTHS
 
@@ -44,7 +44,12 @@ def no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fake_processor(monkeypatch: pytest.MonkeyPatch, *features: str, failures: dict[int, str] | None = None) -> None:
-    """Make LLVM report only these features; variants pass their self-test unless `failures` lists them."""
+    """Make LLVM report only these features; variants pass their self-test unless `failures` lists them.
+
+    The processor is an Arm one if "neon" is among them.
+    """
+    monkeypatch.setattr(arm_features, "is_arm", lambda: "neon" in features)
+    monkeypatch.setattr(arm_features, "has_dot_products", lambda: "dotprod" in features)
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
     monkeypatch.setattr(self_test, "failure", (failures or {}).get)
     clear_caches()
@@ -59,6 +64,7 @@ def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         ((), PORTABLE),
         (("avx2",), PORTABLE),
         (("neon", "fp16"), PORTABLE),
+        (("neon", "dotprod"), NEON_DOTPROD),
         (_AVX2, AVX2),
         ((*_AVX2, "avxvnni"), AVX2_VNNI),
         ((*_AVX2, *_AVX512[:-1]), AVX512_NO_VNNI),
@@ -148,7 +154,7 @@ def test_a_failure_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 def test_every_variant_is_a_type_of_its_own() -> None:
     types = [variants.as_type(isa) for isa in variants.NAMES.values()]
-    assert [len(of_type) for of_type in types] == [PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512]
+    assert [len(of_type) for of_type in types] == list(range(6))
 
 
 def test_threads_take_the_chosen_variant(variant: str) -> None:
@@ -177,3 +183,40 @@ def test_portable_is_vector_code_on_arm(depth: int) -> None:
     assert wide == (2 * 4 if depth == 3 else 0)
     assert on_vectors["umov"] + on_vectors["smov"] == 0
     assert not any(name in ("umov", "smov", "umulh") for name, _ in instructions)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "has"),
+    [
+        ("generic", "", False),
+        ("cortex-a72", "-sve", False),
+        ("generic", "+neon,+dotprod", True),
+        ("neoverse-n1", "", True),
+        ("neoverse-n1", "-dotprod", False),
+        ("apple-m1", "", True),
+    ],
+)
+def test_llvm_knows_which_arm_processors_have_dot_products(cpu: str, features: str, has: bool) -> None:
+    arm_target()
+    assert arm_features.compiles_to_dot_products(TRIPLE, cpu, features) == has
+
+
+def test_dot_products_of_bytes_are_one_instruction_on_arm() -> None:
+    def emit(vectors: Vectors, left: Value, right: Value, out: Value) -> None:
+        """Emit the products of a step of 16 groups with activations of 8 bits."""
+        levels, x = (vectors.load(address, I8, 64) for address in (left, right))
+        vectors.store(vectors.dot_quads(vectors.load(out, I32, 16), levels, x), out)
+
+    assembly = arm_assembly(emit, 3, NEON_DOTPROD, "neoverse-n1")
+    instructions = Counter(re.findall(r"^\t([a-z]\w+)", assembly, re.MULTILINE))
+    assert instructions["sdot"] == 4
+    assert set(instructions) <= {"ldp", "ldr", "sdot", "stp", "str", "ret"}
+
+
+def test_variants_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_processor(monkeypatch, "neon", "dotprod")
+    assert instruction_set.of_this_architecture() == [PORTABLE, NEON_DOTPROD]
+    assert instruction_set.features() == ["dotprod"]
+    fake_processor(monkeypatch, *_AVX2)
+    assert instruction_set.of_this_architecture() == [PORTABLE, AVX2, AVX2_VNNI, AVX512_NO_VNNI, AVX512]
+    assert instruction_set.why_unavailable(NEON_DOTPROD) == "needs dotprod, which this processor lacks"
