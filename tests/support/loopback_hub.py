@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on the loopback interface: the endpoints that huggingface_hub uses to list and to download.
+"""A small Hugging Face hub on the loopback interface: what huggingface_hub asks to list, download and upload.
 
 Commands find it by `environment`, which is to be given to a subprocess: huggingface_hub reads it when it is imported.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from loopback_uploads import Uploads
 
 Headers = dict[str, str]
 _INFO = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
@@ -31,6 +32,7 @@ class LoopbackHub:
 
     Attributes:
         models: repository -> path -> content.
+        put: SHA-256 -> content of the large files that were put, for a commit to name.
         asked: method, path and range of every request, in order.
         refuse: called with a path; returns status and headers of a refusal, or None.
         sent: called with a content; returns the bytes that are sent of it, whatever was announced.
@@ -41,6 +43,7 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.models: dict[str, dict[str, bytes]] = {}
+        self.put: dict[str, bytes] = {}
         self.asked: list[tuple[str, str, str]] = []
         self.refuse: Callable[[str], tuple[int, Headers] | None] = lambda path: None
         self.sent: Callable[[bytes], bytes] = lambda content: content
@@ -97,6 +100,30 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {}, b"")
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self._body()
+        self.hub.asked.append((self.command, path, ""))
+        refusal = self.hub.refuse(path)
+        if refusal is not None:
+            self._answer(*refusal, b"")
+            return
+        status, value = Uploads(self.hub.url, self.hub.models, self.hub.put).answer(self.command, path, body)
+        self._answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    do_PUT = do_POST
+
+    def _body(self) -> bytes:
+        """Return what the client sends, in one piece or in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _of_model(self, name: str, revision: str | None, answer: Callable[[str], None]) -> None:
         if name not in self.hub.models:
@@ -199,6 +226,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Path) -> No
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
         "HF_HUB_ETAG_TIMEOUT": 1,
         "HF_HUB_DOWNLOAD_TIMEOUT": 1,
     }

@@ -31,6 +31,7 @@ from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
 from tritgguf.cli.options import UsageError
+from tritgguf.cli.publish import publish_command
 from tritgguf.cli.pull import pull_command
 from tritgguf.cli.rm import rm_command
 from tritgguf.cli.run import run_command
@@ -169,6 +170,7 @@ for _name, _command in (
     ("inspect", inspect_command),
     ("check", check_command),
     ("doctor", doctor_command),
+    ("publish", publish_command),
     ("pull", pull_command),
     ("list", list_command),
     ("rm", rm_command),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,6 +40,23 @@ class KeepRule:
         return any(fnmatch.fnmatchcase(text, self.pattern) for text in (name, name.removesuffix(".weight")))
 
 
+class MeasuredCosts:
+    """Costs that were measured for one choice, and that other conversions of the same source need again.
+
+    To be shared only by conversions that measure on the same text.
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[tuple[str, ...], tuple[int, ...]], Costs] = {}
+
+    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+        """Return the costs of the named matrices at some depths; `measure` is called for what is not known yet."""
+        key = (tuple(names), tuple(some_depths))
+        if key not in self._costs:
+            self._costs[key] = measure(names, some_depths)
+        return self._costs[key]
+
+
 @dataclass(frozen=True)
 class DepthChoice:
     """Options that choose depths of single matrices; raises TritGgufError if they contradict each other.
@@ -48,12 +65,14 @@ class DepthChoice:
     target_bpw: average bits per weight over the packed matrices in the file, reached by choosing the other depths.
     target_bytes: size of the whole file at most, reached by choosing the other depths.
     sensitivity: a matrix without a rule loses a trit if its sensitivity is then below this threshold.
+    known: sensitivities that conversions of one source share; None: they are measured.
     """
 
     keep: tuple[KeepRule, ...] = ()
     target_bpw: float | None = None
     sensitivity: float | None = None
     target_bytes: int | None = None
+    known: MeasuredCosts | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         options = {"bpw": self.target_bpw, "size": self.target_bytes, "sensitivity": self.sensitivity}
@@ -126,7 +145,8 @@ class DepthChoice:
                 raise TritGgufError(
                     "--sensitivity removes a trit, but depth 1 has no trit to remove; give a greater --depth"
                 )
-            chosen = depths_below_threshold(measure(free, [depth - 1]), self.sensitivity, depth)
+            known = self.known or MeasuredCosts()
+            chosen = depths_below_threshold(known.of(free, [depth - 1], measure), self.sensitivity, depth)
         else:
             chosen = dict.fromkeys(free, depth)
         return {name: chosen[name] if name in chosen else kept[name] for name in weights}

@@ -14,6 +14,13 @@ from tritgguf.text_format import format_bytes, one_line
 from tritgguf.version import __version__
 
 _UNQUOTED_YAML = re.compile(r"[A-Za-z][\w./+-]*")
+CODEC = """\
+## Codec
+
+A weight is a level, stored as d balanced trits, divided by the largest level and multiplied by the scale of its group.
+The scales come from a codebook per matrix. The codec is by Eric Stentzel (Entrit Systems), "Balanced Ternary
+Post-Training Quantization for Large Language Models", 2026.
+"""
 _TAGS = ("tritgguf", "balanced-ternary", "quantized")
 
 
@@ -24,18 +31,15 @@ def model_card(path: Path, *, base_model: str | None, weight_bytes: int) -> str:
     TritGgufError if the file cannot be read.
     """
     file = describe(path)
-    name = f"{one_line(file.name)}, {_describe_depths(file)}"
-    facts = "\n".join(f"| {label} | {value} |" for label, value in _facts(file, base_model, weight_bytes))
-    return f"""{_front_matter(file, base_model)}
+    name = f"{one_line(file.name)}, {describe_depths(file)}"
+    return f"""{front_matter(file, base_model, "transformers")}
 # {name}
 
 A language model whose matrices were quantized to balanced ternary numbers, exported by tritgguf {__version__}. The
 weights in this folder are the quantized ones, decoded and rounded to float16, so that stock `transformers` loads them;
 they take as much space as those of any float16 model.
 
-| | |
-|---|---|
-{facts}
+{facts(file, base_model, weight_bytes)}
 
 ## Use
 
@@ -46,15 +50,11 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-## Codec
-
-A weight is a level, stored as d balanced trits, divided by the largest level and multiplied by the scale of its group.
-The scales come from a codebook per matrix. The codec is by Eric Stentzel (Entrit Systems), "Balanced Ternary
-Post-Training Quantization for Large Language Models", 2026.
-"""
+{CODEC}"""
 
 
-def _front_matter(file: FileDescription, base_model: str | None) -> str:
+def front_matter(file: FileDescription, base_model: str | None, library: str) -> str:
+    """Return the card's entries for the hub, with its `library_name`."""
     general = {key.removeprefix("general."): value for key, value in file.metadata.items()}
     entries: dict[str, Any] = {}
     if base_model is not None:
@@ -64,7 +64,7 @@ def _front_matter(file: FileDescription, base_model: str | None) -> str:
             entries[entry] = text
     if languages := _texts(general.get("languages")):
         entries["language"] = languages
-    entries |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    entries |= {"library_name": library, "pipeline_tag": "text-generation"}
     entries["tags"] = list(dict.fromkeys([*_TAGS, *_texts(general.get("tags"))]))
     lines = ["---"]
     for entry, value in entries.items():
@@ -75,11 +75,17 @@ def _front_matter(file: FileDescription, base_model: str | None) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> list[tuple[str, str]]:
+def facts(file: FileDescription, base_model: str | None, weight_bytes: int | None) -> str:
+    """Return the table of what is known of a file; `weight_bytes` None: it is not exported."""
+    rows = _rows(file, base_model, weight_bytes)
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
+
+
+def _rows(file: FileDescription, base_model: str | None, weight_bytes: int | None) -> list[tuple[str, str]]:
     """Return the rows of the table."""
     packed = [entry for entry in file.types if entry.type in trit_types.TritType.__members__]
     quantized = sum(entry.weights for entry in packed)
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _cell(file.name)
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else cell(file.name)
     rows = [("Source model", source)]
     for entry in sorted(packed, key=lambda entry: entry.type):
         depth = trit_types.TritType[entry.type].depth
@@ -107,10 +113,10 @@ def _facts(file: FileDescription, base_model: str | None, weight_bytes: int) -> 
             f"{trit_types.CODEBOOK_SIZE} entries per matrix; a scale is {trit_types.SCALE_DEPTH} trits"
             f" (scale_depth={trit_types.SCALE_DEPTH})",
         ),
-        ("Codec, encoder", f"{_cell(codec)}, {_cell(encoder)}"),
+        ("Codec, encoder", f"{cell(codec)}, {cell(encoder)}"),
         ("Quantized", f"{_count(quantized)} of {_count(file.weights)} weights: {_tensor_kinds(file, quantized=True)}"),
         ("Not quantized", _tensor_kinds(file, quantized=False)),
-        ("Size of the weights here", f"{format_bytes(weight_bytes)}, float16"),
+        *([] if weight_bytes is None else [("Size of the weights here", f"{format_bytes(weight_bytes)}, float16")]),
         ("Size of the packed GGUF file", format_bytes(file.file_bytes)),
     ]
 
@@ -124,11 +130,11 @@ def _measures(file: FileDescription) -> list[tuple[str, str]]:
         ("KL divergence from the source", f"{score.kl_mean:.4f} nats in the mean, {score.kl_p99:.4f} at most for 99 %"),
         ("Same most likely token", f"{score.top1_agreement:.1%}"),
         ("Perplexity", f"{score.perplexity:.3f}; of the source: {score.perplexity_reference:.3f}"),
-        ("Measured on", f"{score.tokens} tokens of the text with SHA-256 {_cell(score.text)}"),
+        ("Measured on", f"{score.tokens} tokens of the text with SHA-256 {cell(score.text)}"),
     ]
 
 
-def _describe_depths(file: FileDescription) -> str:
+def describe_depths(file: FileDescription) -> str:
     """Return `uniform d=2`, or `mixed d=2, 3`."""
     depths = [
         trit_types.TritType[entry.type].depth for entry in file.types if entry.type in trit_types.TritType.__members__
@@ -148,7 +154,7 @@ def _tensor_kinds(file: FileDescription, *, quantized: bool) -> str:
     kinds = dict.fromkeys(
         re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in file.tensors if (tensor.codebook is not None) == quantized
     )
-    return ", ".join(_cell(kind) for kind in kinds) or "none"
+    return ", ".join(cell(kind) for kind in kinds) or "none"
 
 
 def _count(weights: int) -> str:
@@ -159,7 +165,7 @@ def _texts(value: Any) -> list[str]:
     return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """Escape a text from the file for a Markdown table."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", one_line(str(value)))
 

@@ -1,0 +1,157 @@
+"""What a plan will need, before anything is made: sizes, disk, memory and time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpu_kernels.threads.cores import physical_cores
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.conversion.default_encoder import calibration_seconds
+from tritgguf.conversion.depths import apply_rules
+from tritgguf.conversion.file_metadata import file_metadata
+from tritgguf.conversion.plan import planned_tensor
+from tritgguf.conversion.requested_depths import requested_depths
+from tritgguf.evaluation.text_windows import WINDOW_TOKENS
+from tritgguf.formats.gguf_writer import planned_file_bytes
+from tritgguf.publishing.configurations import Configuration
+from tritgguf.publishing.inputs import SourceInputs
+from tritgguf.publishing.plan_file import PublishPlan
+from tritgguf.publishing.publish import check_options, jobs_of
+from tritgguf.sources.source import Source
+
+_BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# With two threads on AVX2, measured with SmolLM2 and Qwen2.5-Coder: only the order of magnitude is meant.
+_MEASURED_THREADS = 2
+_SECONDS_PER_WEIGHT_ENCODED = 1.5e-8
+_SECONDS_PER_WEIGHT_EXPORTED = 1.5e-8
+_SECONDS_PER_WEIGHT_LOADED = 1.5e-8  # by transformers, twice: the source once, and each file's decoded weights
+_SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 1.2e-10
+_BENCHED_TOKENS = 5 * WINDOW_TOKENS // 8
+_SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 1e-10
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that is to be made: size at most, and the seconds for all its stages."""
+
+    source: str
+    configuration: str
+    folder: str
+    file_bytes: int
+    export_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan needs.
+
+    Attributes:
+        files: a row for each file.
+        disk_bytes: of all files and exports; free_bytes: what is free there.
+        memory_bytes: at most, while the largest source is verified.
+        seconds: for everything.
+        not_fetched: hub ids whose files are not in the cache; nothing is known of them.
+
+    """
+
+    files: list[PlannedFile]
+    disk_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    seconds: float
+    not_fetched: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `publish --dry-run --json` prints."""
+        return {**vars(self), "files": [vars(file) for file in self.files]}
+
+
+def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
+    """Estimate a plan; nothing is written. Raises TritGgufError as `publish` does for what is impossible."""
+    files: list[PlannedFile] = []
+    memory = seconds_of_sources = 0.0
+    not_fetched = [source.location for source in plan.sources if not _is_here(source.location)]
+    for planned in plan.sources:
+        if planned.location in not_fetched:
+            continue
+        inputs = SourceInputs(plan, planned, threads, lambda stage, done, total: None)
+        source = inputs.source
+        check_options(plan, planned, source)
+        weights = _weights(source)
+        vocabulary = next(tensor.shape[0] for tensor in source.tensors if tensor.name == "token_embd.weight")
+        memory = max(memory, 4 * weights + 2 * 4 * min(WINDOW_TOKENS, plan.tokens) * vocabulary)
+        seconds_of_sources += weights * (
+            _SECONDS_PER_WEIGHT_LOADED + plan.tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
+        )
+        for job in jobs_of(plan, planned):
+            exports = [round(weights * _BYTES_OF_EXPORT[to]) for to in plan.exports]
+            files.append(
+                PlannedFile(
+                    planned.name,
+                    job.configuration.name,
+                    str(job.folder),
+                    file_bytes(source, job.configuration),
+                    sum(exports),
+                    _seconds(plan, inputs, job.configuration, weights),
+                )
+            )
+    speedup = (threads or physical_cores()) / _MEASURED_THREADS
+    return Estimate(
+        files,
+        sum(file.file_bytes + file.export_bytes for file in files),
+        shutil.disk_usage(_existing(plan.output)).free,
+        int(memory),
+        seconds_of_sources / speedup + sum(file.seconds for file in files),
+        not_fetched,
+    )
+
+
+def file_bytes(source: Source, configuration: Configuration) -> int:
+    """Return the size of a configuration's file without scores: at most, where depths are chosen by measurement."""
+    if configuration.target_size is not None:
+        return configuration.target_size
+    depths = requested_depths(source, configuration.options)
+    quantized = [name for name in depths if quantized_tensor(name)]
+    depths |= apply_rules(quantized, configuration.choice.keep)
+    tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
+    whole = planned_file_bytes(file_metadata(source.metadata, tensors, configuration.encoder, ""), tensors)
+    if configuration.target_bpw is None:
+        return whole
+    packed = [tensor for tensor in tensors if depths[tensor.name]]
+    others = whole - sum(tensor.n_bytes for tensor in packed)
+    return others + round(sum(math.prod(tensor.shape) for tensor in packed) * configuration.target_bpw / 8)
+
+
+def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configuration, weights: int) -> float:
+    speedup = (inputs.threads or physical_cores()) / _MEASURED_THREADS
+    each = _SECONDS_PER_WEIGHT_ENCODED + _SECONDS_PER_WEIGHT_LOADED
+    each += plan.tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
+    each += _BENCHED_TOKENS * _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED if plan.bench else 0.0
+    each += len(plan.exports) * _SECONDS_PER_WEIGHT_EXPORTED
+    with_text = inputs.needs_text(configuration)
+    text = calibration_seconds(weights, inputs.tokens_of(configuration), inputs.threads) if with_text else 0.0
+    return weights * each / speedup + text
+
+
+def _is_here(location: str) -> bool:
+    """Tell whether a source is on this machine: looking at it must not download it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "config.json"), str)
+
+
+def _weights(source: Source) -> int:
+    return sum(math.prod(tensor.shape) for tensor in source.tensors)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder that exists."""
+    folder = folder.absolute()
+    candidates: Sequence[Path] = (folder, *folder.parents)
+    return next(path for path in candidates if path.exists())

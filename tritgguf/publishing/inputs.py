@@ -1,0 +1,119 @@
+"""What the configurations of one source share: its calibration texts, importance and sensitivities, each made once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS
+from tritgguf.conversion.default_encoder import default_encoder
+from tritgguf.conversion.depths import MeasuredCosts
+from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Recover, Windows
+from tritgguf.conversion.importance_file import importance_of
+from tritgguf.conversion.own_text import SavedText, calibration_windows
+from tritgguf.evaluation.quantization_costs import Progress
+from tritgguf.publishing.configurations import Configuration
+from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
+from tritgguf.publishing.state import WORK_FOLDER
+from tritgguf.reference.model import require_torch
+from tritgguf.sources.open import open_source
+from tritgguf.sources.source import Source
+
+_SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities on
+
+
+class SourceInputs:
+    """A source, and what is made of it for its configurations when the first of them needs it."""
+
+    def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int | None, progress: Progress) -> None:
+        self.planned, self.threads = planned, threads
+        self._plan, self._progress = plan, progress
+        self._texts: dict[int, list[list[int]]] = {}
+        self._costs: dict[int, MeasuredCosts] = {}
+
+    @cached_property
+    def source(self) -> Source:
+        """The source, opened."""
+        return open_source(self.planned.location)
+
+    def encoder(self, configuration: Configuration) -> Encoder:
+        """Return the encoder of a configuration; what `auto` means depends on the source."""
+        encoder = configuration.parsed_encoder
+        if encoder != Automatic() or configuration.choice.needs_text:
+            return encoder
+        return default_encoder(self.source, configuration.options, self._tokens, self.threads).encoder
+
+    def needs_text(self, configuration: Configuration) -> bool:
+        """Tell whether a configuration needs a calibration text."""
+        encoder = self.encoder(configuration)
+        return encoder.needs_text or needs_importance(encoder) or configuration.choice.needs_text
+
+    def windows(self, configuration: Configuration) -> Windows | None:
+        """Return the calibration text that a configuration's conversion takes; None for none."""
+        if self.encoder(configuration).needs_text or configuration.choice.needs_text:
+            return self._text(self.tokens_of(configuration))
+        return None
+
+    def costs(self, configuration: Configuration) -> MeasuredCosts:
+        """Return the sensitivities, shared by all configurations that measure them on the same text."""
+        return self._costs.setdefault(self.tokens_of(configuration), MeasuredCosts())
+
+    @cached_property
+    def importance(self) -> Importance:
+        """The importance of the matrices' columns, measured on the whole calibration text."""
+        from tritgguf.calibration.importance import measure_importance
+
+        file = self._work_file("importance.gguf")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        measure_importance(
+            self.planned.location,
+            file,
+            self._text(self._tokens),
+            text=self._origin,
+            threads=self.threads,
+            overwrite=True,
+            progress=lambda done, total: self._progress("importance", done, total),
+        )
+        return importance_of(self.planned.location, file)[0]
+
+    def tokens_of(self, configuration: Configuration) -> int:
+        """Return the length of the calibration text that a configuration takes."""
+        whole = self.encoder(configuration).needs_text
+        return self._tokens if whole else min(_SENSITIVITY_TOKENS, self._tokens)
+
+    @property
+    def _origin(self) -> str:
+        calibration = self._plan.calibration
+        return f"own text, seed {calibration.seed}" if calibration.text is None else calibration.text.name
+
+    @property
+    def _tokens(self) -> int:
+        default = DEFAULT_GENERATED_TOKENS if self._plan.calibration.text is None else DEFAULT_TOKENS
+        return self._plan.calibration.tokens or default
+
+    def _text(self, tokens: int) -> list[list[int]]:
+        """Return a calibration text; one that the model writes can be resumed."""
+        if tokens not in self._texts:
+            require_torch()
+            calibration = self._plan.calibration
+            kept = self._work_file(f"{tokens}-tokens")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with SavedText(kept, resume=kept.with_name(f"{kept.name}.part.text").exists()) as saved:
+                self._texts[tokens], _ = calibration_windows(
+                    self.source,
+                    calibration.text,
+                    tokens,
+                    seed=calibration.seed,
+                    threads=self.threads,
+                    saved=saved,
+                    progress=lambda done, total: self._progress("generating text", done, total),
+                )
+        return self._texts[tokens]
+
+    def _work_file(self, name: str) -> Path:
+        return self._plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+
+
+def needs_importance(encoder: Encoder) -> bool:
+    """Tell whether an encoder takes an importance matrix."""
+    return isinstance(encoder.fallback if isinstance(encoder, Recover) else encoder, ImportanceSearch)
