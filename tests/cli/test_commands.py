@@ -20,6 +20,7 @@ from tritgguf.cli import app, terminal
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.encoders import V2
+from tritgguf.conversion.recipes import parse_recipe
 from tritgguf.conversion.report import ConvertReport
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import LayerError
@@ -56,6 +57,7 @@ def any_source(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("importance_file", "own_text"):  # which would keep the fake if they were imported now
         importlib.import_module(f"tritgguf.conversion.{name}")
     monkeypatch.setattr("tritgguf.sources.open.open_source", lambda name: None)
+    monkeypatch.setattr("tritgguf.conversion.plan.check_depths", lambda source, options: None)
 
 
 @pytest.mark.usefixtures("any_source")
@@ -89,7 +91,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert app.main(["convert", "org/name", "out.gguf", *arguments]) == 0
     options: dict[str, Any] = {"depth": 3, "encoder": V2(), "threads": 2, "overwrite": True, "resume": True}
     options |= {"output_depth": None, "embedding_depth": 4, "importance": None, "windows": None}
-    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": "small"}
+    options |= {"choice": DepthChoice((KeepRule("*.ffn_down", 4),)), "recipe": parse_recipe("small")}
     assert calls == [("org/name", Path("out.gguf"), options)]
     captured = capsys.readouterr()
     for text in ("TRIT2", "61.3 MB", "3.500", "6.250", "0.1234", "1.23 GB"):

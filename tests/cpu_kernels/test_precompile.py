@@ -16,7 +16,9 @@ from tiny_models import write_tiny_model
 import cpu_kernels
 from cpu_kernels import precompile
 from cpu_kernels.all_kernels import all_kernels
+from cpu_kernels.compilation import kernel_cache, loader
 from cpu_kernels.compilation.kernel import Kernel
+from cpu_kernels.simd import instruction_set
 from cpu_kernels.simd.variants import PORTABLE, as_type
 
 # Runs commands in one process and prints the kernels that were compiled there.
@@ -113,3 +115,14 @@ def test_a_dying_worker_leaves_the_kernels_to_their_first_use(tmp_path: Path) ->
     )
     assert result.stdout.split() == ["0", "True"]
     assert not list(tmp_path.rglob("*.complete"))
+
+
+@pytest.mark.slow
+def test_every_shared_kernel_that_is_called_is_listed() -> None:
+    kernels = all_kernels(instruction_set.chosen())
+    listed = {kernel.symbol(types) for kernel, versions in kernels.items() for types in versions}
+    for kernel, versions in kernels.items():
+        for types in versions:
+            content = kernel_cache.read(kernel.file_name(types)) or kernel.compile(types)
+            called = loader.shared_symbols(content)
+            assert set(called) <= listed, (kernel.__name__, called)

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cpu_kernels.all_kernels import all_kernels
 from cpu_kernels.compilation import kernel_cache, loader
 from cpu_kernels.compilation import lazy_numba as numba
-from cpu_kernels.simd.variants import PORTABLE, as_type
 
 
 class Pair(NamedTuple):
@@ -140,13 +138,3 @@ def test_a_shared_kernel_that_is_nowhere_is_not_called() -> None:
     content = loader.pack(b"", symbol="entry", results=[], externals=["malloc", missing])
     assert loader.shared_symbols(content) == [missing]
     assert loader.load(content) is None
-
-
-@pytest.mark.slow
-def test_every_shared_kernel_that_is_called_is_listed() -> None:
-    kernels = all_kernels(as_type(PORTABLE))
-    listed = {kernel.symbol(types) for kernel, versions in kernels.items() for types in versions}
-    for kernel, versions in kernels.items():
-        for types in versions:
-            called = loader.shared_symbols(kernel.compile(types))
-            assert set(called) <= listed, (kernel.__name__, called)
