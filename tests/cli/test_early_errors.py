@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -217,3 +219,14 @@ def test_options_are_checked_before_kernels_are_compiled(
     assert message in fails(capsys, "convert", str(folder), "out.gguf", *options)
     assert "give at most 1024" in fails(capsys, "convert", str(folder), "out.gguf", "-t", "9999", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_text_from_a_pipe_is_read_once(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("The quick brown fox. " * 200), daemon=True)
+    writer.start()
+    command = ["convert", str(folder), str(tmp_path / "out.gguf"), "--depth", "2", "--encoder", "calibrated"]
+    assert app.main([*command, "--text", str(pipe), "--tokens", "128"]) == 0

@@ -75,12 +75,13 @@ def _prepare(source: str, options: DepthOptions, text: Path | None, imatrix: Pat
     """
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.plan import check_depths
-    from tritgguf.formats.text_file import read_text
+    from tritgguf.formats.text_file import is_pipe, read_text
     from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
     check_depths(open_source(source), options)
-    if text is not None and str(text) != "-" and not read_text(text).strip():
+    # A pipe can be read only once, and is read for the windows.
+    if text is not None and not is_pipe(text) and not read_text(text).strip():
         raise TritGgufError(f"{text}: has no text; give a text file")
     importance = (None, []) if imatrix is None else importance_of(source, imatrix)
     prepare_kernels()

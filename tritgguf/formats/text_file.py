@@ -40,6 +40,11 @@ def read_text(path: str | Path) -> str:
     return decode_text(data, str(path))
 
 
+def is_pipe(path: str | Path) -> bool:
+    """Tell whether what `read_text` reads is gone afterwards: standard input or another pipe."""
+    return str(path) == _STANDARD_INPUT or Path(path).is_fifo()
+
+
 def decode_text(data: bytes, where: str) -> str:
     """Return the text of a file's bytes, without its byte order mark.
 
