@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -40,17 +39,6 @@ def fits_in_memory(n_bytes: int) -> bool:
     """Tell whether a file of this size can stay in the memory that is available; true if the system does not say."""
     memory = machine_memory_bytes()
     return memory is None or n_bytes < memory[1]
-
-
-def user_cache_folder() -> Path:
-    """Return where the system wants what this program keeps and can make again; the folder may not exist."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "tritgguf"
 
 
 def _kilobytes(file: Path) -> dict[str, int]:

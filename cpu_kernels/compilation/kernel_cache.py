@@ -34,7 +34,7 @@ def folder() -> Path | None:
     """Return the first folder that can be written: NUMBA_CACHE_DIR, the package's own, or the user's; None if none."""
     configured = os.environ.get(FOLDER_VARIABLE)
     candidates = [Path(configured)] if configured else []
-    candidates += [_PACKAGE / "__pycache__", _user_folder()]
+    candidates += [_PACKAGE / "__pycache__", user_cache_folder()]
     for candidate in candidates:
         with contextlib.suppress(OSError):
             candidate.mkdir(parents=True, exist_ok=True)
@@ -44,8 +44,8 @@ def folder() -> Path | None:
     return None
 
 
-def _user_folder() -> Path:
-    """Return where the system wants the caches of programs."""
+def user_cache_folder() -> Path:
+    """Return where the system wants what this program keeps and can make again; the folder may not exist."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
     elif sys.platform == "darwin":

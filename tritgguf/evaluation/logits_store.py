@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from cpu_kernels.compilation.kernel_cache import user_cache_folder
 from tritgguf.errors import BadRequestError
-from tritgguf.machine import user_cache_folder
 from tritgguf.text_format import parse_bytes
 from tritgguf.version import __version__
 
