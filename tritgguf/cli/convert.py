@@ -128,7 +128,7 @@ def convert_command(
     own_text: OwnText = False,
     tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
-    tune: Tune = False,
+    tune: Tune = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -139,26 +139,30 @@ def convert_command(
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
     from tritgguf.conversion.convert import convert
+    from tritgguf.conversion.default_encoder import training_note
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
-    from tritgguf.conversion.encoders import parse_encoder, with_tuning
+    from tritgguf.conversion.encoders import Calibrated, parse_encoder, with_tuning
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
+    from tritgguf.sources.open import open_source
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
-    chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
+    chosen = parse_encoder(encoder) if tune is None else with_tuning(parse_encoder(encoder), tune)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
     settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
     settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
     started = time.perf_counter()
-    if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
+    if encoder == "auto" and tune is None and imatrix is None and not text_options.is_given and not choice.needs_text:
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
+        if isinstance(chosen, Calibrated) and chosen.end_to_end is not None:
+            note(training_note(open_source(source), chosen.end_to_end, settings["windows"] or (), threads))
         with terminal.progress(in_bytes=True) as report:
             result = convert(
                 source,

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
-from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
+from tritgguf.conversion.encoders import Automatic, Calibrated, Encoder, EncodingJob, Importance, Windows, parse_encoder
 from tritgguf.conversion.pipeline import encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.recipes import Recipe, parse_recipe
@@ -92,7 +92,7 @@ def convert(
     counter = _ProgressCounter(opened, progress)
     plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
     with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
-        squares, warnings = _encode(plan, writer, thread_pool, counter.written)
+        squares, warnings = _encode(plan, writer, thread_pool, counter)
     return conversion_report(plan, output, squares, time.perf_counter() - started, warnings)
 
 
@@ -105,13 +105,14 @@ def _writer(
 
 
 def _encode(
-    plan: ConversionPlan, writer: StreamingWriter, thread_pool: ThreadPool, written: Callable[[str], None]
+    plan: ConversionPlan, writer: StreamingWriter, thread_pool: ThreadPool, counter: _ProgressCounter
 ) -> tuple[tuple[float, float], list[str]]:
-    """Encode and write a plan's tensors; return sums of the squared errors and of the squared weights, and warnings.
-
-    `written` is called with the name of each matrix after it is written.
-    """
-    job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
+    """Encode and write a plan's tensors; return sums of the squared errors and of the squared weights, and warnings."""
+    if isinstance(plan.quantizer, Calibrated):
+        counter.expect(plan.quantizer.passes)
+    job = EncodingJob(
+        plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer), counter.prepared
+    )
     squares = np.zeros(2)
     names = [name for tensor in plan.tensors for name in tensor.matrices]
     encoder = plan.quantizer.start(job)
@@ -119,7 +120,7 @@ def _encode(
     with closing(encode_and_write(plan.source, writer, plan.recovery.fits, encoder, thread_pool)) as matrices:
         for name, matrix_squares in zip(names, matrices, strict=True):
             squares += matrix_squares
-            written(name)
+            counter.written(name)
     return (float(squares[0]), float(squares[1])), encoder.warnings
 
 
@@ -130,6 +131,18 @@ class _ProgressCounter:
         self._listener = listener
         self._bytes = {name: tensor.matrix_bytes for tensor in source.tensors for name in tensor.matrices}
         self._done, self._total = 0, sum(self._bytes.values())
+        self._pass, self._share = self._total, 0.0
+
+    def expect(self, passes: int) -> None:
+        """Count passes over all matrices that come before the first one is written."""
+        self._total += passes * self._pass
+
+    def prepared(self, label: str, share: float) -> None:
+        """Count a share of such a pass."""
+        self._share += share
+        whole = round(self._share * self._pass)
+        self._share -= whole / self._pass
+        self._report(label, whole)
 
     def searched(self, name: str) -> None:
         """Count a matrix that was searched for trits and will be read again to be written."""
@@ -138,6 +151,9 @@ class _ProgressCounter:
 
     def written(self, name: str) -> None:
         """Count a matrix that was written."""
-        self._done += self._bytes[name]
+        self._report(name, self._bytes[name])
+
+    def _report(self, label: str, n_bytes: int) -> None:
+        self._done += n_bytes
         if self._listener is not None:
-            self._listener(ConvertProgress(name, self._done, self._total))
+            self._listener(ConvertProgress(label, self._done, self._total))

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
+from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch, Windows
 from tritgguf.conversion.recovery import holds_trits
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
@@ -26,6 +27,8 @@ DEEPEST_TO_CALIBRATE = 2
 _SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
 _SECONDS_PER_WEIGHT = 2e-7
 """For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
+_TRAINING_SECONDS = 8e-11
+"""For each weight, token and epoch of end-to-end training, likewise."""
 _MEASURED_THREADS = 2
 
 
@@ -64,8 +67,7 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
     except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
         return DefaultEncoder(V2(), [f"{lost}: {error}"])
-    seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)
-    time = "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"
+    time = _in_words(calibration_seconds(_weights(source), tokens, threads))
     note = f"calibrating on {tokens} tokens that the model writes: {time} (--encoder v2: seconds, but much is lost)"
     return DefaultEncoder(Calibrated(), [note])
 
@@ -74,3 +76,19 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -
     """Estimate how long a model takes to write this many tokens and to be calibrated on them."""
     seconds = weights * (tokens * _SECONDS_PER_WEIGHT_AND_TOKEN + _SECONDS_PER_WEIGHT)
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
+
+
+def training_note(source: Source, settings: EndToEnd, windows: Windows, threads: int | None) -> str:
+    """Return a line that says how long calibration on windows and end-to-end training take."""
+    tokens, weights = sum(map(len, windows)), _weights(source)
+    training = weights * tokens * settings.epochs * _TRAINING_SECONDS * _MEASURED_THREADS
+    seconds = calibration_seconds(weights, tokens, threads) + training / (threads or physical_cores())
+    return f"calibrating and training end to end on {tokens} tokens: {_in_words(seconds)}"
+
+
+def _weights(source: Source) -> int:
+    return sum(math.prod(tensor.shape) for tensor in source.tensors)
+
+
+def _in_words(seconds: float) -> str:
+    return "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"

@@ -169,7 +169,8 @@ def _encode(
     if isinstance(rows, _Encoded):
         return rows
     if matrix.depth is None:
-        return _Encoded(rows.blocks())
+        replacement = encoder.replacement(matrix.name)
+        return _Encoded(rows.blocks() if replacement is None else iter([replacement]))
     with _matrix_named(source, matrix):
         quantized = (
             encoder.encode(matrix.name, rows, matrix.depth) if fit is None else fit.encode_rows(rows, thread_pool)

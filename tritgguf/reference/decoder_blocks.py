@@ -28,6 +28,7 @@ from tritgguf.reference.process_settings import silent_transformers, torch_threa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tritgguf.architectures.tensor_part import TensorPart
     from tritgguf.sources.source import Source
 
 _EMBEDDINGS = "token_embd.weight"
@@ -101,8 +102,9 @@ class DecoderBlocks:
         prefix = f"blk.{index}."
         tensors = [tensor for tensor in self._source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
-        weights = {name: part.view(parameters[of]) for name, (of, part) in places.items()}
-        block = Block(self, index, weights, find_experts(layer, weights))
+        parts = {name: (parameters[of], part) for name, (of, part) in places.items()}
+        weights = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
+        block = Block(self, index, parts, find_experts(layer, weights))
         for name in (matrix for tensor in tensors for matrix in tensor.matrices):
             block.set(name, to_float32(self._source.rows(name).whole()))
             self._source.release(name)
@@ -171,16 +173,19 @@ class Block:
     Attributes:
         matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
             into a parameter changes the block. The experts' are not among them.
+        vectors: GGUF names of norms and biases.
         experts: the experts; None in a dense model.
 
     Methods take the names of experts' matrices (see `stacks`) too, except where they speak of inputs.
     """
 
     def __init__(
-        self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any], experts: ExpertLayer | None
+        self, blocks: DecoderBlocks, index: int, parts: dict[str, tuple[Any, TensorPart]], experts: ExpertLayer | None
     ) -> None:
-        self._blocks, self.index, self._parameters = blocks, index, parameters
-        packed = {name: value for name, value in parameters.items() if quantized_tensor(name)}
+        self._blocks, self.index, self._parts = blocks, index, parts
+        self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
+        packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
+        self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
         self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
         self.experts = experts
 
@@ -235,6 +240,20 @@ class Block:
         outputs: list[Tensor] = []
         self._blocks.run(hidden, self.index, outputs.append)
         return torch.cat(outputs)
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """Return the gradients of the block's input and of its weights (GGUF name -> array in GGUF's row order).
+
+        `hidden` is the input and `gradient` that of the output, both float32 [windows, tokens, width].
+        """
+        layer, inputs = self._blocks.layer(self.index), hidden.detach().requires_grad_()
+        try:
+            layer.requires_grad_(True)
+            self.forward_with_gradients(inputs).backward(gradient)
+            used = {name: part.view(of.grad) for name, (of, part) in self._parts.items() if of.grad is not None}
+            return inputs.grad, {name: self.in_gguf_order(name, value.numpy()) for name, value in used.items()}
+        finally:
+            layer.requires_grad_(False).zero_grad()
 
     def input_groups(self, hidden: Tensor) -> list[tuple[str, ...]]:
         """Return the names of the packed matrices in execution order, grouped by shared input."""
