@@ -200,8 +200,8 @@ EncoderName = Annotated[
         "--encoder",
         metavar="NAME",
         help="v2: the published codec; best: search all scales; imatrix: search weighted by importance; calibrated:"
-        " error feedback on a calibration text; tuned: also train on the text; recover: recover dequantized trits"
-        " exactly; recover+v2: v2 for matrices without an exact fit.",
+        " error feedback on a calibration text; tuned, tuned-end-to-end, tuned-both: see --tune; recover: recover"
+        " dequantized trits exactly; recover+v2: v2 for matrices without an exact fit.",
         show_default="recover if the source holds dequantized trits, calibrated at 1 and 2 trits, otherwise best",
     ),
 ]

@@ -250,8 +250,11 @@ class Block:
         try:
             layer.requires_grad_(True)
             self.forward_with_gradients(inputs).backward(gradient)
-            used = {name: part.view(of.grad) for name, (of, part) in self._parts.items() if of.grad is not None}
-            return inputs.grad, {name: self.in_gguf_order(name, value.numpy()) for name, value in used.items()}
+            used = {name: part.view(of.grad).numpy() for name, (of, part) in self._parts.items() if of.grad is not None}
+            found = {name: self.in_gguf_order(name, value) for name, value in used.items()}
+            for name in found.keys() & self.vectors:  # an offset of norms has no gradient
+                found[name] = found[name] - self.in_gguf_order(name, np.zeros_like(used[name]))
+            return inputs.grad, found
         finally:
             layer.requires_grad_(False).zero_grad()
 
