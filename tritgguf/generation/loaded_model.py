@@ -162,11 +162,13 @@ def load(
     draft: str | Path | None = None,
     draft_max: int = 16,
     on_compilation: Callable[[], None] | None = None,
+    on_download: Callable[[str, int, int], None] | None = None,
 ) -> LoadedModel:
     """Open a trit GGUF file for generation.
 
     Args:
-        path: the file.
+        path: the file, or its name on the hub, `organization/name` or `organization/name:d2`, where no path is called
+            so. Then it is fetched, unless it is in the hub's cache.
         context: room for a prompt and its answer, in tokens; None for what the model was trained for.
         parallel: how many generations run at once; others wait.
         threads: None for the physical cores.
@@ -178,18 +180,20 @@ def load(
         isa: the instruction set, such as "avx2"; None for the best that works here.
         lookup: whether to guess next tokens from equal passages of prompt and answer, and evaluate several at once
             where that saves time. Answers stay the same.
-        draft: the trit file of a smaller model with the same vocabulary, which guesses instead.
+        draft: the trit file of a smaller model with the same vocabulary, which guesses instead; named like `path`.
         draft_max: how many tokens are guessed at most.
         on_compilation: called if kernels have to be compiled first, which takes about half a minute on a machine's
             first run.
+        on_download: called while a file is fetched: what is done, the bytes done and their total.
 
     Raises:
-        TritGgufError: the file is damaged or of an unknown kind, an option has an impossible value, or the context
-            needs more memory than there is.
+        TritGgufError: the file is damaged or of an unknown kind, or the hub does not give it, an option has an
+            impossible value, or the context needs more memory than there is.
 
     """
     if (context is not None and context < 1) or parallel < 1:
         raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
+    path, draft = _local(path, on_download), None if draft is None else _local(draft, on_download)
     start = time.perf_counter()
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
@@ -207,6 +211,18 @@ def load(
     engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type, speculation)
     start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
     return LoadedModel(Path(path), tokenizer, template, time.perf_counter() - start, engine)
+
+
+def _local(path: str | Path, on_download: Callable[[str, int, int], None] | None) -> Path:
+    """Return the path of a file that is named; fetched if it is on the hub and not in the cache."""
+    from tritgguf.sources.hub_names import name_instead_of
+
+    name = name_instead_of(path)
+    if name is None:
+        return Path(path)
+    from tritgguf.sources.hub_files import local_or_fetched
+
+    return local_or_fetched(name, on_download or (lambda stage, done, total: None)).location
 
 
 def _open(path: str | Path, isa: str | None) -> tuple[GgufFile, float]:
