@@ -88,9 +88,11 @@ def test_short_contexts_are_evaluated_once_in_full_passes(tiny_trit_file: Callab
         for place, context in enumerate(contexts)
         for first in range(1 + place % 2 * 3)
     ]
+    free = model.engine.pool.free_pages
     passes = tokens_of_passes(model, asked)
     assert sum(passes) == 100 * 11 + 50 * 3 * 2
     assert len(passes) <= 5
+    assert model.engine.pool.free_pages == free - 1  # only the last context is kept
 
 
 def test_nothing_is_left_behind_after_an_error(serving_model: LoadedModel) -> None:

@@ -52,8 +52,9 @@ class _Group:
     first_output: int
     last_tokens: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # in the list of continuations
-    leads: bool = True  # it is the first of its context: its keys and values are worth keeping
+    leader: _Group | None = None  # the first one of its context, if that is another one
     followers: list[_Group] = field(default_factory=list)  # the other ones of its context
+    unfinished: int = 1  # of it and its followers
     new_tokens: int = 0  # which no group before it has
 
     def reduce(self, rows: np.ndarray, first: int) -> np.ndarray:
@@ -102,7 +103,7 @@ def log_likelihoods(
     """
     results: list[Likelihood | None] = [None] * len(continuations)
     done = 0
-    waiting, running = deque(_leaders(_groups(continuations))), list[_Running]()
+    waiting, running, kept = deque(_leaders(_groups(continuations))), list[_Running](), list[_Group]()
     try:
         while waiting or running:
             _submit(engine, waiting, running)
@@ -113,6 +114,7 @@ def log_likelihoods(
                 for place, likelihood in one.group.likelihoods(engine.outputs(one.request)):
                     results[place] = likelihood
                 done += len(one.group.places)
+            kept = _still_kept(engine, kept, [one.group for one in ended])
             waiting.extendleft(follower for one in reversed(ended) for follower in reversed(one.group.followers))
             if on_done is not None:
                 on_done(done)
@@ -133,13 +135,27 @@ def _submit(engine: Engine, waiting: deque[_Group], running: list[_Running]) -> 
         left -= group.new_tokens
 
 
+def _still_kept(engine: Engine, kept: Sequence[_Group], ended: Sequence[_Group]) -> list[_Group]:
+    """Return the leaders whose keys and values are still of use, and let the engine forget those of the others.
+
+    A leader is of use to its followers. The last one is of use to the next leader, which shares most with it.
+    """
+    leaders = [*kept, *(group for group in ended if group.leader is None)]
+    for group in ended:
+        (group.leader or group).unfinished -= 1
+    for leader in leaders[:-1]:
+        if not leader.unfinished:
+            engine.forget_prefix(leader.prompt)
+    return [leader for leader in leaders[:-1] if leader.unfinished] + leaders[-1:]
+
+
 def _request(group: _Group) -> Request:
     return Request(
         group.prompt,
         wanted="logits",
         first_output=group.first_output,
         reduce_outputs=group.reduce,
-        keep_prompt=group.leads,
+        keep_prompt=group.leader is None,
     )
 
 
@@ -163,7 +179,8 @@ def _leaders(groups: Sequence[_Group]) -> list[_Group]:
     for group in groups:
         leader = found.setdefault(tuple(group.prompt[: group.first_output + 1]), group)
         if leader is not group:
-            group.leads = False
+            group.leader = leader
+            leader.unfinished += 1
             group.new_tokens = len(group.prompt) - group.first_output
             leader.followers.append(group)
     leaders = sorted(found.values(), key=lambda leader: not leader.followers)
