@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,20 @@ def _tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
+def _experts_forward(experts: Any, inputs: Any, chosen: Any, scores: Any) -> Any:
+    """Compute transformers' experts for tokens [n, width], without a gradient of the whole stack for every expert."""
+    import torch
+
+    output = torch.zeros_like(inputs)
+    stacks = zip(experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True)
+    for expert, (gate_up, down) in enumerate(stacks):
+        tokens, place = torch.where(chosen == expert)
+        gate, up = torch.nn.functional.linear(inputs[tokens], gate_up).chunk(2, dim=-1)
+        product = torch.nn.functional.linear(experts.act_fn(gate) * up, down) * scores[tokens, place, None]
+        output = output.index_add(0, tokens, product.to(output.dtype))
+    return output
+
+
 def _train(model: Any, ids: Any, steps: int, generator: np.random.Generator) -> None:
     """Minimize the loss of random windows of the text; AdamW with a warmup and a cosine decay."""
     import torch
@@ -104,6 +119,8 @@ def _train(model: Any, ids: Any, steps: int, generator: np.random.Generator) -> 
     warmup = max(1, round(_WARMUP * steps))
     started, mean_loss = time.perf_counter(), 0.0
     model.train()
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = partial(_experts_forward, layer.mlp.experts)
     with terminal.progress(in_bytes=False) as report:
         for step in range(steps):
             rate = min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * step / steps))
@@ -111,7 +128,7 @@ def _train(model: Any, ids: Any, steps: int, generator: np.random.Generator) -> 
                 group["lr"] = _LEARNING_RATE * rate
             starts = generator.integers(0, len(ids) - _WINDOW, _BATCH)
             batch = torch.stack([ids[start : start + _WINDOW] for start in starts])
-            with torch.autocast("cpu", torch.bfloat16), silent_transformers():
+            with silent_transformers():
                 loss = model(batch, labels=batch).loss
             optimizer.zero_grad()
             loss.backward()
