@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,8 +54,10 @@ _LEARNING_RATE = 2e-3
 _WARMUP = 0.05  # of all steps
 
 
-def train_mixture(folder: Path, *, steps: int, seed: int = 0, sizes: dict[str, Any] | None = None) -> None:
-    """Train a mixture and write it with its tokenizer to a Hugging Face folder, in float16.
+def train_mixture(
+    folder: Path, text: str, *, steps: int, seed: int = 0, sizes: Mapping[str, Any] | None = None
+) -> None:
+    """Train a mixture on a text and write it with its tokenizer to a Hugging Face folder, in float16.
 
     `sizes` replace entries of its configuration. Raises TritGgufError if torch or transformers is missing.
     """
@@ -62,7 +65,6 @@ def train_mixture(folder: Path, *, steps: int, seed: int = 0, sizes: dict[str, A
     import torch
     import transformers
 
-    text, _ = package_texts.texts()
     tokenizer = _tokenizer(text)
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
     torch.manual_seed(seed)
@@ -94,7 +96,7 @@ def _tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
-def _experts_forward(experts: Any, inputs: Any, chosen: Any, scores: Any) -> Any:
+def experts_forward(experts: Any, inputs: Any, chosen: Any, scores: Any) -> Any:
     """Compute transformers' experts for tokens [n, width], without a gradient of the whole stack for every expert."""
     import torch
 
@@ -120,7 +122,7 @@ def _train(model: Any, ids: Any, steps: int, generator: np.random.Generator) -> 
     started, mean_loss = time.perf_counter(), 0.0
     model.train()
     for layer in model.model.layers:
-        layer.mlp.experts.forward = partial(_experts_forward, layer.mlp.experts)
+        layer.mlp.experts.forward = partial(experts_forward, layer.mlp.experts)
     with terminal.progress(in_bytes=False) as report:
         for step in range(steps):
             rate = min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * step / steps))
@@ -148,7 +150,7 @@ def main(
     target = folder or DEFAULT_FOLDER / NAME
     if target.exists():
         raise TritGgufError(f"{target}: exists already; remove it first, or name another folder")
-    train_mixture(target, steps=steps, seed=seed)
+    train_mixture(target, package_texts.texts()[0], steps=steps, seed=seed)
 
 
 if __name__ == "__main__":
