@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +42,8 @@ class SourceInputs:
         encoder = configuration.parsed_encoder
         if encoder != Automatic() or configuration.choice.needs_text:
             return encoder
-        return default_encoder(self.source, configuration.options, self._tokens, self.threads).encoder
+        # A plan may take a night: `--dry-run` shows its time.
+        return default_encoder(self.source, configuration.options, self._tokens, self.threads, math.inf).encoder
 
     def needs_text(self, configuration: Configuration) -> bool:
         """Tell whether a configuration needs a calibration text."""
