@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.memory import whole_model
+from tools.memory.curve import BOUND
 from tools.models import synthetic_checkpoint
 from tools.models.random_model import QKV
 from tritgguf.architectures.dimensions import Dimensions
@@ -18,12 +19,12 @@ SIZES = Dimensions(layers=2, vocabulary=384, hidden=128, feed_forward=192, heads
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-@pytest.mark.parametrize(("bound", "code"), [(whole_model.BOUND, 0), (1_000_000, 1)])
+@pytest.mark.parametrize(("bound", "code"), [(BOUND, 0), (1_000_000, 1)])
 def test_every_step_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, bound: int, code: int
 ) -> None:
     monkeypatch.setattr(synthetic_checkpoint, "_RANDOM_WEIGHTS", 1 << 12)
-    monkeypatch.setitem(whole_model.SHAPES, "qwen2.5-32b", SIZES)
+    monkeypatch.setitem(synthetic_checkpoint.SHAPES, "qwen2.5-32b", SIZES)
     monkeypatch.setattr(whole_model, "BOUND", bound)
     monkeypatch.setattr(sys, "argv", ["whole_model.py", "--layers", "1", "--folder", str(tmp_path)])
     assert whole_model.main() == code
