@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 
-from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS
+from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS, vocabulary_size
 from tritgguf.conversion.default_encoder import default_encoder
 from tritgguf.conversion.depths import MeasuredCosts
 from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Recover, Windows
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
 from tritgguf.evaluation.quantization_costs import Progress
+from tritgguf.evaluation.text_windows import WINDOW_TOKENS as EVALUATED_AT_ONCE
 from tritgguf.publishing.configurations import Configuration
 from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
 from tritgguf.publishing.state import WORK_FOLDER
@@ -25,11 +27,36 @@ _SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities
 class SourceInputs:
     """A source, and what is made of it for its configurations when the first of them needs it."""
 
-    def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int | None, progress: Progress) -> None:
-        self.planned, self.threads = planned, threads
-        self._plan, self._progress = plan, progress
+    def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int) -> None:
+        self.plan, self.planned, self.threads = plan, planned, threads
+        self._progress: Progress = _no_progress
         self._texts: dict[int, list[list[int]]] = {}
         self._costs: dict[int, MeasuredCosts] = {}
+
+    def __reduce__(self) -> tuple[type[SourceInputs], tuple[PublishPlan, PlannedSource, int]]:
+        """Travel to another process without what was made here."""
+        return SourceInputs, (self.plan, self.planned, self.threads)
+
+    def report_to(self, progress: Progress) -> None:
+        """Set whom to tell how far the text and the importance are."""
+        self._progress = progress
+
+    @property
+    def largest_matrix_bytes(self) -> int:
+        """Size of the largest matrix in the source."""
+        return max(tensor.matrix_bytes for tensor in self.source.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the source's weights on disk."""
+        return sum(tensor.stored_bytes for tensor in self.source.tensors)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """Memory for evaluating a file: the source in float32, and the logits of one window, twice."""
+        weights = sum(math.prod(tensor.shape) for tensor in self.source.tensors)
+        logits = min(EVALUATED_AT_ONCE, self.plan.tokens) * vocabulary_size(self.source)
+        return 4 * weights + 2 * 4 * logits
 
     @cached_property
     def source(self) -> Source:
@@ -83,19 +110,19 @@ class SourceInputs:
 
     @property
     def _origin(self) -> str:
-        calibration = self._plan.calibration
+        calibration = self.plan.calibration
         return f"own text, seed {calibration.seed}" if calibration.text is None else calibration.text.name
 
     @property
     def _tokens(self) -> int:
-        default = DEFAULT_GENERATED_TOKENS if self._plan.calibration.text is None else DEFAULT_TOKENS
-        return self._plan.calibration.tokens or default
+        default = DEFAULT_GENERATED_TOKENS if self.plan.calibration.text is None else DEFAULT_TOKENS
+        return self.plan.calibration.tokens or default
 
     def _text(self, tokens: int) -> list[list[int]]:
         """Return a calibration text; one that the model writes can be resumed."""
         if tokens not in self._texts:
             require_torch()
-            calibration = self._plan.calibration
+            calibration = self.plan.calibration
             kept = self._work_file(f"{tokens}-tokens")
             kept.parent.mkdir(parents=True, exist_ok=True)
             with SavedText(kept, resume=kept.with_name(f"{kept.name}.part.text").exists()) as saved:
@@ -111,7 +138,11 @@ class SourceInputs:
         return self._texts[tokens]
 
     def _work_file(self, name: str) -> Path:
-        return self._plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+        return self.plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def needs_importance(encoder: Encoder) -> bool:
