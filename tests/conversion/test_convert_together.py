@@ -13,7 +13,7 @@ from tiny_models import write_tiny_model
 
 from tritgguf.conversion.convert import Conversion, ConvertProgress, convert, convert_together
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.encoders import V2, Calibrated, ScaleSearch
+from tritgguf.conversion.encoders import V2, Calibrated, Encoder, ScaleSearch
 from tritgguf.conversion.recipes import PUBLISHED
 from tritgguf.formats.safetensors_reader import StoredTensor
 from tritgguf.quantization import v2
@@ -22,7 +22,7 @@ from tritgguf.sources.open import open_source
 PIPELINE = importlib.import_module("tritgguf.conversion.pipeline")
 MATRIX_ROWS = importlib.import_module("tritgguf.formats.matrix_rows")
 OPTIONS = [DepthOptions(depth, recipe=PUBLISHED) for depth in (1, 2, 3, 4)] + [DepthOptions(2), DepthOptions(3)]
-ENCODERS = [V2(), V2(), V2(), V2(), ScaleSearch(), V2()]
+ENCODERS: list[Encoder] = [V2(), V2(), V2(), V2(), ScaleSearch(), V2()]
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_without_ray(tmp_path: Path, capsys: Capture, monkeypatch: pytest.Monkey
     [
         (["PLAN", "--ray"], "here"),
         (["--ray", "PLAN"], "here"),
-        (["PLAN", "--ray", "--json"], "here"),
+        (["PLAN", "--ray", "--threads", "1"], "here"),
         (["PLAN", "--ray", "192.0.2.1:6379"], "192.0.2.1:6379"),
         (["PLAN"], None),
     ],

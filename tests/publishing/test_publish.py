@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.evaluation.verify import verify
 from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.formats.safetensors_reader import StoredTensor
 from tritgguf.publishing.state import State, checksum
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "transformers"))), reason="needs the extra `verify`"
@@ -243,6 +248,41 @@ def test_sensitivities_and_texts_are_made_once(
     assert GgufFile(odd).metadata["trit.depths"] == "depth 3, 2 below sensitivity 0.01"
     sizes = [row["quality"]["file_bytes"] for row in report["files"]]
     assert sizes[0] >= sizes[1] >= sizes[2]
+    before = odd.read_bytes()
+    shutil.rmtree(odd.parent)
+    published(capsys, plan)
+    assert len(measured) == 1, "they are kept for a run that goes on"
+    assert odd.read_bytes() == before
+    (tmp_path / "text.txt").write_text("A lazy dog sleeps under the quick brown fox. " * 200, encoding="utf-8")
+    published(capsys, plan)
+    assert len(measured) == 2, "another text"
+
+
+def test_weights_are_read_once_for_all_configurations(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    read_into = StoredTensor._read_into
+
+    def count(tensor: StoredTensor, buffer: Any, start: int) -> None:
+        read[tensor.name] += buffer.nbytes
+        read_into(tensor, buffer, start)
+
+    monkeypatch.setattr(StoredTensor, "_read_into", count)
+    opened: list[Any] = []
+    open_reference = ReferenceModel.open
+
+    def open_and_count(*arguments: Any, **options: Any) -> ReferenceModel:
+        opened.append(arguments)
+        return open_reference(*arguments, **options)
+
+    monkeypatch.setattr(ReferenceModel, "open", open_and_count)
+    folder = write_tiny_model(tmp_path / "Tiny")
+    names = json.dumps([f"uniform-d{depth}" for depth in (1, 2, 3, 4)])
+    text = PLAN.replace('["uniform-d2", "uniform-d3"]', names).replace('["q8_0", "hf"]', "[]\nbench = false")
+    assert len(published(capsys, write_plan(tmp_path, text))["files"]) == 4
+    assert sum(read.values()) == sum(tensor.stored_bytes for tensor in open_source(folder).tensors)
+    assert len(opened) == 1, "and once more by transformers"
 
 
 def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, capsys: Capture) -> None:

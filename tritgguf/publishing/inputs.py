@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS, vocabulary_size
 from tritgguf.conversion.default_encoder import default_encoder
-from tritgguf.conversion.depths import MeasuredCosts
+from tritgguf.conversion.depths import Costs, Measure, MeasuredCosts
 from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Recover, Windows
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
 from tritgguf.evaluation.quantization_costs import Progress
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS as EVALUATED_AT_ONCE
+from tritgguf.formats.durable_output import replace_text
 from tritgguf.publishing.configurations import Configuration
 from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
-from tritgguf.publishing.state import WORK_FOLDER
+from tritgguf.publishing.state import WORK_FOLDER, digest
 from tritgguf.reference.model import require_torch
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
+from tritgguf.version import __version__
 
 _SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities on
 
@@ -83,7 +89,16 @@ class SourceInputs:
 
     def costs(self, configuration: Configuration) -> MeasuredCosts:
         """Return the sensitivities, shared by all configurations that measure them on the same text."""
-        return self._costs.setdefault(self.tokens_of(configuration), MeasuredCosts())
+        tokens = self.tokens_of(configuration)
+        if tokens not in self._costs:
+            file = self._work_file(f"{tokens}-tokens.costs.json")
+            self._costs[tokens] = _SavedCosts(file, partial(self._costs_settings, tokens))
+        return self._costs[tokens]
+
+    def _costs_settings(self, tokens: int) -> Any:
+        """Return what sensitivities that are measured on so many tokens depend on."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.files]
+        return [__version__, sorted(files), self._text(tokens), self.threads]
 
     @cached_property
     def importance(self) -> Importance:
@@ -139,6 +154,30 @@ class SourceInputs:
 
     def _work_file(self, name: str) -> Path:
         return self.plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+
+
+class _SavedCosts(MeasuredCosts):
+    """Costs that are also kept in a file, so that a run that was interrupted after measuring them need not do it again.
+
+    `settings` returns what they depend on beside matrices and depths.
+    """
+
+    def __init__(self, file: Path, settings: Callable[[], Any]) -> None:
+        super().__init__()
+        self._file, self._settings = file, settings
+
+    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+        """Return the costs: known ones, or those in the file, or measured ones."""
+        return super().of(names, some_depths, partial(self._saved, measure))
+
+    def _saved(self, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
+        key = digest([self._settings(), names, list(some_depths)])
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            kept = json.loads(self._file.read_text("utf-8"))[key]
+            return {name: {int(depth): float(cost) for depth, cost in costs.items()} for name, costs in kept.items()}
+        costs = measure(names, some_depths)
+        replace_text(self._file, json.dumps({key: costs}) + "\n")
+        return costs
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
