@@ -23,7 +23,7 @@ from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import PublishPlan
 from tritgguf.publishing.publish import check_options
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import Source, weights_of
 
 _BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # With two threads on AVX2, measured with SmolLM2 and Qwen2.5-Coder: only the order of magnitude is meant.
@@ -85,7 +85,7 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
         inputs = SourceInputs(plan, planned, threads)
         source = inputs.source
         check_options(plan, planned, source)
-        weights = _weights(source)
+        weights = weights_of(source)
         memory = max(memory, inputs.evaluation_bytes)
         seconds_of_sources += weights * (
             _SECONDS_PER_WEIGHT_LOADED + (plan.tokens + WINDOW_TOKENS) * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
@@ -145,10 +145,6 @@ def _is_here(location: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return Path(location).exists() or isinstance(try_to_load_from_cache(location, "config.json"), str)
-
-
-def _weights(source: Source) -> int:
-    return sum(math.prod(tensor.shape) for tensor in source.tensors)
 
 
 def _existing(folder: Path) -> Path:

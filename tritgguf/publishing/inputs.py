@@ -24,7 +24,7 @@ from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
 from tritgguf.publishing.state import WORK_FOLDER, digest
 from tritgguf.reference.model import require_torch
 from tritgguf.sources.open import open_source
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import Source, weights_of
 from tritgguf.version import __version__
 
 _SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities on
@@ -60,9 +60,8 @@ class SourceInputs:
     @property
     def evaluation_bytes(self) -> int:
         """Memory for evaluating a file: the source in float32, and the logits of one window, twice."""
-        weights = sum(math.prod(tensor.shape) for tensor in self.source.tensors)
         logits = min(EVALUATED_AT_ONCE, self.plan.tokens) * vocabulary_size(self.source)
-        return 4 * weights + 2 * 4 * logits
+        return 4 * weights_of(self.source) + 2 * 4 * logits
 
     @cached_property
     def source(self) -> Source:
@@ -74,7 +73,8 @@ class SourceInputs:
         encoder = configuration.parsed_encoder
         if encoder != Automatic() or configuration.choice.needs_text:
             return encoder
-        return default_encoder(self.source, configuration.options, self._tokens, self.threads).encoder
+        # A plan may take a night: `--dry-run` shows its time.
+        return default_encoder(self.source, configuration.options, self._tokens, self.threads, math.inf).encoder
 
     def needs_text(self, configuration: Configuration) -> bool:
         """Tell whether a configuration needs a calibration text."""
