@@ -26,6 +26,7 @@ from tritgguf.calibration.training_text import mixed_windows
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.machine import fits_in_memory
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
+from tritgguf.reference.block_gradients import block_gradients
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
 from tritgguf.reference.process_settings import bfloat16_matmul, torch_threads
 
@@ -227,7 +228,7 @@ class _Training:
         for index in reversed(range(self._blocks.count)):
             with self._blocks.block(index) as block:
                 self._put_weights(block)
-                gradient, gradients = block.backward(states.pop().clone(), gradient)
+                gradient, gradients = block_gradients(block, states.pop().clone(), gradient)
             for name, of_weights in gradients.items():
                 trained = self._matrices.get(name) or self._vectors.get(name)
                 if trained is not None:

@@ -10,7 +10,7 @@ torch and transformers are imported inside functions because only the `verify` e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class DecoderBlocks:
         require_torch()
         import torch
 
-        self._source, self._threads = source, threads
+        self.source, self._threads = source, threads
         self._metadata = {key: value.value for key, value in source.metadata.items()}
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
@@ -100,14 +100,13 @@ class DecoderBlocks:
         arch = self._metadata["general.architecture"]
         parameters = {f"model.layers.{index}.{name}": value for name, value in layer.named_parameters()}
         prefix = f"blk.{index}."
-        tensors = [tensor for tensor in self._source.tensors if tensor.name.startswith(prefix)]
+        tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
         parts = {name: (parameters[of], part) for name, (of, part) in places.items()}
         weights = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
         block = Block(self, index, parts, find_experts(layer, weights))
-        for name in (matrix for tensor in tensors for matrix in tensor.matrices):
-            block.set(name, to_float32(self._source.rows(name).whole()))
-            self._source.release(name)
+        for tensor in tensors:
+            block.restore(tensor.matrices)
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
@@ -159,11 +158,11 @@ class DecoderBlocks:
     def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""
         found, first = [], 0
-        for rows in self._source.rows(_EMBEDDINGS).blocks():
+        for rows in self.source.rows(_EMBEDDINGS).blocks():
             indices = tokens[(tokens >= first) & (tokens < first + len(rows))] - first
             found.append(to_float32(rows[indices]))
             first += len(rows)
-        self._source.release(_EMBEDDINGS)
+        self.source.release(_EMBEDDINGS)
         return np.concatenate(found)
 
 
@@ -173,6 +172,7 @@ class Block:
     Attributes:
         matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
             into a parameter changes the block. The experts' are not among them.
+        parts: GGUF name -> the parameter of transformers that holds a weight, and which part of it that is.
         vectors: GGUF names of norms and biases.
         experts: the experts; None in a dense model.
 
@@ -182,7 +182,7 @@ class Block:
     def __init__(
         self, blocks: DecoderBlocks, index: int, parts: dict[str, tuple[Any, TensorPart]], experts: ExpertLayer | None
     ) -> None:
-        self._blocks, self.index, self._parts = blocks, index, parts
+        self._blocks, self.index, self.parts = blocks, index, parts
         self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
         packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
         self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
@@ -209,6 +209,13 @@ class Block:
         """Replace a weight, given in GGUF's row order; a vector may be a single row."""
         place = self._weights(name)
         np.copyto(place, self.in_hf_order(name, weights.reshape(place.shape)))
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Set weights to those of the source, which are read again: a copy of a stack would take much memory."""
+        source = self._blocks.source
+        for name in names:
+            self.set(name, to_float32(source.rows(name).whole()))
+            source.release(name)
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
@@ -240,23 +247,6 @@ class Block:
         outputs: list[Tensor] = []
         self._blocks.run(hidden, self.index, outputs.append)
         return torch.cat(outputs)
-
-    def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """Return the gradients of the block's input and of its weights (GGUF name -> array in GGUF's row order).
-
-        `hidden` is the input and `gradient` that of the output, both float32 [windows, tokens, width].
-        """
-        layer, inputs = self._blocks.layer(self.index), hidden.detach().requires_grad_()
-        try:
-            layer.requires_grad_(True)
-            self.forward_with_gradients(inputs).backward(gradient)
-            used = {name: part.view(of.grad).numpy() for name, (of, part) in self._parts.items() if of.grad is not None}
-            found = {name: self.in_gguf_order(name, value) for name, value in used.items()}
-            for name in found.keys() & self.vectors:  # an offset of norms has no gradient
-                found[name] = found[name] - self.in_gguf_order(name, np.zeros_like(used[name]))
-            return inputs.grad, found
-        finally:
-            layer.requires_grad_(False).zero_grad()
 
     def input_groups(self, hidden: Tensor) -> list[tuple[str, ...]]:
         """Return the names of the packed matrices in execution order, grouped by shared input."""
@@ -389,9 +379,14 @@ class Block:
                 stack.callback(self.linear(name).register_forward_pre_hook(observe).remove)
             yield
 
+    @property
+    def layer(self) -> Any:
+        """The module of the block."""
+        return self._blocks.layer(self.index)
+
     def linear(self, name: str) -> Any:
         """Return the linear module of a matrix."""
-        return self._blocks.layer(self.index).get_submodule(self._path(name))
+        return self.layer.get_submodule(self._path(name))
 
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
