@@ -41,7 +41,7 @@ from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
     from tritgguf.conversion.depths import DepthOptions
-    from tritgguf.conversion.encoders import Encoder
+    from tritgguf.conversion.encoders import Encoder, Windows
     from tritgguf.conversion.report import ConvertReport
 
 
@@ -111,6 +111,16 @@ def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, thre
     return default.encoder
 
 
+def _announce_training(source: str, encoder: Encoder, windows: Windows | None, threads: int | None) -> None:
+    """Say how long end-to-end training will take, if the encoder does that."""
+    from tritgguf.conversion.default_encoder import training_note
+    from tritgguf.conversion.encoders import Calibrated
+    from tritgguf.sources.open import open_source
+
+    if isinstance(encoder, Calibrated) and encoder.end_to_end is not None:
+        note(training_note(open_source(source), encoder.end_to_end, windows or (), threads))
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -139,13 +149,11 @@ def convert_command(
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
     from tritgguf.conversion.convert import convert
-    from tritgguf.conversion.default_encoder import training_note
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
-    from tritgguf.conversion.encoders import Calibrated, parse_encoder, with_tuning
+    from tritgguf.conversion.encoders import parse_encoder, with_tuning
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
-    from tritgguf.sources.open import open_source
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
@@ -161,8 +169,7 @@ def convert_command(
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
-        if isinstance(chosen, Calibrated) and chosen.end_to_end is not None:
-            note(training_note(open_source(source), chosen.end_to_end, settings["windows"] or (), threads))
+        _announce_training(source, chosen, settings["windows"], threads)
         with terminal.progress(in_bytes=True) as report:
             result = convert(
                 source,

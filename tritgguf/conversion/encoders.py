@@ -18,19 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.calibration.end_to_end import EndToEnd, TrainedModel, split_windows, train_end_to_end
+from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.calibration.tuning import Tuning
+from tritgguf.conversion.blockwise_encoder import EPOCH_PASSES, BlockwiseEncoder, EndToEndEncoder
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.matrix_rows import MatrixRows
-from tritgguf.formats.stacks import split_matrix_name
-from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
+from tritgguf.quantization.quantized_matrix import QuantizedRows
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.quantization.v2 import quantize_v2
 from tritgguf.sources.source import Source
@@ -56,9 +54,6 @@ class MatrixEncoder(Protocol):
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         """Quantize a matrix; ValueError, also from the iterator of its parts, for weights that cannot be quantized."""
-
-
-_EPOCH_PASSES = 2  # calibrations that take as long as an epoch of end-to-end training
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Calibrated:
     @property
     def passes(self) -> int:
         """Passes over all matrices, as `EncodingJob.progress` counts them, before the first one is written."""
-        return 0 if self.end_to_end is None else 1 + _EPOCH_PASSES * self.end_to_end.epochs
+        return 0 if self.end_to_end is None else 1 + EPOCH_PASSES * self.end_to_end.epochs
 
     @property
     def needs_text(self) -> bool:
@@ -170,8 +165,8 @@ class Calibrated:
         Raises TritGgufError if torch or transformers is missing or cannot build the model.
         """
         if self.end_to_end is not None:
-            return _EndToEndEncoder(job, self.windows or (), self.tuning, self.end_to_end)
-        return _BlockwiseEncoder(job, self.windows or (), self.tuning)
+            return EndToEndEncoder(job, self.windows or (), self.tuning, self.end_to_end)
+        return BlockwiseEncoder(job, self.windows or (), self.tuning)
 
 
 Quantizer = V2 | ScaleSearch | ImportanceSearch | Calibrated
@@ -325,82 +320,3 @@ class _PerMatrixEncoder:
 
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         return self._quantize(name, matrix, depth)
-
-
-class _BlockwiseEncoder:
-    """Encodes the matrices of the decoder blocks on a text, block by block, and then the output head for its inputs."""
-
-    def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None) -> None:
-        from tritgguf.calibration.block_quantizer import BlockQuantizer
-
-        self._in_blocks = {name: depth for name, depth in job.depths.items() if quantized_tensor(name)}
-        self._blocks = BlockQuantizer(
-            job.source, self._in_blocks, windows, job.thread_pool, written=job.written, tuning=tuning
-        )
-        self._job = job
-
-    @property
-    def warnings(self) -> list[str]:
-        return self._blocks.warnings
-
-    def needs_weights(self, name: str) -> bool:
-        return not quantized_tensor(name)
-
-    def replacement(self, name: str) -> np.ndarray | None:
-        return None
-
-    def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
-        if self.needs_weights(name):
-            from tritgguf.calibration.output_head import head_importance, head_name
-
-            source = self._job.source
-            importance = head_importance(source, self._blocks.output()) if name == head_name(source) else None
-            return quantize_searched(matrix, depth, self._job.thread_pool, importance=importance)
-        quantized = self._quantized(name)
-        return QuantizedRows(quantized.codebook, iter([quantized]))
-
-    def _quantized(self, name: str) -> QuantizedMatrix:
-        return self._blocks.quantize(name)
-
-
-class _EndToEndEncoder(_BlockwiseEncoder):
-    """Encodes all matrices of the decoder blocks and trains the model as a whole, when the first tensor is asked for.
-
-    What an interrupted run has written is computed again: the result is the same.
-    """
-
-    def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None, settings: EndToEnd) -> None:
-        if any(split_matrix_name(name)[1] is not None for name in job.depths):
-            raise TritGgufError(
-                f"{job.source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
-            )
-        self._trained_on, self._held_out = split_windows(windows, settings)
-        super().__init__(replace(job, written=lambda name: None), self._trained_on, tuning)
-        self._settings = settings
-
-    @property
-    def warnings(self) -> list[str]:
-        return [*super().warnings, *self._result.warnings]
-
-    def replacement(self, name: str) -> np.ndarray | None:
-        return self._result.vectors.get(name)
-
-    def _quantized(self, name: str) -> QuantizedMatrix:
-        return self._result.matrices[name]
-
-    @cached_property
-    def _result(self) -> TrainedModel:
-        matrices = {}
-        for name in self._in_blocks:
-            matrices[name] = self._blocks.quantize(name)
-            self._job.progress(name, 1 / len(self._in_blocks))
-        job, passes = self._job, _EPOCH_PASSES * self._settings.epochs
-        return train_end_to_end(
-            job.source,
-            matrices,
-            self._trained_on,
-            self._held_out,
-            self._settings,
-            job.thread_pool,
-            lambda label, share: job.progress(label, share * passes),
-        )
