@@ -164,21 +164,15 @@ def convert_command(
     text_options = TextOptions(text, own_text, tokens, seed)
     settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
     started = time.perf_counter()
-    if encoder == "auto" and tune is None and imatrix is None and not text_options.is_given and not choice.needs_text:
+    if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         _announce_training(source, chosen, settings["windows"], threads)
         with terminal.progress(in_bytes=True) as report:
-            result = convert(
-                source,
-                output,
-                **depths,
-                encoder=chosen,
-                **settings,
-                progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
-            )
+            settings["progress"] = lambda state: report(state.tensor, state.bytes_done, state.bytes_total)
+            result = convert(source, output, **depths, encoder=chosen, **settings)
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(result.as_dict()) if as_json else print_conversion(result)
