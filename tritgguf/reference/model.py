@@ -17,7 +17,7 @@ import numpy as np
 
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf
+from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf, without_unit_axis
 from tritgguf.errors import DamagedFileError, MissingExtraError
 from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
 
@@ -93,7 +93,7 @@ class ReferenceModel:
         heads, kv_heads = head_counts(metadata)
         tied = _HEAD not in names
         self._set_head(tied)
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        parameters = {**persistent_buffers(self.module), **dict(self.module.named_parameters(remove_duplicate=False))}
         missing = set(parameters)
         if tied:
             missing.remove(hf_tensor_name(arch, _HEAD))
@@ -105,8 +105,8 @@ class ReferenceModel:
             hf_name, part = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
             place = None if hf_name not in parameters else part.view(parameters[hf_name].detach().numpy())
-            if place is not None and place.shape == (1, *weights.shape):
-                weights = weights[np.newaxis]  # the router of a shared expert
+            if place is not None and without_unit_axis(name, place.shape) == weights.shape:
+                weights = weights.reshape(place.shape)
             if place is None or place.shape != weights.shape:
                 raise DamagedFileError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
             np.copyto(place, weights)
@@ -150,7 +150,8 @@ def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
     """Return the numbers of query heads and of key-value heads of a GGUF model."""
     arch = metadata["general.architecture"]
     heads = metadata[f"{arch}.attention.head_count"]
-    return heads, metadata.get(f"{arch}.attention.head_count_kv", heads)
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    return heads, max(kv_heads) if isinstance(kv_heads, list) else kv_heads  # a list has 0 for layers without attention
 
 
 def _load_folder(folder: Path) -> Any:
@@ -174,6 +175,12 @@ def _load_folder(folder: Path) -> Any:
     if found["missing_keys"]:
         raise DamagedFileError(f"{folder}: transformers finds no weights for {min(found['missing_keys'])}")
     return module
+
+
+def persistent_buffers(module: Any) -> dict[str, Any]:
+    """Return name -> buffer of those that checkpoints have."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
 
 
 def apply_rope_factors(module: Any, factors: np.ndarray) -> None:
