@@ -21,7 +21,7 @@ from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.attention_tile import PANEL
-from cpu_kernels.transformer.layer_options import SILU, LayerOptions
+from cpu_kernels.transformer.layer_options import ATTENTION, SILU, LayerOptions
 from cpu_kernels.transformer.rotation import rotate, rotate_and_store
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
@@ -50,6 +50,7 @@ def layer_options(
         attention_scale=np.float32(dim**-0.5),
         softcap=np.float32(softcap),
         normalizes_together=together,
+        kinds=np.array([ATTENTION]),
         windows=np.array([window]),
         rotations=np.array([0]),
         sinks=np.array([sinks], np.float32),
