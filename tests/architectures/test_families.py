@@ -115,7 +115,9 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
     assert verify(tmp_path / "stock.gguf", model.file, tokens=200).kl_mean < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3", "lfm2", "lfm2-moe"]
+)
 def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
     model = converted(name)
     windows = np.random.default_rng(1).integers(0, 256, (32, 64)).tolist()

@@ -52,11 +52,11 @@ def lfm2_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     weights = {}
     for name, values in random_weights(config).items():
         gguf_name = gguf_tensor_name("llama", name) or ""
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", gguf_name)
-        if layer is None:
+        place = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", gguf_name)
+        if place is None:
             weights[name.replace("model.norm", "model.embedding_norm")] = values
-        elif not layer[2].startswith("attn_") or layer[2] == "attn_norm" or _has_attention(config, int(layer[1])):
-            weights[name.replace(of_llama[layer[2]], of_lfm2[layer[2]])] = values
+        elif not place[2].startswith("attn_") or place[2] == "attn_norm" or _has_attention(config, int(place[1])):
+            weights[name.replace(of_llama[place[2]], of_lfm2[place[2]])] = values
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         if _has_attention(config, layer):

@@ -115,7 +115,7 @@ def kv_heads_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, 
     """Return each layer's key-value heads, 0 for a convolution, of a family that has them; TritGgufError for others."""
     key = f"{architecture.gguf_name}.{_KV_HEADS_KEY}"
     stored = metadata.get(key)
-    counts = [int(count) for count in stored] if isinstance(stored, list | tuple) else []
+    counts = stored if isinstance(stored, list) and all(type(count) is int for count in stored) else []
     if len(counts) != layers or len({*counts, 0}) != 2 or min(counts) < 0:
         raise DamagedFileError(
             f"{where}: {key} is {stored!r:.80}, which is no list of {layers} equal numbers of heads, or 0 for a"
