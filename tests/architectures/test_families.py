@@ -75,7 +75,9 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
         np.testing.assert_array_equal(found, expected)
     sequence.truncate(0)
     error = np.array([sequence.forward([token]) for token in TOKENS]) - expected
-    assert np.sqrt(np.square(error).mean()) < 7e-5 * np.sqrt(np.square(expected).mean())
+    # What a short convolution gives is a product of three rounded vectors.
+    most = 1e-4 if name.startswith("lfm2") else 7e-5
+    assert np.sqrt(np.square(error).mean()) < most * np.sqrt(np.square(expected).mean())
 
 
 @all_families

@@ -54,7 +54,7 @@ def test_requests_beside_one_another_share_whole_pages(model: Model) -> None:
     engine = Engine(model, context=CONTEXT, parallel=2)
     samplers = [Sampler(SamplingOptions(temperature=0)) for _ in range(2)]
     requests = [
-        engine.submit(Request([*TEXT[:300], 441 + place], sampler, max_tokens=3))
+        engine.submit(Request([*TEXT[:300], *[441 + place] * 100], sampler, max_tokens=3))
         for place, sampler in enumerate(samplers)
     ]
     for request in requests:

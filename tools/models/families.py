@@ -145,6 +145,7 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
                 parameter.mul_(0.25)
         else:
             parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
+            parameter.copy_(parameter.half())  # also what is kept in float32
 
 
 def write_byte_tokenizer(folder: Path) -> None:

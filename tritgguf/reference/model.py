@@ -185,7 +185,12 @@ def persistent_buffers(module: Any) -> dict[str, Any]:
 
 def apply_rope_factors(module: Any, factors: np.ndarray) -> None:
     """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
-    module.model.rotary_emb.inv_freq.numpy()[:] /= factors
+    getattr(module.model, _rotation_name(module)).inv_freq.numpy()[:] /= factors
+
+
+def _rotation_name(module: Any) -> str:
+    """Return the name of the submodule with the rotary frequencies, which LFM2-MoE calls otherwise than all others."""
+    return "rotary_emb" if hasattr(module.model, "rotary_emb") else "pos_emb"
 
 
 def _uninitialized_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
@@ -260,7 +265,8 @@ def _restore_buffers(module: Any, config: Any) -> None:
     """Recompute the buffers that the meta device discards: the rotary frequencies and the scale of embeddings."""
     import torch
 
-    module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    name = _rotation_name(module)
+    setattr(module.model, name, type(getattr(module.model, name))(config))
     embeddings = module.get_input_embeddings()
     if hasattr(embeddings, "scalar_embed_scale"):
         embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
