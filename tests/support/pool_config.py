@@ -10,18 +10,20 @@ import numpy as np
 from tritgguf.architectures.short_convolutions import ShortConvolutions
 
 
-def pool_config(head_dim: int, *, hidden: int = 16, taps: int = 0, **entries: Any) -> Any:
-    """Return the part of a `ModelConfig` that `KVPool` reads, of a model with one key-value head in one layer.
+def pool_config(
+    head_dim: int, *, layers: int = 1, kv_heads: int = 1, hidden: int = 16, taps: int = 0, **entries: Any
+) -> Any:
+    """Return the part of a `ModelConfig` that `KVPool` reads.
 
-    With `taps`, a second layer has a short convolution. `entries` are further entries.
+    With `taps`, a layer with a short convolution comes after those with attention. `entries` are further entries.
     """
-    convolutions = ShortConvolutions(frozenset([1]), taps) if taps else None
+    convolutions = ShortConvolutions(frozenset([layers]), taps) if taps else None
     return SimpleNamespace(
         dimensions=SimpleNamespace(
-            layers=1 + bool(taps), kv_heads=1, head_dim=head_dim, hidden=hidden, convolutions=convolutions
+            layers=layers + bool(taps), kv_heads=kv_heads, head_dim=head_dim, hidden=hidden, convolutions=convolutions
         ),
-        attention_layers=1,
-        slots=np.zeros(1 + bool(taps), np.int64),
+        attention_layers=layers,
+        slots=np.array([*range(layers), *[0] * bool(taps)], np.int64),
         projected_columns=3 * hidden if taps else 0,
         **entries,
     )
