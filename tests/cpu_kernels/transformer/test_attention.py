@@ -341,7 +341,8 @@ def test_attend_layers(threads: int) -> None:
     qkv = random((HEADS + 2 * KV_HEADS) * DIM)
     out = np.zeros((threads, HEADS * DIM), np.float32)
     one = layer_options(DIM)
-    three = one._replace(windows=np.zeros(3, np.int64), rotations=np.zeros(3, np.int64))
+    of_layers = np.zeros(3, np.int64)
+    three = one._replace(kinds=of_layers, windows=of_layers, rotations=of_layers)
     bias, norms, counter = np.zeros_like(qkv), np.empty((3, 0), np.float32), np.zeros(1, np.int64)
     ThreadPool(threads).run(
         attend_layers, chosen(), layers.key_values(), layers.scratch(HEADS, threads), qkv, bias, norms, three, 10, out,
