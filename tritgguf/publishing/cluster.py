@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,6 @@ _ENVIRONMENT = ("TRITGGUF_LOGITS", "HF_HUB_OFFLINE", "HF_HOME")
 def require_ray() -> Any:
     """Return the module ray, which is told to send nothing home; MissingExtraError if it is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is said in one line
     try:
         import ray
     except ImportError as error:
@@ -96,9 +96,24 @@ def _start(ray: Any, cores: int, folder: str) -> None:
 
 def _connect(ray: Any, failure: str, **settings: Any) -> None:
     try:
-        ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
+        with _silent_stderr():
+            ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
     except Exception as error:  # Ray's kinds of errors depend on its version
         raise TritGgufError(f"--ray: {failure} ({_first_line(error)})") from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to stderr meanwhile, also by libraries: Ray's log lines of a failure, which is an error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class RayExecutor:
