@@ -14,6 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+_READ_ONCE = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "2000"}
+"""Environment variables that torch reads at its first allocation and OpenMP when it is loaded."""
+
 
 class ProcessSetting:
     """A process-wide setting that several contexts can change at once.
@@ -70,25 +73,25 @@ def silent_transformers() -> Iterator[None]:
         yield
 
 
-def import_torch_with_huge_pages() -> None:
-    """Import torch and make it allocate with huge pages.
+def import_torch() -> None:
+    """Import torch with the settings that it reads only once, for long calculations that alternate with our kernels.
 
-    Without them, page faults of large temporary tensors take half of calibration's time. torch reads the environment
-    variable once, at its first allocation, so the variable is removed afterwards. If torch is imported already or the
-    user has set the variable, nothing is changed.
+    Huge pages: without them, page faults of large temporary tensors take half of calibration's time. Little spinning:
+    torch's threads otherwise wait in a loop for milliseconds after each of its operations, on the cores that our
+    kernels' threads need (a tenth of calibration's time). The environment variables are removed afterwards. If torch
+    is imported already, nothing is changed, and a variable that the user has set is kept.
     """
-    variable = "THP_MEM_ALLOC_ENABLE"
-    if "torch" in sys.modules or variable in os.environ:
-        import torch
-
-        return
-    os.environ[variable] = "1"
+    added = {} if "torch" in sys.modules else {k: v for k, v in _READ_ONCE.items() if k not in os.environ}
+    if "OMP_WAIT_POLICY" in os.environ:
+        added.pop("GOMP_SPINCOUNT", None)
+    os.environ.update(added)
     try:
         import torch
 
         torch.empty(1)
     finally:
-        del os.environ[variable]
+        for variable in added:
+            del os.environ[variable]
 
 
 def _get_threads() -> int:
