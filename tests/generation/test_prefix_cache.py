@@ -103,6 +103,16 @@ class CacheMachine(RuleBasedStateMachine):
         assert found == expected or self.evicted
 
     @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        before = [self.pool.held(other) for other in self.texts]
+        self.pool.cache.forget(text)
+        for other, held in zip(self.texts, before, strict=True):
+            now = self.pool.held(other)
+            assert now == held or (now < held <= common_length(other, text))
+        self.evicted = True
+
+    @rule(data=st.data())
     def start_a_sequence(self, data: st.DataObject) -> None:
         if len(self.running) < SEQUENCES - 1:  # `put` needs one
             text = self.new_text(data)
@@ -236,6 +246,22 @@ def test_pages_of_sequences_are_not_let_go_of() -> None:
     pool.pool.free(sequence)
     pool.cache.evict(2)
     assert pool.pool.free_pages == PAGES
+    pool.check()
+
+
+def test_forgetting_keeps_what_a_longer_text_begins_with() -> None:
+    pool = CachedPool()
+    shared = [1] * PAGE
+    short, long = [*shared, 2, 3], [*shared, 2, 4, *[5] * PAGE]
+    for text in (short, long):
+        pool.put(text)
+    pool.cache.forget(short)
+    assert (pool.held(short), pool.held(long)) == (PAGE + 1, len(long))
+    pool.cache.forget(long[:-1])
+    assert pool.held(long) == len(long)
+    pool.cache.forget(long)
+    assert pool.held(long) == 0
+    assert pool.cache.held_pages() == []
     pool.check()
 
 

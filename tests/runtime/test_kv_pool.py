@@ -236,6 +236,31 @@ def test_writing_copies_a_shared_page_once() -> None:
     pool.check()
 
 
+def parts_of(page: np.ndarray, length: int) -> list[np.ndarray]:
+    """Return the keys and values of a page's first positions, of 6 heads of 64 numbers, and what follows them."""
+    keys, values, others = np.split(page, [6 * PAGE * 64, 12 * PAGE * 64])
+    by_position = keys.reshape(6, 8, 64, 32).swapaxes(2, 3).reshape(6, PAGE, 64)
+    return [by_position[:, :length], values.reshape(6, 2, PAGE, 32)[:, :, :length], others]
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 200, 255])
+def test_a_copy_has_the_keys_values_and_scales_of_its_positions(cache_type: str, length: int) -> None:
+    config: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=2, kv_heads=3, head_dim=40))
+    pool = KVPool(config, pages=2, sequences=2, context=PAGE, cache_type=cache_type)
+    first = pool.allocate()
+    pool.reserve(first, PAGE)
+    pool.advance(first, PAGE)
+    content = pool._storage[pool.pages(first)[0]]
+    content[:] = np.random.default_rng(length).integers(-100, 100, len(content))
+    second = pool.allocate(pool.pages(first), length)
+    pool.reserve(second, 1)
+    copy = pool._storage[pool.pages(second)[0]]
+    for found, expected in zip(parts_of(copy, length), parts_of(content, length), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(copy, content)
+
+
 def test_a_freed_page_is_used_again() -> None:
     pool = new_pool(pages=1, sequences=2)
     first, second = pool.allocate(), pool.allocate()

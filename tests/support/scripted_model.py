@@ -16,6 +16,7 @@ from tritgguf.generation.engine import Engine
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.runtime.kv_pool import KVPool
 from tritgguf.runtime.token_batch import TokenBatch
+from tritgguf.tokenization.tokenizer import Tokenizer
 
 VOCABULARY = 448
 START, END = 1, 2
@@ -73,9 +74,14 @@ class ScriptedModel:
             row[token : token + 2] = 9, 5
 
 
-def scripted(script: Sequence[int] | str, context: int = 512, template: str | None = CHAT_TEMPLATE) -> Any:
+def scripted(
+    script: Sequence[int] | str,
+    context: int = 512,
+    template: str | None = CHAT_TEMPLATE,
+    tokens: Tokenizer | None = None,
+) -> Any:
     """Return a LoadedModel with a ScriptedModel as its attribute `model`; a script given as text ends the turn."""
-    tokens = tokenizer()
+    tokens = tokens or tokenizer()
     if isinstance(script, str):
         script = [*encode(tokens, script), END]
     model: Any = ScriptedModel(script)

@@ -10,7 +10,7 @@ torch and transformers are imported inside functions because only the `verify` e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class DecoderBlocks:
         require_torch()
         import torch
 
-        self._source, self._threads = source, threads
+        self.source, self._threads = source, threads
         self._metadata = {key: value.value for key, value in source.metadata.items()}
         self._module = meta_module(source)
         self._layers = list(self._module.model.layers)
@@ -99,13 +99,12 @@ class DecoderBlocks:
         arch = self._metadata["general.architecture"]
         parameters = {f"model.layers.{index}.{name}": value for name, value in layer.named_parameters()}
         prefix = f"blk.{index}."
-        tensors = [tensor for tensor in self._source.tensors if tensor.name.startswith(prefix)]
+        tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
         weights = {name: part.view(parameters[of]) for name, (of, part) in places.items()}
         block = Block(self, index, weights, find_experts(layer, weights))
-        for name in (matrix for tensor in tensors for matrix in tensor.matrices):
-            block.set(name, to_float32(self._source.rows(name).whole()))
-            self._source.release(name)
+        for tensor in tensors:
+            block.restore(tensor.matrices)
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
@@ -157,11 +156,11 @@ class DecoderBlocks:
     def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""
         found, first = [], 0
-        for rows in self._source.rows(_EMBEDDINGS).blocks():
+        for rows in self.source.rows(_EMBEDDINGS).blocks():
             indices = tokens[(tokens >= first) & (tokens < first + len(rows))] - first
             found.append(to_float32(rows[indices]))
             first += len(rows)
-        self._source.release(_EMBEDDINGS)
+        self.source.release(_EMBEDDINGS)
         return np.concatenate(found)
 
 
@@ -204,6 +203,13 @@ class Block:
         """Replace a weight, given in GGUF's row order; a vector may be a single row."""
         place = self._weights(name)
         np.copyto(place, self.in_hf_order(name, weights.reshape(place.shape)))
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Set weights to those of the source, which are read again: a copy of a stack would take much memory."""
+        source = self._blocks.source
+        for name in names:
+            self.set(name, to_float32(source.rows(name).whole()))
+            source.release(name)
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""

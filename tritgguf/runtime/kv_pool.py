@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.transformer.aligned import aligned_zeros
+from cpu_kernels.transformer.attention_tile import PANEL
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, padded_dimension, page_elements
 from tritgguf.errors import BadRequestError
 from tritgguf.machine import machine_memory_bytes
@@ -230,11 +231,22 @@ class KVPool:
         return bool(self.references[self._pages[sequence, length // PAGE]] > 1)
 
     def _copy_last_page(self, sequence: int) -> None:
-        place = int(self.lengths[sequence]) // PAGE
+        place, positions = divmod(int(self.lengths[sequence]), PAGE)
         shared, own = int(self._pages[sequence, place]), self._take_page()
-        self._storage[own][:] = self._storage[shared]
+        self._copy(shared, own, positions)
         self._set(sequence, place, own)
         self.release(shared)
+
+    def _copy(self, page: int, copy: int, positions: int) -> None:
+        """Copy the first positions of a page; a whole one has megabytes, of which a short text fills little."""
+        source, target = self._storage[page], self._storage[copy]
+        heads, panels = self.layers * self.kv_heads, -(-positions // PANEL)
+        numbers = heads * PAGE * self.padded_dim
+        keys, values = (heads, PAGE // PANEL, -1), (heads * self.padded_dim // PANEL, PAGE, PANEL)
+        for first, shape, count in ((0, keys, panels), (numbers, values, positions)):
+            part = slice(first, first + numbers)
+            target[part].reshape(shape)[:, :count] = source[part].reshape(shape)[:, :count]
+        target[2 * numbers :] = source[2 * numbers :]
 
     def _take_page(self) -> int:
         page = self._free_pages[-1]
