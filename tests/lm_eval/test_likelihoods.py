@@ -46,6 +46,15 @@ def test_they_are_those_of_score_in_the_same_order(serving_model: LoadedModel) -
     serving_model.engine.check()
 
 
+def test_whole_texts_run_side_by_side(serving_model: LoadedModel) -> None:
+    """A pass takes 128 tokens at most of a text whose logits are all wanted."""
+    serving_model.engine.clear_prefix_cache()
+    texts = np.random.default_rng(6).integers(0, 400, (8, 600)).tolist()
+    passes = tokens_of_passes(serving_model, [Continuation([number], text) for number, text in enumerate(texts)])
+    assert sum(passes) == 8 * 600
+    assert len(passes) < 14
+
+
 def test_what_is_likeliest_is_greedy_and_nothing_else(serving_model: LoadedModel) -> None:
     context = [5, 6, 7, 8]
     tokens = list[int]()

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -93,8 +92,8 @@ def measure(name: str, arguments: Sequence[str], *, module: str = "tritgguf", ou
 
 def _processor_seconds() -> float:
     """Return the processor time of all processes that this one has started and that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:

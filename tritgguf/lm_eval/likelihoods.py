@@ -3,7 +3,7 @@
 Requests are sorted by their tokens, so that those with a common beginning follow one another: the engine lets them take
 over its keys and values. Continuations that differ in their last token only, such as the letters of a multiple choice,
 are one request. Of the other continuations of a context, one starts; the rest follows when its pass has ended, beside
-the next contexts, so that every pass is full: a small one takes almost as long.
+the next contexts, so that every pass is full: a small one costs much for its tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ class _Group:
     leader: _Group | None = None  # the first one of its context, if that is another one
     followers: list[_Group] = field(default_factory=list)  # the other ones of its context
     unfinished: int = 1  # of it and its followers
-    new_tokens: int = 0  # which no group before it has
+    new_tokens: int = 0  # which no group before it has, as many as its first pass may evaluate
+
+    def note_shared(self, tokens: int) -> None:
+        """Note how many of its first tokens are probably evaluated before it starts."""
+        outputs = len(self.prompt) - self.first_output  # of which the first is evaluated in any case
+        self.new_tokens = self.first_output - min(tokens, self.first_output) + min(outputs, Budget.outputs)
 
     def reduce(self, rows: np.ndarray, first: int) -> np.ndarray:
         """Return float64 [rows, 2 + candidates] for logits, float32 [rows, vocabulary], from position `first` on.
@@ -89,7 +94,7 @@ class _Running(NamedTuple):
 
     @property
     def new_tokens(self) -> int:
-        """About how many tokens are to be evaluated."""
+        """About how many tokens a pass may evaluate."""
         return min(self.group.new_tokens, self.request.pending)
 
 
@@ -181,11 +186,9 @@ def _leaders(groups: Sequence[_Group]) -> list[_Group]:
         if leader is not group:
             group.leader = leader
             leader.unfinished += 1
-            group.new_tokens = len(group.prompt) - group.first_output
+            group.note_shared(group.first_output)
             leader.followers.append(group)
     leaders = sorted(found.values(), key=lambda leader: not leader.followers)
     for before, leader in zip([None, *leaders], leaders, strict=False):
-        # The token with the first output is evaluated in any case.
-        shared = 0 if before is None else min(leader.first_output, common_length(before.prompt, leader.prompt))
-        leader.new_tokens = len(leader.prompt) - shared
+        leader.note_shared(0 if before is None else common_length(before.prompt, leader.prompt))
     return leaders
