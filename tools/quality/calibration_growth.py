@@ -9,7 +9,6 @@ a machine where nothing else runs; those of the processors hardly depend on that
 from __future__ import annotations
 
 import dataclasses
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tools.quality.package_texts import WINDOW_TOKENS
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
+from tritgguf.machine import peak_memory_bytes
 from tritgguf.sources.open import open_source
 
 _QWEN = random_model.SHAPES["qwen2.5-1.5b"][1]
@@ -87,8 +87,8 @@ def measure(architecture: str, sizes: Dimensions, tokens: int, depth: int, threa
         for name in shapes:
             quantizer.quantize(name)
         seconds, processor_seconds = time.perf_counter() - clock, time.process_time() - processor
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Growth(sum(int(np.prod(shape)) for shape in shapes.values()), seconds, processor_seconds, memory)
+    weights = sum(int(np.prod(shape)) for shape in shapes.values())
+    return Growth(weights, seconds, processor_seconds, peak_memory_bytes())
 
 
 if __name__ == "__main__":
