@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tritgguf.sources.source import Source
 
 _EMBEDDINGS = "token_embd.weight"
-_BATCH_TOKENS = 2048  # so that a batch's activations stay in the caches
+_BATCH_TOKENS = 4096
 
 Observer = Callable[["Tensor"], None]
 """Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
