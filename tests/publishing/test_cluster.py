@@ -161,6 +161,12 @@ def test_each_source_stays_on_a_node_with_a_disk_of_its_own(
     assert "the files of Tiny are on the node 203.0.113.1, which is not in the cluster" in message
 
 
+def test_nothing_listens_at_the_address(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("ray")
+    message = fails(capsys, "publish", str(write_plan(tmp_path)), "--ray", "127.0.0.1:1")
+    assert "--ray: 127.0.0.1:1: no Ray cluster can be reached" in message
+
+
 def test_without_ray(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     message = fails(capsys, "publish", str(write_plan(tmp_path)), "--ray")

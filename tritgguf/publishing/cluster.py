@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ RETRIES = 20
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB
 _GB = 1_000_000_000
 _STARTS = 3
+_CONNECTION_SECONDS = 20.0
 _POLL_SECONDS = 0.3
 _NODES_FILE = "nodes.json"
 _ENVIRONMENT = ("TRITGGUF_LOGITS", "HF_HUB_OFFLINE", "HF_HOME")
@@ -61,6 +63,8 @@ def cluster(address: str | None, cores: int, progress: Progress) -> Iterator[Ray
 
     """
     ray = require_ray()
+    if address is not None:
+        _check_listens(address)
     with contextlib.ExitStack() as ends:
         if not ray.is_initialized():
             folder = tempfile.mkdtemp(prefix="trit-")  # short, because Ray makes sockets there
@@ -73,6 +77,17 @@ def cluster(address: str | None, cores: int, progress: Progress) -> Iterator[Ray
         executor = RayExecutor(ray, cores, progress)
         ends.callback(executor.close)
         yield executor
+
+
+def _check_listens(address: str) -> None:
+    """Raise TritGgufError if nothing listens at an address, where Ray would wait for ever."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECTION_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise TritGgufError(f"--ray: {address}: no Ray cluster can be reached ({_first_line(error)})") from error
 
 
 def _start(ray: Any, cores: int, folder: str) -> None:
