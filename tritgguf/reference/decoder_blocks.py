@@ -95,7 +95,7 @@ class DecoderBlocks:
         embeddings.padding_idx = None
         captured: list[Tensor] = []
         capture = capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))
-        with torch_threads(self._threads), torch.inference_mode(), capture:
+        with silent_transformers(), torch_threads(self._threads), torch.inference_mode(), capture:
             for batch in self.batches(torch.from_numpy(indices.reshape(ids.shape))):
                 self._forward(embeddings(batch))
         embeddings.to("meta")
@@ -143,16 +143,17 @@ class DecoderBlocks:
         If `on_output` is None, only hooks use the pass, and they may end each batch with `_StopForwardError`.
         """
         layer = self.layer(index)
-        for batch in self.batches(hidden):
-            outputs: list[Tensor] = []
-            # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
-            with replace_input(layer, batch), capture_output(layer, outputs.append):
-                try:
-                    self._forward(batch)
-                except _StopForwardError:
-                    continue
-            if on_output is not None:
-                on_output(outputs[0])
+        with silent_transformers():
+            for batch in self.batches(hidden):
+                outputs: list[Tensor] = []
+                # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
+                with replace_input(layer, batch), capture_output(layer, outputs.append):
+                    try:
+                        self._forward(batch)
+                    except _StopForwardError:
+                        continue
+                if on_output is not None:
+                    on_output(outputs[0])
 
     @staticmethod
     def batches(windows: Tensor) -> Sequence[Tensor]:
@@ -160,8 +161,7 @@ class DecoderBlocks:
         return windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
 
     def _forward(self, embedded: Tensor) -> None:
-        with silent_transformers():
-            self._module.model(inputs_embeds=embedded, use_cache=False)
+        self._module.model(inputs_embeds=embedded, use_cache=False)
 
     def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""

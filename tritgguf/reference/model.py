@@ -19,7 +19,7 @@ from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf, without_unit_axis
 from tritgguf.errors import DamagedFileError, MissingExtraError
-from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
+from tritgguf.reference.process_settings import import_torch, silent_transformers, torch_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def require_torch() -> None:
     for package in ("torch", "transformers"):
         try:
             if package == "torch":
-                import_torch_with_huge_pages()
+                import_torch()
             importlib.import_module(package)
         except ImportError as error:
             raise MissingExtraError(
