@@ -220,6 +220,18 @@ def tiny_trit_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gg
 
 
 @pytest.fixture(scope="session")
+def tiny_lfm2_file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    """A tiny model with short convolutions; see `tiny_convolutions`."""
+    from tiny_convolutions import write_tiny_lfm2
+
+    from tritgguf.conversion.convert import convert
+
+    folder = tmp_path_factory.mktemp("lfm2")
+    convert(write_tiny_lfm2(folder / "source"), folder / "lfm2.gguf", depth=2, recipe="published")
+    return GgufFile(folder / "lfm2.gguf")
+
+
+@pytest.fixture(scope="session")
 def serving_model(tiny_trit_file: Callable[..., GgufFile]) -> LoadedModel:
     """A tiny model for several requests at once; its context is 640 tokens."""
     from tritgguf.generation.loaded_model import load

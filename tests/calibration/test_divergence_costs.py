@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_mixtures import write_tiny_mixture
 from tiny_models import write_tiny_model
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tools.models import families
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration import divergence_costs
 from tritgguf.calibration.divergence_costs import PROBED_DEPTH, measure_divergence_costs
 from tritgguf.calibration.importance import summed_squares
 from tritgguf.calibration.output_divergence import output_divergences
@@ -60,8 +62,11 @@ def test_divergence_is_that_of_the_logits(tmp_path: Path, family: str, head_dept
     assert (found[1] == found[0]) == (head_depth == 0)
 
 
-def test_costs(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path / "model")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt-oss"])
+def test_costs(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a dense model, of a mixture with a shared expert, and of experts with biases; a stack counts as one matrix."""
+    monkeypatch.setattr(divergence_costs, "_SAMPLED_EXPERTS", 3)
+    folder = write_tiny_model(tmp_path / "model") if kind == "llama" else write_tiny_mixture(tmp_path / "model", kind)
     source = open_source(folder)
     tables = [EMBEDDINGS, HEAD]
     names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
@@ -74,14 +79,27 @@ def test_costs(tmp_path: Path) -> None:
     assert steps == [(1, 2), (2, 2)]
     for of_depths in costs.values():
         assert of_depths[1] > 2 * of_depths[2] > 4 * of_depths[3] > 8 * of_depths[4] > 0
-    counts = 2 * 32
-    importance = {name: (sums / counts).astype(np.float32) for name, sums in summed_squares(source, WINDOWS)[0].items()}
+    sums, counts = summed_squares(source, WINDOWS)
+    importance = {name: (total / counts[name]).astype(np.float32) for name, total in sums.items() if counts[name]}
     for block in (0, 1):
         out = tmp_path / f"{block}.gguf"
         choice = DepthChoice(tuple(parse_rules(f"blk.{1 - block}.*=0")))
         convert(folder, out, depth=PROBED_DEPTH, importance=importance, choice=choice, recipe="published")
         whole = sum(costs[name][PROBED_DEPTH] for name in names if name.startswith(f"blk.{block}."))
         assert whole == pytest.approx(divergence(source, out), rel=0.02)
+
+
+def test_of_a_stack_the_sample_stands_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(write_tiny_mixture(tmp_path / "model"))
+    name = "blk.1.ffn_down_exps.weight"
+    found = {}
+    for experts in (1, 4):
+        monkeypatch.setattr(divergence_costs, "_SAMPLED_EXPERTS", experts)
+        found[experts] = measure_divergence_costs(source, [name], [1, 2, 3], WINDOWS, ThreadPool(2))[name]
+    assert found[1][2] == found[4][2]
+    for depth in (1, 3):
+        assert found[1][depth] == pytest.approx(found[4][depth], rel=0.2)
+        assert found[1][depth] != found[4][depth]
 
 
 def test_only_what_is_asked_for_is_measured(tmp_path: Path) -> None:

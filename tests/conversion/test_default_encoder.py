@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_mixtures import write_tiny_mixture
 from tiny_models import write_tiny_model
 
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.conversion.default_encoder import calibration_seconds, default_encoder
+from tritgguf.conversion.default_encoder import about, calibration_seconds, default_encoder
 from tritgguf.conversion.depths import DepthOptions
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.sources.open import open_source
+from tritgguf.sources.source import weights_of, weights_of_a_token
+
+default_encoder_module = importlib.import_module("tritgguf.conversion.default_encoder")
 
 
 def chosen(source: Path, **depths: Any) -> tuple[Encoder, list[str]]:
@@ -38,6 +44,37 @@ def test_few_trits_are_calibrated_on_text_of_the_model_s_own(model: Path, depths
     assert len(notes) == 1
     assert "calibrating on 16384 tokens that the model writes: less than a minute" in notes[0]
     assert "--encoder v2" in notes[0]
+
+
+def test_what_takes_hours_is_calibrated_only_if_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    source = open_source(str(model))
+    seconds = calibration_seconds(weights_of(source), 16384, 2)
+    monkeypatch.setattr(default_encoder_module, "LONGEST_SECONDS", 0.9 * seconds)
+    encoder, (line,) = chosen(model, depth=2)
+    assert encoder == ScaleSearch()
+    assert line.startswith("not calibrated, because that would take less than a minute")
+    assert "--encoder calibrated takes the time" in line
+    monkeypatch.setattr(default_encoder_module, "LONGEST_SECONDS", 1.1 * seconds)
+    assert chosen(model, depth=2)[0] == Calibrated()
+    monkeypatch.setattr(default_encoder_module, "LONGEST_SECONDS", 0.0)
+    assert default_encoder(source, DepthOptions(depth=2), 16384, 2, math.inf).encoder == Calibrated()
+
+
+def test_of_a_mixture_a_token_takes_the_time_of_the_experts_that_it_uses(tmp_path: Path) -> None:
+    source = open_source(write_tiny_mixture(tmp_path / "model"))  # a token uses two of four experts
+    weights, used = weights_of(source), weights_of_a_token(source)
+    experts = sum(math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) == 3)
+    assert used == weights - experts // 2
+    assert calibration_seconds(weights, 16384, 2, used=used) < calibration_seconds(weights, 16384, 2)
+    assert calibration_seconds(weights, 0, 2, used=used) == calibration_seconds(weights, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59, "less than a minute"), (61, "about 2 min"), (5399, "about 90 min"), (8000, "about 3 h")]
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert about(seconds) == text
 
 
 @pytest.mark.parametrize("depth", [3, 4])

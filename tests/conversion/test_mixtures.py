@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from tiny_mixtures import EXPERTS, KINDS, mixture_config, mixture_weights, rando
 from tiny_models import write_shards
 
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.cli import app
 from tritgguf.conversion.convert import ConvertProgress, convert
+from tritgguf.conversion.depths import DepthChoice
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.export import export
@@ -23,6 +27,7 @@ from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.imatrix import write_importance
 from tritgguf.formats.integrity import check
 from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.trit_types import TritType
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.quantization.v2 import quantize
 from tritgguf.sources.open import open_source
@@ -195,3 +200,42 @@ def test_a_packed_mixture_is_copied(model: Path, tmp_path: Path) -> None:
     found, before = GgufFile(tmp_path / "c.gguf"), GgufFile(tmp_path / "a.gguf")
     error = found.read_float32("blk.1.ffn_up_exps.weight") - before.read_float32("blk.1.ffn_up_exps.weight")
     assert np.abs(error).max() < 0.02
+
+
+@pytest.mark.parametrize("target", ["bits", "size", "sensitivity"])
+def test_depths_are_chosen_for_whole_stacks(model: Path, tmp_path: Path, target: str) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out.gguf"
+    sizes = [convert(model, tmp_path / f"{depth}.gguf", depth=depth, recipe="published").file_bytes for depth in (2, 3)]
+    windows = np.random.default_rng(0).integers(3, 400, (3, 32)).tolist()
+    choice = {
+        "bits": DepthChoice(target_bpw=3.0),
+        "size": DepthChoice(target_bytes=sum(sizes) // 2),
+        "sensitivity": DepthChoice(sensitivity=0.0015),  # of the matrices, about half are below
+    }[target]
+    settings = {"encoder": "v2", "recipe": "published", "windows": windows}
+    report = convert(model, out, depth=3, choice=choice, **settings)
+    file = GgufFile(out)
+    depths = {name: TritType(tensor.type_id).depth for name, tensor in file.tensors.items() if quantized_tensor(name)}
+    assert len(depths) == 2 * (4 + len(STACKS))
+    assert len(set(depths.values())) > 1
+    if target == "bits":
+        assert 2.4 < report.bits_per_weight_quantized <= 3.0
+    if target == "size":
+        assert sizes[0] < report.file_bytes <= sum(sizes) // 2
+    assert check(out).checksums == len(file.tensors)
+
+
+def test_inspect_shows_the_chosen_depths(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran to the cat\n" * 60, "utf-8")
+    out = str(tmp_path / "out.gguf")
+    options = ["--target-bpw", "2.8", "--text", str(tmp_path / "text.txt"), "--tokens", "256", "--encoder", "best"]
+    assert app.main(["convert", str(model), out, *options]) == 0
+    capsys.readouterr()
+    assert app.main(["inspect", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metadata"]["trit.depths"] == "target 2.8 bits per weight"
+    types = {tensor["name"]: tensor["type"] for tensor in found["tensors"]}
+    assert {types[f"blk.{layer}.{name}.weight"] for layer in range(2) for name in STACKS} <= set(TritType.__members__)
+    assert len({kind for name, kind in types.items() if quantized_tensor(name)}) > 1

@@ -12,7 +12,7 @@ from tritgguf.conversion.report import ConvertReport
 
 
 def report(depth: int, encoder: str, weights: int = 134_515_008) -> ConvertReport:
-    return ConvertReport(Path("my model.gguf"), "models/SmolLM2", depth, encoder, weights=weights)
+    return ConvertReport(Path("my model.gguf"), "models/SmolLM2", depth, encoder, weights=weights, used_weights=weights)
 
 
 @pytest.mark.parametrize(("depth", "encoder"), [(3, "calibrated"), (4, "best"), (2, "calibrated"), (1, "recover")])
@@ -31,3 +31,5 @@ def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
     assert advice.splitlines()[-1].strip() == command
     assert "6 times" in next_steps(report(3, "best"))[1]
     assert "about 25 min" in next_steps(report(1, "best", 1_543_714_304))[1]
+    mixture = dataclasses.replace(report(2, "best", 30_500_000_000), used_weights=3_300_000_000)
+    assert "about 3 h" in next_steps(mixture)[1]

@@ -6,6 +6,7 @@ import errno
 import importlib
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import write_tiny_model
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.durable_output import disk_errors
-from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
+from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
@@ -87,10 +88,10 @@ def test_progress_comes_while_it_works(tmp_path: Path, llama: Path, monkeypatch:
     encoded: list[str] = []
     encode = MODULE._encode
 
-    def slow_encode(source: Source, tensor: PlannedTensor, *others: object) -> object:
+    def slow_encode(source: Source, task: Any, *others: object) -> object:
         time.sleep(0.02)
-        encoded.append(tensor.name)
-        return encode(source, tensor, *others)
+        encoded.append(task.matrix.name)
+        return encode(source, task, *others)
 
     monkeypatch.setattr(MODULE, "_encode", slow_encode)
     seen: list[int] = []
@@ -101,10 +102,10 @@ def test_progress_comes_while_it_works(tmp_path: Path, llama: Path, monkeypatch:
 
 @pytest.mark.parametrize("last", ["blk.0.attn_q.weight", "output_norm.weight"])
 def test_ctrl_c(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
-    def interrupt(source: Source, tensor: PlannedTensor, *others: object) -> object:
-        if tensor.name == last:
+    def interrupt(source: Source, task: Any, *others: object) -> object:
+        if task.matrix.name == last:
             raise KeyboardInterrupt
-        return encode(source, tensor, *others)
+        return encode(source, task, *others)
 
     encode = MODULE._encode
     monkeypatch.setattr(MODULE, "_encode", interrupt)

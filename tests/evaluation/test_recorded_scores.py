@@ -36,7 +36,7 @@ def report_of(file: Path, source: str = "org/name", text: str = SHIPPED) -> Veri
 
 def test_a_score_is_recorded_and_shown(file: Path, capsys: Capture) -> None:
     recorder = ScoreRecorder([file])
-    recorder.record(report_of(file))
+    recorder.record(file, score_of(report_of(file)))
     score = read_score(GgufFile(file).metadata)
     assert score == score_of(report_of(file))
     assert (score.kl_mean, score.perplexity, score.tokens, score.revision) == (0.576, 12.25, 500, "0123abcd")
@@ -61,7 +61,7 @@ def test_a_file_without_a_score_shows_none(file: Path, capsys: Capture) -> None:
 
 
 def test_another_text_is_named_by_its_fingerprint(file: Path, capsys: Capture) -> None:
-    ScoreRecorder([file]).record(report_of(file, text=text_fingerprint("mine")))
+    ScoreRecorder([file]).record(file, score_of(report_of(file, text=text_fingerprint("mine"))))
     assert app.main(["inspect", str(file)]) == 0
     assert f"SHA-256 {text_fingerprint('mine')}" in capsys.readouterr().out
 
@@ -81,7 +81,7 @@ def test_a_file_that_changed_meanwhile_is_left_alone(file: Path) -> None:
         opened.write(b"more")
     content = file.read_bytes()
     with pytest.raises(TritGgufError, match="was changed while it was measured"):
-        recorder.record(report_of(file))
+        recorder.record(file, score_of(report_of(file)))
     assert file.read_bytes() == content
 
 

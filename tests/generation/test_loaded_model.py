@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback_hub import loopback_hub, use_hub
 from scripted_model import scripted
 from sequences import open_sequence
 
@@ -31,6 +33,25 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     normal: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normal
+
+
+def test_a_name_on_the_hub_is_fetched_once(
+    tiny_trit_file: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with loopback_hub() as hub:
+        use_hub(monkeypatch, hub, tmp_path)
+        hub.models["org/tiny"] = {
+            f"tiny-d{depth}.gguf": tiny_trit_file("llama", depth).path.read_bytes() for depth in (2, 3)
+        }
+        stages = list[tuple[str, int, int]]()
+        fetched = load("org/tiny:d3", context=64, on_download=lambda *stage: stages.append(stage))
+        assert fetched.path.is_relative_to(tmp_path)
+        assert stages[-1][1] == stages[-1][2] == fetched.path.stat().st_size
+        np.testing.assert_array_equal(fetched.logits(TOKENS), load(tiny_trit_file("llama", 3).path).logits(TOKENS))
+        load(Path("org/tiny:d3"), context=64, draft="org/tiny:d2")
+        assert len(hub.downloads()) == 2
+        with pytest.raises(BadRequestError, match="has 2 trit files"):
+            load("org/tiny")
 
 
 # -- logits

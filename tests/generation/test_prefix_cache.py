@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from pool_config import pool_config
 
 from cpu_kernels.transformer.kv_pages import PAGE
 from tritgguf.generation.prefix_cache import PrefixCache, common_length
 from tritgguf.runtime.kv_pool import KVPool, pages_of
 
-CONFIG: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=1, kv_heads=1, head_dim=2))
+CONFIG = pool_config(2)
 PAGES, SEQUENCES, CONTEXT = 40, 4, 4 * PAGE
 
 
@@ -101,6 +101,16 @@ class CacheMachine(RuleBasedStateMachine):
         found = self.pool.held(text)
         assert found <= expected
         assert found == expected or self.evicted
+
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        before = [self.pool.held(other) for other in self.texts]
+        self.pool.cache.forget(text)
+        for other, held in zip(self.texts, before, strict=True):
+            now = self.pool.held(other)
+            assert now == held or (now < held <= common_length(other, text))
+        self.evicted = True
 
     @rule(data=st.data())
     def start_a_sequence(self, data: st.DataObject) -> None:
@@ -236,6 +246,22 @@ def test_pages_of_sequences_are_not_let_go_of() -> None:
     pool.pool.free(sequence)
     pool.cache.evict(2)
     assert pool.pool.free_pages == PAGES
+    pool.check()
+
+
+def test_forgetting_keeps_what_a_longer_text_begins_with() -> None:
+    pool = CachedPool()
+    shared = [1] * PAGE
+    short, long = [*shared, 2, 3], [*shared, 2, 4, *[5] * PAGE]
+    for text in (short, long):
+        pool.put(text)
+    pool.cache.forget(short)
+    assert (pool.held(short), pool.held(long)) == (PAGE + 1, len(long))
+    pool.cache.forget(long[:-1])
+    assert pool.held(long) == len(long)
+    pool.cache.forget(long)
+    assert pool.held(long) == 0
+    assert pool.cache.held_pages() == []
     pool.check()
 
 

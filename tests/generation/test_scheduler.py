@@ -104,8 +104,10 @@ def test_what_a_preempted_request_had_generated_comes_as_generated_tokens() -> N
 def test_outputs_of_a_prompt(wanted: str) -> None:
     assert planned([running(70, wanted=wanted)]) == [(0, 30, True, 30)]
     assert planned([running(70, 60, wanted=wanted)]) == [(0, 10, True, 10)]
-    assert planned([running(70, 0, wanted=wanted, first_output=25)]) == [(0, 30, True, 5)]
-    assert planned([running(70, 30, wanted=wanted, first_output=69)]) == [(0, 30, True, 0)]
+    assert planned([running(70, 0, wanted=wanted, first_output=25)]) == [(0, 55, True, 30)]
+    assert planned([running(70, 55, wanted=wanted, first_output=25)]) == [(0, 15, True, 15)]
+    assert planned([running(70, 30, wanted=wanted, first_output=69)]) == [(0, 40, True, 1)]
+    assert planned([running(170, 30, wanted=wanted, first_output=169)]) == [(0, 100, True, 0)]
     assert planned([running(70, 60, wanted=wanted, first_output=69)]) == [(0, 10, True, 1)]
 
 

@@ -109,6 +109,14 @@ EXAMPLES: list[tuple[ChatFormat, str, tuple[str, str, list[tuple[str, str]]]]] =
         "<|message|>I look.<|end|>",
         ("I look.", "", [("w", CITY)]),
     ),
+    (
+        HARMONY,  # as openai-harmony writes it: a space in front of the constraint, thoughts and answers in parts
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>analysis<|message|>Rome.<|end|>"
+        "<|start|>assistant<|channel|>commentary<|message|>I look.\n<|end|><|start|>assistant to=functions.w"
+        f"<|channel|>commentary <|constrain|>json<|message|>{CITY}<|call|><|start|>assistant<|channel|>final"
+        "<|message|>It is < 30.<|return|>",
+        ("I look.\n\nIt is < 30.", "Hm.\n\nRome.", [("w", CITY)]),
+    ),
     (HARMONY, "Just text.", ("Just text.", "", [])),
 ]
 

@@ -160,6 +160,14 @@ def test_code_of_the_model_runs_only_where_it_may(model: LoadedModel, tmp_path: 
         evaluate(model, [str(tmp_path / "others_unsafe.yaml")], allow_code_execution=True)
 
 
+def test_git_is_not_asked(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Capture) -> None:
+    """lm-eval asks it for the commit of the folder; outside of a checkout it complains on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    evaluate(model, ["tritgguf_cloze"], limit=1)
+    assert "git" not in capfd.readouterr().err
+
+
 def test_importing_the_package_does_not_import_lm_eval() -> None:
     program = "import sys, tritgguf, tritgguf.cli.app\nassert not {'lm_eval', 'datasets', 'torch'} & {*sys.modules}"
     assert run_python("-c", program).returncode == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.generation.loaded_model import LoadedModel
+from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.generation.loaded_model import LoadedModel, load
 from tritgguf.lm_eval.likelihoods import Continuation, Likelihood, log_likelihoods
 
 
@@ -43,6 +46,15 @@ def test_they_are_those_of_score_in_the_same_order(serving_model: LoadedModel) -
     serving_model.engine.check()
 
 
+def test_whole_texts_run_side_by_side(serving_model: LoadedModel) -> None:
+    """A pass takes 128 tokens at most of a text whose logits are all wanted."""
+    serving_model.engine.clear_prefix_cache()
+    texts = np.random.default_rng(6).integers(0, 400, (8, 600)).tolist()
+    passes = tokens_of_passes(serving_model, [Continuation([number], text) for number, text in enumerate(texts)])
+    assert sum(passes) == 8 * 600
+    assert len(passes) < 14
+
+
 def test_what_is_likeliest_is_greedy_and_nothing_else(serving_model: LoadedModel) -> None:
     context = [5, 6, 7, 8]
     tokens = list[int]()
@@ -53,21 +65,43 @@ def test_what_is_likeliest_is_greedy_and_nothing_else(serving_model: LoadedModel
     assert [one.is_greedy for one in log_likelihoods(serving_model.engine, asked)] == [True, False, False]
 
 
-def test_a_shared_context_is_evaluated_once(serving_model: LoadedModel) -> None:
-    serving_model.engine.clear_prefix_cache()
-    context = np.random.default_rng(3).integers(0, 400, 500).tolist()
+def tokens_of_passes(model: LoadedModel, asked: list[Continuation]) -> list[int]:
+    """Return how many tokens each pass for these continuations evaluates."""
     evaluated = list[int]()
-    forward = serving_model.engine.model.forward
+    forward = model.engine.model.forward
 
     def counting(batch, *arguments, **options):  # type: ignore[no-untyped-def]
         evaluated.append(len(batch.tokens))
         return forward(batch, *arguments, **options)
 
-    asked = [Continuation(context, [first, second, 9]) for first in range(6) for second in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving_model.engine.model, "forward", counting)
-        log_likelihoods(serving_model.engine, asked)
-    assert sum(evaluated) < len(context) + 12 * 5
+        patch.setattr(model.engine.model, "forward", counting)
+        log_likelihoods(model.engine, asked)
+    return evaluated
+
+
+def test_a_shared_context_is_evaluated_once(serving_model: LoadedModel) -> None:
+    serving_model.engine.clear_prefix_cache()
+    context = np.random.default_rng(3).integers(0, 400, 500).tolist()
+    asked = [Continuation(context, [first, second, 9]) for first in range(6) for second in range(2)]
+    assert sum(tokens_of_passes(serving_model, asked)) < len(context) + 12 * 5
+
+
+def test_short_contexts_are_evaluated_once_in_full_passes(tiny_trit_file: Callable[..., GgufFile]) -> None:
+    """Half of the contexts have four continuations, half have one."""
+    model = load(tiny_trit_file("qwen2", 2).path, context=640, parallel=64, threads=1)
+    numbers = np.random.default_rng(5).permutation(400)
+    contexts = [[int(first), *range(3, 12)] for first in numbers[:100]]
+    asked = [
+        Continuation(context, [first, 1])
+        for place, context in enumerate(contexts)
+        for first in range(1 + place % 2 * 3)
+    ]
+    free = model.engine.pool.free_pages
+    passes = tokens_of_passes(model, asked)
+    assert sum(passes) == 100 * 11 + 50 * 3 * 2
+    assert len(passes) <= 5
+    assert model.engine.pool.free_pages == free - 1  # only the last context is kept
 
 
 def test_nothing_is_left_behind_after_an_error(serving_model: LoadedModel) -> None:

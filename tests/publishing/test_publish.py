@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from loopback_hub import loopback_hub, use_hub
 from tiny_models import write_tiny_model
 
 from tritgguf.cli import app
-from tritgguf.conversion.convert import convert
+from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.evaluation.verify import verify
 from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.publishing.state import checksum
+from tritgguf.formats.safetensors_reader import StoredTensor
+from tritgguf.publishing.state import State, checksum
+from tritgguf.reference.model import ReferenceModel
+from tritgguf.sources.open import open_source
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "transformers"))), reason="needs the extra `verify`"
@@ -97,8 +102,8 @@ def test_cards_show_what_was_measured(whole: Path) -> None:
 
 def test_what_is_finished_is_not_made_again(whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "out").glob("Tiny*/**/*")}
-    for name in ("convert", "bench", "export"):
-        monkeypatch.setattr(f"tritgguf.publishing.stages.{name}", untouched)
+    for name in ("convert_together", "bench", "export"):
+        monkeypatch.setattr(f"tritgguf.publishing.tasks.{name}", untouched)
     monkeypatch.setattr("tritgguf.reference.model.ReferenceModel.open", untouched)
     report = published(capsys, str(whole / "plan.toml"))
     assert [row["configuration"] for row in report["files"]] == ["uniform-d2", "uniform-d3"]
@@ -121,30 +126,37 @@ def test_a_changed_configuration_is_made_again_and_others_are_not(tmp_path: Path
     assert second["files"][1]["quality"]["kl_mean"] != first["files"][1]["quality"]["kl_mean"]
 
 
-@pytest.mark.parametrize("stage", ["convert", "verify_files", "bench", "replace_text"])
+@pytest.mark.parametrize("stage", ["convert_together", "quantization_costs", "bench", "export", "replace_text"])
 def test_an_interrupted_run_goes_on(
     stage: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
     write_tiny_model(tmp_path / "Tiny")
     plan = write_plan(tmp_path)
-    module = "cards" if stage == "replace_text" else "stages"
+    module = "cards" if stage == "replace_text" else "tasks"
     original = getattr(importlib.import_module(f"tritgguf.publishing.{module}"), stage)
     calls = []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
-        if stage == "verify_files" or len(calls) == 2:
+        if stage == "convert_together":
+            return original(*arguments, **{**options, "progress": interrupt_in_the_middle})
+        if stage == "quantization_costs" or len(calls) == 2:
             raise KeyboardInterrupt
         return original(*arguments, **options)
+
+    def interrupt_in_the_middle(state: ConvertProgress) -> None:
+        if state.bytes_done > state.bytes_total // 2:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
         patches.setattr(f"tritgguf.publishing.{module}.{stage}", interrupted)
         assert app.main(["publish", plan]) == 130
     first = tmp_path / "out" / NAMES[0] / f"{NAMES[0]}.gguf"
-    before = first.stat().st_mtime_ns
+    before = first.stat().st_mtime_ns if first.exists() else 0
+    assert stage != "convert_together" or first.with_name(f"{first.name}.part.journal").exists()
     capsys.readouterr()
     published(capsys, plan)
-    assert stage in ("convert", "verify_files") or first.stat().st_mtime_ns == before
+    assert stage in ("convert_together", "quantization_costs") or first.stat().st_mtime_ns == before
     for name in NAMES:
         for file in (f"{name}.gguf", f"{name}-q8_0.gguf", "hf/model.safetensors"):
             assert checksum(tmp_path / "out" / name / file) == checksum(whole / "out" / name / file)
@@ -156,8 +168,8 @@ def test_a_run_killed_while_a_score_is_written_goes_on(
     write_tiny_model(tmp_path / "Tiny")
     plan = write_plan(tmp_path, PLAN.replace('exports = ["q8_0", "hf"]', "bench = false"))
 
-    def record(recorder: Any, report: Any) -> None:
-        original(recorder, report)
+    def record(recorder: Any, file: Path, score: Any) -> None:
+        original(recorder, file, score)
         raise KeyboardInterrupt
 
     from tritgguf.evaluation.recorded_scores import ScoreRecorder
@@ -167,8 +179,33 @@ def test_a_run_killed_while_a_score_is_written_goes_on(
         patches.setattr("tritgguf.publishing.stages.ScoreRecorder.record", record)
         assert app.main(["publish", plan]) == 130
     capsys.readouterr()
-    monkeypatch.setattr("tritgguf.publishing.stages.convert", untouched)
+    monkeypatch.setattr("tritgguf.publishing.tasks.convert_together", untouched)
     assert len(published(capsys, plan)["files"]) == 2
+
+
+@pytest.mark.parametrize("stage", ["convert", "export"])
+def test_a_run_killed_before_it_notes_a_finished_file_goes_on(
+    stage: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    write_tiny_model(tmp_path / "Tiny")
+    plan = write_plan(tmp_path)
+    finish = State.finish
+
+    def killed(state: State, of: str, path: Path, settings: Any, result: Any) -> None:
+        if of == stage:
+            raise KeyboardInterrupt
+        finish(state, of, path, settings, result)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(State, "finish", killed)
+        assert app.main(["publish", plan]) == 130
+    capsys.readouterr()
+    function = {"convert": "convert_together", "export": "export"}[stage]
+    monkeypatch.setattr(f"tritgguf.publishing.tasks.{function}", untouched)
+    published(capsys, plan)
+    for name in NAMES:
+        for file in (f"{name}.gguf", f"{name}-q8_0.gguf", "hf/model.safetensors", "chart.svg"):
+            assert checksum(tmp_path / "out" / name / file) == checksum(whole / "out" / name / file)
 
 
 def test_foreign_files_are_never_replaced(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +215,7 @@ def test_foreign_files_are_never_replaced(tmp_path: Path, capsys: Capture, monke
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
     with monkeypatch.context() as patches:
-        patches.setattr("tritgguf.publishing.stages.convert", untouched)
+        patches.setattr("tritgguf.publishing.tasks.convert_together", untouched)
         assert f"{foreign}: exists, and `publish` has not made it" in fails(capsys, "publish", plan)
     assert foreign.read_text() == "mine"
     foreign.unlink()
@@ -211,6 +248,41 @@ def test_sensitivities_and_texts_are_made_once(
     assert GgufFile(odd).metadata["trit.depths"] == "depth 3, 2 below sensitivity 0.01"
     sizes = [row["quality"]["file_bytes"] for row in report["files"]]
     assert sizes[0] >= sizes[1] >= sizes[2]
+    before = odd.read_bytes()
+    shutil.rmtree(odd.parent)
+    published(capsys, plan)
+    assert len(measured) == 1, "they are kept for a run that goes on"
+    assert odd.read_bytes() == before
+    (tmp_path / "text.txt").write_text("A lazy dog sleeps under the quick brown fox. " * 200, encoding="utf-8")
+    published(capsys, plan)
+    assert len(measured) == 2, "another text"
+
+
+def test_weights_are_read_once_for_all_configurations(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    read_into = StoredTensor._read_into
+
+    def count(tensor: StoredTensor, buffer: Any, start: int) -> None:
+        read[tensor.name] += buffer.nbytes
+        read_into(tensor, buffer, start)
+
+    monkeypatch.setattr(StoredTensor, "_read_into", count)
+    opened: list[Any] = []
+    open_reference = ReferenceModel.open
+
+    def open_and_count(*arguments: Any, **options: Any) -> ReferenceModel:
+        opened.append(arguments)
+        return open_reference(*arguments, **options)
+
+    monkeypatch.setattr(ReferenceModel, "open", open_and_count)
+    folder = write_tiny_model(tmp_path / "Tiny")
+    names = json.dumps([f"uniform-d{depth}" for depth in (1, 2, 3, 4)])
+    text = PLAN.replace('["uniform-d2", "uniform-d3"]', names).replace('["q8_0", "hf"]', "[]\nbench = false")
+    assert len(published(capsys, write_plan(tmp_path, text))["files"]) == 4
+    assert sum(read.values()) == sum(tensor.stored_bytes for tensor in open_source(folder).tensors)
+    assert len(opened) == 1, "and once more by transformers"
 
 
 def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -241,7 +313,7 @@ def test_options_that_a_source_makes_impossible(
 ) -> None:
     write_tiny_model(tmp_path / "Tiny", "llama-tied")
     plan = write_plan(tmp_path, PLAN.replace('"uniform-d3"', f'{{ name = "x", depth = 2, {options} }}'))
-    monkeypatch.setattr("tritgguf.publishing.stages.convert", untouched)
+    monkeypatch.setattr("tritgguf.publishing.tasks.convert_together", untouched)
     assert re.search(rf"plan\.toml: x of Tiny: .*{message}", fails(capsys, "publish", plan))
     assert not (tmp_path / "out").exists()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from pool_config import pool_config
 from small_tokenizers import encode, tokenizer
 from tiny_models import CHAT_TEMPLATE
 
@@ -16,6 +16,7 @@ from tritgguf.generation.engine import Engine
 from tritgguf.generation.loaded_model import LoadedModel
 from tritgguf.runtime.kv_pool import KVPool
 from tritgguf.runtime.token_batch import TokenBatch
+from tritgguf.tokenization.tokenizer import Tokenizer
 
 VOCABULARY = 448
 START, END = 1, 2
@@ -32,8 +33,8 @@ class ScriptedModel:
     """
 
     def __init__(self, script: Sequence[int]) -> None:
-        sizes = SimpleNamespace(layers=1, kv_heads=1, head_dim=2, hidden=4, vocabulary=VOCABULARY)
-        self.config: Any = SimpleNamespace(vocab_size=VOCABULARY, dimensions=sizes, context_length=4096)
+        self.config = pool_config(2, hidden=4, vocab_size=VOCABULARY, context_length=4096)
+        self.config.dimensions.vocabulary = VOCABULARY
         self.file_bytes = 0
         self.script = list(script)
         self.calls: list[list[int]] = []
@@ -73,9 +74,14 @@ class ScriptedModel:
             row[token : token + 2] = 9, 5
 
 
-def scripted(script: Sequence[int] | str, context: int = 512, template: str | None = CHAT_TEMPLATE) -> Any:
+def scripted(
+    script: Sequence[int] | str,
+    context: int = 512,
+    template: str | None = CHAT_TEMPLATE,
+    tokens: Tokenizer | None = None,
+) -> Any:
     """Return a LoadedModel with a ScriptedModel as its attribute `model`; a script given as text ends the turn."""
-    tokens = tokenizer()
+    tokens = tokens or tokenizer()
     if isinstance(script, str):
         script = [*encode(tokens, script), END]
     model: Any = ScriptedModel(script)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,16 +50,20 @@ class Run:
     peak_files: int
     curve: list[Sample]
     """Seconds since the start, own memory, pages of files: the largest of each interval."""
+    processor_seconds: float = 0.0
+    """What all its threads took, in the kernel too."""
 
 
-def measure(name: str, arguments: Sequence[str]) -> Run:
-    """Run `tritgguf` with these arguments and sample its memory until it ends; raises SystemExit if it fails."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tritgguf", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def measure(name: str, arguments: Sequence[str], *, module: str = "tritgguf", output: Path | None = None) -> Run:
+    """Run `tritgguf`, or another module, with these arguments and sample its memory until it ends.
+
+    What it prints goes to the file `output`, or nowhere. Raises SystemExit if it fails.
+    """
+    before = _processor_seconds()
+    with open(output or os.devnull, "w") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdout=printed, stderr=subprocess.PIPE, text=True
+        )
     samples: list[Sample] = []
     start = time.perf_counter()
     assert process.stderr is not None
@@ -76,12 +81,19 @@ def measure(name: str, arguments: Sequence[str]) -> Run:
         raise SystemExit(f"{name} failed: {said.strip().splitlines()[-1:]}")
     return Run(
         name,
-        " ".join(["tritgguf", *(Path(argument).name for argument in arguments)]),
+        " ".join([module, *(Path(argument).name for argument in arguments)]),
         round(seconds, 1),
         max(own for _, own, _ in samples),
         max(files for _, _, files in samples),
         thinned(samples, _POINTS),
+        round(_processor_seconds() - before, 1),
     )
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of all processes that this one has started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
@@ -99,28 +111,29 @@ def measure_shape(shape: str, layers: int, folder: Path, formats: Sequence[str])
     checkpoint, file, output, again = (folder / name for name in ("checkpoint", "d2.gguf", "output", "again.gguf"))
     write_checkpoint(checkpoint, sizes)
     packed_head = ["--encoder", "v2", "--output-depth", "4", "--embedding-depth", "4"]
-    runs = [_reported("convert, head packed too", ["convert", str(checkpoint), str(file), *packed_head])]
-    _remove(file)
+    runs = [reported("convert, head packed too", ["convert", str(checkpoint), str(file), *packed_head])]
+    remove(file)
     published = ["--encoder", "v2", "--recipe", "published"]
-    runs.append(_reported("convert", ["convert", str(checkpoint), str(file), *published]))
-    _remove(checkpoint)
-    runs.append(_reported("inspect", ["inspect", str(file)]))
+    runs.append(reported("convert", ["convert", str(checkpoint), str(file), *published]))
+    remove(checkpoint)
+    runs.append(reported("inspect", ["inspect", str(file)]))
     for name in formats:
-        runs.append(_reported(f"export to {name}", ["export", str(file), str(output), "--to", name]))
+        runs.append(reported(f"export to {name}", ["export", str(file), str(output), "--to", name]))
         if output.is_file():
-            runs.append(_reported(f"convert from {name}", ["convert", str(output), str(again)]))
-            _remove(again)
-        _remove(output)
-    _remove(file)
+            runs.append(reported(f"convert from {name}", ["convert", str(output), str(again)]))
+            remove(again)
+        remove(output)
+    remove(file)
     few = min(layers, _RECOVERED_LAYERS)
     write_checkpoint(checkpoint, with_layers(sizes, few), dequantized=True)
     arguments = ["convert", str(checkpoint), str(file), "--encoder", "recover"]
-    runs.append(_reported(f"recovery ({few} layers)", arguments))
+    runs.append(reported(f"recovery ({few} layers)", arguments))
     return runs
 
 
-def _reported(name: str, arguments: Sequence[str]) -> Run:
-    run = measure(name, arguments)
+def reported(name: str, arguments: Sequence[str], *, module: str = "tritgguf", output: Path | None = None) -> Run:
+    """Measure a command and print a line."""
+    run = measure(name, arguments, module=module, output=output)
     print(
         f"{run.name:45} {run.peak_own / 1e9:6.2f} GB own {run.peak_files / 1e9:6.2f} GB of files {run.seconds:8.1f} s",
         flush=True,
@@ -128,7 +141,8 @@ def _reported(name: str, arguments: Sequence[str]) -> Run:
     return run
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it has."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

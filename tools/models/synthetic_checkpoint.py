@@ -24,6 +24,9 @@ SHAPES = {
     "qwen2.5-72b": Dimensions(
         layers=80, vocabulary=152064, hidden=8192, feed_forward=29568, heads=64, kv_heads=8, head_dim=128, biased=QKV
     ),
+    "qwen2.5-32b": Dimensions(
+        layers=64, vocabulary=152064, hidden=5120, feed_forward=27648, heads=40, kv_heads=8, head_dim=128, biased=QKV
+    ),
     "qwen2.5-7b": Dimensions(
         layers=28, vocabulary=152064, hidden=3584, feed_forward=18944, heads=28, kv_heads=4, head_dim=128, biased=QKV
     ),

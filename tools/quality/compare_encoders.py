@@ -50,6 +50,7 @@ from tritgguf.sources.open import open_source
 MODELS = {
     "smollm2": ("SmolLM2-135M-Instruct", 16, 128),
     "qwen2.5-coder-1.5b": ("Qwen2.5-Coder-1.5B-Instruct", 6, 32),
+    "small-olmoe": ("small-olmoe", 16, 128),  # of `tools.models.train_mixture`
 }
 """Name -> folder in models/, number of windows to evaluate, number of windows to calibrate on."""
 ENCODERS = ("v2", "best", "imatrix", "calibrated", "self")

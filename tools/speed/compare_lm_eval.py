@@ -68,7 +68,7 @@ def main(
     theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=batch_size)
     asked = requests_of_questions(ours, questions, examples)
     for lm in (ours, theirs):
-        seconds_of(lm, asked[0])  # warms up
+        seconds_of(lm, [request for question in asked[:turn] for request in question])  # warms up
     ours.model.engine.clear_prefix_cache()
     totals, ratios = [0.0, 0.0], list[float]()
     for first in range(0, len(asked), turn):

@@ -8,12 +8,13 @@ runs, and one decoder block in memory:
    because errors of the output add up;
 3. for other depths of a matrix, its error of the weights, weighted by the importance of the columns.
 
-Embeddings and output head are quantized alone, at each depth. `docs/quality.md` has measurements.
+A stack of experts is one matrix here, because it has one depth; 3 is measured on some of its experts. Embeddings and
+output head are quantized alone, at each depth. `docs/quality.md` has measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,8 +26,10 @@ from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
 from tritgguf.calibration.output_divergence import output_divergences
 from tritgguf.calibration.output_head import head_name
 from tritgguf.calibration.sensitivity import output_and_importance, relative_error
-from tritgguf.errors import TritGgufError
-from tritgguf.quantization.scale_search import quantized_and_decoded
+from tritgguf.formats.matrix_rows import MatrixRows
+from tritgguf.formats.stacks import by_tensor
+from tritgguf.quantization.quantized_matrix import QuantizedMatrix
+from tritgguf.quantization.scale_search import quantize_searched, quantized_and_decoded
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 PROBED_DEPTH = 2  # at which 1 and 2 are measured
 _PREDICTED_WINDOWS, _PREDICTED_TOKENS = 2, 256  # of which 2 measures the predictions
+_SAMPLED_EXPERTS = 8  # of a stack, on which 3 is measured
 
 
 def measure_divergence_costs(
@@ -61,10 +65,6 @@ def measure_divergence_costs(
         ValueError: a weight is NaN or infinite.
 
     """
-    if any(tensor.name in names and len(tensor.shape) > 2 for tensor in source.tensors):
-        raise TritGgufError(
-            f"{source.name}: depths of experts cannot be chosen by what they cost yet; give --depth and --keep"
-        )
     blocks = DecoderBlocks(source, threads=thread_pool.threads)
     hidden = blocks.embed(windows)
     predicted = [window[:_PREDICTED_TOKENS] for window in windows[:_PREDICTED_WINDOWS]]
@@ -78,8 +78,7 @@ def measure_divergence_costs(
         with blocks.block(index) as block:
             before, original = original, block.forward(original)
             _forward_all(block, copies)
-            measured = [name for name in block.matrices if name in names]
-            hidden, shares = _measure_block(block, measured, depths, hidden, thread_pool)
+            hidden, shares = _measure_block(block, names, depths, hidden, thread_pool)
             copies.append(_Copy(block.forward(before), 0, shares))
         progress(index + 1, blocks.count)
     for depth in depths if HEAD in names else ():
@@ -119,28 +118,67 @@ def _forward_all(block: Block, copies: Sequence[_Copy]) -> None:
 
 
 def _measure_block(
-    block: Block, names: Sequence[str], depths: Sequence[int], hidden: Tensor, thread_pool: ThreadPool
+    block: Block, names: Collection[str], depths: Sequence[int], hidden: Tensor, thread_pool: ThreadPool
 ) -> tuple[Tensor, dict[str, dict[int, float]]]:
-    """Return a block's output and the shares of its matrices, and leave these quantized at `PROBED_DEPTH`."""
+    """Return a block's output and the shares of those named, and leave these quantized at `PROBED_DEPTH`.
+
+    Quantized matrices are kept as levels, in a quarter of the memory of weights.
+    """
     expected, importance = output_and_importance(block, hidden)
     errors: dict[str, float] = {}
     ratios: dict[str, dict[int, float]] = {}
-    probed: dict[str, np.ndarray] = {}
-    for name in names:
-        weights = block.get(name)
-        squares = {}
-        for depth in {*depths, PROBED_DEPTH}:
-            decoded = quantized_and_decoded(weights, depth, thread_pool, importance=importance[name])
-            squares[depth] = float((np.square(decoded - weights) @ importance[name]).sum(dtype=np.float64))
-            if depth == PROBED_DEPTH:
-                probed[name] = decoded
-        ratios[name] = {depth: squares[depth] / (squares[PROBED_DEPTH] or 1.0) for depth in depths}
-        block.set(name, probed[name])
+    probed: dict[str, QuantizedMatrix] = {}
+    for name, matrices in by_tensor(block.packed).items():
+        if name not in names:
+            continue
+        for matrix in matrices:
+            probed[matrix] = _quantized(block.get(matrix), PROBED_DEPTH, importance.get(matrix), thread_pool)
+        some = _sample([matrix for matrix in matrices if matrix in importance])
+        seen = {matrix: importance[matrix] for matrix in some}
+        ratios[name] = _error_ratios(block, seen, probed, depths, thread_pool)
+        _set_all(block, matrices, probed)
         errors[name] = relative_error(block.forward(hidden), expected)
-        block.set(name, weights)
-    for name, decoded in probed.items():
-        block.set(name, decoded)
+        block.restore(matrices)
+    _set_all(block, probed, probed)
     total = sum(errors.values()) or 1.0
     return expected, {
-        name: {depth: errors[name] / total * ratio for depth, ratio in ratios[name].items()} for name in names
+        name: {depth: errors[name] / total * ratio for depth, ratio in ratios[name].items()} for name in errors
     }
+
+
+def _set_all(block: Block, names: Iterable[str], quantized: Mapping[str, QuantizedMatrix]) -> None:
+    """Replace weights of the block by quantized ones."""
+    for name in names:
+        block.set(name, quantized[name].decoded())
+
+
+def _quantized(
+    weights: np.ndarray, depth: int, importance: np.ndarray | None, thread_pool: ThreadPool
+) -> QuantizedMatrix:
+    """Return a matrix, float32 [rows, columns], quantized with the best scales for its inputs, if there are any."""
+    (quantized,) = quantize_searched(MatrixRows.of(weights), depth, thread_pool, importance=importance).parts
+    return quantized
+
+
+def _error_ratios(
+    block: Block,
+    importance: Mapping[str, np.ndarray],
+    probed: Mapping[str, QuantizedMatrix],
+    depths: Sequence[int],
+    thread_pool: ThreadPool,
+) -> dict[int, float]:
+    """Return depth -> error of the products of the matrices with this importance, over that of the probed ones."""
+    squares = dict.fromkeys({*depths, PROBED_DEPTH}, 0.0)
+    for name, of_columns in importance.items():
+        weights = block.get(name)
+        for depth in squares:
+            known = probed[name] if depth == PROBED_DEPTH else _quantized(weights, depth, of_columns, thread_pool)
+            error = known.decoded() - weights
+            squares[depth] += float((np.square(error) @ of_columns).sum(dtype=np.float64))
+    return {depth: squares[depth] / (squares[PROBED_DEPTH] or 1.0) for depth in depths}
+
+
+def _sample(names: Sequence[str]) -> list[str]:
+    """Return at most `_SAMPLED_EXPERTS` of the names, evenly spaced."""
+    indices = np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_EXPERTS)).round().astype(int)
+    return [names[index] for index in indices]

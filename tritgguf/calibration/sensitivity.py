@@ -54,17 +54,14 @@ def measure_sensitivities(
             expected, importance = output_and_importance(block, hidden)
             for name, matrices in by_tensor(block.packed).items():
                 if name in names:
-                    weights = {matrix: block.get(matrix) for matrix in matrices}
                     sensitivities[name] = {}
                     for depth in depths:
                         for matrix in matrices:
-                            decoded = quantized_and_decoded(
-                                weights[matrix], depth, thread_pool, importance=importance.get(matrix)
-                            )
+                            seen = importance.get(matrix)
+                            decoded = quantized_and_decoded(block.get(matrix), depth, thread_pool, importance=seen)
                             block.set(matrix, decoded)
                         sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
-                    for matrix in matrices:
-                        block.set(matrix, weights[matrix])
+                        block.restore(matrices)
             hidden = expected
         progress(index + 1, blocks.count)
     return sensitivities

@@ -31,7 +31,7 @@ from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
 from tritgguf.cli.options import UsageError
-from tritgguf.cli.publish import publish_command
+from tritgguf.cli.publish import PublishCommand, publish_command
 from tritgguf.cli.pull import pull_command
 from tritgguf.cli.rm import rm_command
 from tritgguf.cli.run import run_command
@@ -175,4 +175,4 @@ for _name, _command in (
     ("list", list_command),
     ("rm", rm_command),
 ):
-    app.command(_name)(_command)
+    app.command(_name, cls=PublishCommand if _command is publish_command else None)(_command)

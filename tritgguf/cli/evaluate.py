@@ -67,7 +67,7 @@ def evaluate_command(
     output: Output = None,
     overwrite: Overwrite = False,
     context: Context = 0,
-    parallel: Parallel = 32,
+    parallel: Parallel = 64,
     threads: Threads = None,
     prefill_bits: PrefillBits = 16,
     exact: Exact = False,

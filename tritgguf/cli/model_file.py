@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tritgguf.cli import terminal
-from tritgguf.sources.hub_names import HubName, parse_hub_name
+from tritgguf.sources.hub_names import HubName, name_instead_of, parse_hub_name
 
 
 def local_file(file: Path) -> Path:
@@ -14,7 +14,7 @@ def local_file(file: Path) -> Path:
     A path that exists always wins. What has not the form of a name on the hub is returned as it is. Raises as
     `tritgguf.sources.hub_files.pull`.
     """
-    name = None if file.exists() else parse_hub_name(file.as_posix())
+    name = name_instead_of(file)
     if name is None:
         return file
     from tritgguf.sources.hub_files import local_or_fetched

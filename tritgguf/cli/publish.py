@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tritgguf.cli import terminal
-from tritgguf.cli.options import Json, Threads, option
+from tritgguf.cli.options import Json, Threads, UsageError, option
 from tritgguf.cli.quality_table import print_qualities
 from tritgguf.cli.terminal import note, print_table
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
+    from tritgguf.cli.terminal import Report
     from tritgguf.publishing.estimate import Estimate
+    from tritgguf.publishing.plan_file import PublishPlan
     from tritgguf.publishing.publish import PublishReport
+
+
+_HERE = "here"
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -68,6 +74,35 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _publish(plan: PublishPlan, threads: int | None, ray: str | None, report: Report) -> PublishReport:
+    from tritgguf.publishing.publish import publish
+
+    if ray is None:
+        return publish(plan, threads=threads, progress=report)
+    from cpu_kernels.threads.cores import physical_cores
+    from tritgguf.publishing.cluster import cluster, publish_on_nodes
+
+    cores = threads or physical_cores()
+    with cluster(None if ray == _HERE else ray, cores, report) as executor:
+        if not plan.shared_disk:
+            return publish_on_nodes(plan, cores, executor)
+        return publish(plan, threads=cores, executor=executor)
+
+
+class PublishCommand(TyperCommand):
+    """The command line of `publish`, where the value of `--ray` may be missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; an option without a value means a cluster on this machine."""
+        given = []
+        for position, argument in enumerate(args):
+            given.append(argument)
+            following = args[position + 1] if position + 1 < len(args) else "-"
+            if argument == "--ray" and (following.startswith("-") or following.endswith(".toml")):
+                given.append(_HERE)
+        return super().parse_args(ctx, given)
+
+
 def publish_command(
     plan_file: Annotated[Path, typer.Argument(help="What to make, see docs/publishing.md.", metavar="PLAN.toml")],
     dry_run: Annotated[
@@ -76,6 +111,15 @@ def publish_command(
     upload: Annotated[
         str | None,
         option("--upload", metavar="ORG", help="Upload each folder to this account on the hub.", show_default=False),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Run on this Ray cluster, or on all cores of this machine (docs/publishing.md).",
+            show_default=False,
+        ),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -96,15 +140,14 @@ def publish_command(
         needs = estimate(plan, threads)
         terminal.print_json(needs.as_dict()) if as_json else print_estimate(needs)
         return
-    from tritgguf.evaluation.logits_store import user_store
-    from tritgguf.publishing.publish import publish
     from tritgguf.publishing.upload import check_organization, upload_folders
 
-    store = user_store()
     if upload is not None:
         check_organization(upload)
+        if ray is not None and not plan.shared_disk:
+            raise UsageError("--upload needs files on a shared disk; they are on the disks of the nodes")
     with terminal.progress(in_bytes=False) as report:
-        result = publish(plan, threads=threads, store=store, progress=report)
+        result = _publish(plan, threads, ray, report)
         if upload is not None:
             result.uploads = upload_folders([Path(file.folder) for file in result.files], upload, report)
     terminal.print_json(result.as_dict()) if as_json else print_publication(result)

@@ -110,7 +110,7 @@ def verify_command(
     Example: tritgguf verify models/SmolLM2-135M-Instruct d3.gguf
     """
     from tritgguf.evaluation.logits_store import user_store
-    from tritgguf.evaluation.recorded_scores import ScoreRecorder
+    from tritgguf.evaluation.recorded_scores import ScoreRecorder, score_of
     from tritgguf.evaluation.verify import verify_files
     from tritgguf.formats.durable_output import check_output
     from tritgguf.formats.text_file import read_text
@@ -125,7 +125,7 @@ def verify_command(
         reports = verify_files(source, files, text=text, tokens=tokens, **settings, progress=report)
     if recorder is not None:
         for result in reports:
-            recorder.record(result)
+            recorder.record(result.file, score_of(result))
     if speed:
         measured = with_speeds([report.quality for report in reports], threads, isa)
         reports = [

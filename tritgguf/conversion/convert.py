@@ -1,10 +1,10 @@
-"""Convert a source to a packed GGUF file: plan, write, report."""
+"""Convert a source to packed GGUF files: plan, write, report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,17 @@ import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
-from tritgguf.conversion.encoders import Automatic, Encoder, EncodingJob, Importance, Windows, parse_encoder
-from tritgguf.conversion.pipeline import encode_and_write, written_weights
+from tritgguf.conversion.encoders import (
+    Automatic,
+    Encoder,
+    EncodingJob,
+    Importance,
+    Quantizer,
+    Windows,
+    parse_encoder,
+    quantizer_of,
+)
+from tritgguf.conversion.pipeline import Output, encode_and_write, written_weights
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.recipes import Recipe, parse_recipe
 from tritgguf.conversion.report import ConvertReport, conversion_report
@@ -28,11 +37,30 @@ from tritgguf.sources.source import Source
 
 @dataclass(frozen=True)
 class ConvertProgress:
-    """Progress of a conversion in bytes of the source's tensors; tensors that are read twice count twice."""
+    """Progress of a conversion in bytes of the source's tensors, which count for each file and each search."""
 
     tensor: str
     bytes_done: int
     bytes_total: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file to make of a source; the attributes are those of `convert`, with the depths in `options`."""
+
+    output: str | Path
+    options: DepthOptions
+    encoder: Encoder
+    importance: Importance | None = None
+    windows: Windows | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer of matrices that are not recovered; TritGgufError if one of its inputs is missing."""
+        other_use = self.options.choice.needs_text
+        return quantizer_of(self.encoder, self.importance, self.windows, text_has_other_use=other_use)
 
 
 def convert(
@@ -82,54 +110,98 @@ def convert(
             full, or on another exception such as KeyboardInterrupt, `OUTPUT.part` and its journal stay for `resume`.
 
     """
-    started = time.perf_counter()
     named_recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     options = DepthOptions(depth, output_depth, embedding_depth, choice, named_recipe)
     chosen = parse_encoder(encoder) if isinstance(encoder, str) else encoder
-    output = check_output(output, overwrite, [source], resume=resume)
-    opened, thread_pool = open_source(str(source)), ThreadPool(threads)
+    conversion = Conversion(output, options, chosen, importance, windows, overwrite, resume)
+    return convert_together(source, [conversion], threads=threads, progress=progress)[0]
+
+
+def convert_together(
+    source: str | Path | Source,
+    conversions: Sequence[Conversion],
+    *,
+    threads: int | None = None,
+    progress: Callable[[ConvertProgress], None] | None = None,
+) -> list[ConvertReport]:
+    """Convert a source, which may be open already, to several files; return a report for each, in order.
+
+    Each matrix is read once for all of them, and encoded once for those that encode it alike. A conversion whose
+    encoder follows the blocks (`Quantizer.in_block_order`) has an order of its own, so it must be the only one. Other
+    arguments and errors are those of `convert`. The files appear together, at the end.
+    """
+    started = time.perf_counter()
+    inputs = [source if isinstance(source, str | Path) else source.name]
+    outputs = [check_output(one.output, one.overwrite, inputs, resume=one.resume) for one in conversions]
+    opened = open_source(str(source)) if isinstance(source, str | Path) else source
+    if len(conversions) > 1 and any(conversion.quantizer.in_block_order for conversion in conversions):
+        raise ValueError("an encoder that follows the blocks cannot share a pass over the source")
+    thread_pool = ThreadPool(threads)
     started += prepare_kernels()
-    counter = _ProgressCounter(opened, progress)
-    plan = plan_conversion(opened, options, chosen, importance, windows, thread_pool, counter.searched)
-    with _writer(plan, output, thread_pool, overwrite=overwrite, resume=resume) as writer:
-        squares, warnings = _encode(plan, writer, thread_pool, counter.written)
-    return conversion_report(plan, output, squares, time.perf_counter() - started, warnings)
+    counter = _ProgressCounter(opened, len(conversions), progress)
+    plans = [
+        plan_conversion(opened, one.options, one.encoder, one.importance, one.windows, thread_pool, counter.searched)
+        for one in conversions
+    ]
+    with ExitStack() as opened_writers:
+        writers = [
+            opened_writers.enter_context(_writer(plan, output, thread_pool, one))
+            for plan, output, one in zip(plans, outputs, conversions, strict=True)
+        ]
+        results = _encode(plans, writers, thread_pool, counter.written)
+    seconds = (time.perf_counter() - started) / max(1, len(conversions))
+    return [
+        conversion_report(plan, output, squares, seconds, warnings)
+        for plan, output, (squares, warnings) in zip(plans, outputs, results, strict=True)
+    ]
 
 
-def _writer(
-    plan: ConversionPlan, output: Path, thread_pool: ThreadPool, *, overwrite: bool, resume: bool
-) -> StreamingWriter:
+def _writer(plan: ConversionPlan, output: Path, thread_pool: ThreadPool, conversion: Conversion) -> StreamingWriter:
     """Return a writer for the plan's file."""
-    journal = Journal(output, plan.job(thread_pool.threads))
-    return StreamingWriter(output, plan.metadata, plan.tensors, overwrite=overwrite, journal=journal, resume=resume)
+    return StreamingWriter(
+        output,
+        plan.metadata,
+        plan.tensors,
+        overwrite=conversion.overwrite,
+        journal=Journal(output, plan.job(thread_pool.threads)),
+        resume=conversion.resume,
+    )
 
 
 def _encode(
-    plan: ConversionPlan, writer: StreamingWriter, thread_pool: ThreadPool, written: Callable[[str], None]
-) -> tuple[tuple[float, float], list[str]]:
-    """Encode and write a plan's tensors; return sums of the squared errors and of the squared weights, and warnings.
+    plans: Sequence[ConversionPlan],
+    writers: Sequence[StreamingWriter],
+    thread_pool: ThreadPool,
+    written: Callable[[str], None],
+) -> list[tuple[tuple[float, float], list[str]]]:
+    """Encode and write the tensors of plans for one source.
 
-    `written` is called with the name of each matrix after it is written.
+    Returns for each the sums of the squared errors and of the squared weights, and warnings. `written` is called with
+    the name of each matrix after it is written.
     """
-    job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
-    squares = np.zeros(2)
-    names = [name for tensor in plan.tensors for name in tensor.matrices]
-    encoder = plan.quantizer.start(job)
-    # Closed before the writer is: an interruption in `written` must not leave a thread that goes on writing.
-    with closing(encode_and_write(plan.source, writer, plan.recovery.fits, encoder, thread_pool)) as matrices:
-        for name, matrix_squares in zip(names, matrices, strict=True):
-            squares += matrix_squares
+    outputs = []
+    for plan, writer in zip(plans, writers, strict=True):
+        job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
+        outputs.append(Output(writer, plan.recovery.fits, plan.quantizer, plan.quantizer.start(job)))
+    squares = np.zeros((len(plans), 2))
+    # Closed before the writers are: an interruption in `written` must not leave a thread that goes on writing.
+    with closing(encode_and_write(plans[0].source, outputs, thread_pool)) as matrices:
+        for number, name, matrix_squares in matrices:
+            squares[number] += matrix_squares
             written(name)
-    return (float(squares[0]), float(squares[1])), encoder.warnings
+    return [
+        ((float(error), float(power)), output.encoder.warnings)
+        for (error, power), output in zip(squares, outputs, strict=True)
+    ]
 
 
 class _ProgressCounter:
     """Counts the bytes done and reports them to the caller of `convert`."""
 
-    def __init__(self, source: Source, listener: Callable[[ConvertProgress], None] | None) -> None:
+    def __init__(self, source: Source, files: int, listener: Callable[[ConvertProgress], None] | None) -> None:
         self._listener = listener
         self._bytes = {name: tensor.matrix_bytes for tensor in source.tensors for name in tensor.matrices}
-        self._done, self._total = 0, sum(self._bytes.values())
+        self._done, self._total = 0, files * sum(self._bytes.values())
 
     def searched(self, name: str) -> None:
         """Count a matrix that was searched for trits and will be read again to be written."""

@@ -1,7 +1,9 @@
 """The encoder of `convert` where the user names none.
 
-At one or two trits a small model needs calibration: without it, it talks nonsense. Sources of trits need none: those
-that hold dequantized trits are recovered, and those that are packed keep what they have.
+At one or two trits a small model needs calibration: without it, it talks nonsense. A model that would take longer than
+`LONGEST_SECONDS` is calibrated only if the user asks for it: large models lose less, and nobody expects a command to
+take a night. Sources of trits need none: those that hold dequantized trits are recovered, and those that are packed
+keep what they have.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_names
 from tritgguf.reference.model import require_torch
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import Source, weights_of, weights_of_a_token
 
 DEEPEST_TO_CALIBRATE = 2
 """With more trits, little is lost without calibration."""
+LONGEST_SECONDS = 3600
+"""What is estimated to take longer is not calibrated by default."""
 _SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
 _SECONDS_PER_WEIGHT = 2e-7
 """For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
@@ -37,7 +41,9 @@ class DefaultEncoder:
     notes: list[str] = field(default_factory=list)
 
 
-def default_encoder(source: Source, options: DepthOptions, tokens: int, threads: int | None) -> DefaultEncoder:
+def default_encoder(
+    source: Source, options: DepthOptions, tokens: int, threads: int | None, longest: float | None = None
+) -> DefaultEncoder:
     """Choose the encoder for a source: calibration on text of its own if it has a depth of 1 or 2.
 
     Args:
@@ -45,6 +51,7 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
         options: the requested depths.
         tokens: length of the text that the model would write.
         threads: processor cores to use; None means all.
+        longest: seconds that calibration may take; None means `LONGEST_SECONDS`.
 
     Raises TritGgufError if the depths contradict the source, before a text is written.
 
@@ -64,13 +71,26 @@ def default_encoder(source: Source, options: DepthOptions, tokens: int, threads:
     except TritGgufError as error:
         lost = "warning: not calibrated, so that the file loses much more of the model than it has to"
         return DefaultEncoder(V2(), [f"{lost}: {error}"])
-    seconds = calibration_seconds(sum(math.prod(tensor.shape) for tensor in source.tensors), tokens, threads)
-    time = "less than a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} min"
-    note = f"calibrating on {tokens} tokens that the model writes: {time} (--encoder v2: seconds, but much is lost)"
-    return DefaultEncoder(Calibrated(), [note])
+    seconds = calibration_seconds(weights_of(source), tokens, threads, used=weights_of_a_token(source))
+    if seconds > (LONGEST_SECONDS if longest is None else longest):
+        lost = "so the file loses more of the model than it has to (--encoder calibrated takes the time)"
+        return DefaultEncoder(ScaleSearch(), [f"not calibrated, because that would take {about(seconds)}; {lost}"])
+    note = f"calibrating on {tokens} tokens that the model writes: {about(seconds)}"
+    return DefaultEncoder(Calibrated(), [f"{note} (--encoder v2: seconds, but much is lost)"])
 
 
-def calibration_seconds(weights: int, tokens: int, threads: int | None = None) -> float:
-    """Estimate how long a model takes to write this many tokens and to be calibrated on them."""
-    seconds = weights * (tokens * _SECONDS_PER_WEIGHT_AND_TOKEN + _SECONDS_PER_WEIGHT)
+def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *, used: int | None = None) -> float:
+    """Estimate how long a model takes to write this many tokens and to be calibrated on them.
+
+    `used` is how many of the weights a token uses; None means all. `threads` None means all processor cores.
+    """
+    per_token = (weights if used is None else used) * _SECONDS_PER_WEIGHT_AND_TOKEN
+    seconds = tokens * per_token + weights * _SECONDS_PER_WEIGHT
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
+
+
+def about(seconds: float) -> str:
+    """Return an estimated time in words."""
+    if seconds < 60:
+        return "less than a minute"
+    return f"about {math.ceil(seconds / 60)} min" if seconds < 5400 else f"about {math.ceil(seconds / 3600)} h"

@@ -261,6 +261,15 @@ def quantizer_of(
     return quantizer
 
 
+def encode_alike(first: Quantizer, second: Quantizer) -> bool:
+    """Tell whether two quantizers are known to encode a matrix at one depth alike, without regard to its neighbours."""
+    if first.in_block_order or second.in_block_order:
+        return False
+    if isinstance(first, ImportanceSearch) and isinstance(second, ImportanceSearch):
+        return first.importance is second.importance
+    return first == second
+
+
 class _PerMatrixEncoder:
     """Encodes every matrix independently."""
 

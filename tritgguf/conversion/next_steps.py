@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
-from tritgguf.conversion.default_encoder import calibration_seconds
+from tritgguf.conversion.default_encoder import about, calibration_seconds
 from tritgguf.conversion.report import ConvertReport
 
 _UNCALIBRATED = ("v2", "best")
@@ -20,10 +19,10 @@ def next_steps(report: ConvertReport) -> list[str]:
     file = shlex.quote(str(report.output))
     steps = [f'run it: tritgguf run {file} -p "Why is the sky blue?"']
     if report.encoder in _UNCALIBRATED and report.depth in _GAINS and not report.from_trits:
-        minutes = math.ceil(calibration_seconds(report.weights, DEFAULT_GENERATED_TOKENS, 2) / 60)
+        seconds = calibration_seconds(report.weights, DEFAULT_GENERATED_TOKENS, 2, used=report.used_weights)
         steps.append(
             f"come closer to the original: calibrating made the divergence {_GAINS[report.depth]};"
-            f" it takes about {minutes} min on two cores, and PyTorch (pip install torch transformers accelerate):\n"
+            f" it takes {about(seconds)} on two cores, and PyTorch (pip install torch transformers accelerate):\n"
             f"  tritgguf convert {shlex.quote(report.source)} {file} --depth {report.depth} --encoder calibrated"
             " --overwrite"
         )

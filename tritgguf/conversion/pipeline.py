@@ -1,6 +1,8 @@
 """The pipeline of a conversion: read, encode and write the tensors, one matrix of a stack at a time.
 
-One thread reads the next matrix and another writes finished parts, while the thread pool quantizes.
+One thread reads the next matrix and another writes finished parts, while the thread pool quantizes. Several files of
+one source are written together: each matrix is read once for all of them, and encoded once for those that encode it
+alike.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.conversion.encoders import MatrixEncoder
+from tritgguf.conversion.encoders import MatrixEncoder, Quantizer, encode_alike
 from tritgguf.conversion.file_metadata import checksum_value, codebook_value
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
@@ -31,6 +33,7 @@ from tritgguf.sources.source import Source
 _UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked matrix that are converted to F16 at once
 _DEPTH_OPTIONS = {"token_embd.weight": "--embedding-depth", "output.weight": "--output-depth"}
 _UNWRITTEN_BYTES = 1 << 28  # limit for encoded parts that wait to be written
+_SHARED_WEIGHTS = 1 << 28  # a matrix of at most so many is held in memory if it is encoded more than once
 
 
 @dataclass(frozen=True)
@@ -67,47 +70,103 @@ class _Encoded:
     squares: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
 
-def encode_and_write(
-    source: Source, writer: StreamingWriter, fits: Mapping[str, Fit], encoder: MatrixEncoder, thread_pool: ThreadPool
-) -> Generator[np.ndarray]:
-    """Read, encode and write the planned tensors; yield the squares of each matrix after it is written.
+@dataclass(frozen=True)
+class Output:
+    """A file to write: the matrices to recover, and what encodes the others."""
 
-    `fits` are the matrices to recover; `encoder` quantizes the others. Memory holds only a few matrices, even if the
-    disk is slower than the thread pool.
+    writer: StreamingWriter
+    fits: Mapping[str, Fit]
+    quantizer: Quantizer
+    encoder: MatrixEncoder
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A matrix that an output, by its number, still lacks."""
+
+    number: int
+    output: Output
+    header: _HeaderEntries
+    matrix: _Matrix
+
+    def is_copied_from(self, source: Source) -> bool:
+        """Tell whether the source already has the matrix in the planned type."""
+        packed = source.packed(self.matrix.name)
+        return packed is not None and packed.depth == self.matrix.depth
+
+    def encodes_like(self, other: _Task) -> bool:
+        """Tell whether both tasks give the same bytes."""
+        if self.matrix.tensor.type_id != other.matrix.tensor.type_id:
+            return False
+        name = self.matrix.name
+        is_plain = name not in self.output.fits and name not in other.output.fits
+        return self.matrix.depth is None or (is_plain and encode_alike(self.output.quantizer, other.output.quantizer))
+
+
+Written = tuple[int, str, np.ndarray]
+"""The number of an output, a matrix that it now has, and this matrix's squared error and squared weights."""
+
+
+def encode_and_write(source: Source, outputs: Sequence[Output], thread_pool: ThreadPool) -> Generator[Written]:
+    """Read, encode and write the planned tensors of outputs that have the same matrices in the same order.
+
+    Memory holds only a few matrices, even if the disk is slower than the thread pool.
     """
-    plan = [matrix for tensor in writer.tensors for matrix in _matrices(tensor)]
-    header = _HeaderEntries(writer)
-    for matrix, done in zip(plan, writer.resumed, strict=False):
-        header.add(matrix, done.checksum, done.codebook)
-        yield np.array([done.squared_error, done.squared_weights])
-    plan = plan[len(writer.resumed) :]
-    if not plan:
+    tasks = [
+        [_Task(number, output, header, matrix) for tensor in output.writer.tensors for matrix in _matrices(tensor)]
+        for number, (output, header) in enumerate((output, _HeaderEntries(output.writer)) for output in outputs)
+    ]
+    for output, of_output in zip(outputs, tasks, strict=True):
+        for task, done in zip(of_output, output.writer.resumed, strict=False):
+            task.header.add(task.matrix, done.checksum, done.codebook)
+            yield task.number, task.matrix.name, np.array([done.squared_error, done.squared_weights])
+    steps = [
+        missing
+        for place, step in enumerate(zip(*tasks, strict=True))
+        if (missing := [task for task in step if place >= len(task.output.writer.resumed)])
+    ]
+    if not steps:
         return
-    waiting: deque[tuple[Future[np.ndarray | None], int]] = deque()
+    waiting: deque[tuple[Future[Written | None], int]] = deque()
 
-    def written(max_waiting_bytes: int) -> Iterator[np.ndarray]:
+    def written(max_waiting_bytes: int) -> Iterator[Written]:
         while waiting and (waiting[0][0].done() or sum(n_bytes for _, n_bytes in waiting) > max_waiting_bytes):
-            squares = waiting.popleft()[0].result()
-            if squares is not None:
-                yield squares
+            finished = waiting.popleft()[0].result()
+            if finished is not None:
+                yield finished
 
     with _thread("reader") as reader, _thread("writer") as writing:
-        reading = reader.submit(_read, source, plan[0], encoder)
-        for index, matrix in enumerate(plan):
+        reading = reader.submit(_read, source, steps[0])
+        for index, step in enumerate(steps):
             rows = reading.result()
-            if index + 1 < len(plan):
-                reading = reader.submit(_read, source, plan[index + 1], encoder)
-            encoded = _encode(source, matrix, rows, fits.get(matrix.name), encoder, thread_pool)
-            del rows
-            if matrix.is_first:
-                waiting.append((writing.submit(writer.begin, matrix.tensor), 0))
-            for part in encoded.parts:
-                waiting.append((writing.submit(_write, source, writer, matrix, part), part.nbytes))
-                del part
+            if index + 1 < len(steps):
+                reading = reader.submit(_read, source, steps[index + 1])
+            for tasks_of_bytes in _alike(step):
+                encoded = _encode(source, tasks_of_bytes[0], rows, thread_pool)
+                for task in tasks_of_bytes:
+                    if task.matrix.is_first:
+                        waiting.append((writing.submit(task.output.writer.begin, task.matrix.tensor), 0))
+                for part in encoded.parts:
+                    waiting.append((writing.submit(_write, source, tasks_of_bytes, part), part.nbytes))
+                    del part
+                    yield from written(_UNWRITTEN_BYTES)
+                for task in tasks_of_bytes:
+                    waiting.append((writing.submit(_finish, source, task, encoded), 0))
                 yield from written(_UNWRITTEN_BYTES)
-            waiting.append((writing.submit(_finish, source, writer, header, matrix, encoded), 0))
-            yield from written(_UNWRITTEN_BYTES)
+            del rows
         yield from written(-1)
+
+
+def _alike(tasks: Sequence[_Task]) -> list[list[_Task]]:
+    """Group tasks for one matrix that give the same bytes."""
+    groups: list[list[_Task]] = []
+    for task in tasks:
+        group = next((group for group in groups if task.encodes_like(group[0])), None)
+        if group is None:
+            groups.append([task])
+        else:
+            group.append(task)
+    return groups
 
 
 def _matrices(tensor: PlannedTensor) -> list[_Matrix]:
@@ -145,34 +204,33 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, matrix: _Matrix, encoder: MatrixEncoder) -> MatrixRows | _Encoded:
-    """Read a matrix's weights, or its packed bytes if the source already has the planned type.
+def _read(source: Source, tasks: Sequence[_Task]) -> MatrixRows:
+    """Return a matrix's rows, which are in memory if an encoder uses them.
 
-    The weights are not loaded if the encoder reads the matrix itself.
+    One that is too large for that is read again for each group of tasks.
     """
-    packed = source.packed(matrix.name)
-    if packed is not None and packed.depth == matrix.depth:
-        return _Encoded(iter([packed.data]), packed.codebook)
-    rows = source.rows(matrix.name)
-    return rows.held() if encoder.needs_weights(matrix.name) else rows
-
-
-def _encode(
-    source: Source,
-    matrix: _Matrix,
-    rows: MatrixRows | _Encoded,
-    fit: Fit | None,
-    encoder: MatrixEncoder,
-    thread_pool: ThreadPool,
-) -> _Encoded:
-    """Recover or quantize a matrix and pack it, if the plan packs it."""
-    if isinstance(rows, _Encoded):
+    name = tasks[0].matrix.name
+    rows = source.rows(name)
+    encoded = [task for task in tasks if not task.is_copied_from(source)]
+    if not any(task.output.encoder.needs_weights(name) for task in encoded):
         return rows
+    return rows.held(_SHARED_WEIGHTS) if len(_alike(encoded)) > 1 else rows.held()
+
+
+def _encode(source: Source, task: _Task, rows: MatrixRows, thread_pool: ThreadPool) -> _Encoded:
+    """Recover or quantize a matrix and pack it, if the plan packs it; copy it if it is packed already."""
+    matrix, output = task.matrix, task.output
+    packed_matrix = source.packed(matrix.name)
+    if packed_matrix is not None and packed_matrix.depth == matrix.depth:
+        return _Encoded(iter([packed_matrix.data]), packed_matrix.codebook)
     if matrix.depth is None:
         return _Encoded(rows.blocks())
+    fit = output.fits.get(matrix.name)
     with _matrix_named(source, matrix):
         quantized = (
-            encoder.encode(matrix.name, rows, matrix.depth) if fit is None else fit.encode_rows(rows, thread_pool)
+            output.encoder.encode(matrix.name, rows, matrix.depth)
+            if fit is None
+            else fit.encode_rows(rows, thread_pool)
         )
     squares = np.zeros(2)
 
@@ -196,22 +254,22 @@ def _matrix_named(source: Source, matrix: _Matrix) -> Iterator[None]:
         ) from error
 
 
-def _write(source: Source, writer: StreamingWriter, matrix: _Matrix, part: np.ndarray) -> None:
-    """Write a part of the current matrix."""
-    if matrix.depth is not None:
-        writer.write(part)
-    else:
-        _write_unpacked(writer, source, matrix, part)
+def _write(source: Source, tasks: Sequence[_Task], part: np.ndarray) -> None:
+    """Write a part of the current matrix into every output of the tasks."""
+    for task in tasks:
+        if task.matrix.depth is not None:
+            task.output.writer.write(part)
+        else:
+            _write_unpacked(task.output.writer, source, task.matrix, part)
 
 
-def _finish(
-    source: Source, writer: StreamingWriter, header: _HeaderEntries, matrix: _Matrix, encoded: _Encoded
-) -> np.ndarray:
-    """Complete a matrix after its parts are written, and return its squares."""
+def _finish(source: Source, task: _Task, encoded: _Encoded) -> Written:
+    """Complete a matrix after its parts are written."""
     error, power = encoded.squares.tolist()
-    header.add(matrix, writer.end(encoded.codebook, (error, power)), encoded.codebook)
-    source.release(matrix.name)
-    return encoded.squares
+    checksum = task.output.writer.end(encoded.codebook, (error, power))
+    task.header.add(task.matrix, checksum, encoded.codebook)
+    source.release(task.matrix.name)
+    return task.number, task.matrix.name, encoded.squares
 
 
 def written_weights(writer: StreamingWriter, name: str) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.gguf_writer import PlannedTensor
 from tritgguf.formats.trit_types import TritType
 from tritgguf.machine import peak_memory_bytes
+from tritgguf.sources.source import weights_of_a_token
 
 
 @dataclass
@@ -26,6 +27,8 @@ class ConvertReport:
     depth: int
     encoder: str
     weights: int = 0
+    used_weights: int = 0
+    """How many of them a token uses."""
     from_trits: bool = False
     """Whether the source holds packed trits."""
     tensors_by_type: dict[str, int] = field(default_factory=dict)
@@ -79,6 +82,7 @@ def conversion_report(
         plan.depth,
         plan.recovery.encoder,
         weights=weights,
+        used_weights=weights_of_a_token(plan.source),
         from_trits=any(plan.source.packed_depth(tensor.name) for tensor in plan.tensors),
         tensors_by_type=dict(counts),
         bytes_by_type=dict(sizes),

@@ -33,18 +33,18 @@ class ScoreRecorder:
                 )
         self._states = {file: _state(file) for file in files}
 
-    def record(self, report: VerifyReport) -> None:
-        """Write a score into its file, in place of an earlier one; the tensors and all other keys stay.
+    def record(self, file: Path, score: Score) -> None:
+        """Write a score into a file, in place of an earlier one; the tensors and all other keys stay.
 
         Raises TritGgufError if the file was changed since the recorder was made, or cannot be written.
         """
-        if self._states[report.file] != _state(report.file):
-            raise TritGgufError(f"{report.file}: was changed while it was measured; its score is not recorded")
-        replace_entries(report.file, KEY_PREFIX, score_of(report).metadata())
+        if self._states[file] != _state(file):
+            raise TritGgufError(f"{file}: was changed while it was measured; its score is not recorded")
+        replace_entries(file, KEY_PREFIX, score.metadata())
 
 
 def score_of(report: VerifyReport) -> Score:
-    """Return the score that a report amounts to. Of a local source, only the last part of its path is named."""
+    """Return the score that a report amounts to."""
     return Score(
         report.kl_mean,
         report.kl_p99,
@@ -53,9 +53,14 @@ def score_of(report: VerifyReport) -> Score:
         report.perplexity_reference,
         report.tokens,
         report.text,
-        report.source if is_hub_id(report.source) and not Path(report.source).exists() else Path(report.source).name,
+        source_name(report.source),
         report.revision,
     )
+
+
+def source_name(source: str) -> str:
+    """Return what a score says of its source: the hub id, or the last part of a path."""
+    return source if is_hub_id(source) and not Path(source).exists() else Path(source).name
 
 
 def _state(file: Path) -> tuple[int, int, int]:

@@ -123,8 +123,8 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
-class _RunnerErrors:
-    """The runner's measures in a `VerifyReport`, with the same names."""
+class RunnerErrors:
+    """The runner's measures of a file in a `VerifyReport`, with the same names."""
 
     max_rel_logit_diff: float
     max_rel_logit_diff_int16: float
@@ -240,7 +240,7 @@ def _measures(
     store: LogitsStore | None,
     report: Progress,
     progresses: Sequence[Progress],
-) -> tuple[list[Comparison], list[_RunnerErrors]]:
+) -> tuple[list[Comparison], list[RunnerErrors]]:
     """Return what quantization costs and the runner's errors, of every file; `progresses` has a callback for each."""
     from tritgguf.reference.model import ReferenceModel
 
@@ -250,7 +250,7 @@ def _measures(
     file_logits = [runner.logits_of(file, bits=16) for file in files]
     costs = quantization_costs(expected, files, file_logits, windows, report)
     return costs, [
-        _runner_errors(reference, file, windows, runner, progress)
+        runner_errors(reference, file, windows, runner, progress)
         for file, progress in zip(files, progresses, strict=True)
     ]
 
@@ -278,13 +278,13 @@ def _with_file_name(report: Progress, file: GgufFile) -> Progress:
     return lambda stage, done, total: report(f"{stage} of {file.path.name}", done, total)
 
 
-def _runner_errors(
+def runner_errors(
     reference: ReferenceModel,
     file: GgufFile,
     windows: Sequence[Sequence[int]],
     runner: Runner,
     report: Progress,
-) -> _RunnerErrors:
+) -> RunnerErrors:
     """Compare the runner's logits with those of `reference` after loading the file's dequantized weights into it."""
     reference.load_file(file, progress=partial(report, "load dequantized weights"))
     prompt_comparisons = []
@@ -302,7 +302,7 @@ def _runner_errors(
         prompt_comparisons.append(compare_logits(found, prompt_logits(window), window[1:]))
         del found
     report("dequantized", len(windows), len(windows))
-    return _RunnerErrors(exact / largest, int16 / largest, Comparison.concatenate(prompt_comparisons).kl_mean)
+    return RunnerErrors(exact / largest, int16 / largest, Comparison.concatenate(prompt_comparisons).kl_mean)
 
 
 def _layer_errors(

@@ -22,6 +22,64 @@ from tritgguf.tokenization import hf_folder_files
 from tritgguf.tokenization.tokenizer import KEY_HUGGINGFACE, Tokenizer
 
 
+class HuggingFaceFolder:
+    """What a trit file becomes as a folder: small text files, and shards of weights that are written one by one.
+
+    Attributes:
+        shards: the weight files, in order; writing one needs none of the others.
+        texts: name -> content of all other files.
+
+    """
+
+    def __init__(
+        self,
+        file: GgufFile,
+        *,
+        max_shard_bytes: int,
+        base_model: str | None,
+        thread_pool: ThreadPool,
+        on_matrix: Callable[[str], None],
+    ) -> None:
+        """Plan the folder; writes nothing.
+
+        `on_matrix` is called with a matrix's name (see `stacks`) after it is written. Raises TritGgufError if the file
+        is not a complete model.
+        """
+        self._file, self._thread_pool, self._on_matrix = file, thread_pool, on_matrix
+        self._config = gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata))
+        self._arch = file.metadata["general.architecture"]
+        self._tensors = tensor_names.hf_tensors(
+            self._arch, {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
+        )
+        shapes = {hf_name: tensor.shape for hf_name, tensor in self._tensors.items()}
+        self.shards = safetensors_writer.plan_shards(shapes, max_shard_bytes)
+        weight_bytes = sum(shard.n_bytes for shard in self.shards)
+        self.texts = _config_files(file, self._config)
+        if len(self.shards) > 1:
+            self.texts[safetensors_writer.INDEX_NAME] = _json(safetensors_writer.index(self.shards))
+        self.texts["README.md"] = model_card.model_card(file.path, base_model=base_model, weight_bytes=weight_bytes)
+        self.n_bytes = weight_bytes + sum(len(text.encode()) for text in self.texts.values())
+
+    def write_shard(self, folder: Path, shard: safetensors_writer.Shard) -> None:
+        """Write one of the shards and sync it. Raises TritGgufError if float16 cannot hold a weight, and OSError."""
+        safetensors_writer.write_shard(folder, shard, self._blocks)
+
+    def _blocks(self, hf_name: str) -> Iterator[np.ndarray]:
+        """Yield a tensor's float16 values in order."""
+        tensor = self._tensors[hf_name]
+        for matrices in tensor.matrices:
+            parts = (
+                _float16_blocks(RowBlocks(self._file, matrix, self._thread_pool), self._arch, self._config)
+                for matrix in matrices
+            )
+            if tensor.part.alternates or tensor.part.transposed:
+                yield tensor.part.join([np.concatenate(list(blocks)) for blocks in parts])
+            else:
+                yield from itertools.chain.from_iterable(parts)
+            for matrix in matrices:
+                self._on_matrix(matrix)
+
+
 def export_folder(
     file: GgufFile,
     output: Path,
@@ -37,37 +95,15 @@ def export_folder(
     exists, the file is not a complete model, or float16 cannot hold a weight.
     """
     durable_output.check_new_folder(output)
-    config = gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata))
-    arch = file.metadata["general.architecture"]
-    tensors = tensor_names.hf_tensors(
-        arch, {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
+    planned = HuggingFaceFolder(
+        file, max_shard_bytes=max_shard_bytes, base_model=base_model, thread_pool=thread_pool, on_matrix=on_matrix
     )
-    shards = safetensors_writer.plan_shards(
-        {hf_name: tensor.shape for hf_name, tensor in tensors.items()}, max_shard_bytes
-    )
-    texts = _config_files(file, config)
-    if len(shards) > 1:
-        texts[safetensors_writer.INDEX_NAME] = _json(safetensors_writer.index(shards))
-    weight_bytes = sum(shard.n_bytes for shard in shards)
-    texts["README.md"] = model_card.model_card(file.path, base_model=base_model, weight_bytes=weight_bytes)
-    durable_output.check_room(output, weight_bytes + sum(len(text.encode()) for text in texts.values()))
-
-    def blocks(hf_name: str) -> Iterator[np.ndarray]:
-        tensor = tensors[hf_name]
-        for matrices in tensor.matrices:
-            parts = (_float16_blocks(RowBlocks(file, matrix, thread_pool), arch, config) for matrix in matrices)
-            if tensor.part.alternates or tensor.part.transposed:
-                yield tensor.part.join([np.concatenate(list(blocks)) for blocks in parts])
-            else:
-                yield from itertools.chain.from_iterable(parts)
-            for matrix in matrices:
-                on_matrix(matrix)
-
+    durable_output.check_room(output, planned.n_bytes)
     with durable_output.new_folder(output) as folder:
-        for name, text in texts.items():
+        for name, text in planned.texts.items():
             durable_output.write_text(folder / name, text)
-        for shard in shards:
-            safetensors_writer.write_shard(folder, shard, blocks)
+        for shard in planned.shards:
+            planned.write_shard(folder, shard)
         return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,9 +40,17 @@ class MatrixRows:
         """Read all rows."""
         return self.read(0, self.shape[0])
 
-    def held(self) -> MatrixRows:
-        """Return the matrix read into memory, or unchanged if it is too large."""
-        return MatrixRows.of(self.whole()) if math.prod(self.shape) <= _MAX_WEIGHTS_IN_MEMORY else self
+    def held(self, max_weights: int = _MAX_WEIGHTS_IN_MEMORY) -> MatrixRows:
+        """Return the matrix read into memory, or unchanged if it has more weights.
+
+        One that is large even so is still read in blocks, so that what is computed of it stays small.
+        """
+        if math.prod(self.shape) > max_weights:
+            return self
+        weights = self.whole()
+        if math.prod(self.shape) <= _MAX_WEIGHTS_IN_MEMORY:
+            return MatrixRows.of(weights)
+        return replace(self, read=lambda first, last: weights[first:last])
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield all rows in order, in blocks; a thread reads the next block while the caller uses one."""

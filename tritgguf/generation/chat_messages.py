@@ -98,6 +98,23 @@ def _checked_tool(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": described}
 
 
+def with_thinking(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages for a template that calls thoughts `thinking`, as gpt-oss's does.
+
+    It takes no content beside the thoughts of an answer that calls tools. The thoughts stay: the model goes on with
+    them after the result.
+    """
+    written = []
+    for message in messages:
+        changed = {key: value for key, value in message.items() if key != "reasoning_content"}
+        if message.get("reasoning_content"):
+            changed["thinking"] = message["reasoning_content"]
+            if message.get("tool_calls"):
+                changed["content"] = ""
+        written.append(changed)
+    return written
+
+
 def with_tools_as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
     """Return messages for a template that does not know tools: what it leaves out is written into their texts.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -135,6 +135,14 @@ class Engine:
         """Forget the keys and values of requests that have ended."""
         with self._stepping:
             self._core.prefix_cache.clear()
+
+    def forget_prefix(self, tokens: Sequence[int]) -> None:
+        """Forget the keys and values of a prompt that has ended, but for what longer ones begin with.
+
+        Their memory then holds the next prompts, instead of new memory.
+        """
+        with self._stepping:
+            self._core.prefix_cache.forget(tokens)
 
     def check(self) -> None:
         """Raise AssertionError unless every page is free or held once by each of its owners."""

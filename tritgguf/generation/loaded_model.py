@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from tritgguf.runtime.model import Model
 
 
+OnDownload = Callable[[str, int, int], None]
+"""Called while a file is fetched: what is done, the bytes done and their total."""
+
+
 @dataclass(eq=False)
 class LoadedModel(PromptFormat):
     """A model ready to generate; all of it may be used from several threads at once.
@@ -162,11 +166,12 @@ def load(
     draft: str | Path | None = None,
     draft_max: int = 16,
     on_compilation: Callable[[], None] | None = None,
+    on_download: OnDownload | None = None,
 ) -> LoadedModel:
     """Open a trit GGUF file for generation.
 
     Args:
-        path: the file.
+        path: the file, or its name on the hub (`organization/name:d2`), which is fetched unless the cache has it.
         context: room for a prompt and its answer, in tokens; None for what the model was trained for.
         parallel: how many generations run at once; others wait.
         threads: None for the physical cores.
@@ -176,16 +181,15 @@ def load(
         exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
         cache_type: what keys and values are kept in: "f16", "f32" or "q8_0"; None for f16, or f32 if `exact`.
         isa: the instruction set, such as "avx2"; None for the best that works here.
-        lookup: whether to guess next tokens from equal passages of prompt and answer, and evaluate several at once
-            where that saves time. Answers stay the same.
-        draft: the trit file of a smaller model with the same vocabulary, which guesses instead.
+        lookup: whether to guess next tokens from equal passages of prompt and answer; answers stay the same.
+        draft: the trit file of a smaller model with the same vocabulary, which guesses instead; named like `path`.
         draft_max: how many tokens are guessed at most.
-        on_compilation: called if kernels have to be compiled first, which takes about half a minute on a machine's
-            first run.
+        on_compilation: called if kernels have to be compiled, which takes half a minute on a machine's first run.
+        on_download: called while a file is fetched.
 
     Raises:
-        TritGgufError: the file is damaged or of an unknown kind, an option has an impossible value, or the context
-            needs more memory than there is.
+        TritGgufError: the file is damaged, of an unknown kind or not to be had, an option has an impossible value, or
+            the context needs more memory than there is.
 
     """
     if (context is not None and context < 1) or parallel < 1:
@@ -194,37 +198,52 @@ def load(
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
 
-    file, compile_seconds = _open(path, isa)
-    start += compile_seconds
+    file, other_seconds = _open(path, isa, on_download)
+    start += other_seconds
     template = file.metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     if template is not None:
         start_renderer()  # beside the rest of loading
     tokenizer = Tokenizer(file.metadata, name=str(path))
     model = Model(file, prefill_bits=prefill_bits, decode_bits=decode_bits, exact=exact, threads=threads, isa=isa)
-    draft_model = None if draft is None else Model(_draft_file(draft, file), threads=threads, isa=isa)
+    draft_model = None if draft is None else Model(_draft_file(draft, file, on_download), threads=threads, isa=isa)
     speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
-    engine = _make_engine(model, path, context, parallel, cache_type or model.default_cache_type, speculation)
+    engine = _make_engine(model, file.path, context, parallel, cache_type or model.default_cache_type, speculation)
     start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
-    return LoadedModel(Path(path), tokenizer, template, time.perf_counter() - start, engine)
+    return LoadedModel(file.path, tokenizer, template, time.perf_counter() - start, engine)
 
 
-def _open(path: str | Path, isa: str | None) -> tuple[GgufFile, float]:
-    """Open the file, and compile the kernels if this machine has not done so; return how long that took, too."""
+def _open(path: str | Path, isa: str | None, on_download: OnDownload | None) -> tuple[GgufFile, float]:
+    """Open the file, fetch it first and compile the kernels if necessary; return how long the last two took, too."""
     from tritgguf.formats.gguf_file import open_trit_file
     from tritgguf.runtime.compiler import prepare_kernels
 
+    start = time.perf_counter()
+    path = _local(path, on_download)
+    seconds = time.perf_counter() - start
     file = open_trit_file(path)
-    return file, prepare_kernels(isa)
+    return file, seconds + prepare_kernels(isa)
 
 
-def _draft_file(path: str | Path, file: GgufFile) -> GgufFile:
+def _draft_file(path: str | Path, file: GgufFile, on_download: OnDownload | None) -> GgufFile:
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.generation.draft_model import check_vocabularies
 
-    draft = GgufFile(path)
+    draft = GgufFile(_local(path, on_download))
     check_vocabularies(file, draft)
     return draft
+
+
+def _local(path: str | Path, on_download: OnDownload | None) -> str | Path:
+    """Return the path of a file that is named; it is fetched if that is a name on the hub and the cache lacks it."""
+    from tritgguf.sources.hub_names import name_instead_of
+
+    name = name_instead_of(path)
+    if name is None:
+        return path
+    from tritgguf.sources.hub_files import local_or_fetched
+
+    return local_or_fetched(name, on_download or (lambda stage, done, total: None)).location
 
 
 def _make_speculation(
@@ -238,7 +257,14 @@ def _make_speculation(
     if not lookup and draft_model is None:
         return None
     from tritgguf.generation.speculation import Speculation
+    from tritgguf.runtime.kv_pool import most_cut
 
+    for one in filter(None, (model, draft_model)):
+        most = most_cut(one.config)
+        if most is not None and draft_max > most:
+            raise BadRequestError(
+                f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"
+            )
     if draft_model is None:
         from tritgguf.generation.lookup import Lookup
 

@@ -60,6 +60,8 @@ class PrefixCache:
             computed_as_prompt = min(common, child.prompt_tokens)
             if prompt_only:
                 common = computed_as_prompt
+            common = self._pool.resumable([child.page], common)
+            computed_as_prompt = min(common, computed_as_prompt)
             if not common:
                 break
             child.last_use = self._clock
@@ -109,6 +111,21 @@ class PrefixCache:
             if not unshared:
                 return
             self._remove(min(unshared, key=lambda node: node.last_use))
+
+    def forget(self, tokens: Sequence[int]) -> None:
+        """Let go of the pages that hold these tokens and that no longer text needs."""
+        node, path = self._root, list[_Node]()
+        for start in range(0, len(tokens), PAGE):
+            chunk = tuple(tokens[start : start + PAGE])
+            child = next((child for child in node.children if child.tokens == chunk), None)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        for node in reversed(path):
+            if node.children:
+                break
+            self._remove(node)
 
     def clear(self) -> None:
         """Let go of everything."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import BadRequestError, TritGgufError
-from tritgguf.generation.chat_messages import checked_messages, checked_tools, with_tools_as_text
+from tritgguf.generation.chat_messages import checked_messages, checked_tools, with_thinking, with_tools_as_text
 from tritgguf.generation.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def chat_tokens(
     template = model.chat_template
     if "developer" not in template:
         chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
+    if ".thinking" in template and "reasoning_content" not in template:
+        chat = with_thinking(chat)
     if "tools" not in template:
         chat, functions = with_tools_as_text(chat, functions), []
     try:

@@ -18,7 +18,7 @@ class Budget:
 
     tokens: int = 512
     outputs: int = 128
-    """Tokens of a prompt whose logits are wanted: a row of them has as many numbers as the vocabulary has tokens."""
+    """Logits of one prompt in a pass: a row of them has as many numbers as the vocabulary has tokens."""
     prompt_tokens_beside_answers: int = 48
     """Tokens of prompts in a pass that also generates: about a second of a model of 1.5B parameters on two cores."""
     share_of_oldest: float = 0.25
@@ -84,7 +84,10 @@ def _prompt_chunks(reading: Sequence[RunningRequest], left: int, budget: Budget)
 
 def _most_tokens(request: RunningRequest, budget: Budget) -> int:
     """Return how many tokens of a prompt a pass may take."""
-    return request.pending if request.request.wanted == "tokens" else min(request.pending, budget.outputs)
+    if request.request.wanted == "tokens":
+        return request.pending
+    without_output = max(0, request.request.first_output - request.evaluated)
+    return min(request.pending, without_output + budget.outputs)
 
 
 def _chunk(request: RunningRequest, count: int) -> Chunk:

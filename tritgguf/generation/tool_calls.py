@@ -89,6 +89,7 @@ class AnswerParser:
         self._rest = ""
         self._deltas: list[Delta] = []
         self._at_start = True  # of the content: white space there says nothing
+        self._kinds: set[type[ContentDelta] | type[ReasoningDelta]] = set()  # of text that has been told
         self._marker = self._closing = ""  # in front of the call that is being read, and behind it
         self._reader: CallReader | None = None
         self._begun = False  # whether that call's start has been told
@@ -125,7 +126,10 @@ class AnswerParser:
         if self._at_start:
             text = text.lstrip()
         if text:
+            if self._at_start and self._format.tools == "harmony" and kind in self._kinds:
+                text = f"\n\n{text}"  # another message of this channel
             self._at_start = False
+            self._kinds.add(kind)
             self._deltas.append(kind(text))
 
     # -- text up to a marker

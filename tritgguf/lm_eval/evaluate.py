@@ -23,6 +23,7 @@ _BOOTSTRAP_SAMPLES = 1000  # for the standard error of metrics that are no means
 _MARK_OF_OURS = "tritgguf_"
 _OFFLINE_TASKS = "tritgguf_facts and tritgguf_cloze"
 _LONGEST_REASON = 160  # characters of another package's error
+_ENVIRONMENT = ("get_git_commit_hash", "add_env_info")  # lm-eval's functions
 _LOUD = ("datasets", "huggingface_hub", "lm_eval")  # loggers
 
 Progress = Callable[[str, int, int], None]
@@ -240,7 +241,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), _no_environment():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -249,3 +250,22 @@ def _quiet() -> Iterator[None]:
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = before
+
+
+@contextlib.contextmanager
+def _no_environment() -> Iterator[None]:
+    """Keep lm-eval from describing the machine and the folder, which no report here shows.
+
+    It asks git, which complains on stderr outside of a checkout, and torch, which takes seconds to ask other programs.
+    """
+    from lm_eval import evaluator
+
+    names = [name for name in _ENVIRONMENT if hasattr(evaluator, name)]
+    before = {name: getattr(evaluator, name) for name in names}
+    try:
+        for name in names:
+            setattr(evaluator, name, lambda *arguments: None)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(evaluator, name, function)

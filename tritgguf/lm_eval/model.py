@@ -20,7 +20,7 @@ from tritgguf.lm_eval.generation_options import GenerationOptions, generation_op
 from tritgguf.lm_eval.likelihoods import Continuation, log_likelihoods
 from tritgguf.version import __version__
 
-_PARALLEL = 32
+_PARALLEL = 64
 _ANSWER_TOKENS = 256  # as lm-eval's other models have it
 
 _TokenPair = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -59,7 +59,7 @@ class TritGgufLM(TemplateLM):
         Args:
             pretrained: the file, or a loaded model, whose own settings then count.
             max_length: tokens that a request may have; None for what the model was trained for.
-            batch_size: how many requests run at once; "auto" and None for 32.
+            batch_size: how many requests run at once; "auto" and None for 64.
             max_batch_size, device: what lm-eval passes to every model; not used, a trit file runs on the CPU.
             prefix_token_id: the token that stands for an empty context; None for BOS, or EOS where there is no BOS.
             max_gen_toks: the longest answer in tokens where a task does not say.

@@ -11,7 +11,8 @@ from tritgguf.evaluation.quantization_costs import FileQuality
 from tritgguf.exporters.model_card import CODEC, cell, describe_depths, facts, front_matter
 from tritgguf.formats.description import describe
 from tritgguf.formats.durable_output import replace_text
-from tritgguf.publishing.stages import CARD, Job
+from tritgguf.publishing.jobs import Job
+from tritgguf.publishing.stages import CARD
 from tritgguf.publishing.state import State
 from tritgguf.text_format import format_bytes, one_line
 from tritgguf.version import __version__
@@ -33,6 +34,9 @@ def write_cards(state: State, jobs: Sequence[Job], qualities: Sequence[FileQuali
             texts[CHART_NAME] = drawing
         for name, text in texts.items():
             path = job.folder / name
+            if path.is_file() and path.read_bytes() == text.encode():  # written, but perhaps not noted
+                state.finish(CARD, path, text, {})
+                continue
             try:
                 state.check_ours(CARD, path)
             except TritGgufError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -55,18 +55,18 @@ class Configuration:
     @property
     def choice(self) -> DepthChoice:
         """The options that choose depths of single matrices."""
-        return self.choice_with(None)
-
-    def choice_with(self, known: MeasuredCosts | None) -> DepthChoice:
-        """Return the choice, with sensitivities that other configurations of a source share."""
         rules = () if self.keep is None else tuple(parse_rules(self.keep))
-        return DepthChoice(rules, self.target_bpw, self.sensitivity, self.target_size, known)
+        return DepthChoice(rules, self.target_bpw, self.sensitivity, self.target_size)
 
     @property
     def options(self) -> DepthOptions:
         """The requested depths."""
         recipe = None if self.recipe is None else parse_recipe(self.recipe)
         return DepthOptions(self.depth, self.output_depth, self.embedding_depth, self.choice, recipe)
+
+    def options_with(self, known: MeasuredCosts) -> DepthOptions:
+        """Return the requested depths, with sensitivities that other configurations of a source share."""
+        return replace(self.options, choice=replace(self.choice, known=known))
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the file, as JSON has it; the name does not."""

@@ -20,16 +20,17 @@ from tritgguf.evaluation.text_windows import WINDOW_TOKENS
 from tritgguf.formats.gguf_writer import planned_file_bytes
 from tritgguf.publishing.configurations import Configuration
 from tritgguf.publishing.inputs import SourceInputs
+from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import PublishPlan
-from tritgguf.publishing.publish import check_options, jobs_of
-from tritgguf.sources.source import Source
+from tritgguf.publishing.publish import check_options
+from tritgguf.sources.source import Source, weights_of
 
 _BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # With two threads on AVX2, measured with SmolLM2 and Qwen2.5-Coder: only the order of magnitude is meant.
 _MEASURED_THREADS = 2
 _SECONDS_PER_WEIGHT_ENCODED = 1.5e-8
 _SECONDS_PER_WEIGHT_EXPORTED = 1.5e-8
-_SECONDS_PER_WEIGHT_LOADED = 1.5e-8  # by transformers, twice: the source once, and each file's decoded weights
+_SECONDS_PER_WEIGHT_LOADED = 3e-8  # by transformers: the source, and the decoded weights of one of its files
 _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 1.2e-10
 _BENCHED_TOKENS = 5 * WINDOW_TOKENS // 8
 _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 1e-10
@@ -74,20 +75,20 @@ class Estimate:
 
 def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
     """Estimate a plan; nothing is written. Raises TritGgufError as `publish` does for what is impossible."""
+    threads = threads or physical_cores()
     files: list[PlannedFile] = []
     memory = seconds_of_sources = 0.0
     not_fetched = [source.location for source in plan.sources if not _is_here(source.location)]
     for planned in plan.sources:
         if planned.location in not_fetched:
             continue
-        inputs = SourceInputs(plan, planned, threads, lambda stage, done, total: None)
+        inputs = SourceInputs(plan, planned, threads)
         source = inputs.source
         check_options(plan, planned, source)
-        weights = _weights(source)
-        vocabulary = next(tensor.shape[0] for tensor in source.tensors if tensor.name == "token_embd.weight")
-        memory = max(memory, 4 * weights + 2 * 4 * min(WINDOW_TOKENS, plan.tokens) * vocabulary)
+        weights = weights_of(source)
+        memory = max(memory, inputs.evaluation_bytes)
         seconds_of_sources += weights * (
-            _SECONDS_PER_WEIGHT_LOADED + plan.tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
+            _SECONDS_PER_WEIGHT_LOADED + (plan.tokens + WINDOW_TOKENS) * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
         )
         for job in jobs_of(plan, planned):
             exports = [round(weights * _BYTES_OF_EXPORT[to]) for to in plan.exports]
@@ -101,7 +102,7 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
                     _seconds(plan, inputs, job.configuration, weights),
                 )
             )
-    speedup = (threads or physical_cores()) / _MEASURED_THREADS
+    speedup = threads / _MEASURED_THREADS
     return Estimate(
         files,
         sum(file.file_bytes + file.export_bytes for file in files),
@@ -129,8 +130,8 @@ def file_bytes(source: Source, configuration: Configuration) -> int:
 
 
 def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configuration, weights: int) -> float:
-    speedup = (inputs.threads or physical_cores()) / _MEASURED_THREADS
-    each = _SECONDS_PER_WEIGHT_ENCODED + _SECONDS_PER_WEIGHT_LOADED
+    speedup = inputs.threads / _MEASURED_THREADS
+    each = _SECONDS_PER_WEIGHT_ENCODED
     each += plan.tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
     each += _BENCHED_TOKENS * _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED if plan.bench else 0.0
     each += len(plan.exports) * _SECONDS_PER_WEIGHT_EXPORTED
@@ -144,10 +145,6 @@ def _is_here(location: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return Path(location).exists() or isinstance(try_to_load_from_cache(location, "config.json"), str)
-
-
-def _weights(source: Source) -> int:
-    return sum(math.prod(tensor.shape) for tensor in source.tensors)
 
 
 def _existing(folder: Path) -> Path:

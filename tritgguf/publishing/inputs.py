@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS
+from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS, vocabulary_size
 from tritgguf.conversion.default_encoder import default_encoder
-from tritgguf.conversion.depths import MeasuredCosts
+from tritgguf.conversion.depths import Costs, Measure, MeasuredCosts
 from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Recover, Windows
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
 from tritgguf.evaluation.quantization_costs import Progress
+from tritgguf.evaluation.text_windows import WINDOW_TOKENS as EVALUATED_AT_ONCE
+from tritgguf.formats.durable_output import replace_text
 from tritgguf.publishing.configurations import Configuration
 from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
-from tritgguf.publishing.state import WORK_FOLDER
+from tritgguf.publishing.state import WORK_FOLDER, digest
 from tritgguf.reference.model import require_torch
 from tritgguf.sources.open import open_source
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import Source, weights_of
+from tritgguf.version import __version__
 
 _SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities on
 
@@ -25,11 +33,35 @@ _SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities
 class SourceInputs:
     """A source, and what is made of it for its configurations when the first of them needs it."""
 
-    def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int | None, progress: Progress) -> None:
-        self.planned, self.threads = planned, threads
-        self._plan, self._progress = plan, progress
+    def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int) -> None:
+        self.plan, self.planned, self.threads = plan, planned, threads
+        self._progress: Progress = _no_progress
         self._texts: dict[int, list[list[int]]] = {}
         self._costs: dict[int, MeasuredCosts] = {}
+
+    def __reduce__(self) -> tuple[type[SourceInputs], tuple[PublishPlan, PlannedSource, int]]:
+        """Travel to another process without what was made here."""
+        return SourceInputs, (self.plan, self.planned, self.threads)
+
+    def report_to(self, progress: Progress) -> None:
+        """Set whom to tell how far the text and the importance are."""
+        self._progress = progress
+
+    @property
+    def largest_matrix_bytes(self) -> int:
+        """Size of the largest matrix in the source."""
+        return max(tensor.matrix_bytes for tensor in self.source.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the source's weights on disk."""
+        return sum(tensor.stored_bytes for tensor in self.source.tensors)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """Memory for evaluating a file: the source in float32, and the logits of one window, twice."""
+        logits = min(EVALUATED_AT_ONCE, self.plan.tokens) * vocabulary_size(self.source)
+        return 4 * weights_of(self.source) + 2 * 4 * logits
 
     @cached_property
     def source(self) -> Source:
@@ -41,7 +73,8 @@ class SourceInputs:
         encoder = configuration.parsed_encoder
         if encoder != Automatic() or configuration.choice.needs_text:
             return encoder
-        return default_encoder(self.source, configuration.options, self._tokens, self.threads).encoder
+        # A plan may take a night: `--dry-run` shows its time.
+        return default_encoder(self.source, configuration.options, self._tokens, self.threads, math.inf).encoder
 
     def needs_text(self, configuration: Configuration) -> bool:
         """Tell whether a configuration needs a calibration text."""
@@ -56,7 +89,16 @@ class SourceInputs:
 
     def costs(self, configuration: Configuration) -> MeasuredCosts:
         """Return the sensitivities, shared by all configurations that measure them on the same text."""
-        return self._costs.setdefault(self.tokens_of(configuration), MeasuredCosts())
+        tokens = self.tokens_of(configuration)
+        if tokens not in self._costs:
+            file = self._work_file(f"{tokens}-tokens.costs.json")
+            self._costs[tokens] = _SavedCosts(file, partial(self._costs_settings, tokens))
+        return self._costs[tokens]
+
+    def _costs_settings(self, tokens: int) -> Any:
+        """Return what sensitivities that are measured on so many tokens depend on."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.files]
+        return [__version__, sorted(files), self._text(tokens), self.threads]
 
     @cached_property
     def importance(self) -> Importance:
@@ -83,19 +125,19 @@ class SourceInputs:
 
     @property
     def _origin(self) -> str:
-        calibration = self._plan.calibration
+        calibration = self.plan.calibration
         return f"own text, seed {calibration.seed}" if calibration.text is None else calibration.text.name
 
     @property
     def _tokens(self) -> int:
-        default = DEFAULT_GENERATED_TOKENS if self._plan.calibration.text is None else DEFAULT_TOKENS
-        return self._plan.calibration.tokens or default
+        default = DEFAULT_GENERATED_TOKENS if self.plan.calibration.text is None else DEFAULT_TOKENS
+        return self.plan.calibration.tokens or default
 
     def _text(self, tokens: int) -> list[list[int]]:
         """Return a calibration text; one that the model writes can be resumed."""
         if tokens not in self._texts:
             require_torch()
-            calibration = self._plan.calibration
+            calibration = self.plan.calibration
             kept = self._work_file(f"{tokens}-tokens")
             kept.parent.mkdir(parents=True, exist_ok=True)
             with SavedText(kept, resume=kept.with_name(f"{kept.name}.part.text").exists()) as saved:
@@ -111,7 +153,35 @@ class SourceInputs:
         return self._texts[tokens]
 
     def _work_file(self, name: str) -> Path:
-        return self._plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+        return self.plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
+
+
+class _SavedCosts(MeasuredCosts):
+    """Costs that are also kept in a file, so that a run that was interrupted after measuring them need not do it again.
+
+    `settings` returns what they depend on beside matrices and depths.
+    """
+
+    def __init__(self, file: Path, settings: Callable[[], Any]) -> None:
+        super().__init__()
+        self._file, self._settings = file, settings
+
+    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+        """Return the costs: known ones, or those in the file, or measured ones."""
+        return super().of(names, some_depths, partial(self._saved, measure))
+
+    def _saved(self, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
+        key = digest([self._settings(), names, list(some_depths)])
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            kept = json.loads(self._file.read_text("utf-8"))[key]
+            return {name: {int(depth): float(cost) for depth, cost in costs.items()} for name, costs in kept.items()}
+        costs = measure(names, some_depths)
+        replace_text(self._file, json.dumps({key: costs}) + "\n")
+        return costs
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def needs_importance(encoder: Encoder) -> bool:

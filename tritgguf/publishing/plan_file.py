@@ -37,6 +37,8 @@ _CONFIGURATION_KEYS = {
 }
 _PUBLISH_KEYS = {"output": str, "text": str, "tokens": int, "exports": list, "bench": bool}
 _CALIBRATION_KEYS = {"text": str, "tokens": int, "seed": int}
+_CLUSTER_KEYS = {"disk": str}
+_DISKS = ("shared", "node")
 _TYPE_NAMES = {str: "a text", int: "a whole number", bool: "true or false", list: "a list", _NUMBER: "a number"}
 
 
@@ -70,6 +72,7 @@ class PublishPlan:
         exports: formats of `export`.
         bench: whether speed is measured.
         calibration: the text for what is calibrated.
+        shared_disk: whether the nodes of a cluster share the disk with output and sources; else each has its own.
 
     """
 
@@ -82,6 +85,7 @@ class PublishPlan:
     exports: tuple[str, ...] = ()
     bench: bool = True
     calibration: Calibration = field(default_factory=Calibration)
+    shared_disk: bool = True
 
 
 def read_plan(file: Path) -> PublishPlan:
@@ -92,8 +96,8 @@ def read_plan(file: Path) -> PublishPlan:
     content = _parse(file)
     fail = partial(_fail, file)
     for key in content:
-        if key not in ("sources", "configurations", "publish", "calibration"):
-            raise fail("", key, "is unknown; a plan has sources, configurations, publish and calibration")
+        if key not in ("sources", "configurations", "publish", "calibration", "cluster"):
+            raise fail("", key, "is unknown; a plan has sources, configurations, publish, calibration and cluster")
     settings = _table(file, content, "publish", _PUBLISH_KEYS)
     calibration = _table(file, content, "calibration", _CALIBRATION_KEYS)
     if "output" not in settings:
@@ -102,6 +106,9 @@ def read_plan(file: Path) -> PublishPlan:
     for name in exports:
         if name not in FORMATS:
             raise fail("publish", "exports", f"has {name!r}; choose from {', '.join(FORMATS)}")
+    disk = _table(file, content, "cluster", _CLUSTER_KEYS).get("disk", _DISKS[0])
+    if disk not in _DISKS:
+        raise fail("cluster", "disk", f"is {disk!r}; choose from {', '.join(_DISKS)}")
     _at_least(file, "publish", settings, "tokens", 2)
     _at_least(file, "calibration", calibration, "tokens", 1)
     _at_least(file, "calibration", calibration, "seed", 0)
@@ -115,6 +122,7 @@ def read_plan(file: Path) -> PublishPlan:
         tuple(dict.fromkeys(exports)),
         settings.get("bench", True),
         Calibration(_text(file, "calibration", calibration), calibration.get("tokens"), calibration.get("seed", 0)),
+        disk == "shared",
     )
 
 

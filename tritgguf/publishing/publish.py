@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.depths import apply_rules
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import BadRequestError, TritGgufError
-from tritgguf.evaluation.logits_store import LogitsStore
 from tritgguf.evaluation.quantization_costs import FileQuality, Progress
 from tritgguf.publishing.cards import write_cards
 from tritgguf.publishing.inputs import SourceInputs
+from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
-from tritgguf.publishing.stages import Job, Stages
+from tritgguf.publishing.stages import Stages
 from tritgguf.publishing.state import State
+from tritgguf.publishing.tasks import Executor, HereExecutor
 from tritgguf.publishing.upload import Upload
 from tritgguf.reference.model import require_torch
 from tritgguf.runtime.compiler import prepare_kernels
@@ -64,16 +66,16 @@ def publish(
     plan: PublishPlan,
     *,
     threads: int | None = None,
-    store: LogitsStore | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> PublishReport:
     """Make what a plan asks for; what an earlier run has finished is not made again.
 
     Args:
         plan: the plan.
-        threads: number of threads.
-        store: where logits of sources are kept; None: nowhere.
-        progress: called with the stage, the number of steps done and their total.
+        threads: number of threads of each task; None means all of this machine.
+        executor: what runs the tasks; None: this process.
+        progress: called with the stage, the number of steps done and their total, unless the executor has its own.
 
     Raises:
         TritGgufError: a source or option is impossible, which is found before anything is made; or a stage fails. What
@@ -81,26 +83,23 @@ def publish(
 
     """
     started = time.perf_counter()
-    report: Progress = progress or (lambda stage, done, total: None)
+    cores = threads or physical_cores()
+    here = executor or HereExecutor(progress or (lambda stage, done, total: None))
     require_torch()
     result, state = PublishReport(), State(plan.output)
-    all_inputs = [SourceInputs(plan, source, threads, report) for source in plan.sources]
+    all_inputs = [SourceInputs(plan, source, cores) for source in plan.sources]
     for inputs in all_inputs:
         check_options(plan, inputs.planned, inputs.source)
     started += prepare_kernels()
     with state.locked():
-        stages = Stages(State(plan.output), threads, report)
+        stages = Stages(State(plan.output), here)
         for job in itertools.chain.from_iterable(jobs_of(plan, source) for source in plan.sources):
             stages.check_ours(job)
-        for inputs in all_inputs:
-            _publish_source(plan, inputs, stages, store, result)
+        for group in [all_inputs] if here.takes_all_sources else [[inputs] for inputs in all_inputs]:
+            _publish_sources(group, stages, result)
+        result.warnings += stages.warnings
     result.seconds = time.perf_counter() - started
     return result
-
-
-def jobs_of(plan: PublishPlan, source: PlannedSource) -> list[Job]:
-    """Return a source's jobs."""
-    return [Job(plan, source, configuration) for configuration in plan.configurations]
 
 
 def check_options(plan: PublishPlan, planned: PlannedSource, source: Source) -> None:
@@ -115,32 +114,27 @@ def check_options(plan: PublishPlan, planned: PlannedSource, source: Source) -> 
             raise BadRequestError(f"{where}: {error}") from error
 
 
-def _publish_source(
-    plan: PublishPlan, inputs: SourceInputs, stages: Stages, store: LogitsStore | None, result: PublishReport
-) -> None:
-    """Run all stages of a source. Scores are recorded before exports, whose cards show them."""
-    jobs = jobs_of(plan, inputs.planned)
+def _publish_sources(sources: Sequence[SourceInputs], stages: Stages, result: PublishReport) -> None:
+    """Run all stages of some sources. Scores are recorded before exports, whose cards show them."""
+    plan, threads = sources[0].plan, sources[0].threads
+    jobs = [jobs_of(plan, inputs.planned) for inputs in sources]
     with _timed(result, "encode"):
-        seconds = [stages.convert(job, inputs) for job in jobs]
+        stages.encode(sources)
     with _timed(result, "verify"):
-        measured = stages.verify(jobs, store)
+        measured = stages.verify(sources)
     with _timed(result, "bench"):
-        qualities = [
-            replace(measured[job.name], tokens_per_second=stages.bench(job) if plan.bench else None) for job in jobs
-        ]
+        speeds = stages.bench(list(itertools.chain(*jobs)), threads) if plan.bench else {}
     with _timed(result, "export"):
-        for job in jobs:
-            for to in plan.exports:
-                stages.export(job, to)
-    result.warnings += write_cards(stages.state, jobs, qualities)
-    result.files += _rows(jobs, qualities, seconds)
-
-
-def _rows(jobs: Sequence[Job], qualities: Sequence[FileQuality], seconds: Sequence[float]) -> list[PublishedFile]:
-    return [
-        PublishedFile(job.source.name, job.configuration.name, str(job.folder), quality, encoding)
-        for job, quality, encoding in zip(jobs, qualities, seconds, strict=True)
-    ]
+        stages.export(jobs, threads)
+    for of_source in jobs:
+        qualities = [replace(measured[job.name], tokens_per_second=speeds.get(job.name)) for job in of_source]
+        result.warnings += write_cards(stages.state, of_source, qualities)
+        result.files += [
+            PublishedFile(
+                job.source.name, job.configuration.name, str(job.folder), quality, stages.encoding_seconds(job)
+            )
+            for job, quality in zip(of_source, qualities, strict=True)
+        ]
 
 
 @contextmanager

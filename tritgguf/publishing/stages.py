@@ -1,4 +1,4 @@
-"""The stages of publishing: one function for each (source, configuration, stage), which notes what it has made.
+"""The stages of publishing: each finds what is missing, has it made by tasks, and notes what they have made.
 
 A stage that has been done with the same settings, and whose file is unchanged, is skipped. Stages communicate through
 the output folder alone.
@@ -6,76 +6,42 @@ the output folder alone.
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cpu_kernels.threads.cores import physical_cores
-from tritgguf.conversion.convert import ConvertProgress, convert
-from tritgguf.diagnostics.bench import bench, processor_name
-from tritgguf.evaluation.logits_store import LogitsStore
-from tritgguf.evaluation.quantization_costs import FileQuality, Progress
-from tritgguf.evaluation.recorded_scores import ScoreRecorder
-from tritgguf.evaluation.text_windows import shipped_text
-from tritgguf.evaluation.verify import verify_files
-from tritgguf.exporters.export import export
+import numpy as np
+
+from tritgguf.diagnostics.bench import processor_name
+from tritgguf.evaluation.divergence import Comparison
+from tritgguf.evaluation.quantization_costs import FileQuality, file_quality
+from tritgguf.evaluation.recorded_scores import ScoreRecorder, source_name
+from tritgguf.evaluation.text_windows import common_windows
 from tritgguf.formats.durable_output import PART_SUFFIXES, disk_errors
-from tritgguf.formats.file_kinds import is_hub_id
-from tritgguf.formats.scores import text_fingerprint
+from tritgguf.formats.gguf_file import open_trit_file
+from tritgguf.formats.scores import Score, text_fingerprint
 from tritgguf.formats.text_file import read_text
-from tritgguf.publishing.configurations import Configuration
-from tritgguf.publishing.inputs import SourceInputs, needs_importance
-from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
+from tritgguf.publishing import tasks
+from tritgguf.publishing.inputs import SourceInputs
+from tritgguf.publishing.jobs import Job, jobs_of
 from tritgguf.publishing.state import State
+from tritgguf.publishing.tasks import Executor, Task
+from tritgguf.sources.hub_cache import revision_of
 from tritgguf.version import __version__
 
-_SPEED_TOKENS, _SPEED_REPETITIONS = 64, 3
 CONVERT, VERIFY, BENCH, EXPORT, CARD = "convert", "verify", "bench", "export", "card"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A source in a configuration."""
-
-    plan: PublishPlan
-    source: PlannedSource
-    configuration: Configuration
-
-    @property
-    def name(self) -> str:
-        """Name of its folder, and of its repository on the hub."""
-        return f"{self.source.name}-trit-{self.configuration.name}"
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-        return self.plan.output / self.name
-
-    @property
-    def trit_file(self) -> Path:
-        """The packed file."""
-        return self.folder / f"{self.name}.gguf"
-
-    def export_path(self, to: str) -> Path:
-        """Return the folder or file of an export."""
-        return self.folder / "hf" if to == "hf" else self.folder / f"{self.name}-{to}.gguf"
-
-    @property
-    def base_model(self) -> str | None:
-        """The source's hub id, if it is one."""
-        location = self.source.location
-        return location if is_hub_id(location) and not Path(location).exists() else None
+_MATRICES_IN_MEMORY = 4  # while a source is encoded, about
+_LARGEST_RUNNER_ERROR = 1e-2  # of the largest logit; rounding to float32 makes about 1e-4
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What all stages need: the notes about the output, the number of threads, and whom to tell how far they are."""
+    """What all stages need: the notes about the output, what runs the tasks, and a list for warnings."""
 
     state: State
-    threads: int | None
-    progress: Progress
+    executor: Executor
+    warnings: list[str] = field(default_factory=list)
 
     def check_ours(self, job: Job) -> None:
         """Raise BadRequestError if a file that is not of `publish` is where a job would write."""
@@ -83,125 +49,181 @@ class Stages:
         for to in job.plan.exports:
             self.state.check_ours(EXPORT, job.export_path(to))
 
-    def convert(self, job: Job, inputs: SourceInputs) -> float:
-        """Make the packed file; return the seconds that encoding it took when it was made."""
-        settings = _conversion_settings(job, inputs)
-        if (done := self.state.result(CONVERT, job.trit_file, settings)) is not None:
-            return float(done["seconds"])
-        self.state.check_ours(CONVERT, job.trit_file)
-        with disk_errors(job.folder):
-            job.folder.mkdir(parents=True, exist_ok=True)
-        is_again = self.state.begun(CONVERT, job.trit_file, settings)
-        part = job.trit_file.with_name(job.trit_file.name + PART_SUFFIXES[1])
-        encoder = inputs.encoder(job.configuration)
+    def encode(self, sources: Sequence[SourceInputs]) -> None:
+        """Make the packed files of all configurations of some sources."""
+        work, settings = [], {}
+        for inputs in sources:
+            missing = []
+            for job in jobs_of(inputs.plan, inputs.planned):
+                settings[job.name] = _conversion_settings(job, inputs)
+                if self.state.result(CONVERT, job.trit_file, settings[job.name]) is None:
+                    self.state.check_ours(CONVERT, job.trit_file)
+                    missing.append(job)
+            if missing:
+                replaced = {job.name: self._begin_file(job, settings[job.name]) for job in missing}
+                work.append((inputs, missing, replaced))
+        todo = [
+            Task(
+                tasks.encode,
+                (inputs, jobs, replaced),
+                f"encoding of {inputs.planned.name}",
+                _MATRICES_IN_MEMORY * inputs.largest_matrix_bytes,
+                len(jobs) * inputs.source_bytes,
+            )
+            for inputs, jobs, replaced in work
+        ]
+        for place, made in self.executor.run(todo):
+            for job, one in zip(work[place][1], made, strict=True):
+                result = {"seconds": one.seconds, "warnings": list(one.warnings)}
+                self.state.finish(CONVERT, job.trit_file, settings[job.name], result)
 
-        def show(state: ConvertProgress) -> None:
-            self.progress(f"{job.name}: encoding", state.bytes_done, state.bytes_total)
+    def encoding_seconds(self, job: Job) -> float:
+        """Return the seconds that encoding a file took when it was made."""
+        return float(self.state.noted(CONVERT, job.trit_file)["seconds"])
 
-        report = convert(
-            job.source.location,
-            job.trit_file,
-            depth=job.configuration.depth,
-            output_depth=job.configuration.output_depth,
-            embedding_depth=job.configuration.embedding_depth,
-            encoder=encoder,
-            importance=inputs.importance if needs_importance(encoder) else None,
-            windows=inputs.windows(job.configuration),
-            choice=job.configuration.choice_with(inputs.costs(job.configuration)),
-            recipe=job.configuration.recipe,
-            threads=self.threads,
-            overwrite=True,
-            resume=is_again and part.exists(),
-            progress=show,
-        )
-        self.state.finish(CONVERT, job.trit_file, settings, {"seconds": report.seconds, "warnings": report.warnings})
-        return report.seconds
+    def verify(self, sources: Sequence[SourceInputs]) -> dict[str, FileQuality]:
+        """Measure and record what quantization costs, of the files of some sources; return job's name -> quality.
 
-    def verify(self, jobs: Sequence[Job], store: LogitsStore | None) -> dict[str, FileQuality]:
-        """Measure and record what quantization costs, of files of one source; return name -> quality.
-
-        Files that were measured on the same text are not measured again.
+        Files that were measured on the same text are not measured again. The first file that is measured of a source
+        is also compared with transformers, which tells whether the runner computes such a model correctly.
         """
-        if not jobs:
-            return {}
-        text = shipped_text() if jobs[0].plan.text is None else read_text(jobs[0].plan.text)
-        settings = {"version": __version__, "text": text_fingerprint(text), "tokens": jobs[0].plan.tokens}
-        done = {job.name: self.state.result(VERIFY, job.trit_file, settings) for job in jobs}
-        missing = [job for job in jobs if done[job.name] is None]
-        recorder = ScoreRecorder([job.trit_file for job in missing])
-        reports = verify_files(
-            jobs[0].source.location,
-            [job.trit_file for job in missing],
-            text=text,
-            tokens=jobs[0].plan.tokens,
-            threads=self.threads,
-            store=store,
-            progress=self.progress,
-        )
-        for job, report in zip(missing, reports, strict=True):
-            with self.state.changing(CONVERT, job.trit_file):
-                recorder.record(report)
-            quality = _quality_with_score(report.quality)
-            done[job.name] = {
-                "seconds": report.seconds / len(reports),
-                "quality": quality.as_dict(),
-                "report": report.as_dict(),
-            }
-            self.state.finish(VERIFY, job.trit_file, settings, done[job.name])
-        return {job.name: FileQuality(**{**done[job.name]["quality"], "file": job.trit_file}) for job in jobs}
+        shards: list[tuple[_Measurement, tuple[Any, ...]]] = []
+        measurements = []
+        for inputs in sources:
+            measurement = _Measurement(inputs, self.state, self.executor.shards)
+            measurements.append(measurement)
+            shards += [(measurement, arguments) for arguments in measurement.shards]
+        todo = [
+            Task(
+                tasks.evaluate,
+                arguments,
+                f"evaluation of {measurement.name}",
+                measurement.memory_bytes,
+            )
+            for measurement, arguments in shards
+        ]
+        for place, result in self.executor.run(todo):
+            measurement, arguments = shards[place]
+            measurement.add(arguments, result)
+            if measurement.is_complete:
+                self.warnings.extend(measurement.record())
+        return {name: quality for measurement in measurements for name, quality in measurement.qualities().items()}
 
-    def bench(self, job: Job) -> float | None:
-        """Measure how fast a file generates, in tokens per second."""
+    def bench(self, jobs: Sequence[Job], threads: int) -> dict[str, float | None]:
+        """Measure how fast files generate; return job's name -> tokens per second."""
         settings = {
             "version": __version__,
             "processor": processor_name(),
-            "threads": self.threads or physical_cores(),
-            "tokens": [_SPEED_TOKENS, _SPEED_REPETITIONS],
+            "threads": threads,
+            "tokens": [tasks.SPEED_TOKENS, tasks.SPEED_REPETITIONS],
         }
-        if (done := self.state.result(BENCH, job.trit_file, settings)) is None:
-            self.progress(f"{job.name}: speed", 0, 1)
-            report = bench(
-                job.trit_file,
-                prompt_tokens=0,
-                generated_tokens=_SPEED_TOKENS,
-                threads=self.threads,
-                repetitions=_SPEED_REPETITIONS,
-                by_kernel=False,
+        missing = [job for job in jobs if self.state.result(BENCH, job.trit_file, settings) is None]
+        todo = [Task(tasks.measure_speed, (job, threads), f"speed of {job.name}", alone=True) for job in missing]
+        for place, speed in self.executor.run(todo):
+            self.state.finish(BENCH, missing[place].trit_file, settings, {"tokens_per_second": speed})
+        return {job.name: self.state.noted(BENCH, job.trit_file)["tokens_per_second"] for job in jobs}
+
+    def export(self, sources: Sequence[Sequence[Job]], threads: int) -> None:
+        """Export packed files, of each of some sources; an earlier export of ours is replaced."""
+        work, settings = [], {}
+        for jobs in sources:
+            missing, replaced = [], {}
+            for job, to in [(one, to) for one in jobs for to in one.plan.exports]:
+                output = job.export_path(to)
+                of_file = self.state.checksum_of(CONVERT, job.trit_file)
+                settings[output] = {"version": __version__, "to": to, "file": of_file}
+                if self.state.result(EXPORT, output, settings[output]) is None:
+                    self.state.check_ours(EXPORT, output)
+                    missing.append((job, to))
+                    replaced[str(output)] = self.state.begin(EXPORT, output, settings[output])
+            if missing:
+                work.append((missing, replaced, threads))
+        todo = [
+            Task(tasks.make_exports, arguments, f"exports of {arguments[0][0][0].source.name}") for arguments in work
+        ]
+        for place, sizes in self.executor.run(todo):
+            for (job, to), size in zip(work[place][0], sizes, strict=True):
+                output = job.export_path(to)
+                self.state.finish(EXPORT, output, settings[output], {"bytes": size})
+
+    def _begin_file(self, job: Job, settings: Any) -> str:
+        """Note that a packed file is begun; return the checksum of the one that it replaces, empty for none."""
+        with disk_errors(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            if not self.state.has_begun(CONVERT, job.trit_file, settings):
+                for suffix in PART_SUFFIXES[1:]:  # unfinished, and made with other settings
+                    job.trit_file.with_name(job.trit_file.name + suffix).unlink(missing_ok=True)
+        return self.state.begin(CONVERT, job.trit_file, settings)
+
+
+class _Measurement:
+    """The evaluation of a source's files: which are missing, in which shards, and what came out."""
+
+    def __init__(self, inputs: SourceInputs, state: State, shards: int) -> None:
+        self.name, self.memory_bytes = inputs.planned.name, inputs.evaluation_bytes
+        self._inputs, self._state = inputs, state
+        self._jobs = jobs_of(inputs.plan, inputs.planned)
+        self._text = tasks.text_of(inputs.plan)
+        self._settings: dict[str, Any] = {
+            "version": __version__,
+            "text": text_fingerprint(self._text),
+            "tokens": inputs.plan.tokens,
+        }
+        self._missing = [job for job in self._jobs if state.result(VERIFY, job.trit_file, self._settings) is None]
+        self._results: dict[int, list[Comparison]] = {}
+        self._runner: dict[str, float] = {}
+        self.shards: list[tuple[Any, ...]] = []
+        if self._missing:
+            files = [job.trit_file for job in self._missing]
+            self._recorder = ScoreRecorder(files)
+            windows = common_windows([open_trit_file(file) for file in files], self._text, inputs.plan.tokens)
+            self._tokens = sum(map(len, windows))
+            bounds = np.linspace(0, len(windows), min(shards, len(windows)) + 1).astype(int).tolist()
+            self.shards = [
+                (inputs, files, (first, last), files[0] if first == 0 else None)
+                for first, last in itertools.pairwise(bounds)
+            ]
+
+    def add(self, shard: tuple[Any, ...], result: tuple[list[Comparison], Any]) -> None:
+        """Take the result of a shard."""
+        self._results[shard[2][0]], errors = result
+        if errors is not None:
+            self._runner = vars(errors)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all shards are there."""
+        return len(self._results) == len(self.shards)
+
+    def record(self) -> list[str]:
+        """Write the scores into the files and note them; return warnings."""
+        in_order = [self._results[first] for first in sorted(self._results)]
+        for job, parts in zip(self._missing, zip(*in_order, strict=True), strict=True):
+            cost = Comparison.concatenate(parts)
+            location = self._inputs.source.name
+            score = Score(
+                **cost.as_dict(),
+                tokens=self._tokens,
+                text=self._settings["text"],
+                source=source_name(location),
+                revision=revision_of(self._inputs.source.files[0]),
             )
-            done = {"tokens_per_second": None if report.decode is None else report.decode.mean}
-            self.state.finish(BENCH, job.trit_file, settings, done)
-            self.progress(f"{job.name}: speed", 1, 1)
-        speed = done["tokens_per_second"]
-        return None if speed is None else float(speed)
+            with self._state.changing(CONVERT, job.trit_file):
+                self._recorder.record(job.trit_file, score)
+            quality = file_quality(open_trit_file(job.trit_file), cost)
+            result = {"quality": quality.as_dict(), "runner": self._runner}
+            self._state.finish(VERIFY, job.trit_file, self._settings, result)
+        if self._runner["max_rel_logit_diff"] <= _LARGEST_RUNNER_ERROR:
+            return []
+        return [
+            f"{self._missing[0].trit_file}: the runner's logits differ from those of transformers by"
+            f" {self._runner['max_rel_logit_diff']:.0e} of the largest, which is more than rounding; do not publish it"
+        ]
 
-    def export(self, job: Job, to: str) -> Path:
-        """Export a packed file; an earlier export of ours is replaced."""
-        output = job.export_path(to)
-        settings = {"version": __version__, "to": to, "file": self.state.checksum_of(CONVERT, job.trit_file)}
-        if self.state.result(EXPORT, output, settings) is not None:
-            return output
-        self.state.check_ours(EXPORT, output)
-        if output.is_dir():
-            with disk_errors(output):
-                shutil.rmtree(output)
-        report = export(
-            job.trit_file,
-            output,
-            to=to,
-            base_model=job.base_model,
-            threads=self.threads,
-            overwrite=True,
-            progress=lambda _, done, total: self.progress(f"{job.name}: export {to}", done, total),
-        )
-        self.state.finish(EXPORT, output, settings, {"bytes": report.output_bytes})
-        return output
-
-
-def _quality_with_score(quality: FileQuality) -> FileQuality:
-    """Return a file's row after its score was recorded, which makes it a little larger."""
-    n_bytes = quality.file.stat().st_size
-    per_weight = quality.bits_per_weight * n_bytes / quality.file_bytes
-    return replace(quality, file_bytes=n_bytes, bits_per_weight=per_weight)
+    def qualities(self) -> dict[str, FileQuality]:
+        """Return job's name -> quality."""
+        noted = {job.name: (job.trit_file, self._state.noted(VERIFY, job.trit_file)["quality"]) for job in self._jobs}
+        return {name: FileQuality(**{**quality, "file": file}) for name, (file, quality) in noted.items()}
 
 
 def _conversion_settings(job: Job, inputs: SourceInputs) -> dict[str, Any]:
@@ -222,5 +244,5 @@ def _conversion_settings(job: Job, inputs: SourceInputs) -> dict[str, Any]:
         "encoder": inputs.encoder(job.configuration).name,
         "calibration": text if with_text else None,
         # What is calculated on a text depends on the number of threads.
-        "threads": (inputs.threads or physical_cores()) if with_text else None,
+        "threads": inputs.threads if with_text else None,
     }

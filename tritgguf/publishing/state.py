@@ -47,22 +47,41 @@ class State:
         return entry["result"]
 
     def check_ours(self, stage: str, path: Path) -> None:
-        """Raise BadRequestError if something is at a path that a stage has not made, or that was changed since."""
+        """Raise BadRequestError if something is at a path that a stage has not made, or that was changed since.
+
+        What is there after a stage has begun was made by it, even if its end was not noted.
+        """
         entry = self._entries.get(self._key(stage, path))
+        begun = self._entries.get(self._begun_key(stage, path))
+        if begun is not None and path.exists() and begun["checksum"] != self._checksum(path):
+            return
         if path.exists() and (entry is None or not self._is_unchanged(entry, path)):
             raise BadRequestError(f"{path}: exists, and `publish` has not made it or it was changed; move it away")
 
-    def begun(self, stage: str, path: Path, settings: Any) -> bool:
-        """Note that a stage begins; return whether an earlier run began it with the same settings."""
-        key, begins = f"begun {self._key(stage, path)}", digest(settings)
-        before = self._entries.get(key, {}).get("settings")
-        self._entries[key] = {"settings": begins, "checksum": "", "result": None}
-        self._save()
-        return bool(before == begins)
+    def has_begun(self, stage: str, path: Path, settings: Any) -> bool:
+        """Tell whether a stage has begun to make a file with these settings, and its end was not noted."""
+        begun = self._entries.get(self._begun_key(stage, path))
+        return begun is not None and begun["settings"] == digest(settings)
+
+    def begin(self, stage: str, path: Path, settings: Any) -> str:
+        """Note that a stage begins to make a file, unless that is noted already.
+
+        Returns the checksum of what was there when it began, empty for nothing: whatever else is there is the result.
+        """
+        key = self._begun_key(stage, path)
+        if not self.has_begun(stage, path, settings):
+            there = self._checksum(path) if path.exists() else ""
+            self._entries[key] = {"settings": digest(settings), "checksum": there, "result": None}
+            self._save()
+        return str(self._entries[key]["checksum"])
+
+    def noted(self, stage: str, path: Path) -> Any:
+        """Return what a stage noted about a file, which it has made."""
+        return self._entries[self._key(stage, path)]["result"]
 
     def finish(self, stage: str, path: Path, settings: Any, result: Any) -> None:
         """Note that a stage has made a file, or measured it."""
-        self._entries.pop(f"begun {self._key(stage, path)}", None)
+        self._entries.pop(self._begun_key(stage, path), None)
         self._entries[self._key(stage, path)] = {
             "settings": digest(settings),
             "checksum": self._checksum(path),
@@ -96,6 +115,9 @@ class State:
 
     def _key(self, stage: str, path: Path) -> str:
         return f"{stage} {path.relative_to(self._output).as_posix()}"
+
+    def _begun_key(self, stage: str, path: Path) -> str:
+        return f"begun {self._key(stage, path)}"
 
     def _is_unchanged(self, entry: Entry, path: Path) -> bool:
         return path.exists() and ("changing" in entry or entry["checksum"] == self._checksum(path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
 from tritgguf.errors import BadRequestError
@@ -57,6 +57,14 @@ def parse_hub_name(text: str) -> HubName | None:
     if not is_hub_id(repository) or (colon and not choice) or "\\" in choice:
         return None
     return HubName(repository, choice)
+
+
+def name_instead_of(path: str | Path) -> HubName | None:
+    """Return the name on the hub that stands in place of a file's path; None where that is a path.
+
+    A path that exists always wins.
+    """
+    return None if Path(path).exists() else parse_hub_name(Path(path).as_posix())
 
 
 def is_candidate(path: str) -> bool:

@@ -7,6 +7,7 @@ values, before any output is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
+from tritgguf.architectures.experts import USED_KEY
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.stacks import matrix_count, matrix_names
@@ -86,6 +88,21 @@ class Source(Protocol):
 
     def label(self, name: str) -> str:
         """Return the source's own name of a tensor or of a matrix, for messages."""
+
+
+def weights_of(source: Source) -> int:
+    """Return the number of weights in all tensors."""
+    return sum(math.prod(tensor.shape) for tensor in source.tensors)
+
+
+def weights_of_a_token(source: Source) -> int:
+    """Return how many weights a token uses: of stacks of experts, the share of the chosen ones."""
+    prefix = f"{source.metadata['general.architecture'].value}."
+    used = source.metadata[prefix + USED_KEY].value if prefix + USED_KEY in source.metadata else 1
+    return sum(
+        math.prod(tensor.shape) * used // tensor.shape[0] if len(tensor.shape) > 2 else math.prod(tensor.shape)
+        for tensor in source.tensors
+    )
 
 
 def check_shapes(

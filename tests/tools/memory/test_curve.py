@@ -49,6 +49,7 @@ x = bytearray(bytes(60_000_000)); time.sleep(1)"""
     run = measure("it", [])
     assert 50_000_000 < run.peak_own < 200_000_000
     assert run.peak_own == max(own for _, own, _ in run.curve)
+    assert 0 < run.processor_seconds < 60
     with pytest.raises(SystemExit, match=r"it failed: .*no room"):
         measure("it", ["fail"])
 
