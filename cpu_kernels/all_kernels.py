@@ -34,6 +34,7 @@ from cpu_kernels.transformer import (
     layer_options,
     rotation,
     router,
+    short_convolution,
     swiglu,
 )
 
@@ -72,6 +73,7 @@ _ROUTING = _named(router.Routing, _INTEGER, _INTEGER, _BOOLEAN, _FLOAT)
 _EXPERTS = _named(
     experts.Experts,
     _ROUTING,
+    _INTEGER,
     _floats(3),
     _floats(2),
     _floats(2),
@@ -80,20 +82,32 @@ _EXPERTS = _named(
     *[_floats(3)] * 3,
     _BOOLEAN,
 )
-_WEIGHTS = _named(decode.Weights, _integers(2), _integers(1), _integers(2), _floats(3), *[_floats(2)] * 10, _EXPERTS)
+_WEIGHTS = _named(
+    decode.Weights, *[_integers(2)] * 3, _floats(3), *[_floats(2)] * 10, _floats(3), _EXPERTS
+)  # fmt: skip
 _HEAD = _named(decode.OutputHead, _floats(1), _integers(1), _integers(1), _integers(1), _floats(2))
 _SCRATCH = _named(attend_token.Scratch, _floats(3), _floats(3), _floats(5), _floats(4), _floats(4))
 _OPTIONS = _named(
-    layer_options.LayerOptions, _FLOAT, _FLOAT, _INTEGER, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN, _integers(1),
-    _integers(1), _floats(2),
+    layer_options.LayerOptions, _FLOAT, _FLOAT, _INTEGER, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN,
+    *[_integers(1)] * 3, _floats(2),
 )  # fmt: skip
 _SINGLE_BUFFERS = _named(
-    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 4, _vectors(16, 2), _named(
+    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 5, _vectors(16, 2), _named(
         experts.ExpertBuffers, _floats(2), _floats(3), _integers(2), *[_floats(2)] * 3, _vectors(16, 2), _floats(2)
     ),
 )  # fmt: skip
 _KEY_VALUES = {
-    cache: _named(kv_pages.KeyValues, _integers(2), array_type(dtype, 1), *[_INTEGER] * 3, _floats(3), _floats(3))
+    cache: _named(
+        kv_pages.KeyValues,
+        _integers(2),
+        array_type(dtype, 1),
+        *[_INTEGER] * 3,
+        _floats(3),
+        _floats(3),
+        _integers(1),
+        _INTEGER,
+        _INTEGER,
+    )
     for cache, dtype in (("f16", np.uint16), ("f32", np.float32))
 }
 
@@ -105,7 +119,7 @@ def _batch_buffers(bits: int) -> Type:
         vectors, _floats(2), _floats(2), vectors, _floats(2),
     )  # fmt: skip
     return _named(
-        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 3, vectors, _floats(2),
+        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 4, vectors, _floats(2),
         _floats(2), of_experts,
     )  # fmt: skip
 
@@ -165,6 +179,10 @@ def _prompts(isa: Type) -> Signatures:
         ],
         attention.attend: [
             (isa, _floats(2), _OPTIONS, _INTEGER, kv, _integers(2), _INTEGER, _floats(2), *_SHARE)
+            for kv in _KEY_VALUES.values()
+        ],
+        short_convolution.convolve_tokens: [
+            (_floats(2), kv, _INTEGER, _floats(2), _integers(1), _integers(1), _floats(2), *_SHARE)
             for kv in _KEY_VALUES.values()
         ],
     }
@@ -249,6 +267,9 @@ def _generation(isa: Type) -> Signatures:
                 isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
                 _INTEGER, _floats(2), _integers(1), *_SHARE,
             ),
+        ],
+        short_convolution.convolve_layers: [
+            (_floats(3), _integers(1), f16, _floats(1), _INTEGER, _floats(1), *_SHARE),
         ],
     }  # fmt: skip
 

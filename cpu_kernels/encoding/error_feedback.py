@@ -14,21 +14,21 @@ import numpy as np
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
-_LANES = 16  # rows quantized at once
+_LANES = 64  # rows quantized at once: before each loop over them, the compiled code checks whether arrays overlap
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
-def _try_step(columns, factor, first, step, offset, levels, errors, costs):
-    """Quantize one group of 16 rows with one step.
+def _try_step(columns, factor, first, step, offset, errors, costs):
+    """Compute what quantizing one group of 64 rows with one step costs.
 
     Args:
-        columns: float32 [16 columns, 16 rows], the group's weights; modified.
+        columns: float32 [16 columns, 64 rows], the group's weights; modified.
         factor: float32 [columns, columns], U.
         first: the group's first column in `factor`.
         step: float32, the distance between levels.
         offset: float32, h of the depth.
-        levels, errors: float32 [16 columns, 16 rows], out: levels from -h to h, and errors divided by U's diagonal.
-        costs: float32 [16 rows], out: sums of the squares of `errors`.
+        errors: float32 [64 rows], scratch memory.
+        costs: float32 [64 rows], out: sums of the squares of the errors, each divided by U's diagonal.
 
     """
     per_step = np.float32(1.0) / step
@@ -37,9 +37,31 @@ def _try_step(columns, factor, first, step, offset, levels, errors, costs):
         per_diagonal = np.float32(1.0) / factor[first + j, first + j]
         for row in range(_LANES):
             level = min(max(np.rint(columns[j, row] * per_step), -offset), offset)
-            error = (columns[j, row] - level * step) * per_diagonal
-            levels[j, row], errors[j, row] = level, error
-            costs[row] += error * error
+            errors[row] = (columns[j, row] - level * step) * per_diagonal
+            costs[row] += errors[row] * errors[row]
+        for later in range(j + 1, GROUP_SIZE):
+            coefficient = factor[first + j, first + later]
+            for row in range(_LANES):
+                columns[later, row] -= errors[row] * coefficient
+
+
+@numba.njit(cache=True, fastmath={"contract", "nsz"})
+def _quantize_group(columns, factor, first, steps, offset, levels, errors):
+    """Quantize one group of 64 rows with a step for each row.
+
+    Args:
+        columns, factor, first, offset: as in `_try_step`.
+        steps: float32 [64 rows], the distance between levels; 0 gives level 0.
+        levels, errors: float32 [16 columns, 64 rows], out: levels from -h to h, and errors divided by U's diagonal.
+
+    """
+    for j in range(GROUP_SIZE):
+        per_diagonal = np.float32(1.0) / factor[first + j, first + j]
+        for row in range(_LANES):
+            step = steps[row]
+            per_step = np.float32(1.0) / step if step > 0 else np.float32(0)
+            level = min(max(np.rint(columns[j, row] * per_step), -offset), offset)
+            levels[j, row], errors[j, row] = level, (columns[j, row] - level * step) * per_diagonal
         for later in range(j + 1, GROUP_SIZE):
             coefficient = factor[first + j, first + later]
             for row in range(_LANES):
@@ -63,10 +85,10 @@ def quantize_columns(weights, factor, steps, offset, levels, indices, errors, th
     """
     rows, columns = weights.shape
     compensated = np.empty((columns, _LANES), np.float32)
-    trial, best_costs = np.empty((GROUP_SIZE, _LANES), np.float32), np.empty(_LANES, np.float32)
-    trial_levels, best_levels = np.empty_like(trial), np.empty_like(trial)
-    trial_errors, best_errors = np.empty_like(trial), np.empty_like(trial)
-    costs, best = np.empty(_LANES, np.float32), np.empty(_LANES, np.uint8)
+    trial, group_levels = np.empty((GROUP_SIZE, _LANES), np.float32), np.empty((GROUP_SIZE, _LANES), np.float32)
+    group_errors, tried_errors = np.empty_like(trial), np.empty(_LANES, np.float32)
+    costs, least, best_steps = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
+    best = np.empty(_LANES, np.uint8)
     tiles = (rows + _LANES - 1) // _LANES
     for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         first_row = tile * _LANES
@@ -77,24 +99,27 @@ def quantize_columns(weights, factor, steps, offset, levels, indices, errors, th
                 compensated[column, row] = weights[first_row + row, column]
         for group in range(columns // GROUP_SIZE):
             first = group * GROUP_SIZE
-            best_costs[:], best[:] = np.inf, 0
-            best_levels[:], best_errors[:] = 0, 0
+            least[:], best[:], best_steps[:] = np.inf, 0, 0
             for entry in range(len(steps)):
-                if steps[entry] <= 0:
+                step = steps[entry]
+                if step <= 0:
                     continue
                 trial[:] = compensated[first : first + GROUP_SIZE]
-                _try_step(trial, factor, first, steps[entry], offset, trial_levels, trial_errors, costs)
+                _try_step(trial, factor, first, step, offset, tried_errors, costs)
                 for row in range(_LANES):
-                    if costs[row] < best_costs[row]:
-                        best_costs[row], best[row] = costs[row], entry
-                        best_levels[:, row], best_errors[:, row] = trial_levels[:, row], trial_errors[:, row]
+                    better = costs[row] < least[row]
+                    least[row] = costs[row] if better else least[row]
+                    best[row] = entry if better else best[row]
+                    best_steps[row] = step if better else best_steps[row]
+            trial[:] = compensated[first : first + GROUP_SIZE]
+            _quantize_group(trial, factor, first, best_steps, offset, group_levels, group_errors)
             for row in range(count):
                 indices[first_row + row, group] = best[row]
                 for j in range(GROUP_SIZE):
-                    levels[first_row + row, first + j] = np.uint8(best_levels[j, row] + offset)
-                    errors[first_row + row, first + j] = best_errors[j, row]
+                    levels[first_row + row, first + j] = np.uint8(group_levels[j, row] + offset)
+                    errors[first_row + row, first + j] = group_errors[j, row]
             for j in range(GROUP_SIZE):
                 for later in range(first + GROUP_SIZE, columns):
                     coefficient = factor[first + j, later]
                     for row in range(_LANES):
-                        compensated[later, row] -= best_errors[j, row] * coefficient
+                        compensated[later, row] -= group_errors[j, row] * coefficient

@@ -5,11 +5,12 @@ from __future__ import annotations
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
+from cpu_kernels.transformer.layer_options import ATTENTION
 
 
 @numba.njit(cache=True, nogil=True)
 def attend_layers(isa, kv, scratch, qkv, bias, norms, options, position, out, counter, thread, threads):
-    """Compute a thread's share of a token's attention in sequence 0, layer by layer, as decode does.
+    """Compute a thread's share of a token's attention in sequence 0, in all layers that have it, as decode does.
 
     Args:
         isa: the instruction set.
@@ -25,7 +26,9 @@ def attend_layers(isa, kv, scratch, qkv, bias, norms, options, position, out, co
 
     """
     head_dim = 2 * kv.cosines.shape[2]
-    for layer in range(kv.layers):
+    for layer in range(len(kv.slots)):
+        if options.kinds[layer] != ATTENTION:
+            continue
         attend_token(isa, kv, scratch, layer, qkv, bias, norms[layer], options, 0, position, thread, threads)
         wait_for_all(counter, threads)
         merge_splits(isa, scratch, 0, options, layer, position, head_dim, out[thread], thread)

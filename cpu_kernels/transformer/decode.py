@@ -20,15 +20,19 @@ from cpu_kernels.transformer.experts import (
     Experts,
     add_scaled,
     expert_gates,
+    is_mixture,
     route_token,
     score_experts,
     shared_gate,
     sum_experts,
 )
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
+from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.short_convolution import convolve_token, store_inputs
 from cpu_kernels.transformer.swiglu import swiglu
 
-# Indices of a layer's matrices; gate, up and down are those of the shared expert if there are experts
+# Indices of a layer's matrices; gate, up and down are those of the shared expert if there are experts. Q, K and V of a
+# layer with a short convolution are the parts of its input matrix.
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6
 
 
@@ -36,7 +40,7 @@ class Weights(NamedTuple):
     """The weights of all layers; matrices are given by address. A vector that the model lacks has length 0."""
 
     addresses: np.ndarray  # int64 [layers, 7]
-    rows: np.ndarray  # int64 [7]
+    rows: np.ndarray  # int64 [layers, 7]
     depths: np.ndarray  # int64 [layers, 7]
     steps: np.ndarray  # float32 [layers, 7, 32]
     attention_norms: np.ndarray  # float32 [layers, hidden], of the attention's input
@@ -49,6 +53,7 @@ class Weights(NamedTuple):
     gate_biases: np.ndarray  # float32 [layers, feed_forward]
     up_biases: np.ndarray  # float32 [layers, feed_forward]
     down_biases: np.ndarray  # float32 [layers, hidden]
+    convolutions: np.ndarray  # float32 [layers, taps, hidden], or [layers, 0, 0]; see `convolve_token`
     experts: Experts
 
 
@@ -69,6 +74,7 @@ class Buffers(NamedTuple):
     own_hidden: VectorBuffers  # [threads, hidden]
     own_attended: VectorBuffers  # [threads, heads * head_dim]
     qkv: np.ndarray  # float32 [rows of Q, K and V]
+    projected: np.ndarray  # float32 [3 * hidden], output of a convolution's input matrix; [0] without one
     residual: np.ndarray  # float32 [hidden]
     gate: np.ndarray  # float32 [feed_forward]
     up: np.ndarray  # float32 [feed_forward]
@@ -97,7 +103,7 @@ def _attention(
 ):
     """Compute this thread's share of a layer's attention, including its matrices; it ends with a barrier."""
     addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
-    gemv(isa, addresses[QKV], weights.rows[QKV], depths[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
+    gemv(isa, addresses[QKV], weights.rows[layer][QKV], depths[QKV], steps[QKV], hidden, buffers.qkv, thread, threads)
     wait_for_all(counter, threads)
     attend_token(
         isa, kv, scratch, layer, buffers.qkv, weights.qkv_biases[layer], weights.query_key_norms[layer], options,
@@ -105,6 +111,26 @@ def _attention(
     )  # fmt: skip
     wait_for_all(counter, threads)
     merge_splits(isa, scratch, 0, options, layer, position, 2 * kv.cosines.shape[2], attended[0], thread)
+    _output(isa, weights, buffers, layer, attended, counter, thread, threads)
+
+
+@numba.njit(cache=True)
+def _convolution(isa, weights, kv, buffers, layer, hidden, attended, sequence, position, counter, thread, threads):
+    """Compute this thread's share of a short convolution, including its matrices; it ends with a barrier."""
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+    projected, out = buffers.projected, attended[0]
+    gemv(isa, addresses[QKV], weights.rows[layer][QKV], depths[QKV], steps[QKV], hidden, projected, thread, threads)
+    wait_for_all(counter, threads)
+    convolve_token(weights.convolutions[layer], kv, layer, projected, sequence, position, out, 0, len(out))
+    share = len(out) * thread // threads, len(out) * (thread + 1) // threads
+    store_inputs(kv, layer, projected, sequence, position, *share)
+    _output(isa, weights, buffers, layer, attended, counter, thread, threads)
+
+
+@numba.njit(cache=True)
+def _output(isa, weights, buffers, layer, attended, counter, thread, threads):
+    """Compute this thread's share of the output matrix; it ends with a barrier."""
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
     quantize_row(*attended)
     out = buffers.residual
     first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
@@ -149,8 +175,8 @@ def _down(isa, weights, layer, buffers, out, first, last):
 def _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread, threads):
     """Compute this thread's share of a layer's feed-forward, of experts or dense or both; it ends with a barrier."""
     experts, own, out = weights.experts, buffers.experts, buffers.residual
-    is_mixture, is_dense = experts.routing.chosen > 0, len(buffers.gate) > 0
-    if is_mixture:
+    has_experts, is_dense = is_mixture(experts, layer), weights.rows[layer, GATE] > 0
+    if has_experts:
         score_experts(isa, experts, layer, hidden[0], own, thread, threads)
         wait_for_all(counter, threads)
         route_token(experts, layer, own, thread, threads)
@@ -159,12 +185,12 @@ def _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread
         _gate_and_up(isa, weights, options, layer, hidden, buffers, thread, threads)
     wait_for_all(counter, threads)
     first, last = len(out) * thread // threads, len(out) * (thread + 1) // threads
-    if is_mixture:
+    if has_experts:
         sum_experts(isa, experts, layer, own, out, first, last, thread)
     if is_dense:
-        dense_out = own.own_out[thread] if is_mixture else out
+        dense_out = own.own_out[thread] if has_experts else out
         _down(isa, weights, layer, buffers, dense_out, first, last)
-        if is_mixture:
+        if has_experts:
             add_scaled(shared_gate(experts, own.scores[0]), dense_out, out, first, last)
     wait_for_all(counter, threads)
 
@@ -195,10 +221,15 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
             options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
-        _attention(
-            isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter, thread,
-            threads,
-        )  # fmt: skip
+        if options.kinds[layer] == SHORT_CONVOLUTION:
+            _convolution(
+                isa, weights, kv, buffers, layer, hidden, attended, sequence, position, counter, thread, threads
+            )
+        else:
+            _attention(
+                isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter,
+                thread, threads,
+            )  # fmt: skip
         output_norm = weights.attention_output_norms[layer]
         add_and_rms_norm(
             stream, buffers.residual, output_norm, options.residual_scale, weights.feed_forward_norms[layer],

@@ -18,7 +18,7 @@ from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
 from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
-from cpu_kernels.transformer.experts import add_scaled, shared_gate
+from cpu_kernels.transformer.experts import add_scaled, is_mixture, shared_gate
 from cpu_kernels.transformer.experts_batch import (
     ExpertBatchBuffers,
     expert_gates_batch,
@@ -27,6 +27,8 @@ from cpu_kernels.transformer.experts_batch import (
     sum_experts_batch,
 )
 from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
+from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.short_convolution import convolve_tokens
 from cpu_kernels.transformer.swiglu import swiglu
 
 
@@ -38,6 +40,7 @@ class BatchBuffers(NamedTuple):
     hidden: VectorBuffers  # [tokens, hidden]
     attended: VectorBuffers  # [tokens, heads * head_dim]
     qkv: np.ndarray  # float32 [tokens, rows of Q, K and V]
+    projected: np.ndarray  # float32 [tokens, 3 * hidden], see `decode.Buffers`; [tokens, 0] without a convolution
     gate: np.ndarray  # float32 [tokens, feed_forward]
     up: np.ndarray  # float32 [tokens, feed_forward]
     gated: VectorBuffers  # [tokens, feed_forward]
@@ -92,6 +95,18 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
 
 
 @numba.njit(cache=True)
+def _convolve(weights, kv, buffers, layer, sequences, positions, counter, thread, threads):
+    """Convolve and quantize: a thread's share, with barriers."""
+    kernel, out = weights.convolutions[layer], buffers.attended[0]
+    convolve_tokens(kernel, kv, layer, buffers.projected, sequences, positions, out, thread, threads)
+    wait_for_all(counter, threads)
+    tokens = len(out)
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        quantize_row(*row_of(buffers.attended, t))
+    wait_for_all(counter, threads)
+
+
+@numba.njit(cache=True)
 def _multiply(isa, weights, layer, matrix, activations, bias, out, buffers, first, last, thread):
     """Multiply rows `first` to before `last` of one matrix with every token, and add the bias."""
     multiply_rows_batch(
@@ -140,8 +155,8 @@ def _route(isa, experts, layer, hidden, buffers, thread, threads):
 def _feed_forward(isa, weights, options, layer, buffers, counter, thread, threads):
     """Compute a thread's share of a layer's feed-forward, of experts or dense or both; it ends with a barrier."""
     experts, own, out, own_rows = weights.experts, buffers.experts, buffers.residual, buffers.own_rows[thread]
-    is_mixture, is_dense = experts.routing.chosen > 0, buffers.gate.shape[1] > 0
-    if is_mixture:
+    has_experts, is_dense = is_mixture(experts, layer), weights.rows[layer, GATE] > 0
+    if has_experts:
         gather_entries(buffers.hidden, own, thread, threads)
         wait_for_all(counter, threads)
         expert_gates_batch(isa, experts, layer, options, own, own_rows, thread, threads)
@@ -150,13 +165,13 @@ def _feed_forward(isa, weights, options, layer, buffers, counter, thread, thread
     wait_for_all(counter, threads)
     hidden_rows = out.shape[1]
     first, last = hidden_rows * thread // threads, hidden_rows * (thread + 1) // threads
-    if is_mixture:
+    if has_experts:
         sum_experts_batch(isa, experts, layer, own, out, first, last, own_rows, thread)
     if is_dense:
-        dense_out = buffers.shared if is_mixture else out
+        dense_out = buffers.shared if has_experts else out
         bias = weights.down_biases[layer]
         _multiply(isa, weights, layer, DOWN, buffers.gated, bias, dense_out, buffers, first, last, thread)
-        if is_mixture:
+        if has_experts:
             for t in range(len(out)):
                 add_scaled(shared_gate(experts, own.scores[t]), dense_out[t], out[t], first, last)
     wait_for_all(counter, threads)
@@ -186,12 +201,17 @@ def decode_batch(
     for layer in range(len(weights.addresses)):
         _add_normalize_quantize(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
         wait_for_all(counter, threads)
+        convolves = options.kinds[layer] == SHORT_CONVOLUTION
         gemv_batch(
-            isa, weights.addresses[layer][QKV], weights.rows[QKV], weights.depths[layer][QKV],
-            weights.steps[layer][QKV], buffers.hidden, buffers.qkv, buffers.own_rows, thread, threads,
+            isa, weights.addresses[layer][QKV], weights.rows[layer][QKV], weights.depths[layer][QKV],
+            weights.steps[layer][QKV], buffers.hidden, buffers.projected if convolves else buffers.qkv,
+            buffers.own_rows, thread, threads,
         )  # fmt: skip
         wait_for_all(counter, threads)
-        _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads)
+        if convolves:
+            _convolve(weights, kv, buffers, layer, sequences, positions, counter, thread, threads)
+        else:
+            _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads)
         output_bias = weights.output_biases[layer]
         _multiply(
             isa, weights, layer, OUTPUT, buffers.attended, output_bias, buffers.residual, buffers, first, last, thread
@@ -200,7 +220,7 @@ def decode_batch(
         _add_normalize_quantize(
             buffers, weights.attention_output_norms[layer], weights.feed_forward_norms[layer], options, thread, threads
         )
-        if weights.experts.routing.chosen > 0:
+        if is_mixture(weights.experts, layer):
             _route(isa, weights.experts, layer, buffers.hidden, buffers.experts, thread, threads)
         wait_for_all(counter, threads)
         _feed_forward(isa, weights, options, layer, buffers, counter, thread, threads)

@@ -30,6 +30,7 @@ class Experts(NamedTuple):
     """The experts of all layers. A layer's matrices of one kind are a stack: one after the other at one address."""
 
     routing: Routing
+    dense_layers: int  # how many layers, from the first on, have a dense feed-forward instead
     routers: np.ndarray  # float32 [layers, experts, hidden]; one row more is the gate of the shared expert
     router_biases: np.ndarray  # float32 [layers, experts], or [layers, 0]
     selection_biases: np.ndarray  # float32 [layers, experts], or [layers, 0]
@@ -68,6 +69,12 @@ def _prefetch_beginning(typing_context, address):
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
+
+
+@numba.njit(cache=True)
+def is_mixture(experts, layer):
+    """Tell whether a layer has experts."""
+    return experts.routing.chosen > 0 and layer >= experts.dense_layers
 
 
 @numba.njit(cache=True)

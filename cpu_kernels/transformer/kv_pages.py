@@ -14,6 +14,12 @@ With int8 (q8_0), float16 scales follow in the order of these numbers, one for 3
 
     keys    [layers, kv_heads, 256 / 32, padded_dim / 32, 32 positions]
     values  [layers, kv_heads, padded_dim / 32, 256]
+
+`layers` are those with attention. A layer with a short convolution needs the inputs of the last positions alone. A page
+has them, float32, for the last 32 of its positions that were written, position p at place p % 32. So a sequence can be
+cut within these positions and at the end of every page, and go on:
+
+    inputs  [layers with a convolution, 32, width]
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from cpu_kernels.simd.vectors import FLOAT, HALF, I8, I16
 from cpu_kernels.transformer.attention_tile import PANEL, SCALE_BYTES, emit_narrow, stored_element
 
 PAGE = 256  # positions
+RECENT = 32  # last positions of a page whose inputs of convolutions are kept
+_ALIGNMENT = 64  # bytes
 _LARGEST = np.float32(127)  # of int8
 
 
@@ -38,11 +46,14 @@ class KeyValues(NamedTuple):
     element: (
         np.ndarray
     )  # [1], uint16 (the bits of float16), float32 or int8: only its dtype is used, that of keys and values
-    layers: int
+    layers: int  # with attention
     kv_heads: int
     padded_dim: int
     cosines: np.ndarray  # float32 [rotations, positions, head_dim / 2]
     sines: np.ndarray  # float32 [rotations, positions, head_dim / 2]
+    slots: np.ndarray  # int64 [layers of the model]: the place of a layer among those of its kind
+    recent_start: int  # where inputs of convolutions begin in a page, in bytes
+    recent_width: int  # float32 numbers of one position; 0 if no layer has a convolution
 
 
 def padded_dimension(head_dim: int) -> int:
@@ -50,10 +61,25 @@ def padded_dimension(head_dim: int) -> int:
     return -(-head_dim // PANEL) * PANEL
 
 
-def page_elements(layers: int, kv_heads: int, head_dim: int, element: np.dtype[Any]) -> int:
-    """Return the size of a page in elements of this type, the scales of int8 included."""
+def page_elements(layers: int, kv_heads: int, head_dim: int, element: np.dtype[Any], recent: int = 0) -> int:
+    """Return the size of a page in elements of this type, the scales of int8 included.
+
+    `layers` are those with attention; `recent` is the number of inputs of convolutions at one position, in all layers.
+    """
+    start = recent_start(layers, kv_heads, head_dim, element)
+    if not recent:
+        return _key_value_bytes(layers, kv_heads, head_dim, element) // element.itemsize
+    return (start + RECENT * recent * np.dtype(np.float32).itemsize) // element.itemsize
+
+
+def recent_start(layers: int, kv_heads: int, head_dim: int, element: np.dtype[Any]) -> int:
+    """Return where the inputs of convolutions begin in a page, in bytes."""
+    return -(-_key_value_bytes(layers, kv_heads, head_dim, element) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _key_value_bytes(layers: int, kv_heads: int, head_dim: int, element: np.dtype[Any]) -> int:
     numbers = 2 * layers * kv_heads * PAGE * padded_dimension(head_dim)
-    return numbers + numbers // PANEL * SCALE_BYTES if element == np.int8 else numbers
+    return numbers * element.itemsize + (numbers // PANEL * SCALE_BYTES if element == np.int8 else 0)
 
 
 @intrinsic
@@ -75,14 +101,14 @@ def store_narrowed(typing_context, element, address, value):
 @numba.njit(cache=True)
 def keys_address(kv, sequence, layer, head, position):
     """Return the address of a head's keys in the page of `position`."""
-    start = (layer * kv.kv_heads + head) * PAGE * kv.padded_dim * kv.element.itemsize
+    start = (kv.slots[layer] * kv.kv_heads + head) * PAGE * kv.padded_dim * kv.element.itemsize
     return kv.table[sequence, position // PAGE] + start
 
 
 @numba.njit(cache=True)
 def values_address(kv, sequence, layer, head, position):
     """Return the address of a head's values in the page of `position`."""
-    start = ((kv.layers + layer) * kv.kv_heads + head) * PAGE * kv.padded_dim * kv.element.itemsize
+    start = ((kv.layers + kv.slots[layer]) * kv.kv_heads + head) * PAGE * kv.padded_dim * kv.element.itemsize
     return kv.table[sequence, position // PAGE] + start
 
 

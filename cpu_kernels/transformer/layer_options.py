@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 SILU, GELU, CLAMPED_SILU = 0, 1, 2
+ATTENTION, SHORT_CONVOLUTION = 0, 1
 
 
 class LayerOptions(NamedTuple):
@@ -26,6 +27,8 @@ class LayerOptions(NamedTuple):
     """Softcap c of attention scores: c tanh(score / c); 0 for none."""
     normalizes_together: bool
     """Whether one RMS norm spans all query heads, and one all key heads, instead of one norm per head."""
+    kinds: np.ndarray
+    """int64 [layers]: what mixes the tokens of a layer, ATTENTION or SHORT_CONVOLUTION."""
     windows: np.ndarray
     """int64 [layers]: the sliding window, in positions, including the token's own; 0 for none."""
     rotations: np.ndarray

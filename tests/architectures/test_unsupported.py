@@ -15,8 +15,6 @@ CASES = [
     ("Qwen3_5ForConditionalGeneration", "qwen35", "Gated DeltaNet"),
     ("Qwen3_5MoeForCausalLM", "qwen35moe", "Gated DeltaNet"),
     ("Qwen3NextForCausalLM", "qwen3next", "Gated DeltaNet"),
-    ("Lfm2ForCausalLM", "lfm2", "short convolutions"),
-    ("Lfm2MoeForCausalLM", "lfm2moe", "short convolutions"),
     ("Llama4ForConditionalGeneration", "llama4", "its text model has chunked attention"),
     ("Llama4ForCausalLM", "llama4", "its text model has chunked attention"),
     ("PhimoeForCausalLM", "phimoe", "SparseMixer"),

@@ -13,6 +13,7 @@ from tritgguf.diagnostics.kernel_times import (
     REST,
     KernelTime,
     barriers_per_token,
+    decode_seconds,
     launch_seconds,
     prefill_times,
     shares,
@@ -54,6 +55,17 @@ def test_barriers_of_a_token(tiny_trit_file: Callable[..., GgufFile], threads: i
     # At least once after q, k, v, after attention, after gate and up and after down, and never twice in a row.
     layers = config.dimensions.layers
     assert (4 * layers <= barriers <= 8 * layers) if waits else barriers == 0
+
+
+def test_a_model_with_convolutions_is_divided_by_kind_of_layer(tiny_lfm2_file: GgufFile) -> None:
+    config = ModelConfig.from_file(tiny_lfm2_file)
+    weights = ModelWeights(tiny_lfm2_file, config)
+    seconds = decode_seconds(config, weights, ThreadPool(2), 20, repetitions=2)
+    assert list(seconds) == [
+        "q, k, v", "attention", "attention output", "convolution input", "convolution", "convolution output",
+        "gate, up", "down", "head",
+    ]  # fmt: skip
+    assert "convolve_tokens" in prefill_times(config, weights, ThreadPool(2), [1, 2], 4, repetitions=1, bits=8).seconds
 
 
 def test_launches_of_a_prompt(tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,14 @@ def answer(model: Model, tokens: Sequence[int], count: int) -> tuple[list[int], 
 
 
 @pytest.fixture(scope="module")
-def model(tiny_trit_file: Callable[..., GgufFile]) -> Model:
-    return Model(tiny_trit_file("qwen2", 2), threads=2)
+def model(
+    request: pytest.FixtureRequest,
+    tiny_trit_file: Callable[..., GgufFile],
+    tiny_lfm2_file: GgufFile,
+) -> Model:
+    """A model with keys and values alone; with the parameter "lfm2" one with short convolutions."""
+    with_convolutions = getattr(request, "param", "qwen2") == "lfm2"
+    return Model(tiny_lfm2_file if with_convolutions else tiny_trit_file("qwen2", 2), threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,7 @@ ARRIVALS = st.lists(
 )
 
 
+@pytest.mark.parametrize("model", ["qwen2", "lfm2"], indirect=True)
 @settings(max_examples=25)
 @given(
     arrivals=ARRIVALS,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from pool_config import pool_config
 
 from cpu_kernels.transformer.kv_pages import PAGE
 from tritgguf.generation.prefix_cache import PrefixCache, common_length
 from tritgguf.runtime.kv_pool import KVPool, pages_of
 
-CONFIG: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=1, kv_heads=1, head_dim=2))
+CONFIG = pool_config(2)
 PAGES, SEQUENCES, CONTEXT = 40, 4, 4 * PAGE
 
 

@@ -19,6 +19,7 @@ from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.publishing import tasks
+from tritgguf.publishing.cluster import RayExecutor, cluster
 from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import read_plan
@@ -51,34 +52,15 @@ def published(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """Ray with two cores on this machine, which `publish --ray` then uses."""
-    from tritgguf.publishing.cluster import require_ray
-
+def executor() -> Iterator[RayExecutor]:
+    """Ray on this machine, which `publish --ray` in this process then uses."""
     pytest.importorskip("torch")
     pytest.importorskip("ray")
-    ray = require_ray()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-        logging_level="CRITICAL",
-    )
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture
-def executor(ray: Any) -> Iterator[Any]:
-    from tritgguf.publishing.cluster import cluster
-
     with cluster(None, 1, lambda stage, done, total: None) as executor:
         yield executor
 
 
-def test_the_files_are_those_of_a_local_run(ray: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_the_files_are_those_of_a_local_run(executor: RayExecutor, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     assert app.main(["publish", str(write_plan(tmp_path / "here")), "--threads", "1"]) == 0
@@ -93,7 +75,7 @@ def test_the_files_are_those_of_a_local_run(ray: Any, tmp_path: Path, capsys: Ca
     assert there == here
 
 
-def test_a_killed_worker_loses_no_finished_matrix(executor: Any, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_no_finished_matrix(executor: RayExecutor, tmp_path: Path) -> None:
     plan = read_plan(write_plan(tmp_path))
     inputs = SourceInputs(plan, plan.sources[0], 1)
     jobs = jobs_of(plan, plan.sources[0])
@@ -143,7 +125,7 @@ def test_a_finished_file_is_not_made_again_by_a_second_try(tmp_path: Path, monke
     assert all(one.seconds == 0 for one in again)
 
 
-def test_errors_of_tasks_arrive_as_they_are(executor: Any) -> None:
+def test_errors_of_tasks_arrive_as_they_are(executor: RayExecutor) -> None:
     def fail(progress: Any) -> None:
         raise DamagedFileError("model.gguf: is damaged")
 
@@ -151,32 +133,38 @@ def test_errors_of_tasks_arrive_as_they_are(executor: Any) -> None:
         list(executor.run([Task(fail, (), "stage")]))
 
 
-def test_tasks_that_no_node_can_take(executor: Any) -> None:
+def test_tasks_that_no_node_can_take(executor: RayExecutor) -> None:
     with pytest.raises(BadRequestError, match=r"no node has what a stage takes .*memory"):
         list(executor.run([Task(print, (), "a stage", memory_bytes=1 << 60)]))
 
 
-def test_more_cores_than_a_node_has(ray: Any) -> None:
-    from tritgguf.publishing.cluster import cluster
-
-    expected = "a task takes 3 cores, but no node has more than 2"
-    with pytest.raises(BadRequestError, match=expected), cluster(None, 3, lambda stage, done, total: None):
-        pass
+def test_more_cores_than_a_node_has(executor: RayExecutor) -> None:
+    cores = (os.cpu_count() or 1) + 1
+    with pytest.raises(BadRequestError, match=f"a task takes {cores} cores, but no node has more than {cores - 1}"):
+        cluster(None, cores, lambda stage, done, total: None).__enter__()
 
 
-def test_each_source_stays_on_a_node_with_a_disk_of_its_own(ray: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_each_source_stays_on_a_node_with_a_disk_of_its_own(
+    executor: RayExecutor, tmp_path: Path, capsys: Capture
+) -> None:
     plan = str(write_plan(tmp_path, PLAN.replace('"hf"', "") + '[cluster]\ndisk = "node"\n'))
     assert app.main(["publish", plan, "--ray", "--threads", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["files"]) == 4
     notes = tmp_path / "out" / ".publish" / "nodes.json"
     nodes = json.loads(notes.read_text())
-    (address,) = {node["NodeManagerAddress"] for node in ray.nodes()}
+    (address,) = executor.node_addresses()
     assert nodes == {"Tiny": address, "Again": address}
     assert "--upload needs files on a shared disk" in fails(capsys, "publish", plan, "--ray", "--upload", "org", code=2)
     notes.write_text(json.dumps({"Tiny": "203.0.113.1"}))
     message = fails(capsys, "publish", plan, "--ray", "--threads", "1")
     assert "the files of Tiny are on the node 203.0.113.1, which is not in the cluster" in message
+
+
+def test_nothing_listens_at_the_address(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("ray")
+    message = fails(capsys, "publish", str(write_plan(tmp_path)), "--ray", "127.0.0.1:1")
+    assert "--ray: 127.0.0.1:1: no Ray cluster can be reached" in message
 
 
 def test_without_ray(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from inner_kernels import as_kernel
+from pool_config import pool_config
 from sequences import open_sequence
 
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, store_head
@@ -70,12 +69,12 @@ def test_q8_0_is_what_its_numbers_say(tiny_trit_file: Files) -> None:
 
 def test_damage_stays_visible_in_q8_0() -> None:
     """No number, and what int8 could not hold: infinity becomes the largest number, NaN stays."""
-    config: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=1, kv_heads=1, head_dim=64))
-    pool = KVPool(config, pages=1, sequences=1, context=256, cache_type="q8_0")
+    pool = KVPool(pool_config(64), pages=1, sequences=1, context=256, cache_type="q8_0")
     pool.reserve(pool.allocate(), 1)
     key = np.ones(64, np.float32)
     key[3], key[40] = np.nan, np.inf
-    kv = KeyValues(pool.table, pool.element, 1, 1, 64, np.ones((1, 1, 32), np.float32), np.ones((1, 1, 32), np.float32))
+    turns = np.ones((1, 1, 32), np.float32)
+    kv = KeyValues(pool.table, pool.element, 1, 1, 64, turns, turns, np.zeros(1, np.int64), 0, 0)
     as_kernel(store_head)(kv, 0, 0, 0, 0, key, np.zeros(64, np.float32))
     keys = as_floats(pool, pool._storage[0])[: PAGE * 64].reshape(8, 64, 32)[0, :, 0]
     assert np.isnan(keys[:32]).all()

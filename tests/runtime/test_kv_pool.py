@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,20 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from pool_config import pool_config
 
-from cpu_kernels.transformer.kv_pages import PAGE
+from cpu_kernels.transformer.kv_pages import PAGE, RECENT
 from tritgguf.errors import BadRequestError
 from tritgguf.runtime.kv_pool import KVPool, PoolExhaustedError, pages_of
 
-CONFIG: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=1, kv_heads=1, head_dim=2))
+WIDTH, TAPS = 16, 4  # of a convolution
+CONFIG, WITH_CONVOLUTION = pool_config(2), pool_config(2, hidden=WIDTH, taps=TAPS)
 PAGES, SEQUENCES, CONTEXT = 7, 4, 3 * PAGE - 10
 LENGTHS = st.one_of(st.integers(0, CONTEXT + 20), st.sampled_from([1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE]))
 
 
-def new_pool(pages: int = PAGES, sequences: int = SEQUENCES, **options: Any) -> KVPool:
-    return KVPool(CONFIG, pages=pages, sequences=sequences, context=CONTEXT, **options)
+def new_pool(pages: int = PAGES, sequences: int = SEQUENCES, config: Any = CONFIG, **options: Any) -> KVPool:
+    return KVPool(config, pages=pages, sequences=sequences, context=CONTEXT, **options)
 
 
 def numbers_at(address: int) -> np.ndarray:
@@ -43,6 +44,14 @@ def stored(pool: KVPool, sequence: int) -> list[int]:
     return first_numbers(pool.table[sequence, : pages_of(length)].tolist(), length)
 
 
+def input_at(pool: KVPool, sequence: int, position: int) -> np.ndarray:
+    """Return the input of a convolution at a position, as a kernel would find it."""
+    place = int(pool.table[sequence, position // PAGE]) + pool._recent_start
+    return np.ctypeslib.as_array((ctypes.c_float * RECENT * WIDTH).from_address(place)).reshape(RECENT, WIDTH)[
+        position % RECENT
+    ]
+
+
 def append(pool: KVPool, sequence: int, numbers: list[int]) -> None:
     pool.reserve(sequence, len(numbers))
     start = int(pool.lengths[sequence])
@@ -50,11 +59,13 @@ def append(pool: KVPool, sequence: int, numbers: list[int]) -> None:
     assert pool.writable(np.full(len(numbers), sequence), positions)
     for position, number in zip(positions.tolist(), numbers, strict=True):
         numbers_at(int(pool.table[sequence, position // PAGE]))[position % PAGE] = number
+        if pool.most_cut is not None:
+            input_at(pool, sequence, position)[0] = number
     pool.advance(sequence, len(numbers))
 
 
 def state_of(pool: KVPool) -> list[Any]:
-    arrays = (pool.table, pool.lengths, pool.references, pool.states)
+    arrays = (pool.table, pool.lengths, pool.references)
     return [*(array.tolist() for array in arrays), pool.free_pages, pool.free_sequences]
 
 
@@ -69,9 +80,11 @@ class Owner:
 class PoolMachine(RuleBasedStateMachine):
     """Any order of everything that can be done with a pool, beside the numbers that should be in it."""
 
+    config = CONFIG
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = new_pool(state_bytes=1)
+        self.pool = new_pool(config=self.config)
         self.sequences: dict[int, list[int]] = {}
         self.owners: list[Owner] = []
         self.last_number = 0
@@ -106,7 +119,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), length=LENGTHS)
     def share_an_owners_pages(self, data: st.DataObject, length: int) -> None:
         owner = data.draw(st.sampled_from(self.owners))
-        length = min(length, len(owner.numbers))
+        length = self.pool.resumable(owner.pages, min(length, len(owner.numbers)))
         sequence = self.unless_full(lambda: self.pool.allocate(owner.pages, length))
         if sequence is not None:
             self.sequences[sequence] = owner.numbers[:length]
@@ -115,12 +128,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), length=LENGTHS)
     def share_a_sequences_pages(self, data: st.DataObject, length: int) -> None:
         source = self.any_sequence(data)
-        self.pool.states[source] = 1 + self.last_number % 255
-        length = min(length, len(self.sequences[source]))
+        length = self.pool.resumable(self.pool.pages(source), min(length, len(self.sequences[source])))
         sequence = self.unless_full(lambda: self.pool.allocate(self.pool.pages(source), length))
         if sequence is not None:
             self.sequences[sequence] = self.sequences[source][:length]
-            assert self.pool.states[source] and not self.pool.states[sequence]
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), tokens=LENGTHS)
@@ -151,7 +162,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), length=LENGTHS)
     def truncate(self, data: st.DataObject, length: int) -> None:
         sequence = self.any_sequence(data)
-        if length > len(self.sequences[sequence]):
+        numbers = self.sequences[sequence]
+        if length > len(numbers) or self.pool.resumable(self.pool.pages(sequence), length) < length:
             with pytest.raises(ValueError, match="only be cut within"):
                 self.pool.truncate(sequence, length)
             return
@@ -212,8 +224,20 @@ class PoolMachine(RuleBasedStateMachine):
             assert first_numbers(addresses, len(owner.numbers)) == owner.numbers
 
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = settings(stateful_step_count=40)
+class ConvolutionMachine(PoolMachine):
+    """The same of a model with a short convolution; every sequence can go on, wherever it was cut."""
+
+    config = WITH_CONVOLUTION
+
+    @invariant()
+    def every_sequence_has_the_inputs_that_come_next(self) -> None:
+        for sequence, numbers in self.sequences.items():
+            for position in range(max(0, len(numbers) - TAPS + 1), len(numbers)):
+                assert input_at(self.pool, sequence, position)[0] == numbers[position]
+
+
+TestPool, TestPoolWithConvolution = PoolMachine.TestCase, ConvolutionMachine.TestCase
+TestPool.settings = TestPoolWithConvolution.settings = settings(stateful_step_count=40)
 
 
 # -- one thing at a time
@@ -246,7 +270,7 @@ def parts_of(page: np.ndarray, length: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("cache_type", ["f16", "f32", "q8_0"])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 200, 255])
 def test_a_copy_has_the_keys_values_and_scales_of_its_positions(cache_type: str, length: int) -> None:
-    config: Any = SimpleNamespace(dimensions=SimpleNamespace(layers=2, kv_heads=3, head_dim=40))
+    config = pool_config(40, layers=2, kv_heads=3, taps=3)
     pool = KVPool(config, pages=2, sequences=2, context=PAGE, cache_type=cache_type)
     first = pool.allocate()
     pool.reserve(first, PAGE)
@@ -305,6 +329,22 @@ def test_check_finds_a_page_that_is_counted_wrong() -> None:
     pool.retain(pool.pages(sequence)[0])
     with pytest.raises(AssertionError, match="not counted right"):
         pool.check()
+
+
+def test_where_a_convolution_can_be_cut() -> None:
+    """Within the last 32 positions that were written, less those that it sees, and at the borders of pages."""
+    pool = new_pool(config=WITH_CONVOLUTION)
+    sequence = pool.allocate()
+    append(pool, sequence, [1] * 400)
+    pages = pool.pages(sequence)
+    expected = {400: 400, 371: 371, 370: 256, 257: 256, 256: 256, 227: 227, 226: 0, 1: 0, 0: 0}
+    assert {length: pool.resumable(pages, length) for length in expected} == expected
+    with pytest.raises(ValueError, match="only be cut within"):
+        pool.truncate(sequence, 300)
+    pool.truncate(sequence, 371)
+    assert pool.resumable(pages, 370) == 256  # positions that were cut off have taken the place of others
+    assert [pool.surely_resumable(length) for length in (255, 256, 600)] == [0, 256, 512]
+    assert new_pool().resumable(pages, 300) == new_pool().surely_resumable(300) == 300
 
 
 def test_an_unknown_cache_type() -> None:

@@ -36,6 +36,13 @@ _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_hea
 _ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
 _KINDS: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": {**_TEXT, "sliding_window": 48}, "vision_config": {**_VISION, "image_size": 28}},
+    "lfm2_vl": {
+        "text_config": {
+            **{entry: value for entry, value in _TEXT.items() if entry != "head_dim"},
+            "layer_types": ["conv", "full_attention"],
+        },
+        "vision_config": {**_VISION, "num_patches": 16},
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16},
@@ -80,7 +87,8 @@ def load_text_weights(model: Any, file: GgufFile) -> None:
     parameters = {text_tensor_name(name): parameter for name, parameter in model.named_parameters()}
     for name in file.tensors:
         weights = to_hf(arch, name, file.read_float32(name), *heads)
-        np.copyto(parameters[hf_tensor_name(arch, name)].detach().numpy(), weights)
+        place = parameters[hf_tensor_name(arch, name)].detach().numpy()
+        np.copyto(place, weights.reshape(place.shape))
 
 
 @pytest.mark.parametrize("kind", _KINDS)

@@ -78,7 +78,8 @@ class PagedLayers:
         position_angles = angles(self.shape[2], self.dim)[np.newaxis]
         layers, kv_heads, _, padded = self.shape
         cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
-        return KeyValues(self.table, self.pages[0, 0, :1], layers, kv_heads, padded, cosines, sines)
+        slots = np.arange(layers)
+        return KeyValues(self.table, self.pages[0, 0, :1], layers, kv_heads, padded, cosines, sines, slots, 0, 0)
 
     def scratch(self, heads: int, threads: int) -> Scratch:
         return make_scratch(1, heads, self.shape[1], self.dim, threads)

@@ -74,6 +74,7 @@ def random_experts(
     router = np.random.default_rng(seed).standard_normal((experts, HIDDEN)).astype(np.float32) / np.float32(HIDDEN)
     view = Experts(
         routing=routing,
+        dense_layers=0,
         routers=router[np.newaxis],
         router_biases=np.zeros((1, 0), np.float32),
         selection_biases=np.zeros((1, 0), np.float32),

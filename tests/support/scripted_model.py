@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from pool_config import pool_config
 from small_tokenizers import encode, tokenizer
 from tiny_models import CHAT_TEMPLATE
 
@@ -33,8 +33,8 @@ class ScriptedModel:
     """
 
     def __init__(self, script: Sequence[int]) -> None:
-        sizes = SimpleNamespace(layers=1, kv_heads=1, head_dim=2, hidden=4, vocabulary=VOCABULARY)
-        self.config: Any = SimpleNamespace(vocab_size=VOCABULARY, dimensions=sizes, context_length=4096)
+        self.config = pool_config(2, hidden=4, vocab_size=VOCABULARY, context_length=4096)
+        self.config.dimensions.vocabulary = VOCABULARY
         self.file_bytes = 0
         self.script = list(script)
         self.calls: list[list[int]] = []

@@ -23,7 +23,7 @@ from tritgguf.architectures.table import ARCHITECTURES, Architecture
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
-from tritgguf.reference.model import require_torch
+from tritgguf.reference.model import persistent_buffers, require_torch
 from tritgguf.reference.process_settings import silent_transformers
 
 END = "<|endoftext|>"
@@ -49,6 +49,11 @@ _GRANITE = {
     "logits_scaling": 2.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LFM2 = {
+    "hidden_size": 128,
+    "norm_eps": 1e-5,
+    "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv"],
+}
 _GPT_OSS = {
     "num_experts_per_tok": 4,
     "num_local_experts": 8,
@@ -67,6 +72,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
     ),
     "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
     "gpt-oss, YaRN": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {**_YARN, "truncate": False}}),
 }
 """Those of the families below that are mixtures of experts."""
@@ -84,6 +90,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, sliding window": ("phi3", {"sliding_window": 48}),
     "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", _GEMMA),
+    "lfm2": ("lfm2", {**_LFM2, "block_multiple_of": 64}),
+    "lfm2, four taps, own head": (
+        "lfm2",
+        {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+    ),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }
@@ -112,7 +123,7 @@ def write_random_family(folder: Path, name: str, seed: int = 0) -> Path:
     with silent_transformers():
         config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **entries})
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in (*model.named_parameters(), *persistent_buffers(model).items()):
             _draw(parameter_name, parameter, ARCHITECTURES[type(model).__name__])
         model.save_pretrained(folder)
     write_byte_tokenizer(folder)
@@ -134,6 +145,7 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
                 parameter.mul_(0.25)
         else:
             parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
+            parameter.copy_(parameter.half())  # also what is kept in float32
 
 
 def write_byte_tokenizer(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.experts import COUNT_KEY, SHARED_WIDTH_KEY, USED_KEY, WIDTH_KEY, Experts
+from tritgguf.architectures.short_convolutions import ShortConvolutions
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import kept_in_float32
 
@@ -53,12 +54,26 @@ SHAPES = {
             experts=Experts(count=32, used=4, width=2880),
         ),
     ),
+    "lfm2-1.2b": (
+        "lfm2",
+        Dimensions(
+            layers=16,
+            vocabulary=65536,
+            hidden=2048,
+            feed_forward=8192,
+            heads=32,
+            kv_heads=8,
+            head_dim=64,
+            architecture="lfm2",
+            convolutions=ShortConvolutions(frozenset(range(16)) - {2, 5, 8, 10, 12, 14}, taps=3),
+        ),
+    ),
     "smollm2-135m": (
         "llama",
         Dimensions(layers=30, vocabulary=49152, hidden=576, feed_forward=1536, heads=9, kv_heads=3, head_dim=64),
     ),
 }
-_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "gpt-oss": "gpt-4o", "llama": "smollm"}
+_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "gpt-oss": "gpt-4o", "lfm2": "lfm2", "llama": "smollm"}
 _SLIDING_WINDOWS = {"gpt-oss": 128}
 _CONTEXT = 32768
 _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
@@ -121,7 +136,11 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) 
     writer.add_block_count(sizes.layers)
     writer.add_feed_forward_length(sizes.feed_forward)
     writer.add_head_count(sizes.heads)
-    writer.add_head_count_kv(sizes.kv_heads)
+    if sizes.convolutions is None:
+        writer.add_head_count_kv(sizes.kv_heads)
+    else:
+        writer.add_head_count_kv([0 if sizes.convolves(layer) else sizes.kv_heads for layer in range(sizes.layers)])
+        writer.add_shortconv_l_cache(sizes.convolutions.taps)
     if sizes.head_dim * sizes.heads != sizes.hidden:
         writer.add_key_length(sizes.head_dim)
         writer.add_value_length(sizes.head_dim)

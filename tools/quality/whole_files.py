@@ -5,7 +5,9 @@
 
 llama-imatrix measures the importance for llama-quantize on the text that ours are calibrated on. Files stay in the
 folder `--files` and are used again. A mixture is marked where it can hit the grid of four-bit weights that the source
-itself was made from: it then looks better than it is.
+itself was made from: it then looks better than it is, and the table at equal size leaves it out.
+
+A row of ours is a recipe and a depth (`small-d2`) or a size in megabytes (`size-85`), for which depths are chosen.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from tritgguf.text_format import format_bytes
 
 OURS = tuple(f"{recipe}-d{depth}" for depth in (1, 2, 3, 4) for recipe in ("small", "balanced", "published"))
 MIXTURES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ3_XXS", "IQ3_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+_SIZE = "size-"
 GRIDS = {"smollm2": "Q4_1", "qwen2.5-coder-1.5b": "Q4_K"}
 """Model -> the type that most of its source's weights were dequantized from (`tools/models/fetch_model.py`)."""
 _HITTING = {"Q4_1": {"Q4_1", "Q5_1", "Q4_K", "Q5_K"}, "Q4_K": {"Q4_1", "Q5_1", "Q4_K", "Q5_K"}}
@@ -43,6 +46,7 @@ _COLORS = {
     "small": "#8250df",
     "balanced": "#2f81c7",
     "published": "#9a9a9a",
+    "size": "#0a3069",
     "llama.cpp, imatrix": "#a04a00",
     "llama.cpp, on the source's grid": "#d9b38c",
 }
@@ -99,12 +103,17 @@ class WholeFiles:
         )
 
     def _ours(self, name: str) -> Path:
-        recipe, _, depth = name.partition("-d")
+        settings: dict[str, Any] = {"encoder": self._encoder, "threads": self._threads, "resume": True}
+        if name.startswith(_SIZE):
+            settings["choice"] = DepthChoice(target_bytes=round(float(name.removeprefix(_SIZE)) * 1e6))
+        else:
+            settings["recipe"], _, depth = name.partition("-d")
+            settings["depth"] = int(depth)
+        if self._encoder == "calibrated" or "choice" in settings:
+            settings["windows"] = self._measurement.calibration
         path = self._files / f"{self._source.name}-{name}-{self._encoder}.gguf"
         if not path.exists():
-            text = {"windows": self._measurement.calibration} if self._encoder == "calibrated" else {}
-            settings: dict[str, Any] = {"encoder": self._encoder, "threads": self._threads, **text}
-            convert(self._source, path, depth=int(depth), recipe=recipe, resume=True, **settings)
+            convert(self._source, path, **settings)
         return path
 
     def _mixture(self, name: str) -> Path:
@@ -146,7 +155,7 @@ def draw(result: dict[str, Any]) -> str:
     """Return the chart of a result as the text of an SVG file."""
     series: dict[str, list[chart.Point]] = {name: [] for name in _COLORS}
     for row in result["rows"]:
-        megabytes, recipe = row["file_bytes"] / 1e6, row["name"].partition("-d")[0]
+        megabytes, recipe = row["file_bytes"] / 1e6, row["name"].partition("-")[0]
         if recipe in _COLORS:
             series[recipe].append(chart.Point(megabytes, row["kl_mean"]))
         else:
@@ -168,6 +177,32 @@ def markdown(result: dict[str, Any]) -> str:
             f" | {100 * row['top1_agreement']:.1f} % |"
         )
     return "\n".join(lines)
+
+
+def equal_sizes(result: dict[str, Any]) -> str:
+    """Return a table of the best file of ours and the best mixture off the grid that fit a size, at each size.
+
+    It goes from our smallest file with d=2 to our largest with d=3, and has a line wherever a better file fits.
+    """
+    ours = [row for row in result["rows"] if row["name"] not in MIXTURES]
+    theirs = [row for row in result["rows"] if row["name"] in MIXTURES and not row["on_grid"]]
+    with_depth = [row["file_bytes"] for row in ours if row["name"].endswith(("-d2", "-d3"))]
+    lines = ["| size | ours | KL | llama.cpp | KL | ratio |", "|---|---|---|---|---|---|"]
+    before = None
+    for size in sorted({row["file_bytes"] for row in (*ours, *theirs)}):
+        found = [_best(rows, size) for rows in (ours, theirs)]
+        if not min(with_depth) <= size <= max(with_depth) or found[0] is None or found == before:
+            continue
+        cells = [(row["name"], f"{row['kl_mean']:.4f}") if row else ("none", "") for row in found]
+        ratio = f"{found[0]['kl_mean'] / found[1]['kl_mean']:.2f}" if found[1] else ""
+        lines.append(f"| {format_bytes(size)} | {' | '.join(cell for pair in cells for cell in pair)} | {ratio} |")
+        before = found
+    return "\n".join(lines)
+
+
+def _best(rows: list[dict[str, Any]], size: int) -> dict[str, Any] | None:
+    """Return the row of least divergence among the files that are not larger than `size`; None if there is none."""
+    return min((row for row in rows if row["file_bytes"] <= size), key=lambda row: row["kl_mean"], default=None)
 
 
 def main(
@@ -206,7 +241,7 @@ def main(
                 write_text(output, json.dumps(result, indent=1) + "\n")
     if plot is not None:
         svg.write(plot, draw(result))
-    print(markdown(result))
+    print(markdown(result), equal_sizes(result), sep="\n\n")
 
 
 if __name__ == "__main__":

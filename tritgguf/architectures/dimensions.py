@@ -17,8 +17,15 @@ from tritgguf.architectures.experts import (
     experts_from_config,
     experts_from_gguf,
 )
-from tritgguf.architectures.table import ARCHITECTURES, ATTENTION_MATRICES, GGUF_ARCHITECTURES, Architecture
-from tritgguf.architectures.tensor_names import GGUF_LAYER
+from tritgguf.architectures.layer_names import ATTENTION_MATRICES
+from tritgguf.architectures.short_convolutions import (
+    ShortConvolutions,
+    convolutions_from_config,
+    convolutions_from_gguf,
+    kv_heads_from_gguf,
+)
+from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES, Architecture
+from tritgguf.architectures.tensor_names import GGUF_LAYER, with_suffix
 from tritgguf.architectures.unsupported import why_not
 from tritgguf.errors import TritGgufError
 
@@ -39,31 +46,42 @@ class Dimensions:
     architecture: str = "llama"
     """GGUF name of the architecture."""
     experts: Experts | None = None
-    """The experts of every layer; None for a dense model."""
+    """The experts of every layer that has some; None for a dense model."""
+    convolutions: ShortConvolutions | None = None
+    """The layers with a short convolution in place of attention; None if all have attention."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return GGUF tensor name -> shape in NumPy order for all tensors of the model.
 
         The result includes `output.weight`, which a model with tied embeddings lacks.
         """
+        entry = GGUF_ARCHITECTURES[self.architecture]
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocabulary, self.hidden),
-            "output_norm.weight": (self.hidden,),
+            f"{entry.final_norm[0]}.weight": (self.hidden,),
             "output.weight": (self.vocabulary, self.hidden),
         }
-        matrices, norms, entry = self._layer_matrices(), self._layer_norms(), GGUF_ARCHITECTURES[self.architecture]
-        biased = {name for name in self.biased if name in matrices or name in entry.biased}
         for index in range(self.layers):
-            experts = self.experts.shapes(self.hidden) if self.experts else {}
+            matrices, norms = self._layer_matrices(index), self._layer_norms(index)
+            biased = {name for name in self.biased if name in matrices or name in entry.biased}
+            experts = self.experts.shapes(self.hidden) if self.experts and self.is_mixture(index) else {}
             for name, shape in {**norms, **matrices, **experts}.items():
-                shapes[f"blk.{index}.{name}.weight"] = shape
+                shapes[f"blk.{index}.{with_suffix(name)}"] = shape
                 if name in biased and name not in norms:
                     shapes[f"blk.{index}.{name}.bias"] = shape[:-1]
             if entry.sinks:
                 shapes[f"blk.{index}.attn_sinks.weight"] = (self.heads,)
         return shapes
 
-    def _layer_matrices(self) -> dict[str, tuple[int, ...]]:
+    def is_mixture(self, layer: int) -> bool:
+        """Tell whether a layer has experts."""
+        return self.experts is not None and layer >= self.experts.dense_layers
+
+    def convolves(self, layer: int) -> bool:
+        """Tell whether a layer has a short convolution in place of attention."""
+        return self.convolutions is not None and layer in self.convolutions.layers
+
+    def _layer_matrices(self, layer: int) -> dict[str, tuple[int, ...]]:
         rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         fused = GGUF_ARCHITECTURES[self.architecture].fused
         sizes = {
@@ -76,15 +94,20 @@ class Dimensions:
             "ffn_up": ((2 if fused else 1) * self.feed_forward, self.hidden),
             "ffn_down": (self.hidden, self.feed_forward),
         }
-        names = ATTENTION_MATRICES if self.experts else GGUF_ARCHITECTURES[self.architecture].matrices()
-        return {name: sizes[name] for name in names}
+        entry = GGUF_ARCHITECTURES[self.architecture]
+        mixing = [name for name in entry.matrices() if name in ATTENTION_MATRICES or name == "attn_qkv"]
+        dense = [] if self.is_mixture(layer) else [name for name in entry.dense_matrices() if name not in mixing]
+        if self.convolutions is not None and self.convolves(layer):
+            return {**self.convolutions.shapes(self.hidden), **{name: sizes[name] for name in dense}}
+        return {name: sizes[name] for name in (*mixing, *dense)}
 
-    def _layer_norms(self) -> dict[str, tuple[int, ...]]:
+    def _layer_norms(self, layer: int) -> dict[str, tuple[int, ...]]:
         entry = GGUF_ARCHITECTURES[self.architecture]
         query_norm = self.heads * self.head_dim if entry.normalizes_together else self.head_dim
         key_norm = self.kv_heads * self.head_dim if entry.normalizes_together else self.head_dim
         sizes = {"attn_q_norm": query_norm, "attn_k_norm": key_norm}
-        return {name: (sizes.get(name, self.hidden),) for name in entry.layer_norms()}
+        names = [name for name in entry.layer_norms() if name not in sizes or not self.convolves(layer)]
+        return {name: (sizes.get(name, self.hidden),) for name in names}
 
 
 def biased_matrices(names: Iterable[str]) -> frozenset[str]:
@@ -115,10 +138,12 @@ def _unsupported(name: Any, supported: Iterable[str], where: str) -> TritGgufErr
 def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
     """Return the sizes in a config.json; TritGgufError for a missing or impossible size."""
     architecture = find_architecture(config, where)
+    config = architecture.standard_entries(config, where)
+    layers = keys.LAYERS.in_config(config, architecture, where)
     hidden = keys.HIDDEN.in_config(config, architecture, where)
     heads = keys.HEADS.in_config(config, architecture, where)
     dimensions = Dimensions(
-        layers=keys.LAYERS.in_config(config, architecture, where),
+        layers=layers,
         vocabulary=keys.VOCABULARY.in_config(config, architecture, where),
         hidden=hidden,
         feed_forward=keys.FEED_FORWARD.in_config(config, architecture, where),
@@ -128,6 +153,7 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
         biased=_biased(config, architecture, where),
         architecture=architecture.gguf_name,
         experts=experts_from_config(config, architecture, where),
+        convolutions=convolutions_from_config(config, architecture, layers, where),
     )
     check_heads(dimensions, where)
     activation = config.get("hidden_activation") or config.get("hidden_act")
@@ -184,7 +210,12 @@ def dimensions_from_gguf(
     """
     architecture = find_gguf_architecture(metadata, where)
     hidden = keys.HIDDEN.in_gguf(metadata, architecture, where)
+    layers = keys.LAYERS.in_gguf(metadata, architecture, where)
     heads = keys.HEADS.in_gguf(metadata, architecture, where)
+    if architecture.convolves:
+        kv_heads = max(kv_heads_from_gguf(metadata, architecture, layers, where))
+    else:
+        kv_heads = keys.KV_HEADS.in_gguf(metadata, architecture, where, default=heads)
     head_dim = keys.HEAD_DIM.in_gguf(metadata, architecture, where, default=hidden // heads)
     for rule in (keys.VALUE_DIM, keys.ROTATED_DIM):
         key = f"{architecture.gguf_name}.{rule.gguf}"
@@ -195,16 +226,17 @@ def dimensions_from_gguf(
     if architecture.fused and biased:
         raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
     dimensions = Dimensions(
-        layers=keys.LAYERS.in_gguf(metadata, architecture, where),
+        layers=layers,
         vocabulary=vocabulary,
         hidden=hidden,
         feed_forward=keys.FEED_FORWARD.in_gguf(metadata, architecture, where),
         heads=heads,
-        kv_heads=keys.KV_HEADS.in_gguf(metadata, architecture, where, default=heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         biased=biased | architecture.biased,
         architecture=architecture.gguf_name,
         experts=experts_from_gguf(metadata, architecture, where),
+        convolutions=convolutions_from_gguf(metadata, architecture, layers, where),
     )
     check_heads(dimensions, where)
     return dimensions
@@ -215,5 +247,10 @@ def check_heads(dimensions: Dimensions, where: str) -> None:
     heads, kv_heads = dimensions.heads, dimensions.kv_heads
     if heads % kv_heads:
         raise TritGgufError(f"{where}: {heads} heads cannot share {kv_heads} key-value heads evenly")
+    if dimensions.convolutions is not None and heads * dimensions.head_dim != dimensions.hidden:
+        raise TritGgufError(
+            f"{where}: {heads} heads of {dimensions.head_dim} elements beside convolutions of {dimensions.hidden}"
+            " channels are not supported"
+        )
     if dimensions.head_dim % 2:
         raise TritGgufError(f"{where}: a head of {dimensions.head_dim} elements cannot be rotated in pairs")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, ExpertFamily
+from tritgguf.architectures.experts import (
+    ROUTER,
+    SELECTION_BIAS,
+    SHARED_MATRICES,
+    SHARED_ROUTER,
+    STACKS,
+    ExpertFamily,
+)
 
 _GATE, _UP, _DOWN = STACKS
 _SHARED_GATE, _SHARED_UP, _SHARED_DOWN = SHARED_MATRICES
@@ -86,4 +93,26 @@ GPT_OSS = ExpertFamily(
     alternates=True,
     transposes=True,
     may_be_mxfp4=True,
+)
+_LFM2_ROUTER = {
+    "feed_forward.gate.weight": (ROUTER,),
+    "feed_forward.expert_bias": (SELECTION_BIAS,),
+}
+LFM2_MOE = ExpertFamily(
+    {
+        **_LFM2_ROUTER,
+        "feed_forward.experts.{}.w1.weight": (_GATE,),
+        "feed_forward.experts.{}.w3.weight": (_UP,),
+        "feed_forward.experts.{}.w2.weight": (_DOWN,),
+    },
+    {
+        **_LFM2_ROUTER,
+        "feed_forward.experts.gate_up_proj": (_GATE, _UP),
+        "feed_forward.experts.down_proj": (_DOWN,),
+    },
+    width_entry="moe_intermediate_size",
+    normalizes=True,
+    may_normalize=True,
+    sigmoid=True,
+    dense_layers_entry="num_dense_layers",
 )

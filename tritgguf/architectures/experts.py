@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_EXPERTS = 1024
 _MAX_WIDTH = 1 << 20
+_MAX_DENSE_LAYERS = 1000
 _COUNT_ENTRIES = ("num_experts", "num_local_experts")
 _USED_ENTRY = "num_experts_per_tok"
 _NORM_ENTRY = "norm_topk_prob"
@@ -30,10 +31,14 @@ USED_KEY = "expert_used_count"
 WIDTH_KEY = "expert_feed_forward_length"
 SHARED_WIDTH_KEY = "expert_shared_feed_forward_length"
 NORM_KEY = "expert_weights_norm"
+DENSE_LAYERS_KEY = "leading_dense_block_count"
+GATING_KEY = "expert_gating_func"
+_SIGMOID = 2  # GGUF's number
 _FEED_FORWARD_KEY, FEED_FORWARD_ENTRY = "feed_forward_length", "intermediate_size"
 
 ROUTER = "ffn_gate_inp"
 SHARED_ROUTER = "ffn_gate_inp_shexp"
+SELECTION_BIAS = "exp_probs_b.bias"
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 SHARED_MATRICES = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
@@ -62,6 +67,10 @@ class ExpertFamily:
         alternates: whether the rows of gate and up alternate in a tensor of both.
         transposes: whether the matrices of stacks are stored transposed.
         may_be_mxfp4: whether checkpoints may have their stacks in MXFP4.
+        sigmoid: whether the weights are sigmoids of the scores instead of a softmax, and the experts are chosen by
+            these plus a bias for each (`SELECTION_BIAS`).
+        dense_layers_entry: entry of config.json with the number of layers, from the first on, that have a dense
+            feed-forward; None if the family has none.
 
     """
 
@@ -78,6 +87,8 @@ class ExpertFamily:
     alternates: bool = False
     transposes: bool = False
     may_be_mxfp4: bool = False
+    sigmoid: bool = False
+    dense_layers_entry: str | None = None
 
     def part(self, names: tuple[str, ...], index: int) -> TensorPart:
         """Return how the `index`th of some GGUF tensors lies in the Hugging Face tensor of all of them."""
@@ -101,6 +112,8 @@ class Experts:
         shared_width: the same of the shared expert; 0 if there is none.
         has_shared_router: whether the shared expert has a router of its own.
         normalizes: whether the weights of the chosen experts are divided by their sum.
+        dense_layers: number of layers, from the first on, that have a dense feed-forward instead.
+        has_selection_bias: whether the experts are chosen by their weight plus a bias.
 
     """
 
@@ -110,6 +123,8 @@ class Experts:
     shared_width: int = 0
     has_shared_router: bool = False
     normalizes: bool = False
+    dense_layers: int = 0
+    has_selection_bias: bool = False
 
     def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Return GGUF name without layer -> shape in NumPy order of a layer's expert tensors."""
@@ -117,6 +132,8 @@ class Experts:
         gate, up, down = STACKS
         shapes |= {gate: (self.count, self.width, hidden), up: (self.count, self.width, hidden)}
         shapes |= {down: (self.count, hidden, self.width)}
+        if self.has_selection_bias:
+            shapes[SELECTION_BIAS] = (self.count,)
         if self.shared_width:
             gate, up, down = SHARED_MATRICES
             shapes |= {gate: (self.shared_width, hidden), up: (self.shared_width, hidden)}
@@ -136,6 +153,9 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
     def count(entry: str, most: int) -> int:
         return count_of(entries, entry, where, default=architecture.defaults.get(entry), most=most)
 
+    normalizes = family.normalizes
+    if family.may_normalize:
+        normalizes = bool(entries.get(_NORM_ENTRY, architecture.defaults.get(_NORM_ENTRY, False)))
     present = [entry for entry in _COUNT_ENTRIES if entries.get(entry) is not None]
     shared_entry = family.shared_width_entry or ""
     has_shared = entries.get(shared_entry, architecture.defaults.get(shared_entry)) not in (0, None)
@@ -145,7 +165,9 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
         width=count(family.width_entry, _MAX_WIDTH),
         shared_width=count(shared_entry, _MAX_WIDTH) if has_shared else 0,
         has_shared_router=family.has_shared_router,
-        normalizes=bool(entries.get(_NORM_ENTRY, False)) if family.may_normalize else family.normalizes,
+        normalizes=normalizes,
+        dense_layers=_dense_layers(entries, family.dense_layers_entry, architecture, where),
+        has_selection_bias=family.sigmoid,
     )
     _check_used(experts, _USED_ENTRY, where)
     return experts
@@ -178,9 +200,19 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         shared_width=shared_width,
         has_shared_router=family.has_shared_router,
         normalizes=normalizes,
+        dense_layers=_dense_layers(metadata, family.dense_layers_entry and prefix + DENSE_LAYERS_KEY, None, where),
+        has_selection_bias=family.sigmoid,
     )
     _check_used(experts, prefix + USED_KEY, where)
     return experts
+
+
+def _dense_layers(entries: Mapping[str, Any], name: str | None, architecture: Architecture | None, where: str) -> int:
+    """Return the number of dense layers under this name; 0 for a family without the name."""
+    value = 0 if name is None else entries.get(name, architecture.defaults[name] if architecture else 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_DENSE_LAYERS:
+        raise DamagedFileError(f"{where}: {name} is {value!r:.40}, which is no number of layers")
+    return value
 
 
 def _check_used(experts: Experts, name: str, where: str) -> None:
@@ -192,6 +224,11 @@ def _check_supported(entries: Mapping[str, Any], where: str) -> None:
     """Raise TritGgufError for a mixture with other layers or steps than those that are computed."""
     if entries.get("mlp_only_layers") or entries.get("decoder_sparse_step", 1) != 1:
         raise TritGgufError(f"{where}: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported")
+    if entries.get("use_expert_bias") is False or entries.get("routed_scaling_factor", 1.0) != 1.0:
+        raise TritGgufError(
+            f"{where}: a router without biases (use_expert_bias) or with a factor (routed_scaling_factor) is not"
+            " supported"
+        )
     if entries.get("clip_qkv") is not None:
         raise TritGgufError(f"{where}: clipped queries, keys and values (clip_qkv) are not supported")
     if entries.get("qkv_bias") is False:
@@ -212,6 +249,10 @@ def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
         keys[SHARED_WIDTH_KEY] = experts.shared_width
     if experts.normalizes != family.normalizes:
         keys[NORM_KEY] = experts.normalizes
+    if family.dense_layers_entry is not None:
+        keys[DENSE_LAYERS_KEY] = experts.dense_layers
+    if family.sigmoid:
+        keys[GATING_KEY] = _SIGMOID
     return keys
 
 
@@ -226,6 +267,10 @@ def _to_hf(keys: GgufKeys) -> dict[str, Any]:
         entries[family.shared_width_entry] = experts.shared_width
     if family.may_normalize:
         entries[_NORM_ENTRY] = experts.normalizes
+    if family.dense_layers_entry is not None:
+        entries[family.dense_layers_entry] = experts.dense_layers
+    if family.sigmoid:
+        entries["use_expert_bias"] = True
     return entries
 
 

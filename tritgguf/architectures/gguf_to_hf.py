@@ -82,7 +82,7 @@ def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     entries: dict[str, Any] = {}
     for rule in architecture.rules():
         entries |= rule.to_hf(model)
-    return {name: entries[name] for name in (*_FIRST_ENTRIES, *entries)}
+    return architecture.own_entries({name: entries[name] for name in (*_FIRST_ENTRIES, *entries)})
 
 
 def model_type_of(metadata: Mapping[str, Any], where: str) -> str:

@@ -33,11 +33,13 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
         int: GGUFValueType.UINT32,
         float: GGUFValueType.FLOAT32,
         str: GGUFValueType.STRING,
+        list: GGUFValueType.ARRAY,
     }
     metadata = {"general.architecture": GGUFValue(arch, GGUFValueType.STRING)}
     for rule in model.architecture.rules():
         for key, value in rule.to_gguf(model).items():
-            metadata[f"{arch}.{key}"] = GGUFValue(value, types[type(value)])
+            of_items = GGUFValueType.INT32 if isinstance(value, list) else None
+            metadata[f"{arch}.{key}"] = GGUFValue(value, types[type(value)], of_items)
     return metadata
 
 
@@ -49,8 +51,11 @@ def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> np.nd
 
 def is_tied(config: Mapping[str, Any], architecture: Architecture) -> bool:
     """Tell whether config.json ties the output head to the embeddings."""
-    return bool(config.get("tie_word_embeddings", architecture.defaults.get("tie_word_embeddings", False)))
+    entries = architecture.standard_entries(config, "config.json")
+    return bool(entries.get("tie_word_embeddings", architecture.defaults.get("tie_word_embeddings", False)))
 
 
 def _checked(config: Mapping[str, Any], where: str) -> HfConfig:
-    return HfConfig(config, find_architecture(config, where), dimensions_from_config(config, where), where)
+    architecture = find_architecture(config, where)
+    entries = architecture.standard_entries(config, where)
+    return HfConfig(entries, architecture, dimensions_from_config(config, where), where)

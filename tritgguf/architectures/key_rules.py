@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tritgguf.architectures.table import Architecture
 
 
+GgufValue = int | float | str | list[int]
+
+
 @dataclass(frozen=True)
 class HfConfig:
     """A config.json, its family and its sizes."""
@@ -65,10 +68,10 @@ class GgufKeys:
 class Rule(Protocol):
     """A part of a model's configuration, in both directions."""
 
-    def to_gguf(self, config: HfConfig, /) -> Mapping[str, int | float | str]:
+    def to_gguf(self, config: HfConfig, /) -> Mapping[str, GgufValue]:
         """Return GGUF keys without the architecture prefix; TritGgufError for impossible or unsupported entries.
 
-        An int becomes a UINT32, a bool a BOOL, a float a FLOAT32.
+        An int becomes a UINT32, a bool a BOOL, a float a FLOAT32, a list an array of INT32.
         """
 
     def to_hf(self, keys: GgufKeys, /) -> Mapping[str, Any]:
@@ -171,5 +174,5 @@ def _nothing(_: HfConfig | GgufKeys) -> dict[str, Any]:
 class SpecialRule:
     """A rule that is not a single number: several keys, information in GGUF tensors, checks of one direction."""
 
-    to_gguf: Callable[[HfConfig], Mapping[str, int | float | str]] = _nothing
+    to_gguf: Callable[[HfConfig], Mapping[str, GgufValue]] = _nothing
     to_hf: Callable[[GgufKeys], Mapping[str, Any]] = _nothing

@@ -27,6 +27,7 @@ _GEMMA3_DEFAULTS = {
 }
 _TEXT_MODELS = {
     "Gemma3ForConditionalGeneration": _TextModel("Gemma3ForCausalLM", _GEMMA3_DEFAULTS),
+    "Lfm2VlForConditionalGeneration": _TextModel("Lfm2ForCausalLM"),
     "Mistral3ForConditionalGeneration": _TextModel("MistralForCausalLM"),
     "Qwen2_5_VLForConditionalGeneration": _TextModel("Qwen2ForCausalLM"),
     "Qwen3VLForConditionalGeneration": _TextModel("Qwen3ForCausalLM"),

@@ -16,32 +16,18 @@ from tritgguf.architectures import expert_families
 from tritgguf.architectures.experts import EXPERTS, ROUTER, STACKS, ExpertFamily
 from tritgguf.architectures.key_rules import Rule
 from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS, SHARED
-
-ATTENTION_MATRICES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-MATRICES = {
-    **ATTENTION_MATRICES,
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-FUSED_MATRICES = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_QUERY_KEY_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_OUTPUT_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_FOUR_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
+from tritgguf.architectures.layer_names import (
+    ATTENTION_MATRICES,
+    FOUR_NORMS,
+    FUSED_MATRICES,
+    LFM2_MATRICES,
+    LFM2_NORMS,
+    MATRICES,
+    NORMS,
+    OUTPUT_NORMS,
+    QUERY_KEY_NORMS,
+)
+from tritgguf.architectures.short_convolutions import CONVOLUTIONS, own_entries, standard_entries
 
 
 @dataclass(frozen=True)
@@ -63,8 +49,14 @@ class Architecture:
     """GGUF names of matrices that always have a bias."""
     may_be_biased: bool = False
     """Whether `attention_bias` and `mlp_bias` of config.json add biases."""
+    named_matrices: Mapping[str, str] | None = None
+    """GGUF name -> Hugging Face name of the matrices of all kinds of layers; None for those of Llama."""
     norms: Mapping[str, str] | None = None
     """GGUF name -> Hugging Face name of a layer's norms; None for those of Llama."""
+    final_norm: tuple[str, str] = ("output_norm", "model.norm")
+    """GGUF name and Hugging Face name of the norm after the last layer."""
+    convolves: bool = False
+    """Whether layers may have a short convolution in place of attention, as LFM2's."""
     feed_forward_norm: str = "ffn_norm"
     """GGUF name of the norm before the feed-forward."""
     normalizes_together: bool = False
@@ -101,7 +93,16 @@ class Architecture:
 
     def rules(self) -> tuple[Rule, ...]:
         """Return the rules of all keys in file order."""
-        return (*SHARED, *self.keys, EXPERTS) if self.experts else (*SHARED, *self.keys)
+        special = (EXPERTS,) if self.experts else ()
+        return (*SHARED, *self.keys, *special, *((CONVOLUTIONS,) if self.convolves else ()))
+
+    def standard_entries(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """Return the entries of a config.json under the names that most families have; TritGgufError for bad ones."""
+        return standard_entries(config, where) if self.convolves else config
+
+    def own_entries(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return entries of config.json under the family's own names; the inverse of `standard_entries`."""
+        return own_entries(entries) if self.convolves else dict(entries)
 
     @property
     def activation(self) -> str:
@@ -115,13 +116,19 @@ class Architecture:
 
     def matrices(self) -> Mapping[str, str]:
         """Return GGUF name -> Hugging Face name of a layer's matrices, without those of experts."""
+        if self.named_matrices is not None:
+            return self.named_matrices
         if self.experts is not None:
             return ATTENTION_MATRICES
         return FUSED_MATRICES if self.fused else MATRICES
 
+    def dense_matrices(self) -> list[str]:
+        """Return the GGUF names of the matrices of a dense feed-forward."""
+        return [name for name in self.matrices() if name.startswith("ffn_")]
+
     def layer_norms(self) -> Mapping[str, str]:
         """Return GGUF name -> Hugging Face name of a layer's norms."""
-        return _NORMS if self.norms is None else self.norms
+        return NORMS if self.norms is None else self.norms
 
     def uses_sliding_window(self, layer: int) -> bool:
         """Tell whether a layer uses the sliding window, if the model has one."""
@@ -142,7 +149,21 @@ _YARN_OF_GPT_OSS = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-_WITH_HEAD_NORMS = {**_NORMS, **_QUERY_KEY_NORMS}
+_WITH_HEAD_NORMS = {**NORMS, **QUERY_KEY_NORMS}
+_LFM2_DEFAULTS = {
+    "max_position_embeddings": 128000,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "conv_L_cache": 3,
+}
+_LFM2: dict[str, Any] = {
+    "named_matrices": LFM2_MATRICES,
+    "norms": LFM2_NORMS,
+    "final_norm": ("token_embd_norm", "model.embedding_norm"),
+    "convolves": True,
+}
 ARCHITECTURES = {
     architecture.hf_class: architecture
     for architecture in (
@@ -281,7 +302,7 @@ ARCHITECTURES = {
             "Olmo2ForCausalLM",
             "olmo2",
             {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-            norms={**_OUTPUT_NORMS, **_QUERY_KEY_NORMS},
+            norms={**OUTPUT_NORMS, **QUERY_KEY_NORMS},
             normalizes_together=True,
         ),
         Architecture(
@@ -304,7 +325,7 @@ ARCHITECTURES = {
                 "final_logit_softcapping": 30.0,
             },
             keys=SCALAR_AND_SOFTCAPS,
-            norms=_FOUR_NORMS,
+            norms=FOUR_NORMS,
             norm_offset=1,
             gelu=True,
             activation_entry="hidden_activation",
@@ -323,13 +344,29 @@ ARCHITECTURES = {
             },
             keys=SCALAR_AND_SOFTCAPS,
             model_type="gemma3_text",
-            norms={**_FOUR_NORMS, **_QUERY_KEY_NORMS},
+            norms={**FOUR_NORMS, **QUERY_KEY_NORMS},
             norm_offset=1,
             gelu=True,
             activation_entry="hidden_activation",
             full_attention_every=6,
             sliding_rope=True,
             scales_embeddings=True,
+        ),
+        Architecture("Lfm2ForCausalLM", "lfm2", _LFM2_DEFAULTS, **_LFM2),
+        Architecture(
+            "Lfm2MoeForCausalLM",
+            "lfm2moe",
+            {
+                **_LFM2_DEFAULTS,
+                "moe_intermediate_size": 1792,
+                "num_experts": 32,
+                "num_experts_per_tok": 4,
+                "num_dense_layers": 2,
+                "norm_topk_prob": True,
+            },
+            model_type="lfm2_moe",
+            experts=expert_families.LFM2_MOE,
+            **_LFM2,
         ),
     )
 }

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, HfNames
-from tritgguf.architectures.table import ARCHITECTURES, FUSED_MATRICES, GGUF_ARCHITECTURES, MATRICES
+from tritgguf.architectures.layer_names import FUSED_MATRICES, MATRICES
+from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT
+from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_part import WHOLE, TensorPart
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.dtypes import to_float32
@@ -24,13 +26,15 @@ EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 
 _SINKS: HfNames = {"self_attn.sinks": ("attn_sinks",)}
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
-_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 
 _INDEX = r"(0|[1-9][0-9]{0,5})"
-_PACKED_NAMES = (*{**MATRICES, **FUSED_MATRICES}, *STACKS, *SHARED_MATRICES)
-_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join(_PACKED_NAMES)})\.weight")
-_FLOAT32 = re.compile(rf"blk\.{_INDEX}\.({ROUTER}\.weight|({'|'.join(STACKS)})\.bias)")
-GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.(\w+)\.(weight|bias)")
+_PACKED_NAMES = (*{**MATRICES, **FUSED_MATRICES}, *STACKS, *SHARED_MATRICES, CONVOLUTION_INPUT, CONVOLUTION_OUTPUT)
+_QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join(map(re.escape, _PACKED_NAMES))})\.weight")
+_FLOAT32 = re.compile(
+    rf"blk\.{_INDEX}\.(({ROUTER}|{re.escape(CONVOLUTION_KERNEL)})\.weight|({'|'.join(STACKS)})\.bias)"
+)
+GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 _HF_EXPERT_TENSOR = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)")
 _EXPERT_NUMBER = re.compile(rf"(?<=\.){_INDEX}(?=\.)")
@@ -66,7 +70,10 @@ def quantized_tensor(name: str) -> bool:
 
 
 def kept_in_float32(name: str) -> bool:
-    """Tell whether a GGUF tensor is a router, which is small and decides which experts are used, or experts' biases."""
+    """Tell whether a GGUF tensor is kept in float32 although it is no vector.
+
+    These are routers, which are small and decide which experts are used, experts' biases and kernels of convolutions.
+    """
     return _FLOAT32.fullmatch(name) is not None
 
 
@@ -82,7 +89,7 @@ def places_of(arch: str, hf_name: str) -> list[Place]:
     names = _other_names(arch, in_module=True).get(pattern) or _other_names(arch, in_module=False).get(pattern, ())
     place = "" if expert is None else f"[{expert[1]}]"
     return [
-        Place(f"blk.{layer[1]}.{_with_suffix(name)}{place}", _part(arch, names, index))
+        Place(f"blk.{layer[1]}.{with_suffix(name)}{place}", _part(arch, names, index))
         for index, name in enumerate(names)
     ]
 
@@ -99,7 +106,7 @@ def hf_tensors(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Hf
             for expert, matrix in enumerate(matrix_names(name, shape)):
                 tensors[hf_name.format(expert)] = HfTensor(shape[1:], ((matrix,),))
         elif part.half is None:
-            stored = (1, *shape) if name.endswith(f".{SHARED_ROUTER}.weight") else part.shape(shape)
+            stored = _with_unit_axis(name, shape) or part.shape(shape)
             tensors[hf_name] = HfTensor(stored, tuple((matrix,) for matrix in matrix_names(name, shape)), part)
         elif hf_name not in tensors:
             halves = [place.name for place in places_of(arch, hf_name)]
@@ -130,7 +137,7 @@ def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
         names = (name for name, hf in _layer_names(arch).items() if hf == hf_stem)
         return next((f"blk.{index}.{name}.{suffix}" for name in names), None)
     stem, _, suffix = hf_name.rpartition(".")
-    names = (name for name, hf in _MODEL_NAMES.items() if hf == stem and suffix == "weight")
+    names = (name for name, hf in _model_names(arch).items() if hf == stem and suffix == "weight")
     return next((f"{name}.weight" for name in names), None)
 
 
@@ -153,16 +160,36 @@ def _stored_name(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
         if found := _other_tensor(arch, f"{name}.{suffix}", in_module=False):
             return f"model.layers.{index}.{found[0]}", found[1]
     stem, _, suffix = gguf_name.rpartition(".")
-    if suffix == "weight" and stem in _MODEL_NAMES:
-        return f"{_MODEL_NAMES[stem]}.weight", WHOLE
+    if suffix == "weight" and stem in _model_names(arch):
+        return f"{_model_names(arch)[stem]}.weight", WHOLE
     raise TritGgufError(f"tensor {gguf_name} has no counterpart in a Hugging Face checkpoint of architecture {arch}")
+
+
+def _with_unit_axis(gguf_name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of a Hugging Face tensor that has an axis of length 1 more than GGUF's; None for others."""
+    if gguf_name.endswith(f".{SHARED_ROUTER}.weight"):
+        return (1, *shape)
+    return (shape[0], 1, *shape[1:]) if gguf_name.endswith(f".{CONVOLUTION_KERNEL}.weight") else None
+
+
+def without_unit_axis(gguf_name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a Hugging Face tensor without the axis of length 1 that the GGUF tensor lacks, if any."""
+    shorter = stored[:1] + stored[2:] if gguf_name.endswith(f".{CONVOLUTION_KERNEL}.weight") else stored[1:]
+    return shorter if _with_unit_axis(gguf_name, shorter) == stored else stored
+
+
+def _model_names(arch: str) -> dict[str, str]:
+    """Return GGUF name -> Hugging Face name of the tensors outside of layers, both without `.weight`."""
+    norm, hf_norm = GGUF_ARCHITECTURES[arch].final_norm
+    return {**_MODEL_NAMES, norm: hf_norm}
 
 
 @functools.cache
 def _layer_names(arch: str) -> dict[str, str]:
     """Return GGUF name -> Hugging Face name of a layer's matrices and norms, without those of experts."""
     entry = GGUF_ARCHITECTURES[arch]
-    return {**entry.layer_norms(), **entry.matrices()}
+    kernel = {CONVOLUTION_KERNEL: "conv.conv"} if entry.convolves else {}
+    return {**entry.layer_norms(), **entry.matrices(), **kernel}
 
 
 @functools.cache
@@ -181,7 +208,7 @@ def _other_names(arch: str, *, in_module: bool) -> HfNames:
 def _other_tensor(arch: str, name: str, *, in_module: bool) -> tuple[str, TensorPart] | None:
     """Return the Hugging Face tensor with a GGUF tensor (name without layer) of `_other_names`, and the part of it."""
     for hf_name, tensors in _other_names(arch, in_module=in_module).items():
-        full_names = [_with_suffix(tensor) for tensor in tensors]
+        full_names = [with_suffix(tensor) for tensor in tensors]
         if name in full_names:
             return hf_name, _part(arch, tensors, full_names.index(name))
     return None
@@ -194,7 +221,8 @@ def _part(arch: str, names: tuple[str, ...], index: int) -> TensorPart:
     return WHOLE if family is None else family.part(names, index)
 
 
-def _with_suffix(name: str) -> str:
+def with_suffix(name: str) -> str:
+    """Return the name of a tensor, which is a weight unless its name says that it is a bias."""
     return name if name.endswith(".bias") else f"{name}.weight"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 _REASONS = {
     "qwen35": "most of its layers have linear attention with a state (Gated DeltaNet), which is not run",
     "qwen3next": "most of its layers have linear attention with a state (Gated DeltaNet), which is not run",
-    "lfm2": "most of its layers are short convolutions, which are not run",
     "llama4": "its text model has chunked attention and experts beside dense layers, which are not supported",
     "phimoe": "its router (SparseMixer), norms with means and biases, output head with a bias and LongRoPE are missing",
 }

@@ -9,6 +9,7 @@ import numpy as np
 
 from tritgguf.architectures import keys
 from tritgguf.architectures.key_rules import KeyRule
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
 from tritgguf.formats.dtypes import to_float32
 
@@ -43,7 +44,8 @@ def final_norm(source: Source) -> Callable[[Tensor], Tensor]:
     """Return the function that applies the model's last norm and joins windows: float32 [positions, width]."""
     import torch
 
-    weight = torch.tensor(to_float32(source.read("output_norm.weight")))
+    norm, _ = GGUF_ARCHITECTURES[source.metadata["general.architecture"].value].final_norm
+    weight = torch.tensor(to_float32(source.read(f"{norm}.weight")))
     epsilon = _number(source, keys.EPSILON)
 
     def normalize(hidden: Tensor) -> Tensor:

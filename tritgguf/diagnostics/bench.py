@@ -199,9 +199,9 @@ def bench(
     sequence = SingleSequence(model, context, cache_type=cache_type)
     check_cache_fits(model.config, context, cache_type, str(file.path))
     tokens = _warm_up(sequence, on_compilation or (lambda: None))
-    prompt, generated = tokens[depth : depth + prompt_tokens], tokens[depth : depth + generated_tokens]
-    prefill = _time_prefill(sequence, prompt, depth, repetitions) if prompt else None
-    decode = _time_decode(sequence, generated, depth, repetitions) if generated else None
+    before, prompt, generated = tokens[:depth], tokens[depth:][:prompt_tokens], tokens[depth:][:generated_tokens]
+    prefill = _time_prefill(sequence, before, prompt, repetitions) if prompt else None
+    decode = _time_decode(sequence, before, generated, repetitions) if generated else None
     config, weights, thread_pool = model.config, ModelWeights(file, model.config), model.thread_pool
     prompt_times, decode_kernels = None, list[KernelTime]()
     if prefill is not None and by_kernel:
@@ -254,27 +254,34 @@ def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> li
     return tokens
 
 
-def _time_prefill(sequence: SingleSequence, tokens: list[int], depth: int, repetitions: int) -> Speed:
-    """Time a prompt of `tokens` behind the first `depth` in the cache."""
+def _cut(sequence: SingleSequence, tokens: list[int]) -> None:
+    """Cut a sequence to its first tokens, given as `tokens`; some are evaluated again if it could not go on else."""
+    sequence.truncate(sequence.resumable(len(tokens)))
+    if missing := tokens[sequence.position :]:
+        sequence.forward(missing, generated=False)
+
+
+def _time_prefill(sequence: SingleSequence, before: list[int], tokens: list[int], repetitions: int) -> Speed:
+    """Time a prompt of `tokens` behind others in the cache."""
     seconds = []
     for _ in range(repetitions):
-        sequence.truncate(depth)
+        _cut(sequence, before)
         start = time.perf_counter()
         sequence.forward(tokens)
         seconds.append(time.perf_counter() - start)
-    return Speed(_test_name("pp", len(tokens), depth), len(tokens), tuple(seconds))
+    return Speed(_test_name("pp", len(tokens), len(before)), len(tokens), tuple(seconds))
 
 
-def _time_decode(sequence: SingleSequence, tokens: list[int], depth: int, repetitions: int) -> Speed:
-    """Time tokens behind the first `depth` in the cache, one after the other."""
+def _time_decode(sequence: SingleSequence, before: list[int], tokens: list[int], repetitions: int) -> Speed:
+    """Time tokens behind others in the cache, one after the other."""
     seconds = []
     for _ in range(repetitions):
-        sequence.truncate(depth)
+        _cut(sequence, before)
         start = time.perf_counter()
         for token in tokens:
             sequence.forward([token])
         seconds.append(time.perf_counter() - start)
-    return Speed(_test_name("tg", len(tokens), depth), len(tokens), tuple(seconds))
+    return Speed(_test_name("tg", len(tokens), len(before)), len(tokens), tuple(seconds))
 
 
 def _test_name(test: str, tokens: int, depth: int) -> str:

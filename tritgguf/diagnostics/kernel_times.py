@@ -16,7 +16,9 @@ from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import make_scratch
 from cpu_kernels.transformer.gemv import gemv
 from cpu_kernels.transformer.kv_pages import KeyValues
+from cpu_kernels.transformer.layer_options import ATTENTION, SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Activations, Projection
+from cpu_kernels.transformer.short_convolution import convolve_layers
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.decode_pass import DecodePass
 from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, KVPool, pages_of
@@ -158,9 +160,10 @@ def decode_seconds(
     isa = thread_pool.isa
     pool, tables = _filled_pool(config, positions, cache_type)  # keeps its pages alive
     parts: dict[str, tuple[Any, ...]] = {
-        "q, k, v": _product(isa, *[layer.qkv for layer in layers]),
+        "q, k, v": _product(isa, *[layer.qkv for layer in _layers_of(config, layers, ATTENTION)]),
         "attention": _attention(isa, config, layers, thread_pool, positions - 1, pool.key_values(tables)),
-        "attention output": _product(isa, *[layer.output for layer in layers]),
+        "attention output": _product(isa, *[layer.output for layer in _layers_of(config, layers, ATTENTION)]),
+        **_convolutions(isa, config, layers, positions - 1, pool.key_values(tables)),
         **_feed_forward(isa, config, layers),
         "head": _product(isa, weights.head),
         "launch": (repeat_barrier, np.zeros(1, np.int64), 0),
@@ -176,17 +179,36 @@ def decode_seconds(
     return {name: max(0.0, seconds - medians["launch"]) for name, seconds in medians.items() if name != "launch"}
 
 
+def _layers_of(config: ModelConfig, layers: Sequence[LayerWeights], kind: int) -> list[LayerWeights]:
+    return [layer for layer, of_kind in zip(layers, config.layer_options.kinds, strict=True) if of_kind == kind]
+
+
+def _convolutions(
+    isa: tuple[int, ...], config: ModelConfig, layers: Sequence[LayerWeights], position: int, kv: KeyValues
+) -> dict[str, tuple[Any, ...]]:
+    """Return kernels and arguments of the layers with short convolutions: their matrices, and the rest of them."""
+    convolving = _layers_of(config, layers, SHORT_CONVOLUTION)
+    if not convolving:
+        return {}
+    kernels = np.stack([layer.convolution for layer in layers])
+    projected, out = np.full(config.projected_columns, 0.5, np.float32), np.empty(config.dimensions.hidden, np.float32)
+    return {
+        "convolution input": _product(isa, *[layer.qkv for layer in convolving]),
+        "convolution": (convolve_layers, kernels, config.layer_options.kinds, kv, projected, position, out),
+        "convolution output": _product(isa, *[layer.output for layer in convolving]),
+    }
+
+
 def _feed_forward(
     isa: tuple[int, ...], config: ModelConfig, layers: Sequence[LayerWeights]
 ) -> dict[str, tuple[Any, ...]]:
     """Return kernels and arguments of a dense feed-forward, and of as many experts as a token uses."""
     parts: dict[str, tuple[Any, ...]] = {}
-    if config.feed_forward:
-        parts["gate, up"] = _product(isa, *[layer.gate_up for layer in layers])
-        parts["down"] = _product(isa, *[layer.down for layer in layers])
-    if config.routing.chosen:
+    if dense := [layer for layer in layers if layer.gate_up.rows]:
+        parts["gate, up"] = _product(isa, *[layer.gate_up for layer in dense])
+        parts["down"] = _product(isa, *[layer.down for layer in dense])
+    if experts := [layer.experts for layer in layers if layer.experts is not None]:
         used = range(config.routing.chosen)
-        experts = [layer.experts for layer in layers if layer.experts is not None]
         gate_up = [stack.matrix(number) for layer in experts for stack in layer.stacks[:2] for number in used]
         parts["experts' gate, up"] = _product(isa, Projection(gate_up))
         down = [layer.down.matrix(number) for layer in experts for number in used]

@@ -100,7 +100,8 @@ class EngineCore:
         return any(
             other.is_prompt
             and other.request.cache_prompt
-            and common_length(other.request.prompt, request.tokens[:-1]) >= other.evaluated + _WORTH_WAITING
+            and self._pool.surely_resumable(common_length(other.request.prompt, request.tokens[:-1]))
+            >= other.evaluated + _WORTH_WAITING
             for other in self.running
         )
 
@@ -137,9 +138,10 @@ class EngineCore:
         best = self.prefix_cache.match(wanted, prompt_only=prompt_only)
         for other in self.running:
             stored = min(other.evaluated, other.computed_as_prompt) if prompt_only else other.evaluated
-            common = common_length(other.tokens[:stored], wanted)
+            pages = self._pool.pages(_sequence_of(other))
+            common = self._pool.resumable(pages, common_length(other.tokens[:stored], wanted))
             if common > best.length and other.request.cache_prompt:
-                best = Prefix(self._pool.pages(_sequence_of(other)), common, min(common, other.computed_as_prompt))
+                best = Prefix(pages, common, min(common, other.computed_as_prompt))
         return best
 
     # -- drafts and room

@@ -257,7 +257,14 @@ def _make_speculation(
     if not lookup and draft_model is None:
         return None
     from tritgguf.generation.speculation import Speculation
+    from tritgguf.runtime.kv_pool import most_cut
 
+    for one in filter(None, (model, draft_model)):
+        most = most_cut(one.config)
+        if most is not None and draft_max > most:
+            raise BadRequestError(
+                f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"
+            )
     if draft_model is None:
         from tritgguf.generation.lookup import Lookup
 

@@ -60,6 +60,8 @@ class PrefixCache:
             computed_as_prompt = min(common, child.prompt_tokens)
             if prompt_only:
                 common = computed_as_prompt
+            common = self._pool.resumable([child.page], common)
+            computed_as_prompt = min(common, computed_as_prompt)
             if not common:
                 break
             child.last_use = self._clock

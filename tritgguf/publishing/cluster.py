@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,8 @@ RETRIES = 20
 """How often a task is run again whose process was killed."""
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB
 _GB = 1_000_000_000
+_STARTS = 3
+_CONNECTION_SECONDS = 20.0
 _POLL_SECONDS = 0.3
 _NODES_FILE = "nodes.json"
 _ENVIRONMENT = ("TRITGGUF_LOGITS", "HF_HUB_OFFLINE", "HF_HOME")
@@ -59,27 +63,72 @@ def cluster(address: str | None, cores: int, progress: Progress) -> Iterator[Ray
 
     """
     ray = require_ray()
+    if address is not None:
+        _check_listens(address)
     with contextlib.ExitStack() as ends:
         if not ray.is_initialized():
-            quiet = {"log_to_driver": False, "logging_level": "CRITICAL", "include_dashboard": False}
+            folder = tempfile.mkdtemp(prefix="trit-")  # short, because Ray makes sockets there
+            ends.callback(shutil.rmtree, folder, ignore_errors=True)
+            ends.callback(ray.shutdown)
             if address is None:
-                folder = tempfile.mkdtemp(prefix="trit-")  # short, because Ray makes sockets there
-                ends.callback(shutil.rmtree, folder, ignore_errors=True)
-                disk = {"disk": shutil.disk_usage(Path.cwd()).free // _GB}
-                quiet |= {"address": "local", "num_cpus": max(cores, os.cpu_count() or 1), "resources": disk}
-                quiet |= {"object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": folder}
+                _start(ray, cores, folder)
             else:
-                quiet = {**quiet, "address": address}
-                del quiet["include_dashboard"]
-            try:
-                ends.callback(ray.shutdown)
-                ray.init(**quiet)
-            except Exception as error:  # Ray's kinds of errors depend on its version
-                where = "cannot be started here" if address is None else f"{address}: no Ray cluster can be reached"
-                raise TritGgufError(f"--ray: Ray {where} ({_first_line(error)})") from error
+                _connect(ray, f"{address}: no Ray cluster can be reached", address=address)
         executor = RayExecutor(ray, cores, progress)
         ends.callback(executor.close)
         yield executor
+
+
+def _check_listens(address: str) -> None:
+    """Raise TritGgufError if nothing listens at an address, where Ray would wait for ever."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECTION_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise TritGgufError(f"--ray: {address}: no Ray cluster can be reached ({_first_line(error)})") from error
+
+
+def _start(ray: Any, cores: int, folder: str) -> None:
+    """Start Ray on this machine, with its files in a folder."""
+    settings: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": max(cores, os.cpu_count() or 1),
+        "resources": {"disk": shutil.disk_usage(Path.cwd()).free // _GB},
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_temp_dir": folder,
+    }
+    for last in [False] * (_STARTS - 1) + [True]:
+        try:
+            return _connect(ray, "Ray cannot be started here", **settings)
+        except TritGgufError:  # Ray waits for its own processes for half a minute, which a busy machine may exceed
+            if last:
+                raise
+            ray.shutdown()
+
+
+def _connect(ray: Any, failure: str, **settings: Any) -> None:
+    try:
+        with _silent_stderr():
+            ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
+    except Exception as error:  # Ray's kinds of errors depend on its version
+        raise TritGgufError(f"--ray: {failure} ({_first_line(error)})") from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to stderr meanwhile, also by libraries: Ray's log lines of a failure, which is an error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class RayExecutor:

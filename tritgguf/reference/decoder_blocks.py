@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.short_convolutions import CONVOLUTION_OUTPUT
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, to_hf
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
 from tritgguf.reference.expert_layer import ExpertLayer, find_experts
 from tritgguf.reference.hooks import capture_input, capture_output, replace_input
-from tritgguf.reference.model import head_counts, identity_layer, meta_module, require_torch
+from tritgguf.reference.model import (
+    head_counts,
+    identity_layer,
+    meta_module,
+    persistent_buffers,
+    require_torch,
+)
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
 
 if TYPE_CHECKING:
@@ -61,7 +69,8 @@ class DecoderBlocks:
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
             self._module.model.layers[index] = identity_layer(layer)
-        self._module.model.norm = torch.nn.Identity()
+        final_norm = GGUF_ARCHITECTURES[self.architecture].final_norm[1]
+        setattr(self._module.model, final_norm.removeprefix("model."), torch.nn.Identity())
 
     @property
     def count(self) -> int:
@@ -87,7 +96,7 @@ class DecoderBlocks:
         embeddings.padding_idx = None
         captured: list[Tensor] = []
         capture = capture_input(self._module.model.layers[0], lambda x: captured.append(x.clone()))
-        with torch_threads(self._threads), torch.inference_mode(), capture:
+        with silent_transformers(), torch_threads(self._threads), torch.inference_mode(), capture:
             for batch in self.batches(torch.from_numpy(indices.reshape(ids.shape))):
                 self._forward(embeddings(batch))
         embeddings.to("meta")
@@ -98,7 +107,8 @@ class DecoderBlocks:
         """Open a block; its weights are in memory until the context ends."""
         layer = self._layers[index].to_empty(device="cpu").requires_grad_(False)
         arch = self._metadata["general.architecture"]
-        parameters = {f"model.layers.{index}.{name}": value for name, value in layer.named_parameters()}
+        tensors_of_layer = {**persistent_buffers(layer), **dict(layer.named_parameters())}
+        parameters = {f"model.layers.{index}.{name}": value for name, value in tensors_of_layer.items()}
         prefix = f"blk.{index}."
         tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
@@ -135,16 +145,17 @@ class DecoderBlocks:
         If `on_output` is None, only hooks use the pass, and they may end each batch with `_StopForwardError`.
         """
         layer = self.layer(index)
-        for batch in self.batches(hidden):
-            outputs: list[Tensor] = []
-            # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
-            with replace_input(layer, batch), capture_output(layer, outputs.append):
-                try:
-                    self._forward(batch)
-                except _StopForwardError:
-                    continue
-            if on_output is not None:
-                on_output(outputs[0])
+        with silent_transformers():
+            for batch in self.batches(hidden):
+                outputs: list[Tensor] = []
+                # A hook replaces the block's input, because the model may have scaled it like embeddings on the way.
+                with replace_input(layer, batch), capture_output(layer, outputs.append):
+                    try:
+                        self._forward(batch)
+                    except _StopForwardError:
+                        continue
+                if on_output is not None:
+                    on_output(outputs[0])
 
     @staticmethod
     def batches(windows: Tensor) -> Sequence[Tensor]:
@@ -152,8 +163,7 @@ class DecoderBlocks:
         return windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
 
     def _forward(self, embedded: Tensor) -> None:
-        with silent_transformers():
-            self._module.model(inputs_embeds=embedded, use_cache=False)
+        self._module.model(inputs_embeds=embedded, use_cache=False)
 
     def _embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the embeddings of ascending token ids, float32, without holding the whole matrix."""
@@ -327,7 +337,9 @@ class Block:
         """
         import torch
 
-        norm, *names = (f"blk.{self.index}.{part}.weight" for part in ("ffn_norm", "attn_output", "ffn_down"))
+        convolution = f"blk.{self.index}.{CONVOLUTION_OUTPUT}.weight"
+        mixing = CONVOLUTION_OUTPUT if convolution in self.matrices else "attn_output"
+        norm, *names = (f"blk.{self.index}.{part}.weight" for part in ("ffn_norm", mixing, "ffn_down"))
         if norm not in self._parameters or not set(names) <= set(self.matrices):
             return {}
         seen: list[Tensor] = []  # the products, the norm's input between them, and the block's output

@@ -17,9 +17,9 @@ import numpy as np
 
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf
+from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf, without_unit_axis
 from tritgguf.errors import DamagedFileError, MissingExtraError
-from tritgguf.reference.process_settings import import_torch_with_huge_pages, silent_transformers, torch_threads
+from tritgguf.reference.process_settings import import_torch, silent_transformers, torch_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def require_torch() -> None:
     for package in ("torch", "transformers"):
         try:
             if package == "torch":
-                import_torch_with_huge_pages()
+                import_torch()
             importlib.import_module(package)
         except ImportError as error:
             raise MissingExtraError(
@@ -93,7 +93,7 @@ class ReferenceModel:
         heads, kv_heads = head_counts(metadata)
         tied = _HEAD not in names
         self._set_head(tied)
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        parameters = {**persistent_buffers(self.module), **dict(self.module.named_parameters(remove_duplicate=False))}
         missing = set(parameters)
         if tied:
             missing.remove(hf_tensor_name(arch, _HEAD))
@@ -105,8 +105,8 @@ class ReferenceModel:
             hf_name, part = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads)
             place = None if hf_name not in parameters else part.view(parameters[hf_name].detach().numpy())
-            if place is not None and place.shape == (1, *weights.shape):
-                weights = weights[np.newaxis]  # the router of a shared expert
+            if place is not None and without_unit_axis(name, place.shape) == weights.shape:
+                weights = weights.reshape(place.shape)
             if place is None or place.shape != weights.shape:
                 raise DamagedFileError(f"{where}: the source's model has no tensor {name} of shape {weights.shape}")
             np.copyto(place, weights)
@@ -150,7 +150,8 @@ def head_counts(metadata: Mapping[str, Any]) -> tuple[int, int]:
     """Return the numbers of query heads and of key-value heads of a GGUF model."""
     arch = metadata["general.architecture"]
     heads = metadata[f"{arch}.attention.head_count"]
-    return heads, metadata.get(f"{arch}.attention.head_count_kv", heads)
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    return heads, max(kv_heads) if isinstance(kv_heads, list) else kv_heads  # a list has 0 for layers without attention
 
 
 def _load_folder(folder: Path) -> Any:
@@ -176,9 +177,20 @@ def _load_folder(folder: Path) -> Any:
     return module
 
 
+def persistent_buffers(module: Any) -> dict[str, Any]:
+    """Return name -> buffer of those that checkpoints have."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}
+
+
 def apply_rope_factors(module: Any, factors: np.ndarray) -> None:
     """Divide the rotation frequencies by the factors of rope_freqs.weight, float32 [head_dim / 2]."""
-    module.model.rotary_emb.inv_freq.numpy()[:] /= factors
+    getattr(module.model, _rotation_name(module)).inv_freq.numpy()[:] /= factors
+
+
+def _rotation_name(module: Any) -> str:
+    """Return the name of the submodule with the rotary frequencies, which LFM2-MoE calls otherwise than all others."""
+    return "rotary_emb" if hasattr(module.model, "rotary_emb") else "pos_emb"
 
 
 def _uninitialized_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
@@ -253,7 +265,8 @@ def _restore_buffers(module: Any, config: Any) -> None:
     """Recompute the buffers that the meta device discards: the rotary frequencies and the scale of embeddings."""
     import torch
 
-    module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    name = _rotation_name(module)
+    setattr(module.model, name, type(getattr(module.model, name))(config))
     embeddings = module.get_input_embeddings()
     if hasattr(embeddings, "scalar_embed_scale"):
         embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)

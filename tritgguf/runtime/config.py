@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
-from cpu_kernels.transformer.layer_options import CLAMPED_SILU, GELU, SILU, LayerOptions
-from cpu_kernels.transformer.router import SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
+from cpu_kernels.transformer.layer_options import ATTENTION, CLAMPED_SILU, GELU, SHORT_CONVOLUTION, SILU, LayerOptions
+from cpu_kernels.transformer.router import SIGMOID, SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
 from tritgguf.architectures import keys
 from tritgguf.architectures.dimensions import (
     Dimensions,
@@ -55,7 +55,7 @@ class ModelConfig:
     routing: Routing
     """How a mixture of experts weighs them."""
     feed_forward: int
-    """Width of the dense feed-forward; in a mixture of experts, that of the shared expert, or 0."""
+    """Width of the dense feed-forward; in a mixture without dense layers, that of the shared expert, or 0."""
     expert_feed_forward: int
     """Width of each expert; 0 without experts."""
 
@@ -73,6 +73,27 @@ class ModelConfig:
     def layer_count(self) -> int:
         """Number of layers."""
         return self.dimensions.layers
+
+    @property
+    def slots(self) -> np.ndarray:
+        """The place of each layer among those of its kind: int64 [layers]."""
+        kinds = self.layer_options.kinds
+        return np.array([np.count_nonzero(kinds[:layer] == kind) for layer, kind in enumerate(kinds)], np.int64)
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers with keys and values."""
+        return int(np.count_nonzero(self.layer_options.kinds == ATTENTION))
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether a shared expert stands beside the experts."""
+        return self.dimensions.experts is not None and self.dimensions.experts.shared_width > 0
+
+    @property
+    def projected_columns(self) -> int:
+        """Rows of the input matrix of a short convolution; 0 if no layer has one."""
+        return 0 if self.dimensions.convolutions is None else 3 * self.dimensions.hidden
 
     @classmethod
     def from_file(cls, file: GgufFile) -> ModelConfig:
@@ -116,6 +137,7 @@ class ModelConfig:
                 attention_scale=np.float32(number(keys.ATTENTION_SCALE, dimensions.head_dim**-0.5)),
                 softcap=np.float32(softcap(keys.ATTENTION_SOFTCAP)),
                 normalizes_together=architecture.normalizes_together,
+                kinds=_kinds(dimensions),
                 windows=_windows(file, architecture, dimensions.layers),
                 rotations=of_layers,
                 sinks=_sinks(file, architecture, dimensions),
@@ -125,7 +147,7 @@ class ModelConfig:
             logit_scale=1.0 / number(keys.LOGIT_SCALE),
             logit_softcap=softcap(keys.LOGIT_SOFTCAP),
             routing=_routing(file, architecture, experts),
-            feed_forward=dimensions.feed_forward if experts is None else experts.shared_width,
+            feed_forward=_dense_width(dimensions),
             expert_feed_forward=0 if experts is None else experts.width,
         )
 
@@ -147,10 +169,23 @@ def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None
         )
     key = f"{architecture.gguf_name}.expert_gating_func"
     family = architecture.experts
-    default = SOFTMAX_OF_CHOSEN if family is not None and family.softmax_of_chosen else SOFTMAX
+    default = SOFTMAX
+    if family is not None and (family.sigmoid or family.softmax_of_chosen):
+        default = SIGMOID if family.sigmoid else SOFTMAX_OF_CHOSEN
     gating = count_of(file.metadata, key, str(file.path), default=default, most=SOFTMAX_OF_CHOSEN)
     scale = _number(file, f"{architecture.gguf_name}.expert_weights_scale", 1.0)
     return Routing(experts.used, gating, experts.normalizes, np.float32(scale))
+
+
+def _dense_width(dimensions: Dimensions) -> int:
+    experts = dimensions.experts
+    return dimensions.feed_forward if experts is None or experts.dense_layers else experts.shared_width
+
+
+def _kinds(dimensions: Dimensions) -> np.ndarray:
+    """Return what mixes the tokens of each layer: int64 [layers]."""
+    convolves = [dimensions.convolves(layer) for layer in range(dimensions.layers)]
+    return np.where(convolves, SHORT_CONVOLUTION, ATTENTION).astype(np.int64)
 
 
 def _activation(architecture: Architecture) -> int:

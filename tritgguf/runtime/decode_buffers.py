@@ -23,6 +23,7 @@ def single_buffers(config: ModelConfig, experts: Experts, threads: int) -> Buffe
         own_hidden=Activations(threads, sizes.hidden).buffers,
         own_attended=Activations(threads, head_columns).buffers,
         qkv=np.zeros(head_columns + 2 * sizes.kv_heads * sizes.head_dim, np.float32),
+        projected=np.zeros(config.projected_columns, np.float32),
         residual=np.zeros(sizes.hidden, np.float32),
         gate=np.zeros(feed_forward, np.float32),
         up=np.zeros(feed_forward, np.float32),
@@ -49,18 +50,18 @@ def batch_buffers(config: ModelConfig, experts: Experts, tokens: int, threads: i
     """Return the buffers of several tokens; `bits` are those of the activations."""
     sizes, feed_forward = config.dimensions, config.feed_forward
     head_columns = sizes.heads * sizes.head_dim
-    has_shared_expert = config.routing.chosen and feed_forward
     return BatchBuffers(
         stream=np.zeros((tokens, sizes.hidden), np.float32),
         residual=np.zeros((tokens, sizes.hidden), np.float32),
         hidden=Activations(tokens, sizes.hidden, bits=bits).buffers,
         attended=Activations(tokens, head_columns, bits=bits).buffers,
         qkv=np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32),
+        projected=np.zeros((tokens, config.projected_columns), np.float32),
         gate=np.zeros((tokens, feed_forward), np.float32),
         up=np.zeros((tokens, feed_forward), np.float32),
         gated=Activations(tokens, feed_forward, bits=bits).buffers,
         own_rows=scratch_for(threads, max(sizes.hidden, head_columns, feed_forward, config.expert_feed_forward)),
-        shared=np.zeros((tokens, sizes.hidden if has_shared_expert else 0), np.float32),
+        shared=np.zeros((tokens, sizes.hidden if config.has_shared_expert else 0), np.float32),
         experts=_batch_expert_buffers(config, experts, tokens, threads, bits),
     )
 
@@ -94,6 +95,7 @@ def first_tokens(buffers: BatchBuffers, tokens: int) -> BatchBuffers:
         hidden=_first(buffers.hidden, tokens),
         attended=_first(buffers.attended, tokens),
         qkv=buffers.qkv[:tokens],
+        projected=buffers.projected[:tokens],
         gate=buffers.gate[:tokens],
         up=buffers.up[:tokens],
         gated=_first(buffers.gated, tokens),

@@ -72,7 +72,7 @@ def _gathered(weights: ModelWeights) -> Weights:
     layers = weights.layers
     return Weights(
         addresses=np.stack([np.concatenate([p.addresses for p in layer.projections]) for layer in layers]),
-        rows=np.concatenate([p.matrix_rows for p in layers[0].projections]),
+        rows=np.stack([np.concatenate([p.matrix_rows for p in layer.projections]) for layer in layers]),
         depths=np.stack([np.concatenate([p.depths for p in layer.projections]) for layer in layers]),
         steps=np.stack([np.concatenate([p.steps for p in layer.projections]) for layer in layers]),
         attention_norms=np.stack([layer.attention_norm for layer in layers]),
@@ -85,5 +85,6 @@ def _gathered(weights: ModelWeights) -> Weights:
         gate_biases=np.stack([layer.gate_bias for layer in layers]),
         up_biases=np.stack([layer.up_bias for layer in layers]),
         down_biases=np.stack([layer.down_bias for layer in layers]),
+        convolutions=np.stack([layer.convolution for layer in layers]),
         experts=weights.experts,
     )

@@ -24,10 +24,10 @@ class ExpertWeights:
 
     def __init__(self, file: GgufFile, index: int) -> None:
         """Map the experts of layer `index`; TritGgufError for a tensor of a type that is not run."""
-        self.router = _read_float32(file, f"blk.{index}.ffn_gate_inp.weight")
+        self.router = read_float32(file, f"blk.{index}.ffn_gate_inp.weight")
         shared_gate = f"blk.{index}.ffn_gate_inp_shexp.weight"
         if shared_gate in file.tensors:
-            self.router = np.concatenate([self.router, _read_float32(file, shared_gate).reshape(1, -1)])
+            self.router = np.concatenate([self.router, read_float32(file, shared_gate).reshape(1, -1)])
         self.router_bias = _read_optional(file, f"blk.{index}.ffn_gate_inp.bias")
         self.selection_bias = _read_optional(file, f"blk.{index}.exp_probs_b.bias")
         self.gate, self.up, self.down = (
@@ -43,25 +43,32 @@ class ExpertWeights:
 def gather_experts(
     routing: Routing, layers: Sequence[ExpertWeights | None], hidden: int, *, reads_ahead: bool
 ) -> Experts:
-    """Return all layers' experts as the kernels take them; a model without experts has none in every layer."""
+    """Return all layers' experts as the kernels take them; dense layers, which come first, have None."""
     mixtures = [layer for layer in layers if layer is not None]
+    dense = len(layers) - len(mixtures)  # they come first
     if not mixtures:
         return _no_experts(routing, len(layers), hidden)
     stacks = [layer.stacks for layer in mixtures]
     return Experts(
         routing=routing,
-        routers=np.stack([layer.router for layer in mixtures]),
-        router_biases=np.stack([layer.router_bias for layer in mixtures]),
-        selection_biases=np.stack([layer.selection_bias for layer in mixtures]),
-        addresses=np.array([[stack.data.ctypes.data for stack in kinds] for kinds in stacks], np.int64),
-        expert_bytes=np.array([[stack.expert_bytes for stack in kinds] for kinds in stacks], np.int64),
-        depths=np.array([[stack.depth for stack in kinds] for kinds in stacks], np.int64),
-        steps=np.stack([np.stack([stack.steps for stack in kinds]) for kinds in stacks]),
-        gate_biases=np.stack([layer.gate.biases for layer in mixtures]),
-        up_biases=np.stack([layer.up.biases for layer in mixtures]),
-        down_biases=np.stack([layer.down.biases for layer in mixtures]),
+        dense_layers=dense,
+        routers=_of_layers(dense, [layer.router for layer in mixtures]),
+        router_biases=_of_layers(dense, [layer.router_bias for layer in mixtures]),
+        selection_biases=_of_layers(dense, [layer.selection_bias for layer in mixtures]),
+        addresses=_of_layers(dense, [np.array([stack.data.ctypes.data for stack in kinds]) for kinds in stacks]),
+        expert_bytes=_of_layers(dense, [np.array([stack.expert_bytes for stack in kinds]) for kinds in stacks]),
+        depths=_of_layers(dense, [np.array([stack.depth for stack in kinds]) for kinds in stacks]),
+        steps=_of_layers(dense, [np.stack([stack.steps for stack in kinds]) for kinds in stacks]),
+        gate_biases=_of_layers(dense, [layer.gate.biases for layer in mixtures]),
+        up_biases=_of_layers(dense, [layer.up.biases for layer in mixtures]),
+        down_biases=_of_layers(dense, [layer.down.biases for layer in mixtures]),
         reads_ahead=reads_ahead,
     )
+
+
+def _of_layers(dense: int, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return an array of all layers from those of the mixtures, with zeros for the dense layers before them."""
+    return np.stack([np.zeros_like(arrays[0])] * dense + list(arrays))
 
 
 def _no_experts(routing: Routing, layers: int, hidden: int) -> Experts:
@@ -69,6 +76,7 @@ def _no_experts(routing: Routing, layers: int, hidden: int) -> Experts:
     numbers = np.zeros((layers, 3), np.int64)
     return Experts(
         routing=routing,
+        dense_layers=layers,
         routers=np.zeros((layers, 0, hidden), np.float32),
         router_biases=none,
         selection_biases=none,
@@ -83,7 +91,7 @@ def _no_experts(routing: Routing, layers: int, hidden: int) -> Experts:
     )
 
 
-def _read_float32(file: GgufFile, name: str) -> np.ndarray:
+def read_float32(file: GgufFile, name: str) -> np.ndarray:
     """Return a float32 tensor, a view of the map; its shape has been checked."""
     info = file.tensors[name]
     if info.type_id != F32:
@@ -92,13 +100,13 @@ def _read_float32(file: GgufFile, name: str) -> np.ndarray:
 
 
 def _read_optional(file: GgufFile, name: str) -> np.ndarray:
-    return _read_float32(file, name) if name in file.tensors else np.zeros(0, np.float32)
+    return read_float32(file, name) if name in file.tensors else np.zeros(0, np.float32)
 
 
 def _read_stack(file: GgufFile, name: str) -> ExpertStack:
     """Return the matrices of all experts, with their biases if there are some."""
     info, bias = file.tensors[f"{name}.weight"], f"{name}.bias"
-    biases = _read_float32(file, bias) if bias in file.tensors else _NO_BIASES
+    biases = read_float32(file, bias) if bias in file.tensors else _NO_BIASES
     experts, rows, columns = info.shape
     data = file.raw(info.name)
     if is_trit_type(info.type_id):

@@ -1,4 +1,4 @@
-"""Keys and values of many sequences, in pages that sequences may share.
+"""Keys and values of many sequences, and inputs of convolutions, in pages that sequences may share.
 
 A page holds 256 positions. A sequence's row of the page table names its pages; a page that several sequences or the
 prefix cache hold is counted, and copied before one of them writes to it. Pages are allocated when they are first
@@ -15,7 +15,14 @@ import numpy as np
 
 from cpu_kernels.transformer.aligned import aligned_zeros
 from cpu_kernels.transformer.attention_tile import PANEL
-from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, padded_dimension, page_elements
+from cpu_kernels.transformer.kv_pages import (
+    PAGE,
+    RECENT,
+    KeyValues,
+    padded_dimension,
+    page_elements,
+    recent_start,
+)
 from tritgguf.errors import BadRequestError
 from tritgguf.machine import machine_memory_bytes
 from tritgguf.runtime.config import ModelConfig
@@ -43,9 +50,20 @@ def pages_of(tokens: int) -> int:
 
 def page_bytes(config: ModelConfig, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
     """Return the bytes of a page."""
-    sizes = config.dimensions
     element = CACHE_TYPES[cache_type]
-    return page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim, element) * element.itemsize
+    return _page_elements(config, element) * element.itemsize
+
+
+def _page_elements(config: ModelConfig, element: np.dtype[Any]) -> int:
+    sizes = config.dimensions
+    convolutions = sizes.layers - config.attention_layers
+    return page_elements(config.attention_layers, sizes.kv_heads, sizes.head_dim, element, convolutions * sizes.hidden)
+
+
+def most_cut(config: ModelConfig) -> int | None:
+    """Return how many of its last tokens a sequence can forget and go on; None for all."""
+    convolutions = config.dimensions.convolutions
+    return None if convolutions is None else RECENT - (convolutions.taps - 1)
 
 
 def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
@@ -77,7 +95,7 @@ class KVPool:
         element: [1] of the type of keys and values.
         lengths: int64 [sequences], tokens whose keys and values are stored.
         references: int32 [pages], how many sequences and other owners hold a page; 0 for a free one.
-        states: uint8 [sequences, bytes], a state of fixed size for layers that have one instead of keys and values.
+        most_cut: how many of its last tokens a sequence can always forget and go on; None for all.
 
     """
 
@@ -89,7 +107,6 @@ class KVPool:
         sequences: int,
         context: int,
         cache_type: str = DEFAULT_CACHE_TYPE,
-        state_bytes: int = 0,
     ) -> None:
         """Make room for `pages` pages and `sequences` sequences of at most `context` tokens each.
 
@@ -99,16 +116,21 @@ class KVPool:
             raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
         sizes = config.dimensions
         self.context = context
-        self.layers, self.kv_heads = sizes.layers, sizes.kv_heads
+        self.layers, self.kv_heads = config.attention_layers, sizes.kv_heads
         self.padded_dim = padded_dimension(sizes.head_dim)
         self.element = np.zeros(1, CACHE_TYPES[cache_type])
+        self._slots = config.slots
+        self._recent_start = recent_start(self.layers, sizes.kv_heads, sizes.head_dim, self.element.dtype)
+        self._recent_width = config.projected_columns // 3
+        self.most_cut = most_cut(config)
+        self._needed = 0 if self.most_cut is None else RECENT - self.most_cut  # positions that a convolution sees
         self.table = np.zeros((sequences, pages_of(context)), np.int64)
         self.lengths = np.zeros(sequences, np.int64)
         self.references = np.zeros(pages, np.int32)
-        self.states = np.zeros((sequences, state_bytes), np.uint8)
-        self._elements = page_elements(sizes.layers, sizes.kv_heads, sizes.head_dim, self.element.dtype)
+        self._elements = _page_elements(config, self.element.dtype)
         self._pages = np.full(self.table.shape, _NO_PAGE, np.int32)
         self._held = np.zeros(sequences, np.int64)  # pages of each sequence
+        self._written = np.zeros(pages, np.int64)  # positions of each page that were written, cut off or not
         self._storage: dict[int, np.ndarray] = {}
         self._free_pages = list(range(pages - 1, -1, -1))
         self._free_sequences = list(range(sequences - 1, -1, -1))
@@ -136,17 +158,32 @@ class KVPool:
             raise PoolExhaustedError
         sequence = self._free_sequences.pop()
         self.lengths[sequence] = length
-        self.states[sequence] = 0
         for place, page in enumerate(shared):
             self._hold(sequence, place, page)
         return sequence
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens of a sequence from `length` on."""
-        if not 0 <= length <= self.lengths[sequence]:
+        """Forget the tokens of a sequence from `length` on; ValueError where it cannot go on (see `resumable`)."""
+        if not 0 <= length <= self.lengths[sequence] or self.resumable(self.pages(sequence), length) < length:
             raise ValueError("a sequence can only be cut within what it holds")
         self._drop_pages(sequence, pages_of(length))
         self.lengths[sequence] = length
+
+    def resumable(self, pages: Sequence[int], length: int) -> int:
+        """Return after how many tokens, at most `length`, a sequence can go on that these pages hold.
+
+        Keys and values can be cut anywhere. Of the inputs of convolutions, a page has those of the last positions that
+        were written: so a sequence can be cut within these and at the borders of pages.
+        """
+        if self.most_cut is None or length <= 0:
+            return max(0, length)
+        border = (length - 1) // PAGE * PAGE
+        kept = border + int(self._written[pages[border // PAGE]]) - RECENT
+        return length if max(length - self._needed, border) >= kept else border
+
+    def surely_resumable(self, length: int) -> int:
+        """Return after how many tokens, at most `length`, a sequence can go on whatever follows in its pages."""
+        return length if self.most_cut is None else length // PAGE * PAGE
 
     def free(self, sequence: int) -> None:
         """Forget a sequence."""
@@ -179,6 +216,7 @@ class KVPool:
             self._copy_last_page(sequence)
         for place in range(self._held[sequence], pages_of(int(self.lengths[sequence]) + tokens)):
             self._set(sequence, place, self._take_page())
+        self._note_written(sequence, tokens)
 
     def advance(self, sequence: int, tokens: int) -> None:
         """Note that the keys and values of so many more tokens are stored."""
@@ -206,8 +244,9 @@ class KVPool:
     def key_values(self, rotations: RotationTables) -> KeyValues:
         """Return what the kernels take: addresses, which are valid as long as the pool and the tables are."""
         return KeyValues(
-            self.table, self.element, self.layers, self.kv_heads, self.padded_dim, rotations.cosines, rotations.sines
-        )
+            self.table, self.element, self.layers, self.kv_heads, self.padded_dim, rotations.cosines, rotations.sines,
+            self._slots, self._recent_start, self._recent_width,
+        )  # fmt: skip
 
     def clear_pages(self) -> None:
         """Write zeros to all pages that are in use."""
@@ -234,6 +273,7 @@ class KVPool:
         place, positions = divmod(int(self.lengths[sequence]), PAGE)
         shared, own = int(self._pages[sequence, place]), self._take_page()
         self._copy(shared, own, positions)
+        self._written[own] = self._written[shared]
         self._set(sequence, place, own)
         self.release(shared)
 
@@ -246,7 +286,14 @@ class KVPool:
         for first, shape, count in ((0, keys, panels), (numbers, values, positions)):
             part = slice(first, first + numbers)
             target[part].reshape(shape)[:, :count] = source[part].reshape(shape)[:, :count]
-        target[2 * numbers :] = source[2 * numbers :]
+        target[2 * numbers :] = source[2 * numbers :]  # scales, and inputs of convolutions
+
+    def _note_written(self, sequence: int, tokens: int) -> None:
+        """Note that a sequence is about to write so many more positions."""
+        length = int(self.lengths[sequence])
+        for place in range(length // PAGE, pages_of(length + tokens)):
+            page = self._pages[sequence, place]
+            self._written[page] = max(self._written[page], min(length + tokens - place * PAGE, PAGE))
 
     def _take_page(self) -> int:
         page = self._free_pages[-1]
@@ -254,6 +301,7 @@ class KVPool:
             self._storage[page] = aligned_zeros((self._elements,), self.element.dtype)
         self._free_pages.pop()  # not before: there may be no memory for it
         self.references[page] = 1
+        self._written[page] = 0
         return page
 
     def _hold(self, sequence: int, place: int, page: int) -> None:

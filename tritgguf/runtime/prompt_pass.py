@@ -8,8 +8,10 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import add_and_rms_norm_batch, swiglu_batch
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.kv_pages import KeyValues
+from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Batch
 from cpu_kernels.transformer.rotation import rotate_and_store
+from cpu_kernels.transformer.short_convolution import convolve_tokens
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.expert_pass import ExpertPass
 from tritgguf.runtime.weights import LayerWeights, ModelWeights
@@ -25,11 +27,11 @@ class _Workspace:
         self.residual = np.zeros((tokens, sizes.hidden), np.float32)
         self.hidden = Batch(tokens, sizes.hidden, bits=bits)
         self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
+        self.projected = np.zeros((tokens, config.projected_columns), np.float32)
         self.attended = Batch(tokens, head_columns, bits=bits)
         self.gate_up = np.zeros((tokens, 2 * feed_forward), np.float32)
         self.gated = Batch(tokens, feed_forward, bits=bits)
-        has_shared_expert = config.expert_feed_forward and feed_forward
-        self.shared = np.zeros((tokens if has_shared_expert else 0, sizes.hidden), np.float32)  # its output
+        self.shared = np.zeros((tokens if config.has_shared_expert else 0, sizes.hidden), np.float32)  # its output
 
     def first(self, tokens: int) -> _Workspace:
         """Return the buffers of the first tokens, as views."""
@@ -70,8 +72,10 @@ class PromptPass:
         output_norm = self._weights.layers[0].feed_forward_output_norm  # of nothing: no layer is before the first
         for index, layer in enumerate(self._weights.layers):
             self._advance(thread_pool, space, output_norm, layer.attention_norm)
-            layer.qkv.multiply(space.hidden, space.qkv, thread_pool, exact=self._exact)
-            self._attend(thread_pool, space, layer, index, kv, segments, sequences, positions)
+            if self._config.layer_options.kinds[index] == SHORT_CONVOLUTION:
+                self._convolve(thread_pool, space, layer, index, kv, sequences, positions)
+            else:
+                self._attend(thread_pool, space, layer, index, kv, segments, sequences, positions)
             layer.output.multiply(space.attended, space.residual, thread_pool, exact=self._exact)
             _add(layer.output_bias, space.residual)
             self._advance(thread_pool, space, layer.attention_output_norm, layer.feed_forward_norm)
@@ -100,9 +104,26 @@ class PromptPass:
         positions: np.ndarray,
     ) -> None:
         heads, options = self._config.dimensions.heads, self._config.layer_options
+        layer.qkv.multiply(space.hidden, space.qkv, thread_pool, exact=self._exact)
         bias, norm = layer.qkv_bias, layer.query_key_norm
         thread_pool.run(rotate_and_store, space.qkv, bias, norm, options, index, kv, heads, sequences, positions)
         thread_pool.run(attend, thread_pool.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
+        space.attended.quantize(thread_pool)
+
+    def _convolve(
+        self,
+        thread_pool: ThreadPool,
+        space: _Workspace,
+        layer: LayerWeights,
+        index: int,
+        kv: KeyValues,
+        sequences: np.ndarray,
+        positions: np.ndarray,
+    ) -> None:
+        layer.qkv.multiply(space.hidden, space.projected, thread_pool, exact=self._exact)
+        thread_pool.run(
+            convolve_tokens, layer.convolution, kv, index, space.projected, sequences, positions, space.attended.x
+        )
         space.attended.quantize(thread_pool)
 
     def _feed_forward(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights, index: int) -> None:

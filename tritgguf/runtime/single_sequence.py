@@ -33,8 +33,12 @@ class SingleSequence:
         """How many tokens it has."""
         return int(self.pool.lengths[self._sequence])
 
+    def resumable(self, position: int) -> int:
+        """Return after how many tokens, at most `position`, it can go on; see `KVPool.resumable`."""
+        return self.pool.resumable(self.pool.pages(self._sequence), position)
+
     def truncate(self, position: int) -> None:
-        """Forget the tokens from `position` on; ValueError beyond them."""
+        """Forget the tokens from `position` on; ValueError beyond them, or where it cannot go on."""
         self.pool.truncate(self._sequence, position)
 
     def forward(self, tokens: Sequence[int], *, all_logits: bool = False, generated: bool | None = None) -> np.ndarray:

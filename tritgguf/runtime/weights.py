@@ -6,14 +6,16 @@ import numpy as np
 
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
+from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Matrix, Projection
+from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_header import F16
 from tritgguf.formats.trit_types import TritType, is_trit_type
 from tritgguf.machine import fits_in_memory
 from tritgguf.runtime.config import ModelConfig, read_vector
-from tritgguf.runtime.expert_weights import ExpertWeights, gather_experts
+from tritgguf.runtime.expert_weights import ExpertWeights, gather_experts, read_float32
 
 
 class LayerWeights:
@@ -42,13 +44,18 @@ class LayerWeights:
                 return np.zeros(0, np.float32)
             return read_vector(file, full_name, shapes[full_name][0])
 
-        if config.architecture.fused:
+        convolves = config.layer_options.kinds[index] == SHORT_CONVOLUTION
+        if convolves:
+            self.qkv = Projection(_split(matrix(CONVOLUTION_INPUT), *[sizes.hidden] * 3))
+        elif config.architecture.fused:
             self.qkv = Projection(_split(matrix("attn_qkv"), rows, rows_kv, rows_kv))
         else:
             self.qkv = Projection([matrix("attn_q"), matrix("attn_k"), matrix("attn_v")])
-        self.output = Projection([matrix("attn_output")])
-        self.experts = ExpertWeights(file, index) if config.routing.chosen else None
-        if not feed_forward:
+        self.output = Projection([matrix(CONVOLUTION_OUTPUT if convolves else "attn_output")])
+        self.convolution = _read_convolution(file, config, index)
+        is_mixture = sizes.is_mixture(index)
+        self.experts = ExpertWeights(file, index) if is_mixture else None
+        if is_mixture and not config.has_shared_expert:
             nothing = np.zeros(0, np.uint8)
             self.gate_up = Projection([Matrix(nothing, 0, sizes.hidden, depth=0)] * 2)
             self.down = Projection([Matrix(nothing, sizes.hidden, 0, depth=0)])
@@ -68,15 +75,33 @@ class LayerWeights:
         has_output_norm = config.architecture.feed_forward_norm != "post_attention_norm"
         self.attention_output_norm = norm("post_attention_norm") if has_output_norm else np.zeros(0, np.float32)
         self.feed_forward_output_norm = norm("post_ffw_norm")
-        of_queries, of_keys = norm("attn_q_norm"), norm("attn_k_norm")
-        if not config.layer_options.normalizes_together:
-            of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
-        self.query_key_norm = np.concatenate([of_queries, of_keys])
+        self.query_key_norm = _query_key_norm(norm("attn_q_norm"), norm("attn_k_norm"), config)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All matrices, in the order of the forward pass."""
         return self.qkv, self.output, self.gate_up, self.down
+
+
+def _query_key_norm(of_queries: np.ndarray, of_keys: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Return the norms of all query and key heads; zeros if only other layers have them."""
+    sizes = config.dimensions
+    if not len(of_queries) and "attn_q_norm" in config.architecture.layer_norms():
+        return np.zeros((sizes.heads + sizes.kv_heads) * sizes.head_dim, np.float32)
+    if not config.layer_options.normalizes_together:
+        of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
+    return np.concatenate([of_queries, of_keys])
+
+
+def _read_convolution(file: GgufFile, config: ModelConfig, index: int) -> np.ndarray:
+    """Return the kernel of a layer's convolution, float32 [taps, hidden], last position first; zeros without one."""
+    sizes = config.dimensions
+    if sizes.convolutions is None:
+        return np.zeros((0, 0), np.float32)
+    if index not in sizes.convolutions.layers:
+        return np.zeros((sizes.convolutions.taps, sizes.hidden), np.float32)
+    kernel = read_float32(file, f"blk.{index}.{CONVOLUTION_KERNEL}.weight")
+    return np.ascontiguousarray(kernel.T[::-1])
 
 
 def _split(matrix: Matrix, *rows: int) -> list[Matrix]:
@@ -116,7 +141,7 @@ class ModelWeights:
         experts = [layer.experts for layer in self.layers]
         reads_ahead = not fits_in_memory(file.path.stat().st_size)
         self.experts = gather_experts(config.routing, experts, sizes.hidden, reads_ahead=reads_ahead)
-        self.final_norm = read_vector(file, "output_norm.weight", sizes.hidden)
+        self.final_norm = read_vector(file, f"{config.architecture.final_norm[0]}.weight", sizes.hidden)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         self.head = Projection([_read_matrix(file, head)])
 

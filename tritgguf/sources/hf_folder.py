@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
-from tritgguf.architectures.experts import SHARED_ROUTER
 from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
@@ -185,9 +184,7 @@ def _piece(place: tensor_names.Place, stored: StoredTensor | Mxfp4Tensor) -> Pie
     """Return what a stored tensor has of a GGUF tensor."""
     if isinstance(stored, Mxfp4Tensor):
         return Piece(stored, replace(place.part, transposed=False))
-    if place.name.endswith(f".{SHARED_ROUTER}.weight") and stored.shape[:1] == (1,):
-        stored = replace(stored, shape=stored.shape[1:])  # a vector in GGUF, not a single row
-    return Piece(stored, place.part)
+    return Piece(replace(stored, shape=tensor_names.without_unit_axis(place.name, stored.shape)), place.part)
 
 
 def _check_is_model(folder: Path) -> None:

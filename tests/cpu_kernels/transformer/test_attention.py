@@ -21,7 +21,7 @@ from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.attention_tile import PANEL
-from cpu_kernels.transformer.layer_options import SILU, LayerOptions
+from cpu_kernels.transformer.layer_options import ATTENTION, SILU, LayerOptions
 from cpu_kernels.transformer.rotation import rotate, rotate_and_store
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 8, 40
@@ -50,6 +50,7 @@ def layer_options(
         attention_scale=np.float32(dim**-0.5),
         softcap=np.float32(softcap),
         normalizes_together=together,
+        kinds=np.array([ATTENTION]),
         windows=np.array([window]),
         rotations=np.array([0]),
         sinks=np.array([sinks], np.float32),
@@ -340,7 +341,8 @@ def test_attend_layers(threads: int) -> None:
     qkv = random((HEADS + 2 * KV_HEADS) * DIM)
     out = np.zeros((threads, HEADS * DIM), np.float32)
     one = layer_options(DIM)
-    three = one._replace(windows=np.zeros(3, np.int64), rotations=np.zeros(3, np.int64))
+    of_layers = np.zeros(3, np.int64)
+    three = one._replace(kinds=of_layers, windows=of_layers, rotations=of_layers)
     bias, norms, counter = np.zeros_like(qkv), np.empty((3, 0), np.float32), np.zeros(1, np.int64)
     ThreadPool(threads).run(
         attend_layers, chosen(), layers.key_values(), layers.scratch(HEADS, threads), qkv, bias, norms, three, 10, out,

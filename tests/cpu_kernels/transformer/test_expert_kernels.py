@@ -42,6 +42,7 @@ OPTIONS = LayerOptions(
     attention_scale=np.float32(1),
     softcap=np.float32(0),
     normalizes_together=False,
+    kinds=np.zeros(1, np.int64),
     windows=np.zeros(1, np.int64),
     rotations=np.zeros(1, np.int64),
     sinks=np.zeros((1, 0), np.float32),

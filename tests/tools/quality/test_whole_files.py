@@ -106,6 +106,21 @@ def test_table() -> None:
     assert lines[-1].startswith("| Q5_K_M (on the source's grid) | 112.0 MB | 0.0100 ")
 
 
+def test_the_best_files_of_each_size_are_compared_without_those_on_the_grid() -> None:
+    lines = whole_files.equal_sizes(RESULT).splitlines()
+    assert lines[2:] == [
+        "| 73.0 MB | balanced-d2 | 0.1220 | none |  |  |",
+        "| 88.0 MB | balanced-d2 | 0.1220 | Q2_K | 0.7000 | 0.17 |",
+        "| 97.0 MB | balanced-d3 | 0.0120 | Q2_K | 0.7000 | 0.02 |",
+    ]
+
+
+def test_our_file_of_a_size_has_depths_chosen_for_it(made: whole_files.WholeFiles, tmp_path: Path) -> None:
+    whole = made.row("balanced-d4").file_bytes
+    row = made.row(f"size-{0.9 * whole / 1e6}")
+    assert 0.6 * whole < row.file_bytes <= 0.9 * whole
+
+
 def test_chart() -> None:
     root = ElementTree.fromstring(whole_files.draw(RESULT))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
