@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo test check fetch referee fuzz clean
+.PHONY: demo test check kernels fetch referee fuzz clean
 
 # Calibrating on 4,096 tokens takes most of the time; the default of 16,384 is better.
 demo: fetch
@@ -13,7 +13,10 @@ demo: fetch
 	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d2-calibrated.gguf --depth 2 --encoder calibrated --tokens 4096 --overwrite
 	$(BIN)/python -m tools.quality.demo $(MODEL) build/smollm2-135m-d3-calibrated.gguf build/smollm2-135m-d2-calibrated.gguf
 
-test: check fetch
+# The kernels are compiled while mypy, which has one thread, checks the types.
+test: .venv/stamp
+	$(MAKE) --no-print-directory -j 2 check kernels
+	$(MAKE) --no-print-directory fetch
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/stamp
@@ -21,6 +24,9 @@ check: .venv/stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+kernels: .venv/stamp
+	@$(BIN)/python tests/support/compile_kernels.py
 
 fetch: .venv/stamp
 	$(BIN)/python -m tools.models.fetch_model smollm2

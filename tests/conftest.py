@@ -72,13 +72,6 @@ LONGEST = (
 )
 
 
-_COMPILE = """
-import contextlib
-from cpu_kernels.precompile import precompile
-precompile(None, lambda: contextlib.nullcontext(lambda done, total: None))
-"""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Share the processors among the workers of pytest-xdist; compile the kernels meanwhile.
 
@@ -89,7 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if hasattr(os, "sched_setaffinity") and (share := sorted(os.sched_getaffinity(0))[int(number) :: int(workers)]):
             os.sched_setaffinity(0, share)
     elif config.getoption("numprocesses", None):
-        command, silent = [sys.executable, "-c", _COMPILE], subprocess.DEVNULL
+        program, silent = Path(__file__).parent / "support" / "compile_kernels.py", subprocess.DEVNULL
+        command = [sys.executable, str(program)]
         compiling = subprocess.Popen(command, cwd=config.rootpath, stdin=silent, stdout=silent, stderr=silent)
         config.add_cleanup(compiling.kill)
 

@@ -20,7 +20,7 @@ from cpu_kernels.transformer.attention import (
     sink_weight,
 )
 from cpu_kernels.transformer.attention_tile import PANEL, largest_of, powers_of_two
-from cpu_kernels.transformer.kv_pages import PAGE, padded_dimension, store_head
+from cpu_kernels.transformer.kv_pages import PAGE, keys_address, padded_dimension, store_head
 from cpu_kernels.transformer.rotation import joint_inverse_rms, normalize_and_rotate_head
 
 MAX_SPLITS = 16  # largest number of splits of one token's attention
@@ -127,9 +127,13 @@ def attend_units(
         if stores and split == splits - 1:
             store_key_value(kv, scratch, layer, qkv, bias, norm, options, sequence, position, kv_head, thread)
         begin = base + split * length
+        next_keys = 0
+        if unit + 1 < last:
+            next_begin = base + (unit + 1) % splits * length
+            next_keys = keys_address(kv, sequence, layer, (unit + 1) // splits, next_begin)
         attend_rows(
             isa, queries[:group], group, kv, sequence, layer, kv_head, begin, lowest,
-            min(position, begin + length - 1), softcap, scores, scratch.sums[token, kv_head, split],
+            min(position, begin + length - 1), next_keys, softcap, scores, scratch.sums[token, kv_head, split],
             scratch.largest[token, kv_head, split], scratch.totals[token, kv_head, split],
         )  # fmt: skip
 

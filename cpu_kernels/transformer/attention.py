@@ -29,6 +29,7 @@ from cpu_kernels.transformer.kv_pages import PAGE, keys_address, scales_address,
 MAX_ROWS = 8  # the largest result of `max_rows`
 LOG2_E = 1.4426950408889634
 _QUERIES_AT_ONCE = 96  # queries of a prompt in one pass over the pages: a multiple of `max_rows`
+_PREFETCH_BYTES = 4096  # how far ahead within a page
 _ALL_POSITIONS = -(1 << 62)  # the lowest visible position without a window
 FIRST_ROW, ROWS, SEQUENCE, POSITION = range(4)  # columns of the segments of a prompt
 
@@ -56,16 +57,23 @@ def _softmax_weights(isa, scores, r, low, valid, padded, softcap, row, sums, lar
 
 @numba.njit(cache=True)
 def _attend_tile(
-    isa, queries, row, rows, per_token, kv, page, keys, values, tile, end, lowest, position, softcap, scores, sums,
-    largest, totals,
+    isa, queries, row, rows, per_token, kv, page, keys, values, next_keys, tile, end, lowest, position, softcap,
+    scores, sums, largest, totals,
 ):  # fmt: skip
-    """Compute attention of `rows` queries from `row` over positions `tile` to before `end`; see `attend_rows`."""
-    dim, size, columns = queries.shape[1], kv.element.itemsize, product_columns(len(isa))
+    """Compute attention of `rows` queries from `row` over positions `tile` to before `end`; see `attend_rows`.
+
+    With the keys of a whole page its values are prefetched, and with these the keys from `next_keys` on; in a part of a
+    page, what is a bit ahead.
+    """
+    dim, size, columns = queries.shape[1], kv.element.itemsize, product_columns(len(isa), rows)
     end = min(end, position + (row + rows - 1) // per_token + 1)
     count = end - tile
     if count <= 0 or lowest + row // per_token >= end:
         return
     padded = -(-count // PANEL) * PANEL
+    after_keys, after_values = _PREFETCH_BYTES, _PREFETCH_BYTES
+    if count == PAGE:
+        after_keys, after_values = values - keys, next_keys - values
     tile_keys = keys + tile % PAGE * dim * size
     tile_values = values + tile % PAGE * PANEL * size
     scores_at, queries_at, sums_at = scores.ctypes.data, queries[row].ctypes.data, sums[row].ctypes.data
@@ -76,7 +84,9 @@ def _attend_tile(
         panel = tile_keys + c // PANEL * PANEL * dim * size
         scales = scales_address(kv, page, panel) + c % PANEL * SCALE_BYTES
         panel += c % PANEL * size
-        multiply_keys(isa, kv.element, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * PAGE, scales)
+        multiply_keys(
+            isa, kv.element, rows, queries_at, 4 * dim, panel, dim, scores_at + 4 * c, 4 * PAGE, scales, after_keys
+        )
     for r in range(rows):
         low = max(0, lowest + (row + r) // per_token - tile)
         valid = min(count, position + (row + r) // per_token + 1 - tile)
@@ -89,13 +99,16 @@ def _attend_tile(
         panel = tile_values + c // PANEL * PAGE * PANEL * size
         scales = scales_address(kv, page, panel)
         panel += c % PANEL * size
-        multiply_values(isa, kv.element, rows, scores_at, 4 * PAGE, panel, count, sums_at + 4 * c, 4 * dim, scales)
+        multiply_values(
+            isa, kv.element, rows, scores_at, 4 * PAGE, panel, count, sums_at + 4 * c, 4 * dim, scales, after_values
+        )
 
 
 @numba.njit(cache=True)
 def attend_rows(
-    isa, queries, per_token, kv, sequence, layer, head, first, lowest, position, softcap, scores, sums, largest, totals
-):
+    isa, queries, per_token, kv, sequence, layer, head, first, lowest, position, next_keys, softcap, scores, sums,
+    largest, totals,
+):  # fmt: skip
     """Compute attention of queries that share a KV head.
 
     Args:
@@ -106,6 +119,7 @@ def attend_rows(
         sequence, layer, head: which keys and values.
         first: the position to start at: a multiple of 32, at or before max(0, lowest).
         lowest, position: the lowest and the last position that the first token sees.
+        next_keys: address of the keys that are read after these, to be prefetched; 0 for none.
         softcap: float32, multiplied with log2(e); see `LayerOptions`.
         scores: float32 [MAX_ROWS, PAGE], scratch.
         sums: float32 [rows, padded_dim], out: sums of values with weights 2**(score - largest).
@@ -122,10 +136,13 @@ def attend_rows(
         page = kv.table[sequence, tile // PAGE]
         keys = keys_address(kv, sequence, layer, head, tile)
         values = values_address(kv, sequence, layer, head, tile)
+        following = keys if next_keys == 0 else next_keys
+        if end <= last:
+            following = keys_address(kv, sequence, layer, head, end)
         for row in range(0, rows, step):
             _attend_tile(
-                isa, queries, row, min(step, rows - row), per_token, kv, page, keys, values, tile, end, lowest,
-                position, softcap, scores, sums, largest, totals,
+                isa, queries, row, min(step, rows - row), per_token, kv, page, keys, values, following, tile, end,
+                lowest, position, softcap, scores, sums, largest, totals,
             )  # fmt: skip
         tile = end
 
@@ -189,7 +206,7 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
             position = segments[s, POSITION] + before
             attend_rows(
                 isa, queries[:rows], group, kv, segments[s, SEQUENCE], layer, kv_head, first_position(position, window),
-                lowest_position(position, window), position, softcap, scores, sums[:rows], largest[:rows],
+                lowest_position(position, window), position, 0, softcap, scores, sums[:rows], largest[:rows],
                 totals[:rows],
             )  # fmt: skip
             for r in range(rows):

@@ -17,7 +17,7 @@ PANEL = 32  # contiguous columns in the cache: positions of keys, dimensions of 
 SCALE_BYTES = 2  # float16
 LARGEST_HALF = 65504.0
 _CACHE_LINE = 64
-_PREFETCH_BYTES = 4096  # how far ahead
+_FEW_ROWS = 3  # of AVX2: so many rows of a whole panel have their sums in registers
 
 
 @register_jitable
@@ -27,9 +27,9 @@ def max_rows(isa: int) -> int:
 
 
 @register_jitable
-def product_columns(isa: int) -> int:
-    """Return how many columns a product computes at once."""
-    return PANEL if isa >= AVX512_NO_VNNI else PANEL // 2
+def product_columns(isa: int, rows: int) -> int:
+    """Return how many columns a product of `rows` rows computes at once: as many as have their sums in registers."""
+    return PANEL if isa >= AVX512_NO_VNNI or (isa in (AVX2, AVX2_VNNI) and rows <= _FEW_ROWS) else PANEL // 2
 
 
 def lanes_of(isa: int) -> int:
@@ -37,66 +37,129 @@ def lanes_of(isa: int) -> int:
     return 8 if isa in (AVX2, AVX2_VNNI) else 16
 
 
-def emit_product(vectors: Vectors, element: ir.Type, rows: int, left, right, inner, out, scales, of_keys: bool) -> None:
-    """Emit out[rows, columns] += left[rows, inner] * right[inner, columns].
+class Product:
+    """Emits out[rows, columns] += left[rows, inner] * right[inner, columns] for a constant number of rows."""
 
-    Args:
-        vectors, rows: where to emit, and for how many rows, a constant.
-        element: the element type of `right`: HALF, FLOAT, or I8 with scales.
-        left, out: float32 matrices, as the address of the first element and the row stride in bytes, i64 each.
-        right: address of the first element, i64; a row has PANEL elements.
-        inner: the inner dimension, i64; a multiple of 32 for keys.
-        scales: of I8, their address, i64: for keys one of each column and 32 rows of `right`, for values of each row.
-        of_keys: whether `right` are keys.
+    def __init__(self, vectors: Vectors, element: ir.Type, rows: int, left, right, out, ahead) -> None:
+        """Emit into `vectors`.
 
-    """
-    builder, isa = vectors.builder, vectors.isa
-    lanes, columns = lanes_of(isa), product_columns(isa)
-    parts = range(0, columns, lanes)
-    element_bytes, floats = {I8: 1, HALF: 2, FLOAT: 4}[element], vector(FLOAT, lanes)
+        Args:
+            vectors: where to emit.
+            element: the element type of `right`: HALF, FLOAT, or I8 with scales.
+            rows: the number of rows, a constant.
+            left, out: float32 matrices, as the address of the first element and the row stride in bytes, i64 each.
+            right: address of the first element, i64; a row has PANEL elements.
+            ahead: how many bytes behind each row of `right` to prefetch, i64.
 
-    def row_address(matrix, index):
-        return builder.add(matrix[0], builder.mul(index, matrix[1]))
+        """
+        self.vectors, self.builder, self.element = vectors, vectors.builder, element
+        self.lanes, self.columns = lanes_of(vectors.isa), product_columns(vectors.isa, rows)
+        self.floats = vector(FLOAT, self.lanes)
+        self.right, self.ahead = right, ahead
+        self.left, self.out = ([self._row(matrix, I64(row)) for row in range(rows)] for matrix in (left, out))
+        self.parts = range(0, self.columns, self.lanes)
+        self.sums = [[cgutils.alloca_once(self.builder, self.floats) for _ in self.parts] for _ in range(rows)]
 
-    rows_of_left = [row_address(left, I64(row)) for row in range(rows)]
-    rows_of_out = [row_address(out, I64(row)) for row in range(rows)]
-    sums = [[cgutils.alloca_once(builder, vector(FLOAT, lanes)) for _ in parts] for _ in range(rows)]
-    for address, row_sums in zip(rows_of_out, sums, strict=True):
-        for first, total in zip(parts, row_sums, strict=True):
-            builder.store(vectors.load(address, FLOAT, lanes, 4 * first), total)
+    def _row(self, matrix, index):
+        return self.builder.add(matrix[0], self.builder.mul(index, matrix[1]))
 
-    def add_row(index, scale_of_columns) -> None:
-        row_of_right = row_address((right, I64(PANEL * element_bytes)), index)
-        for offset in range(0, columns * element_bytes, _CACHE_LINE):
-            vectors.prefetch(row_of_right, _PREFETCH_BYTES + offset, into_first_level=False)
-        factors = []
-        for first, scale in zip(parts, scale_of_columns, strict=True):
-            factor = vectors.load(row_of_right, element, lanes, element_bytes * first)
-            if element is I8:
-                factor = builder.fmul(builder.sitofp(factor, floats), scale)
-            factors.append(builder.fpext(factor, floats) if element is HALF else factor)
-        for address, row_sums in zip(rows_of_left, sums, strict=True):
-            one = vectors.splat(builder.add(address, builder.mul(index, I64(4))), FLOAT, lanes)
-            for factor, total in zip(factors, row_sums, strict=True):
-                builder.store(vectors.multiply_add(one, factor, builder.load(total)), total)
+    def _places(self):
+        """Return the address and offset in `out` of each sum, and the sum's part and variable."""
+        for address, of_row in zip(self.out, self.sums, strict=True):
+            for part, (first, total) in enumerate(zip(self.parts, of_row, strict=True)):
+                yield address, 4 * first, part, total
 
-    if element is I8 and of_keys:
+    def _load_sums(self) -> None:
+        for address, offset, _, total in self._places():
+            self.builder.store(self.vectors.load(address, FLOAT, self.lanes, offset), total)
+
+    def _store_sums(self) -> None:
+        for address, offset, _, total in self._places():
+            self.vectors.store(self.builder.load(total), address, offset)
+
+    def _add_row(self, index, left) -> None:
+        """Add row `index` of `right`, times one number of each row of `left`, whose addresses are given."""
+        element_bytes = {I8: 1, HALF: 2, FLOAT: 4}[self.element]
+        row = self._row((self.right, I64(PANEL * element_bytes)), index)
+        for offset in range(0, self.columns * element_bytes, _CACHE_LINE):
+            self.vectors.prefetch(self.builder.add(row, self.ahead), offset, into_first_level=False)
+        ones: dict[int, ir.Value] = {}
+        factors: dict[int, ir.Value] = {}
+        products = [(k, part) for k in range(len(left)) for part in range(len(self.parts))]
+        if len(left) < len(self.parts):  # in registers are the fewer, and one of the others
+            products.sort(key=lambda product: product[1])
+        for k, part in products:
+            if k not in ones:
+                ones[k] = self.vectors.splat(left[k], FLOAT, self.lanes)
+            if part not in factors:
+                factors[part] = self._widened(row, element_bytes * self.parts[part])
+            total = self.sums[k][part]
+            self.builder.store(self.vectors.multiply_add(ones[k], factors[part], self.builder.load(total)), total)
+
+    def _widened(self, row, offset: int):
+        numbers = self.vectors.load(row, self.element, self.lanes, offset)
+        if self.element is FLOAT:
+            return numbers
+        return (self.builder.sitofp if self.element is I8 else self.builder.fpext)(numbers, self.floats)
+
+    def _left(self, index):
+        return [self._row((address, I64(4)), index) for address in self.left]
+
+    def emit(self, inner) -> None:
+        """Emit the product with floating-point numbers; `inner` is i64."""
+        self._load_sums()
+        with cgutils.for_range(self.builder, inner) as loop:
+            self._add_row(loop.index, self._left(loop.index))
+        self._store_sums()
+
+    def emit_scaled_keys(self, inner, scales) -> None:
+        """Emit the product with int8 keys: for 32 dimensions at a time the sums, multiplied with the positions' scales.
+
+        Args:
+            inner: the number of dimensions, i64, a multiple of 32.
+            scales: address of float16 [inner / 32, PANEL], i64.
+
+        """
+        builder, vectors = self.builder, self.vectors
         with cgutils.for_range(builder, builder.lshr(inner, I64(5))) as block:
-            of_block = row_address((scales, I64(PANEL * SCALE_BYTES)), block.index)
-            halves = [vectors.load(of_block, HALF, lanes, SCALE_BYTES * first) for first in parts]
-            of_columns = [builder.fpext(half, floats) for half in halves]
+            for *_, total in self._places():
+                builder.store(vectors.constant(FLOAT, 0.0, self.lanes), total)
             with cgutils.for_range(builder, I64(PANEL)) as loop:
-                add_row(builder.add(builder.mul(block.index, I64(PANEL)), loop.index), of_columns)
-    else:
-        with cgutils.for_range(builder, inner) as loop:
-            scale = None
-            if element is I8:
-                of_row = row_address((scales, I64(SCALE_BYTES)), loop.index)
-                scale = builder.fpext(vectors.splat(of_row, HALF, lanes), floats)
-            add_row(loop.index, [scale] * len(parts))
-    for address, row_sums in zip(rows_of_out, sums, strict=True):
-        for first, total in zip(parts, row_sums, strict=True):
-            vectors.store(builder.load(total), address, 4 * first)
+                index = builder.add(builder.shl(block.index, I64(5)), loop.index)
+                self._add_row(index, self._left(index))
+            of_block = self._row((scales, I64(PANEL * SCALE_BYTES)), block.index)
+            halves = [vectors.load(of_block, HALF, self.lanes, SCALE_BYTES * first) for first in self.parts]
+            of_positions = [builder.fpext(half, self.floats) for half in halves]
+            for address, offset, part, total in self._places():
+                before = vectors.load(address, FLOAT, self.lanes, offset)
+                after = vectors.multiply_add(builder.load(total), of_positions[part], before)
+                vectors.store(after, address, offset)
+
+    def emit_scaled_values(self, inner, scales) -> None:
+        """Emit the product with int8 values, whose scales are multiplied with the weights, 32 positions at a time.
+
+        Args:
+            inner: the number of positions, i64. `left` and the scales are read up to the next multiple of 32.
+            scales: address of float16 [inner], i64.
+
+        """
+        builder, vectors, lanes = self.builder, self.vectors, PANEL
+        scaled = [cgutils.alloca_once(builder, vector(FLOAT, lanes)) for _ in self.left]
+        addresses = [builder.ptrtoint(weights, I64) for weights in scaled]
+        self._load_sums()
+        blocks = builder.lshr(builder.add(inner, I64(lanes - 1)), I64(5))
+        with cgutils.for_range(builder, blocks) as block:
+            start = builder.shl(block.index, I64(5))
+            of_block = vectors.load(self._row((scales, I64(SCALE_BYTES)), start), HALF, lanes)
+            scale = builder.fpext(of_block, vector(FLOAT, lanes))
+            for address, weights in zip(self._left(start), scaled, strict=True):
+                builder.store(builder.fmul(vectors.load(address, FLOAT, lanes), scale), weights)
+            left = builder.sub(inner, start)
+            count = builder.select(builder.icmp_signed("<", left, I64(lanes)), left, I64(lanes))
+            with cgutils.for_range(builder, count) as loop:
+                weights = [self._row((address, I64(4)), loop.index) for address in addresses]
+                self._add_row(builder.add(start, loop.index), weights)
+        self._store_sums()
 
 
 def stored_element(array: types.Array) -> ir.Type:
@@ -105,20 +168,24 @@ def stored_element(array: types.Array) -> ir.Type:
 
 
 def _product(cached: types.Array, of_keys: bool):
-    """Return the generator of `emit_product` for 1 to `max_rows` rows."""
+    """Return the generator of a product for 1 to `max_rows` rows."""
 
     def generate(context, builder, signature, arguments):
-        rows, left, left_stride, right, inner, out, out_stride, scales = arguments[2:]
-        vectors = Vectors(builder, signature.args[0].count)
+        rows, left, left_stride, right, inner, out, out_stride, scales, ahead = arguments[2:]
+        vectors, element = Vectors(builder, signature.args[0].count), stored_element(cached)
         done = builder.append_basic_block("done")
         choice = builder.switch(rows, done)
         for count in range(1, max_rows(vectors.isa) + 1):
             block = builder.append_basic_block(f"rows{count}")
             choice.add_case(I64(count), block)
             builder.position_at_end(block)
-            element = stored_element(cached)
-            matrices = (left, left_stride), right, inner, (out, out_stride)
-            emit_product(vectors, element, count, *matrices, scales, of_keys)
+            product = Product(vectors, element, count, (left, left_stride), right, (out, out_stride), ahead)
+            if element is not I8:
+                product.emit(inner)
+            elif of_keys:
+                product.emit_scaled_keys(inner, scales)
+            else:
+                product.emit_scaled_values(inner, scales)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -127,15 +194,15 @@ def _product(cached: types.Array, of_keys: bool):
 
 
 @intrinsic
-def multiply_keys(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride, scales):
-    """Emit `emit_product` with keys; `cached` is an array with the element type of `right`."""
-    return types.void(isa, cached, *[types.intp] * 8), _product(cached, True)
+def multiply_keys(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride, scales, ahead):
+    """Emit a product with keys, see `Product`; `cached` is an array with the element type of `right`."""
+    return types.void(isa, cached, *[types.intp] * 9), _product(cached, True)
 
 
 @intrinsic
-def multiply_values(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride, scales):
-    """Emit `emit_product` with values; `cached` is an array with the element type of `right`."""
-    return types.void(isa, cached, *[types.intp] * 8), _product(cached, False)
+def multiply_values(typing_context, isa, cached, rows, left, left_stride, right, inner, out, out_stride, scales, ahead):
+    """Emit a product with values, see `Product`; `cached` is an array with the element type of `right`."""
+    return types.void(isa, cached, *[types.intp] * 9), _product(cached, False)
 
 
 @intrinsic

@@ -16,7 +16,7 @@ from cpu_kernels.simd.variants import PORTABLE
 from cpu_kernels.simd.vectors import FLOAT, HALF, Vectors
 from cpu_kernels.transformer.attention_tile import (
     PANEL,
-    emit_product,
+    Product,
     largest_of,
     max_rows,
     multiply_keys,
@@ -33,7 +33,7 @@ Variant = tuple[int, ...]
 def product(isa: Variant, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
     multiply_values(
         isa, right, len(left), left.ctypes.data, left.strides[0], right.ctypes.data, left.shape[1], out.ctypes.data,
-        out.strides[0], 0,
+        out.strides[0], 0, 0,
     )  # fmt: skip
 
 
@@ -45,11 +45,11 @@ def scaled_product(
     to, to_stride = out.ctypes.data, out.strides[0]
     if of_keys:
         multiply_keys(
-            isa, right, len(left), address, stride, right.ctypes.data, inner, to, to_stride, scales.ctypes.data
+            isa, right, len(left), address, stride, right.ctypes.data, inner, to, to_stride, scales.ctypes.data, 0
         )
     else:
         multiply_values(
-            isa, right, len(left), address, stride, right.ctypes.data, inner, to, to_stride, scales.ctypes.data
+            isa, right, len(left), address, stride, right.ctypes.data, inner, to, to_stride, scales.ctypes.data, 0
         )
 
 
@@ -77,26 +77,28 @@ def test_products(variant: str, dtype: type, inner: int) -> None:
         generator = np.random.default_rng((rows, inner))
         left = generator.standard_normal((rows, inner)).astype(np.float32)
         right: np.ndarray = generator.standard_normal((inner, PANEL)).astype(dtype)
-        out = generator.standard_normal((rows, product_columns(len(isa)) + 3)).astype(np.float32)
+        out = generator.standard_normal((rows, product_columns(len(isa), rows) + 3)).astype(np.float32)
         expected = out.astype(np.float64)
-        expected[:, :-3] += left.astype(np.float64) @ right[:, : product_columns(len(isa))].astype(np.float64)
+        expected[:, :-3] += left.astype(np.float64) @ right[:, : product_columns(len(isa), rows)].astype(np.float64)
         product(isa, left, right.view(np.uint16) if dtype is np.float16 else right, out)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("of_keys", "inner"), [(True, 32), (True, 96), (False, 1), (False, 33)])
 def test_products_with_scales(variant: str, of_keys: bool, inner: int) -> None:
-    """Keys have a scale for a column and 32 rows, values one for a row."""
-    isa, generator = chosen(), np.random.default_rng(inner)
+    """Keys have a scale for a column and 32 rows, values one for a row; what is behind values is not used."""
+    isa, generator, behind = chosen(), np.random.default_rng(inner), -inner % 32
     right = generator.integers(-127, 128, (inner, PANEL)).astype(np.int8)
     scales = generator.random((inner // 32, PANEL) if of_keys else inner).astype(np.float16)
     numbers = right * (np.repeat(scales, 32, axis=0) if of_keys else scales[:, np.newaxis]).astype(np.float64)
     for rows in range(1, max_rows(len(isa)) + 1):
         left = generator.standard_normal((rows, inner)).astype(np.float32)
-        out = generator.standard_normal((rows, product_columns(len(isa)) + 3)).astype(np.float32)
+        out = generator.standard_normal((rows, product_columns(len(isa), rows) + 3)).astype(np.float32)
         expected = out.astype(np.float64)
-        expected[:, :-3] += left.astype(np.float64) @ numbers[:, : product_columns(len(isa))]
-        scaled_product(isa, left, right, scales.view(np.uint16), out, of_keys)
+        expected[:, :-3] += left.astype(np.float64) @ numbers[:, : product_columns(len(isa), rows)]
+        padded = np.pad(left, [(0, 0), (0, behind)], constant_values=np.nan)[:, :inner]
+        padded_scales = np.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, behind)], constant_values=np.nan)
+        scaled_product(isa, padded, right, padded_scales.view(np.uint16), out, of_keys)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-3)
 
 
@@ -176,7 +178,7 @@ def test_portable_is_vector_code_on_arm(element: ir.Type | None) -> None:
         if element is None:
             vectors.store(vectors.power_of_two(vectors.load(left, FLOAT, PANEL)), out[0])
         else:
-            emit_product(vectors, element, 6, (left, stride), right, inner, out, None, False)
+            Product(vectors, element, 6, (left, stride), right, out, inner).emit(inner)
 
     found = Counter(re.findall(r"^\t(\w+)\t", arm_assembly(emit, 6), re.MULTILINE))
     assert found["bl"] == 0  # no library calls
@@ -186,5 +188,5 @@ def test_portable_is_vector_code_on_arm(element: ir.Type | None) -> None:
         assert found["frintx"] == PANEL // 4
     else:
         # Six rows of 16 columns; the columns are widened once.
-        assert found["fmla"] >= 6 * product_columns(PORTABLE) // 4
-        assert found["fcvtl"] + found["fcvtl2"] == (product_columns(PORTABLE) // 4 if element is HALF else 0)
+        assert found["fmla"] >= 6 * product_columns(PORTABLE, 6) // 4
+        assert found["fcvtl"] + found["fcvtl2"] == (product_columns(PORTABLE, 6) // 4 if element is HALF else 0)
