@@ -95,9 +95,10 @@ def test_an_expert_without_tokens_falls_back_and_is_counted(model: Path, tmp_pat
             )
 
 
-def test_experts_are_not_tuned(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder", ["tuned", "tuned-end-to-end"])
+def test_experts_are_not_tuned(model: Path, tmp_path: Path, encoder: str) -> None:
     with pytest.raises(TritGgufError, match="experts of a mixture cannot be tuned"):
-        convert(model, tmp_path / "out.gguf", encoder="tuned", windows=WINDOWS, threads=1)
+        convert(model, tmp_path / "out.gguf", encoder=encoder, windows=WINDOWS, threads=1)
     assert list(tmp_path.iterdir()) == []
 
 

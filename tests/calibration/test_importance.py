@@ -217,6 +217,10 @@ def test_length_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("arguments", "encoder"),
     [
         (["--tune"], "tuned"),
+        (["--tune", "blocks"], "tuned"),
+        (["--tune", "end-to-end"], "tuned-end-to-end"),
+        (["--tune=both"], "tuned-both"),
+        (["--tune", "end-to-end", "--encoder", "recover+calibrated"], "recover+tuned-end-to-end"),
         (["--tune", "--encoder", "calibrated"], "tuned"),
         (["--encoder", "tuned"], "tuned"),
         (["--tune", "--encoder", "recover+calibrated"], "recover+tuned"),
@@ -238,6 +242,12 @@ def test_the_option_tune_names_an_encoder(
     assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--text", str(text), *arguments]) == 1
     assert seen[0][0] == encoder
     assert seen[0][1] > 1
+
+
+def test_what_cannot_be_tuned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune=all"]) == 1
+    assert "--tune all does not exist; choose from blocks, end-to-end, both" in capsys.readouterr().err
 
 
 def test_tuning_needs_an_encoder_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ from tritgguf.formats.gguf_file import GgufFile
 
 WINDOWS = np.random.default_rng(0).integers(3, 400, (4, 64)).tolist()
 IMPORTANCE = {"blk.0.attn_q.weight": np.linspace(0, 1, 128, dtype=np.float32)}
-QUANTIZERS = ["v2", "best", "imatrix", "calibrated", "tuned"]
+TEXT_ENCODERS = ["calibrated", "tuned-end-to-end", "tuned-both", "tuned"]
+QUANTIZERS = ["v2", "best", "imatrix", *TEXT_ENCODERS]
 
 
 def test_names() -> None:
@@ -52,7 +53,7 @@ def test_unknown_names(name: str, tmp_path: Path) -> None:
 
 def test_which_encoders_need_a_text() -> None:
     need = [name for name in encoder_names() if parse_encoder(name).needs_text]
-    assert need == ["recover+calibrated", "recover+tuned", "calibrated", "tuned"]
+    assert need == [f"{first}{second}" for first in ("recover+", "") for second in TEXT_ENCODERS]
     assert not Recover(Calibrated(WINDOWS)).needs_text
 
 

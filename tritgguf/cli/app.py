@@ -30,7 +30,7 @@ from tritgguf.cli.evaluate import evaluate_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
-from tritgguf.cli.options import UsageError
+from tritgguf.cli.options import UsageError, complete
 from tritgguf.cli.publish import PublishCommand, publish_command
 from tritgguf.cli.pull import pull_command
 from tritgguf.cli.rm import rm_command
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 after an error; 2 if the command line is wrong; 130 after Ctrl-C; 141 if the reader of the output has gone.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = complete(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a model's text

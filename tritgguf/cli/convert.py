@@ -41,7 +41,7 @@ from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
     from tritgguf.conversion.depths import DepthOptions
-    from tritgguf.conversion.encoders import Encoder
+    from tritgguf.conversion.encoders import Encoder, Windows
     from tritgguf.conversion.report import ConvertReport
 
 
@@ -111,6 +111,16 @@ def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, thre
     return default.encoder
 
 
+def _announce_training(source: str, encoder: Encoder, windows: Windows | None, threads: int | None) -> None:
+    """Say how long end-to-end training will take, if the encoder does that."""
+    from tritgguf.conversion.default_encoder import training_note
+    from tritgguf.conversion.encoders import Calibrated
+    from tritgguf.sources.open import open_source
+
+    if isinstance(encoder, Calibrated) and encoder.end_to_end is not None:
+        note(training_note(open_source(source), encoder.end_to_end, windows or (), threads))
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -128,7 +138,7 @@ def convert_command(
     own_text: OwnText = False,
     tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
-    tune: Tune = False,
+    tune: Tune = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -147,27 +157,22 @@ def convert_command(
 
     target = check_output(output, overwrite, [source, text, imatrix], resume=resume)
     choice = DepthChoice(() if keep is None else tuple(parse_rules(keep)), target_bpw, sensitivity, target_size)
-    chosen = with_tuning(parse_encoder(encoder)) if tune else parse_encoder(encoder)
+    chosen = parse_encoder(encoder) if tune is None else with_tuning(parse_encoder(encoder), tune)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
     settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
     settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
     started = time.perf_counter()
-    if encoder == "auto" and not tune and imatrix is None and not text_options.is_given and not choice.needs_text:
+    if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
+        _announce_training(source, chosen, settings["windows"], threads)
         with terminal.progress(in_bytes=True) as report:
-            result = convert(
-                source,
-                output,
-                **depths,
-                encoder=chosen,
-                **settings,
-                progress=lambda state: report(state.tensor, state.bytes_done, state.bytes_total),
-            )
+            settings["progress"] = lambda state: report(state.tensor, state.bytes_done, state.bytes_total)
+            result = convert(source, output, **depths, encoder=chosen, **settings)
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(result.as_dict()) if as_json else print_conversion(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,17 @@ class UsageError(TritGgufError):
 def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
     """Return an option whose help shows N, TEXT or FILE instead of the name of a type."""
     return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
+def complete(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of the command line with the value of a `--tune` that has none."""
+    found = list(arguments)
+    if found[:1] != ["convert"]:
+        return found
+    for index, argument in enumerate(found):
+        if argument == "--tune" and (found[index + 1 : index + 2] or ["-"])[0] not in ("blocks", "end-to-end", "both"):
+            found[index] = "--tune=blocks"
+    return found
 
 
 SourceModel = Annotated[
@@ -188,8 +200,8 @@ EncoderName = Annotated[
         "--encoder",
         metavar="NAME",
         help="v2: the published codec; best: search all scales; imatrix: search weighted by importance; calibrated:"
-        " error feedback on a calibration text; tuned: also train on the text; recover: recover dequantized trits"
-        " exactly; recover+v2: v2 for matrices without an exact fit.",
+        " error feedback on a calibration text; tuned, tuned-end-to-end, tuned-both: see --tune; recover: recover"
+        " dequantized trits exactly; recover+v2: v2 for matrices without an exact fit.",
         show_default="recover if the source holds dequantized trits, calibrated at 1 and 2 trits, otherwise best",
     ),
 ]
@@ -235,7 +247,13 @@ Sensitivity = Annotated[
     option("--sensitivity", help="Remove a trit from matrices whose error in the block's output stays below N."),
 ]
 Tune = Annotated[
-    bool, typer.Option("--tune", help="Also train every block on the text; much slower, worthwhile at depths 1 and 2.")
+    str | None,
+    option(
+        "--tune",
+        metavar="[WHAT]",
+        help="Also train on the text; much slower, worthwhile at depths 1 and 2. WHAT is blocks (each on its own; the"
+        " meaning of --tune alone), end-to-end (the whole model, on its predictions), or both, one after the other.",
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Resume an interrupted run of the same command, if there is one.")

@@ -15,6 +15,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import (
     Automatic,
+    Calibrated,
     Encoder,
     EncodingJob,
     Importance,
@@ -148,7 +149,7 @@ def convert_together(
             opened_writers.enter_context(_writer(plan, output, thread_pool, one))
             for plan, output, one in zip(plans, outputs, conversions, strict=True)
         ]
-        results = _encode(plans, writers, thread_pool, counter.written)
+        results = _encode(plans, writers, thread_pool, counter)
     seconds = (time.perf_counter() - started) / max(1, len(conversions))
     return [
         conversion_report(plan, output, squares, seconds, warnings)
@@ -172,23 +173,25 @@ def _encode(
     plans: Sequence[ConversionPlan],
     writers: Sequence[StreamingWriter],
     thread_pool: ThreadPool,
-    written: Callable[[str], None],
+    counter: _ProgressCounter,
 ) -> list[tuple[tuple[float, float], list[str]]]:
     """Encode and write the tensors of plans for one source.
 
-    Returns for each the sums of the squared errors and of the squared weights, and warnings. `written` is called with
-    the name of each matrix after it is written.
+    Returns for each the sums of the squared errors and of the squared weights, and warnings.
     """
     outputs = []
     for plan, writer in zip(plans, writers, strict=True):
-        job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, partial(written_weights, writer))
+        if isinstance(plan.quantizer, Calibrated):
+            counter.expect(plan.quantizer.passes)
+        written = partial(written_weights, writer)
+        job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, written, counter.prepared)
         outputs.append(Output(writer, plan.recovery.fits, plan.quantizer, plan.quantizer.start(job)))
     squares = np.zeros((len(plans), 2))
     # Closed before the writers are: an interruption in `written` must not leave a thread that goes on writing.
     with closing(encode_and_write(plans[0].source, outputs, thread_pool)) as matrices:
         for number, name, matrix_squares in matrices:
             squares[number] += matrix_squares
-            written(name)
+            counter.written(name)
     return [
         ((float(error), float(power)), output.encoder.warnings)
         for (error, power), output in zip(squares, outputs, strict=True)
@@ -201,7 +204,19 @@ class _ProgressCounter:
     def __init__(self, source: Source, files: int, listener: Callable[[ConvertProgress], None] | None) -> None:
         self._listener = listener
         self._bytes = {name: tensor.matrix_bytes for tensor in source.tensors for name in tensor.matrices}
-        self._done, self._total = 0, files * sum(self._bytes.values())
+        self._pass, self._share = sum(self._bytes.values()), 0.0
+        self._done, self._total = 0, files * self._pass
+
+    def expect(self, passes: int) -> None:
+        """Count passes over all matrices that come before the first one is written."""
+        self._total += passes * self._pass
+
+    def prepared(self, label: str, share: float) -> None:
+        """Count a share of such a pass."""
+        self._share += share
+        whole = round(self._share * self._pass)
+        self._share -= whole / self._pass
+        self._report(label, whole)
 
     def searched(self, name: str) -> None:
         """Count a matrix that was searched for trits and will be read again to be written."""
@@ -210,6 +225,9 @@ class _ProgressCounter:
 
     def written(self, name: str) -> None:
         """Count a matrix that was written."""
-        self._done += self._bytes[name]
+        self._report(name, self._bytes[name])
+
+    def _report(self, label: str, n_bytes: int) -> None:
+        self._done += n_bytes
         if self._listener is not None:
-            self._listener(ConvertProgress(name, self._done, self._total))
+            self._listener(ConvertProgress(label, self._done, self._total))

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
+from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch, Windows
 from tritgguf.conversion.recovery import holds_trits
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
@@ -30,6 +31,8 @@ LONGEST_SECONDS = 3600
 _SECONDS_PER_WEIGHT_AND_TOKEN = 4.5e-11
 _SECONDS_PER_WEIGHT = 2e-7
 """For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
+_TRAINING_SECONDS = 8e-11
+"""For each weight, token and epoch of end-to-end training, likewise."""
 _MEASURED_THREADS = 2
 
 
@@ -87,6 +90,14 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *
     per_token = (weights if used is None else used) * _SECONDS_PER_WEIGHT_AND_TOKEN
     seconds = tokens * per_token + weights * _SECONDS_PER_WEIGHT
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
+
+
+def training_note(source: Source, settings: EndToEnd, windows: Windows, threads: int | None) -> str:
+    """Return a line that says how long calibration on windows and end-to-end training take."""
+    tokens, weights = sum(map(len, windows)), weights_of(source)
+    training = weights * tokens * settings.epochs * _TRAINING_SECONDS * _MEASURED_THREADS
+    seconds = calibration_seconds(weights, tokens, threads) + training / (threads or physical_cores())
+    return f"calibrating and training end to end on {tokens} tokens: {about(seconds)}"
 
 
 def about(seconds: float) -> str:

@@ -4,7 +4,10 @@
     V2                v2                  the published codec
     ScaleSearch       best                the best of all scales for every group, by the error of the weights
     ImportanceSearch  imatrix             the same, by the error weighted with the importance of each column
-    Calibrated        calibrated, tuned   error feedback on a calibration text; tuned also trains every block
+    Calibrated        calibrated          error feedback on a calibration text
+                      tuned               then every block is trained on the text
+                      tuned-end-to-end    then the model is trained as a whole
+                      tuned-both          both, in this order
     Recover           recover, recover+X  exact recovery of dequantized trits, X for matrices without an exact fit
     Automatic         auto                recovery if the source holds dequantized trits, otherwise quantization
 
@@ -20,8 +23,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.calibration.tuning import Tuning
+from tritgguf.conversion.blockwise_encoder import EPOCH_PASSES, BlockwiseEncoder, EndToEndEncoder
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.quantization.quantized_matrix import QuantizedRows
@@ -45,6 +49,9 @@ class MatrixEncoder(Protocol):
     def needs_weights(self, name: str) -> bool:
         """Return whether `encode` uses its `matrix`; otherwise it reads the weights itself."""
 
+    def replacement(self, name: str) -> np.ndarray | None:
+        """Return the numbers to write for a tensor that is not packed, float32; None for those of the source."""
+
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         """Quantize a matrix; ValueError, also from the iterator of its parts, for weights that cannot be quantized."""
 
@@ -59,6 +66,7 @@ class EncodingJob:
         thread_pool: the threads to use.
         written: returns the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written,
             or None.
+        progress: is told what is done before the first matrix is written, and its share of one pass over all matrices.
 
     """
 
@@ -66,6 +74,7 @@ class EncodingJob:
     depths: Mapping[str, int]
     thread_pool: ThreadPool
     written: Callable[[str], np.ndarray | None] = lambda name: None
+    progress: Callable[[str, float], None] = lambda label, share: None
 
 
 @dataclass(frozen=True)
@@ -124,17 +133,26 @@ class Calibrated:
     Attributes:
         windows: the text; None means the text that `convert` is given.
         tuning: how every block is also trained on the text; None for no training.
+        end_to_end: how the model is then trained as a whole; None for no training.
 
     """
 
     windows: Windows | None = field(default=None, repr=False)
     tuning: Tuning | None = None
+    end_to_end: EndToEnd | None = None
     in_block_order: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         """Name on the command line and in the file."""
-        return "calibrated" if self.tuning is None else "tuned"
+        if self.end_to_end is None:
+            return "calibrated" if self.tuning is None else "tuned"
+        return "tuned-end-to-end" if self.tuning is None else "tuned-both"
+
+    @property
+    def passes(self) -> int:
+        """Passes over all matrices, as `EncodingJob.progress` counts them, before the first one is written."""
+        return 0 if self.end_to_end is None else 1 + EPOCH_PASSES * self.end_to_end.epochs
 
     @property
     def needs_text(self) -> bool:
@@ -146,7 +164,9 @@ class Calibrated:
 
         Raises TritGgufError if torch or transformers is missing or cannot build the model.
         """
-        return _BlockwiseEncoder(job, self.windows or (), self.tuning)
+        if self.end_to_end is not None:
+            return EndToEndEncoder(job, self.windows or (), self.tuning, self.end_to_end)
+        return BlockwiseEncoder(job, self.windows or (), self.tuning)
 
 
 Quantizer = V2 | ScaleSearch | ImportanceSearch | Calibrated
@@ -197,7 +217,19 @@ class Automatic:
 Encoder = Quantizer | Recover | Automatic
 """Any encoder of `convert`."""
 
-_QUANTIZERS: list[Quantizer] = [V2(), ScaleSearch(), ImportanceSearch(), Calibrated(), Calibrated(tuning=Tuning())]
+TUNED = {
+    "blocks": Calibrated(tuning=Tuning()),
+    "end-to-end": Calibrated(end_to_end=EndToEnd()),
+    "both": Calibrated(tuning=Tuning(), end_to_end=EndToEnd()),
+}
+"""What is trained, as on the command line -> the encoder."""
+_QUANTIZERS: list[Quantizer] = [
+    V2(),
+    ScaleSearch(),
+    ImportanceSearch(),
+    Calibrated(),
+    *(TUNED[name] for name in ("end-to-end", "both", "blocks")),
+]
 _ENCODERS: list[Encoder] = [Automatic(), Recover(), *map(Recover, _QUANTIZERS), *_QUANTIZERS]
 _BY_NAME = {encoder.name: encoder for encoder in _ENCODERS}
 
@@ -214,19 +246,21 @@ def parse_encoder(name: str) -> Encoder:
     return _BY_NAME[name]
 
 
-def with_tuning(encoder: Encoder) -> Encoder:
-    """Return the encoder with training of every block on its text.
+def with_tuning(encoder: Encoder, trained: str = "blocks") -> Encoder:
+    """Return the encoder with training on its text; `trained` is a key of `TUNED`.
 
-    Raises TritGgufError for an encoder that takes no text.
+    Raises TritGgufError for an encoder that takes no text, and for another key.
     """
+    if trained not in TUNED:
+        raise TritGgufError(f"--tune {trained} does not exist; choose from {', '.join(TUNED)}")
     inner = encoder.fallback if isinstance(encoder, Recover) else encoder
     if isinstance(inner, Automatic):
-        return Calibrated(tuning=Tuning())
+        return TUNED[trained]
     if not isinstance(inner, Calibrated):
         raise TritGgufError(
             f"--tune trains on a text, which the encoder {encoder.name} does not take; omit one of them"
         )
-    tuned = replace(inner, tuning=Tuning())
+    tuned = replace(inner, tuning=TUNED[trained].tuning, end_to_end=TUNED[trained].end_to_end)
     return Recover(tuned) if isinstance(encoder, Recover) else tuned
 
 
@@ -281,35 +315,8 @@ class _PerMatrixEncoder:
     def needs_weights(self, name: str) -> bool:
         return True
 
+    def replacement(self, name: str) -> np.ndarray | None:
+        return None
+
     def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
         return self._quantize(name, matrix, depth)
-
-
-class _BlockwiseEncoder:
-    """Encodes the matrices of the decoder blocks on a text, block by block, and then the output head for its inputs."""
-
-    def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None) -> None:
-        from tritgguf.calibration.block_quantizer import BlockQuantizer
-
-        in_blocks = {name: depth for name, depth in job.depths.items() if quantized_tensor(name)}
-        self._blocks = BlockQuantizer(
-            job.source, in_blocks, windows, job.thread_pool, written=job.written, tuning=tuning
-        )
-        self._job = job
-
-    @property
-    def warnings(self) -> list[str]:
-        return self._blocks.warnings
-
-    def needs_weights(self, name: str) -> bool:
-        return not quantized_tensor(name)
-
-    def encode(self, name: str, matrix: MatrixRows, depth: int) -> QuantizedRows:
-        if self.needs_weights(name):
-            from tritgguf.calibration.output_head import head_importance, head_name
-
-            source = self._job.source
-            importance = head_importance(source, self._blocks.output()) if name == head_name(source) else None
-            return quantize_searched(matrix, depth, self._job.thread_pool, importance=importance)
-        quantized = self._blocks.quantize(name)
-        return QuantizedRows(quantized.codebook, iter([quantized]))

@@ -224,7 +224,8 @@ def _encode(source: Source, task: _Task, rows: MatrixRows, thread_pool: ThreadPo
     if packed_matrix is not None and packed_matrix.depth == matrix.depth:
         return _Encoded(iter([packed_matrix.data]), packed_matrix.codebook)
     if matrix.depth is None:
-        return _Encoded(rows.blocks())
+        replacement = output.encoder.replacement(matrix.name)
+        return _Encoded(rows.blocks() if replacement is None else iter([replacement]))
     fit = output.fits.get(matrix.name)
     with _matrix_named(source, matrix):
         quantized = (

@@ -36,6 +36,7 @@ from tritgguf.reference.process_settings import silent_transformers, torch_threa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tritgguf.architectures.tensor_part import TensorPart
     from tritgguf.sources.source import Source
 
 _EMBEDDINGS = "token_embd.weight"
@@ -111,8 +112,9 @@ class DecoderBlocks:
         prefix = f"blk.{index}."
         tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
-        weights = {name: part.view(parameters[of]) for name, (of, part) in places.items()}
-        block = Block(self, index, weights, find_experts(layer, weights))
+        parts = {name: (parameters[of], part) for name, (of, part) in places.items()}
+        weights = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
+        block = Block(self, index, parts, find_experts(layer, weights))
         for tensor in tensors:
             block.restore(tensor.matrices)
         identity = self._module.model.layers[index]
@@ -180,16 +182,20 @@ class Block:
     Attributes:
         matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
             into a parameter changes the block. The experts' are not among them.
+        parts: GGUF name -> the parameter of transformers that holds a weight, and which part of it that is.
+        vectors: GGUF names of norms and biases.
         experts: the experts; None in a dense model.
 
     Methods take the names of experts' matrices (see `stacks`) too, except where they speak of inputs.
     """
 
     def __init__(
-        self, blocks: DecoderBlocks, index: int, parameters: dict[str, Any], experts: ExpertLayer | None
+        self, blocks: DecoderBlocks, index: int, parts: dict[str, tuple[Any, TensorPart]], experts: ExpertLayer | None
     ) -> None:
-        self._blocks, self.index, self._parameters = blocks, index, parameters
-        packed = {name: value for name, value in parameters.items() if quantized_tensor(name)}
+        self._blocks, self.index, self.parts = blocks, index, parts
+        self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
+        packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
+        self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
         self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
         self.experts = experts
 
@@ -385,9 +391,14 @@ class Block:
                 stack.callback(self.linear(name).register_forward_pre_hook(observe).remove)
             yield
 
+    @property
+    def layer(self) -> Any:
+        """The module of the block."""
+        return self._blocks.layer(self.index)
+
     def linear(self, name: str) -> Any:
         """Return the linear module of a matrix."""
-        return self._blocks.layer(self.index).get_submodule(self._path(name))
+        return self.layer.get_submodule(self._path(name))
 
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
