@@ -22,7 +22,7 @@ from tritgguf.architectures.tensor_names import from_hf, module_parameter, quant
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
-from tritgguf.reference.expert_layer import ExpertLayer, find_experts
+from tritgguf.reference.expert_layer import find_experts
 from tritgguf.reference.hooks import capture_input, capture_output, replace_input
 from tritgguf.reference.model import (
     head_counts,
@@ -113,8 +113,7 @@ class DecoderBlocks:
         tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
         places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
         parts = {name: (parameters[of], part) for name, (of, part) in places.items()}
-        weights = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
-        block = Block(self, index, parts, find_experts(layer, weights))
+        block = Block(self, index, layer, parts)
         for tensor in tensors:
             block.restore(tensor.matrices)
         identity = self._module.model.layers[index]
@@ -182,6 +181,7 @@ class Block:
     Attributes:
         matrices: GGUF name -> parameter of each matrix that is packed, float32, in transformers' row order. Writing
             into a parameter changes the block. The experts' are not among them.
+        layer: its module in transformers.
         parts: GGUF name -> the parameter of transformers that holds a weight, and which part of it that is.
         vectors: GGUF names of norms and biases.
         experts: the experts; None in a dense model.
@@ -189,15 +189,13 @@ class Block:
     Methods take the names of experts' matrices (see `stacks`) too, except where they speak of inputs.
     """
 
-    def __init__(
-        self, blocks: DecoderBlocks, index: int, parts: dict[str, tuple[Any, TensorPart]], experts: ExpertLayer | None
-    ) -> None:
-        self._blocks, self.index, self.parts = blocks, index, parts
+    def __init__(self, blocks: DecoderBlocks, index: int, layer: Any, parts: dict[str, tuple[Any, TensorPart]]) -> None:
+        self._blocks, self.index, self.layer, self.parts = blocks, index, layer, parts
         self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
         packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
         self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
         self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
-        self.experts = experts
+        self.experts = find_experts(layer, self._parameters)
 
     @property
     def packed(self) -> list[str]:
@@ -325,8 +323,7 @@ class Block:
             with torch.inference_mode():
                 self._blocks.run(hidden[:1], self.index, None)
 
-        layer = self._blocks.layer(self.index)
-        parents = {name: layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
+        parents = {name: self.layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
     def residual_streams(self, hidden: Tensor) -> dict[str, str | None]:
@@ -390,11 +387,6 @@ class Block:
 
                 stack.callback(self.linear(name).register_forward_pre_hook(observe).remove)
             yield
-
-    @property
-    def layer(self) -> Any:
-        """The module of the block."""
-        return self._blocks.layer(self.index)
 
     def linear(self, name: str) -> Any:
         """Return the linear module of a matrix."""
