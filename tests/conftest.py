@@ -7,6 +7,7 @@ import atexit
 import functools
 import inspect
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,10 @@ settings.load_profile("tritgguf")
 # Tests start some hundred programs; each would compile all sources again where an environment says so, as in images.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# A shell that starts this in the background makes it ignore Ctrl-C, and with it all programs that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test asks the Hugging Face hub: those of downloads have a hub of their own (`loopback_hub`).
 os.environ["HF_HUB_OFFLINE"] = "1"

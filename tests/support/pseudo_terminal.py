@@ -77,9 +77,10 @@ class PseudoTerminal:
 
     def wait_for(self, pattern: str) -> str:
         """Wait until `shown` has a match of a regular expression; return what is shown."""
+        deadline = time.monotonic() + _SECONDS
         while not re.search(pattern, self.shown):
-            ready, _, _ = select.select([self._ours], [], [], _SECONDS)
-            assert ready, f"{pattern!r} did not come: {self.shown!r}"
+            ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready and time.monotonic() < deadline, f"{pattern!r} did not come: {self.shown!r}"
             self._read(pattern)
         return self.shown
 
