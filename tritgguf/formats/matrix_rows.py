@@ -40,12 +40,12 @@ class MatrixRows:
         """Read all rows."""
         return self.read(0, self.shape[0])
 
-    def held(self, max_weights: int = _MAX_WEIGHTS_IN_MEMORY) -> MatrixRows:
-        """Return the matrix read into memory, or unchanged if it has more weights.
+    def held(self, max_weights: int | None = None) -> MatrixRows:
+        """Return the matrix read into memory, or unchanged if it has more weights than that, or than usual for None.
 
         One that is large even so is still read in blocks, so that what is computed of it stays small.
         """
-        if math.prod(self.shape) > max_weights:
+        if math.prod(self.shape) > (_MAX_WEIGHTS_IN_MEMORY if max_weights is None else max_weights):
             return self
         weights = self.whole()
         if math.prod(self.shape) <= _MAX_WEIGHTS_IN_MEMORY:
