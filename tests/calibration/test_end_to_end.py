@@ -138,3 +138,12 @@ def test_mixed_windows_are_new_in_every_epoch_and_the_same_in_every_run() -> Non
     assert min(kept) > 0.5  # most tokens of every piece are those of one piece of the text
     assert np.mean(kept) < 0.97
     assert mixed_windows(windows[:, :63], seed=1, epoch=0).shape == (6, 63)
+
+
+def test_what_is_packed_already_is_copied_with_its_norms(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    convert(source, tmp_path / "trits.gguf", depth=2, encoder="v2")
+    convert(tmp_path / "trits.gguf", tmp_path / "copy.gguf", depth=2, encoder=Calibrated(WINDOWS, end_to_end=SETTINGS))
+    sources = [open_source(str(tmp_path / name)) for name in ("trits.gguf", "copy.gguf")]
+    for tensor in sources[0].tensors:
+        np.testing.assert_array_equal(*(one.read(tensor.name) for one in sources), err_msg=tensor.name)

@@ -71,6 +71,12 @@ def test_with_tuning(encoder: str, tuned: str) -> None:
     assert with_tuning(parse_encoder(encoder)).name == tuned
 
 
+def test_tuning_does_not_replace_another_one() -> None:
+    assert with_tuning(parse_encoder("tuned-both"), "both").name == "tuned-both"
+    with pytest.raises(TritGgufError, match="--tune end-to-end contradicts the encoder tuned; omit one of them"):
+        with_tuning(parse_encoder("tuned"), "end-to-end")
+
+
 @pytest.mark.parametrize("encoder", ["v2", "best", "imatrix", "recover", "recover+v2"])
 def test_tuning_needs_an_encoder_with_a_text(encoder: str) -> None:
     with pytest.raises(TritGgufError) as caught:

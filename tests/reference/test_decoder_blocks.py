@@ -148,3 +148,10 @@ def test_the_residual_streams_are_those_that_a_product_is_added_to(
         found = block.residual_streams(blocks.embed((np.asarray(WINDOWS) % 200).tolist()))
     expected = {"blk.0.attn_output.weight": None, "blk.0.ffn_down.weight": "blk.0.ffn_norm.weight"}
     assert found == (expected if has_streams else {})
+
+
+def test_texts_are_embedded_one_after_the_other(tmp_path: Path) -> None:
+    """Gemma scales its embeddings by a buffer, which the first text must leave where it is."""
+    blocks = DecoderBlocks(open_source(str(write_random_family(tmp_path / "model", "gemma3"))))
+    windows = [list(range(24))]
+    torch.testing.assert_close(blocks.embed(windows), blocks.embed(windows))

@@ -68,18 +68,22 @@ def print_conversion(report: ConvertReport) -> None:
         note(step)
 
 
-def _prepare(source: str, options: DepthOptions, text: Path | None, imatrix: Path | None) -> tuple[Any, list[str]]:
-    """Check the source, depths and files, then compile the kernels; return the importance matrix and warnings.
+def _prepare(
+    source: str, options: DepthOptions, encoder: Encoder, text: Path | None, imatrix: Path | None
+) -> tuple[Any, list[str]]:
+    """Check the source, depths, encoder and files, then compile the kernels; return the importance matrix and warnings.
 
     Raises TritGgufError for what cannot be used, before kernels are compiled.
     """
+    from tritgguf.conversion.encoders import check_tunable
     from tritgguf.conversion.importance_file import importance_of
     from tritgguf.conversion.plan import check_depths
     from tritgguf.formats.text_file import is_pipe, read_text
     from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
-    check_depths(open_source(source), options)
+    check_depths(opened := open_source(source), options)
+    check_tunable(opened, encoder)
     # A pipe can be read only once, and is read for the windows.
     if text is not None and not is_pipe(text) and not read_text(text).strip():
         raise TritGgufError(f"{text}: has no text; give a text file")
@@ -162,7 +166,7 @@ def convert_command(
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
     settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, own_text, tokens, seed)
-    settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), text, imatrix)
+    settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
     started = time.perf_counter()
     if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):
         chosen = _default_encoder(source, options, tokens, threads)

@@ -93,7 +93,9 @@ class EndToEndEncoder(BlockwiseEncoder):
 
     @cached_property
     def _result(self) -> TrainedModel:
-        matrices = {}
+        matrices: dict[str, QuantizedMatrix] = {}
+        if not self._in_blocks:  # all are recovered or copied, with the norms that belong to them
+            return TrainedModel(matrices)
         for name in self._in_blocks:
             matrices[name] = self._blocks.quantize(name)
             self._job.progress(name, 1 / len(self._in_blocks))

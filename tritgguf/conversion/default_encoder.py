@@ -92,11 +92,16 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
 
 
+def training_seconds(weights: int, tokens: int, settings: EndToEnd, threads: int | None = None) -> float:
+    """Estimate how long end-to-end training takes; `threads` None means all processor cores."""
+    passes = weights * tokens * settings.epochs
+    return passes * _TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
+
+
 def training_note(source: Source, settings: EndToEnd, windows: Windows, threads: int | None) -> str:
     """Return a line that says how long calibration on windows and end-to-end training take."""
     tokens, weights = sum(map(len, windows)), weights_of(source)
-    training = weights * tokens * settings.epochs * _TRAINING_SECONDS * _MEASURED_THREADS
-    seconds = calibration_seconds(weights, tokens, threads) + training / (threads or physical_cores())
+    seconds = calibration_seconds(weights, tokens, threads) + training_seconds(weights, tokens, settings, threads)
     return f"calibrating and training end to end on {tokens} tokens: {about(seconds)}"
 
 

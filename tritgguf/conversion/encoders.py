@@ -260,8 +260,20 @@ def with_tuning(encoder: Encoder, trained: str = "blocks") -> Encoder:
         raise TritGgufError(
             f"--tune trains on a text, which the encoder {encoder.name} does not take; omit one of them"
         )
+    if (inner.tuning, inner.end_to_end) not in ((None, None), (TUNED[trained].tuning, TUNED[trained].end_to_end)):
+        raise TritGgufError(f"--tune {trained} contradicts the encoder {encoder.name}; omit one of them")
     tuned = replace(inner, tuning=TUNED[trained].tuning, end_to_end=TUNED[trained].end_to_end)
     return Recover(tuned) if isinstance(encoder, Recover) else tuned
+
+
+def check_tunable(source: Source, encoder: Encoder) -> None:
+    """Raise TritGgufError if an encoder would train experts of a mixture."""
+    inner = encoder.fallback if isinstance(encoder, Recover) else encoder
+    is_tuned = isinstance(inner, Calibrated) and (inner.tuning is not None or inner.end_to_end is not None)
+    if is_tuned and any(len(tensor.shape) > 2 for tensor in source.tensors):
+        raise TritGgufError(
+            f"{source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
+        )
 
 
 def quantizer_of(

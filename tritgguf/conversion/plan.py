@@ -68,11 +68,12 @@ class ConversionPlan:
 
     @property
     def quantized_depths(self) -> dict[str, int]:
-        """Name of a matrix -> trits per weight, of the matrices that are packed and not recovered."""
+        """Name of a matrix -> trits per weight, of those that are packed, but neither recovered nor copied."""
         return {
             matrix: self.depths[tensor.name]
             for tensor in self.tensors
             if trit_types.is_trit_type(tensor.type_id)
+            and self.source.packed_depth(tensor.name) != self.depths[tensor.name]
             for matrix in tensor.matrices
             if matrix not in self.recovery.fits
         }

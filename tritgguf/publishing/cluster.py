@@ -81,6 +81,8 @@ def cluster(address: str | None, cores: int, progress: Progress) -> Iterator[Ray
 
 def _check_listens(address: str) -> None:
     """Raise TritGgufError if nothing listens at an address, where Ray would wait for ever."""
+    if "://" in address:
+        raise TritGgufError(f"--ray: {address}: is no address of a cluster; give HOST:PORT, or auto")
     host, _, port = address.rpartition(":")
     if not port.isdigit():  # such as "auto"
         return

@@ -34,7 +34,7 @@ class Configuration:
     embedding_depth: int | None = None
     recipe: str | None = None
     encoder: str = Automatic.name
-    tune: bool = False
+    tune: bool | str = False
     keep: str | None = None
     target_bpw: float | None = None
     target_size: int | None = None
@@ -50,7 +50,9 @@ class Configuration:
     def parsed_encoder(self) -> Encoder:
         """The encoder as it is named; `auto` depends on the source."""
         encoder = parse_encoder(self.encoder)
-        return with_tuning(encoder) if self.tune else encoder
+        if self.tune is False:
+            return encoder
+        return with_tuning(encoder) if self.tune is True else with_tuning(encoder, str(self.tune))
 
     @property
     def choice(self) -> DepthChoice:

@@ -11,8 +11,9 @@ from typing import Any
 
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.conversion.default_encoder import calibration_seconds
+from tritgguf.conversion.default_encoder import calibration_seconds, training_seconds
 from tritgguf.conversion.depths import apply_rules
+from tritgguf.conversion.encoders import Calibrated, Recover
 from tritgguf.conversion.file_metadata import file_metadata
 from tritgguf.conversion.plan import planned_tensor
 from tritgguf.conversion.requested_depths import requested_depths
@@ -23,7 +24,7 @@ from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import PublishPlan
 from tritgguf.publishing.publish import check_options
-from tritgguf.sources.source import Source, weights_of
+from tritgguf.sources.source import Source, weights_of, weights_of_a_token
 
 _BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # With two threads on AVX2, measured with SmolLM2 and Qwen2.5-Coder: only the order of magnitude is meant.
@@ -32,6 +33,7 @@ _SECONDS_PER_WEIGHT_ENCODED = 1.5e-8
 _SECONDS_PER_WEIGHT_EXPORTED = 1.5e-8
 _SECONDS_PER_WEIGHT_LOADED = 3e-8  # by transformers: the source, and the decoded weights of one of its files
 _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 1.2e-10
+_TIMES_AS_LONG_WITH_TUNING = 5  # calibration, with training of each block (docs/calibration.md)
 _BENCHED_TOKENS = 5 * WINDOW_TOKENS // 8
 _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 1e-10
 
@@ -136,8 +138,18 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
     each += _BENCHED_TOKENS * _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED if plan.bench else 0.0
     each += len(plan.exports) * _SECONDS_PER_WEIGHT_EXPORTED
     with_text = inputs.needs_text(configuration)
-    text = calibration_seconds(weights, inputs.tokens_of(configuration), inputs.threads) if with_text else 0.0
-    return weights * each / speedup + text
+    seconds = weights * each / speedup
+    if with_text:
+        tokens, threads = inputs.tokens_of(configuration), inputs.threads
+        encoder = inputs.encoder(configuration)
+        inner = encoder.fallback if isinstance(encoder, Recover) else encoder
+        of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
+        if isinstance(inner, Calibrated) and inner.tuning is not None:
+            of_text *= _TIMES_AS_LONG_WITH_TUNING
+        if isinstance(inner, Calibrated) and inner.end_to_end is not None:
+            of_text += training_seconds(weights, tokens, inner.end_to_end, threads)
+        seconds += of_text
+    return seconds
 
 
 def _is_here(location: str) -> bool:

@@ -171,12 +171,12 @@ class _SavedCosts(MeasuredCosts):
         return super().of(names, some_depths, partial(self._saved, measure))
 
     def _saved(self, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
-        key = digest([self._settings(), names, list(some_depths)])
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            kept = json.loads(self._file.read_text("utf-8"))[key]
-            return {name: {int(depth): float(cost) for depth, cost in costs.items()} for name, costs in kept.items()}
+        key, kept = digest([self._settings(), names, list(some_depths)]), {}
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            kept = dict(json.loads(self._file.read_text("utf-8")))
+            return {name: {int(depth): float(cost) for depth, cost in of.items()} for name, of in kept[key].items()}
         costs = measure(names, some_depths)
-        replace_text(self._file, json.dumps({key: costs}) + "\n")
+        replace_text(self._file, json.dumps({**kept, key: costs}) + "\n")
         return costs
 
 

@@ -22,6 +22,7 @@ _MOST_NAME = 96  # letters of a repository's name on the hub
 Table = Mapping[str, Any]
 Named = TypeVar("Named", "PlannedSource", Configuration)
 _NUMBER = (int, float)
+_BOOL_OR_TEXT = (bool, str)
 _CONFIGURATION_KEYS = {
     "name": str,
     "depth": int,
@@ -29,7 +30,7 @@ _CONFIGURATION_KEYS = {
     "embedding_depth": int,
     "recipe": str,
     "encoder": str,
-    "tune": bool,
+    "tune": _BOOL_OR_TEXT,
     "keep": str,
     "target_bpw": _NUMBER,
     "target_size": str,
@@ -39,7 +40,14 @@ _PUBLISH_KEYS = {"output": str, "text": str, "tokens": int, "exports": list, "be
 _CALIBRATION_KEYS = {"text": str, "tokens": int, "seed": int}
 _CLUSTER_KEYS = {"disk": str}
 _DISKS = ("shared", "node")
-_TYPE_NAMES = {str: "a text", int: "a whole number", bool: "true or false", list: "a list", _NUMBER: "a number"}
+_TYPE_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    _NUMBER: "a number",
+    _BOOL_OR_TEXT: "true, false or a text",
+}
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def _checked(file: Path, where: str, table: dict[str, Any], keys: Mapping[str, A
         if key not in keys:
             raise _fail(file, where, key, f"is unknown; choose from {', '.join(keys)}")
         wanted = keys[key]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted not in (bool, _BOOL_OR_TEXT)):
             raise _fail(file, where, key, f"must be {_TYPE_NAMES[wanted]}, not {value!r}")
     return table
 

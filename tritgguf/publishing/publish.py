@@ -12,6 +12,7 @@ from typing import Any
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.depths import apply_rules
+from tritgguf.conversion.encoders import check_tunable
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.evaluation.quantization_costs import FileQuality, Progress
@@ -109,6 +110,7 @@ def check_options(plan: PublishPlan, planned: PlannedSource, source: Source) -> 
         try:
             requested_depths(source, configuration.options)
             apply_rules(names, configuration.choice.keep)
+            check_tunable(source, configuration.parsed_encoder)
         except TritGgufError as error:
             where = f"{plan.file}: {configuration.name} of {planned.name}"
             raise BadRequestError(f"{where}: {error}") from error

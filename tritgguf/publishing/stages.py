@@ -76,6 +76,7 @@ class Stages:
             for job, one in zip(work[place][1], made, strict=True):
                 result = {"seconds": one.seconds, "warnings": list(one.warnings)}
                 self.state.finish(CONVERT, job.trit_file, settings[job.name], result)
+                self.warnings.extend(f"{job.name}: {warning}" for warning in one.warnings)
 
     def encoding_seconds(self, job: Job) -> float:
         """Return the seconds that encoding a file took when it was made."""

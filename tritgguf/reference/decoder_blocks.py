@@ -99,7 +99,8 @@ class DecoderBlocks:
         with silent_transformers(), torch_threads(self._threads), torch.inference_mode(), capture:
             for batch in self.batches(torch.from_numpy(indices.reshape(ids.shape))):
                 self._forward(embeddings(batch))
-        embeddings.to("meta")
+        # The weight alone: some families keep the scale beside it, which the next text needs.
+        embeddings.weight = torch.nn.Parameter(embeddings.weight.to("meta"), requires_grad=False)
         return torch.cat(captured)
 
     @contextmanager

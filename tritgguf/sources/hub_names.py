@@ -64,7 +64,9 @@ def name_instead_of(path: str | Path) -> HubName | None:
 
     A path that exists always wins.
     """
-    return None if Path(path).exists() else parse_hub_name(Path(path).as_posix())
+    if Path(path).exists() or str(path).startswith("."):
+        return None
+    return parse_hub_name(Path(path).as_posix())
 
 
 def is_candidate(path: str) -> bool:
