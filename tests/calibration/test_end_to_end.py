@@ -146,4 +146,5 @@ def test_what_is_packed_already_is_copied_with_its_norms(tmp_path: Path) -> None
     convert(tmp_path / "trits.gguf", tmp_path / "copy.gguf", depth=2, encoder=Calibrated(WINDOWS, end_to_end=SETTINGS))
     sources = [open_source(str(tmp_path / name)) for name in ("trits.gguf", "copy.gguf")]
     for tensor in sources[0].tensors:
-        np.testing.assert_array_equal(*(one.read(tensor.name) for one in sources), err_msg=tensor.name)
+        before, after = (one.read(tensor.name) for one in sources)
+        np.testing.assert_array_equal(after, before, err_msg=tensor.name)
