@@ -57,7 +57,7 @@ def any_source(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("importance_file", "own_text"):  # which would keep the fake if they were imported now
         importlib.import_module(f"tritgguf.conversion.{name}")
     monkeypatch.setattr("tritgguf.sources.open.open_source", lambda name: None)
-    monkeypatch.setattr("tritgguf.conversion.plan.check_depths", lambda source, options: None)
+    monkeypatch.setattr("tritgguf.conversion.plan.check_conversion", lambda source, options, encoder: None)
 
 
 @pytest.mark.usefixtures("any_source")

@@ -18,8 +18,10 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.cli import app
 from tritgguf.conversion.convert import ConvertProgress, convert
-from tritgguf.conversion.depths import DepthChoice
+from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
+from tritgguf.conversion.encoders import parse_encoder
 from tritgguf.conversion.importance_file import importance_of
+from tritgguf.conversion.plan import check_conversion
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
@@ -239,3 +241,12 @@ def test_inspect_shows_the_chosen_depths(model: Path, tmp_path: Path, capsys: py
     types = {tensor["name"]: tensor["type"] for tensor in found["tensors"]}
     assert {types[f"blk.{layer}.{name}.weight"] for layer in range(2) for name in STACKS} <= set(TritType.__members__)
     assert len({kind for name, kind in types.items() if quantized_tensor(name)}) > 1
+
+
+def test_experts_that_would_be_trained_are_refused_at_once(model: Path) -> None:
+    source = open_source(str(model))
+    with pytest.raises(TritGgufError, match="the experts of a mixture cannot be tuned"):
+        check_conversion(source, DepthOptions(depth=2), parse_encoder("tuned-end-to-end"))
+    kept = DepthOptions(depth=2, choice=DepthChoice(tuple(parse_rules("*_exps*=0"))))
+    check_conversion(source, kept, parse_encoder("tuned-end-to-end"))
+    check_conversion(source, DepthOptions(depth=2), parse_encoder("calibrated"))

@@ -21,9 +21,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.error_feedback import ErrorFeedback
 from tritgguf.calibration.expert_quantizer import FEWEST_TOKENS, ExpertQuantizer, RoutedInputs
 from tritgguf.calibration.input_moments import InputMoments
-from tritgguf.calibration.tuning import Tuning, tune_block
-from tritgguf.errors import TritGgufError
-from tritgguf.formats.stacks import split_matrix_name
+from tritgguf.calibration.tuning import Tuning, check_no_experts, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer
 from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks, Observer
@@ -88,10 +86,8 @@ class BlockQuantizer:
         self._blocks = DecoderBlocks(source, threads=thread_pool.threads)
         self._depths, self._thread_pool, self._written, self._feedback = depths, thread_pool, written, feedback
         self._tuning, self._whole_stream = tuning, whole_stream
-        if tuning is not None and any(split_matrix_name(name)[1] is not None for name in depths):
-            raise TritGgufError(
-                f"{source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
-            )
+        if tuning is not None:
+            check_no_experts(source.name, depths)
         self._experts = ExpertQuantizer(depths, thread_pool, feedback)
         self._original = self._blocks.embed(windows)
         self._hidden = self._original.clone()

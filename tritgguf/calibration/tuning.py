@@ -12,13 +12,15 @@ Memory holds one block: four numbers per weight, and the activations of a few wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
+from tritgguf.errors import TritGgufError
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
 
 _CLIP_MARGIN = 1.0  # levels beyond the outermost one at which the gradient becomes zero
 _WARM_UP = 4  # training steps
+
+
+def check_no_experts(source: str, matrices: Iterable[str]) -> None:
+    """Raise TritGgufError, which names the source, if experts of a mixture are among matrices that would be trained."""
+    if any(split_matrix_name(name)[1] is not None for name in matrices):
+        raise TritGgufError(
+            f"{source}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
+        )
 
 
 @dataclass(frozen=True)

@@ -75,15 +75,13 @@ def _prepare(
 
     Raises TritGgufError for what cannot be used, before kernels are compiled.
     """
-    from tritgguf.conversion.encoders import check_tunable
     from tritgguf.conversion.importance_file import importance_of
-    from tritgguf.conversion.plan import check_depths
+    from tritgguf.conversion.plan import check_conversion
     from tritgguf.formats.text_file import is_pipe, read_text
     from tritgguf.runtime.compiler import prepare_kernels
     from tritgguf.sources.open import open_source
 
-    check_depths(opened := open_source(source), options)
-    check_tunable(opened, encoder)
+    check_conversion(open_source(source), options, encoder)
     # A pipe can be read only once, and is read for the windows.
     if text is not None and not is_pipe(text) and not read_text(text).strip():
         raise TritGgufError(f"{text}: has no text; give a text file")

@@ -10,10 +10,8 @@ import numpy as np
 
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import EndToEnd, TrainedModel, split_windows, train_end_to_end
-from tritgguf.calibration.tuning import Tuning
-from tritgguf.errors import TritGgufError
+from tritgguf.calibration.tuning import Tuning, check_no_experts
 from tritgguf.formats.matrix_rows import MatrixRows
-from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.quantization.scale_search import quantize_searched
 
@@ -71,10 +69,7 @@ class EndToEndEncoder(BlockwiseEncoder):
     """
 
     def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None, settings: EndToEnd) -> None:
-        if any(split_matrix_name(name)[1] is not None for name in job.depths):
-            raise TritGgufError(
-                f"{job.source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
-            )
+        check_no_experts(job.source.name, job.depths)
         self._trained_on, self._held_out = split_windows(windows, settings)
         super().__init__(replace(job, written=lambda name: None), self._trained_on, tuning)
         self._settings = settings

@@ -253,7 +253,7 @@ def with_tuning(encoder: Encoder, trained: str = "blocks") -> Encoder:
     """
     if trained not in TUNED:
         raise TritGgufError(f"--tune {trained} does not exist; choose from {', '.join(TUNED)}")
-    inner = encoder.fallback if isinstance(encoder, Recover) else encoder
+    inner = encoder_of_the_rest(encoder)
     if isinstance(inner, Automatic):
         return TUNED[trained]
     if not isinstance(inner, Calibrated):
@@ -266,14 +266,9 @@ def with_tuning(encoder: Encoder, trained: str = "blocks") -> Encoder:
     return Recover(tuned) if isinstance(encoder, Recover) else tuned
 
 
-def check_tunable(source: Source, encoder: Encoder) -> None:
-    """Raise TritGgufError if an encoder would train experts of a mixture."""
-    inner = encoder.fallback if isinstance(encoder, Recover) else encoder
-    is_tuned = isinstance(inner, Calibrated) and (inner.tuning is not None or inner.end_to_end is not None)
-    if is_tuned and any(len(tensor.shape) > 2 for tensor in source.tensors):
-        raise TritGgufError(
-            f"{source.name}: the experts of a mixture cannot be tuned; give --encoder calibrated without --tune"
-        )
+def encoder_of_the_rest(encoder: Encoder) -> Encoder | None:
+    """Return what encodes the matrices that `Recover` does not recover, None for nothing; other encoders themselves."""
+    return encoder.fallback if isinstance(encoder, Recover) else encoder
 
 
 def quantizer_of(

@@ -28,7 +28,7 @@ from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.stacks import matrix_shape
 from tritgguf.formats.trit_types import TritType
 from tritgguf.quantization.recover import Fit
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import PackedMatrix, Source
 
 _UNPACKED_WEIGHTS = 1 << 22  # weights of an unpacked matrix that are converted to F16 at once
 _DEPTH_OPTIONS = {"token_embd.weight": "--embedding-depth", "output.weight": "--output-depth"}
@@ -89,10 +89,10 @@ class _Task:
     header: _HeaderEntries
     matrix: _Matrix
 
-    def is_copied_from(self, source: Source) -> bool:
-        """Tell whether the source already has the matrix in the planned type."""
+    def packed_in(self, source: Source) -> PackedMatrix | None:
+        """Return the matrix if the source already has it in the planned type; None if it has not."""
         packed = source.packed(self.matrix.name)
-        return packed is not None and packed.depth == self.matrix.depth
+        return packed if packed is not None and packed.depth == self.matrix.depth else None
 
     def encodes_like(self, other: _Task) -> bool:
         """Tell whether both tasks give the same bytes."""
@@ -211,7 +211,7 @@ def _read(source: Source, tasks: Sequence[_Task]) -> MatrixRows:
     """
     name = tasks[0].matrix.name
     rows = source.rows(name)
-    encoded = [task for task in tasks if not task.is_copied_from(source)]
+    encoded = [task for task in tasks if task.packed_in(source) is None]
     if not any(task.output.encoder.needs_weights(name) for task in encoded):
         return rows
     return rows.held(_SHARED_WEIGHTS) if len(_alike(encoded)) > 1 else rows.held()
@@ -220,8 +220,7 @@ def _read(source: Source, tasks: Sequence[_Task]) -> MatrixRows:
 def _encode(source: Source, task: _Task, rows: MatrixRows, thread_pool: ThreadPool) -> _Encoded:
     """Recover or quantize a matrix and pack it, if the plan packs it; copy it if it is packed already."""
     matrix, output = task.matrix, task.output
-    packed_matrix = source.packed(matrix.name)
-    if packed_matrix is not None and packed_matrix.depth == matrix.depth:
+    if (packed_matrix := task.packed_in(source)) is not None:
         return _Encoded(iter([packed_matrix.data]), packed_matrix.codebook)
     if matrix.depth is None:
         replacement = output.encoder.replacement(matrix.name)

@@ -15,6 +15,7 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, kept_in_float32, quantized_tensor
+from tritgguf.calibration.tuning import check_no_experts
 from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
@@ -192,9 +193,14 @@ def plan_conversion(
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
 
-def check_depths(source: Source, options: DepthOptions) -> None:
-    """Raise TritGgufError for depths and rules that do not fit the source, as `plan_conversion` does, at once."""
-    apply_rules(_packable(source, requested_depths(source, options)), options.choice.keep)
+def check_conversion(source: Source, options: DepthOptions, encoder: Encoder) -> None:
+    """Raise TritGgufError for depths, rules and an encoder that do not fit the source, as `convert` does, at once."""
+    depths = requested_depths(source, options)
+    packable = _packable(source, depths)
+    depths |= apply_rules(packable, options.choice.keep)
+    if isinstance(encoder, Calibrated) and (encoder.tuning or encoder.end_to_end):
+        packed = [tensor for tensor in source.tensors if tensor.name in packable and depths[tensor.name]]
+        check_no_experts(source.name, [matrix for tensor in packed for matrix in tensor.matrices])
 
 
 def _check_columns(source: Source, importance: Importance) -> None:

@@ -13,7 +13,7 @@ from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.default_encoder import calibration_seconds, training_seconds
 from tritgguf.conversion.depths import apply_rules
-from tritgguf.conversion.encoders import Calibrated, Recover
+from tritgguf.conversion.encoders import Calibrated, encoder_of_the_rest
 from tritgguf.conversion.file_metadata import file_metadata
 from tritgguf.conversion.plan import planned_tensor
 from tritgguf.conversion.requested_depths import requested_depths
@@ -141,8 +141,7 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
     seconds = weights * each / speedup
     if with_text:
         tokens, threads = inputs.tokens_of(configuration), inputs.threads
-        encoder = inputs.encoder(configuration)
-        inner = encoder.fallback if isinstance(encoder, Recover) else encoder
+        inner = encoder_of_the_rest(inputs.encoder(configuration))
         of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
         if isinstance(inner, Calibrated) and inner.tuning is not None:
             of_text *= _TIMES_AS_LONG_WITH_TUNING

@@ -13,7 +13,7 @@ from typing import Any
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS, vocabulary_size
 from tritgguf.conversion.default_encoder import default_encoder
 from tritgguf.conversion.depths import Costs, Measure, MeasuredCosts
-from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Recover, Windows
+from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Windows, encoder_of_the_rest
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
 from tritgguf.evaluation.quantization_costs import Progress
@@ -186,4 +186,4 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 
 def needs_importance(encoder: Encoder) -> bool:
     """Tell whether an encoder takes an importance matrix."""
-    return isinstance(encoder.fallback if isinstance(encoder, Recover) else encoder, ImportanceSearch)
+    return isinstance(encoder_of_the_rest(encoder), ImportanceSearch)

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpu_kernels.threads.cores import physical_cores
-from tritgguf.architectures.tensor_names import quantized_tensor
-from tritgguf.conversion.depths import apply_rules
-from tritgguf.conversion.encoders import check_tunable
-from tritgguf.conversion.requested_depths import requested_depths
+from tritgguf.conversion.plan import check_conversion
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.evaluation.quantization_costs import FileQuality, Progress
 from tritgguf.publishing.cards import write_cards
@@ -105,12 +102,9 @@ def publish(
 
 def check_options(plan: PublishPlan, planned: PlannedSource, source: Source) -> None:
     """Raise BadRequestError unless every configuration is possible with a source."""
-    names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
     for configuration in plan.configurations:
         try:
-            requested_depths(source, configuration.options)
-            apply_rules(names, configuration.choice.keep)
-            check_tunable(source, configuration.parsed_encoder)
+            check_conversion(source, configuration.options, configuration.parsed_encoder)
         except TritGgufError as error:
             where = f"{plan.file}: {configuration.name} of {planned.name}"
             raise BadRequestError(f"{where}: {error}") from error
