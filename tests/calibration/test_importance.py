@@ -248,6 +248,10 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     source = write_tiny_model(tmp_path / "model")
     assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune=all"]) == 1
     assert "--tune all does not exist; choose from blocks, end-to-end, both" in capsys.readouterr().err
+    assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune", "end-to_end"]) == 2
+    assert "--tune end-to_end does not exist; choose from blocks, end-to-end, both" in capsys.readouterr().err
+    assert app.main(["convert", "--tune", str(source)]) == 2
+    assert "OUT.gguf" in capsys.readouterr().err, "what follows is the source, and the output is missing"
 
 
 def test_tuning_needs_an_encoder_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
 """Measure the sensitivity of each matrix: the error of its block's output if only this matrix is quantized.
 
 The error of a token's hidden state is relative to the size of this hidden state, because the next block normalizes it.
-`docs/quality.md` has measurements.
+Where sensitivities are only compared with thresholds, the first tokens of each window decide about most matrices, and
+the whole windows about those that are near a threshold then. `docs/quality.md` has measurements.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from tritgguf.sources.source import Source
 
+_FIRST_TOKENS = 128  # of each window
+_NEAR = 2.0  # times or a fraction of a threshold: what is near it on the first tokens is measured on all of them
+
 
 def measure_sensitivities(
     source: Source,
@@ -30,6 +34,8 @@ def measure_sensitivities(
     windows: Sequence[Sequence[int]],
     thread_pool: ThreadPool,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    thresholds: Collection[float] = (),
 ) -> dict[str, dict[int, float]]:
     """Return GGUF name -> depth -> mean relative squared error of the block's output.
 
@@ -40,6 +46,8 @@ def measure_sensitivities(
         windows: token ids of some text, in windows of equal length.
         thread_pool: the threads to use; torch uses the same number.
         progress: called with the number of blocks done and their total.
+        thresholds: what the errors will be compared with, if with nothing else. An error that is far from all of them
+            is that of the windows' first tokens. Whether an error is below one threshold does not depend on the others.
 
     Raises:
         TritGgufError: torch or transformers is missing or cannot build the model.
@@ -60,11 +68,22 @@ def measure_sensitivities(
                             seen = importance.get(matrix)
                             decoded = quantized_and_decoded(block.get(matrix), depth, thread_pool, importance=seen)
                             block.set(matrix, decoded)
-                        sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
+                        sensitivities[name][depth] = _output_error(block, hidden, expected, thresholds)
                         block.restore(matrices)
             hidden = expected
         progress(index + 1, blocks.count)
     return sensitivities
+
+
+def _output_error(block: Block, hidden: Tensor, expected: Tensor, thresholds: Collection[float]) -> float:
+    """Return the error of a block's output, as near to the truth as a comparison with thresholds needs it."""
+    if not thresholds or hidden.shape[1] <= _FIRST_TOKENS:
+        return relative_error(block.forward(hidden), expected)
+    first = relative_error(block.forward(hidden[:, :_FIRST_TOKENS]), expected[:, :_FIRST_TOKENS])
+    if not any(threshold / _NEAR <= first < threshold * _NEAR for threshold in thresholds):
+        return first
+    # Within these bounds, a threshold that is far from `first` is decided as if it were the only one.
+    return min(max(relative_error(block.forward(hidden), expected), first / _NEAR), first * _NEAR)
 
 
 def output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,12 @@ class SourceInputs:
         return None
 
     def costs(self, configuration: Configuration) -> MeasuredCosts:
-        """Return the sensitivities, shared by all configurations that measure them on the same text."""
+        """Return the costs of depths, shared by all configurations that measure them on the same text."""
         tokens = self.tokens_of(configuration)
         if tokens not in self._costs:
             file = self._work_file(f"{tokens}-tokens.costs.json")
-            self._costs[tokens] = _SavedCosts(file, partial(self._costs_settings, tokens))
+            thresholds = [one.sensitivity for one in self.plan.configurations if one.sensitivity is not None]
+            self._costs[tokens] = _SavedCosts(file, partial(self._costs_settings, tokens), thresholds)
         return self._costs[tokens]
 
     def _costs_settings(self, tokens: int) -> Any:
@@ -162,16 +163,16 @@ class _SavedCosts(MeasuredCosts):
     `settings` returns what they depend on beside matrices and depths.
     """
 
-    def __init__(self, file: Path, settings: Callable[[], Any]) -> None:
-        super().__init__()
+    def __init__(self, file: Path, settings: Callable[[], Any], thresholds: Iterable[float]) -> None:
+        super().__init__(thresholds)
         self._file, self._settings = file, settings
 
-    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+    def of(self, kind: str, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
         """Return the costs: known ones, or those in the file, or measured ones."""
-        return super().of(names, some_depths, partial(self._saved, measure))
+        return super().of(kind, names, some_depths, partial(self._saved, kind, measure))
 
-    def _saved(self, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
-        key, kept = digest([self._settings(), names, list(some_depths)]), {}
+    def _saved(self, kind: str, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
+        key, kept = digest([self._settings(), kind, names, list(some_depths)]), {}
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             kept = dict(json.loads(self._file.read_text("utf-8")))
             return {name: {int(depth): float(cost) for depth, cost in of.items()} for name, of in kept[key].items()}

@@ -114,7 +114,7 @@ def encode(
 
 
 def _encoded(report: ConvertReport) -> Encoded:
-    return Encoded(report.seconds, tuple(report.warnings))
+    return Encoded(report.seconds, (*report.warnings, *report.notes))
 
 
 def _conversion(job: Job, inputs: SourceInputs) -> Conversion:
