@@ -107,7 +107,7 @@ def test_cards_show_what_was_measured(whole: Path) -> None:
 
 def test_what_is_finished_is_not_made_again(whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "out").glob("Tiny*/**/*")}
-    for name in ("convert_together", "bench", "export"):
+    for name in ("convert_together", "generation_speed", "export"):
         monkeypatch.setattr(f"tritgguf.publishing.tasks.{name}", untouched)
     monkeypatch.setattr("tritgguf.reference.model.ReferenceModel.open", untouched)
     report = published(capsys, str(whole / "plan.toml"))
@@ -131,7 +131,9 @@ def test_a_changed_configuration_is_made_again_and_others_are_not(tmp_path: Path
     assert second["files"][1]["quality"]["kl_mean"] != first["files"][1]["quality"]["kl_mean"]
 
 
-@pytest.mark.parametrize("stage", ["convert_together", "quantization_costs", "bench", "export", "replace_text"])
+@pytest.mark.parametrize(
+    "stage", ["convert_together", "quantization_costs", "generation_speed", "export", "replace_text"]
+)
 def test_an_interrupted_run_goes_on(
     stage: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:

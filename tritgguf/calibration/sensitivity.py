@@ -7,7 +7,8 @@ the whole windows about those that are near a threshold then. `docs/quality.md` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,16 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.stacks import by_tensor
 from tritgguf.quantization.scale_search import quantized_and_decoded
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
+from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tritgguf.sources.source import Source
 
-_FIRST_TOKENS = 128  # of each window
+MEASURED_WINDOWS, MEASURED_TOKENS = 8, 128
+"""Pieces of a text, and tokens of each, on which sensitivities are measured."""
+_FIRST_TOKENS = 64  # of each window
 _NEAR = 2.0  # times or a fraction of a threshold: what is near it on the first tokens is measured on all of them
 
 
@@ -58,21 +62,32 @@ def measure_sensitivities(
     hidden = blocks.embed(windows)
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
-        with blocks.block(index) as block:
+        with blocks.block(index) as block, bfloat16_matmul():
             expected, importance = output_and_importance(block, hidden)
             for name, matrices in by_tensor(block.packed).items():
                 if name in names:
                     sensitivities[name] = {}
                     for depth in depths:
-                        for matrix in matrices:
-                            seen = importance.get(matrix)
-                            decoded = quantized_and_decoded(block.get(matrix), depth, thread_pool, importance=seen)
-                            block.set(matrix, decoded)
-                        sensitivities[name][depth] = _output_error(block, hidden, expected, thresholds)
-                        block.restore(matrices)
+                        with _quantized(block, matrices, depth, importance, thread_pool):
+                            sensitivities[name][depth] = _output_error(block, hidden, expected, thresholds)
             hidden = expected
         progress(index + 1, blocks.count)
     return sensitivities
+
+
+@contextmanager
+def _quantized(
+    block: Block, matrices: Sequence[str], depth: int, importance: Mapping[str, np.ndarray], thread_pool: ThreadPool
+) -> Iterator[None]:
+    """Quantize some matrices of an open block until the context ends."""
+    for matrix in matrices:
+        weights = block.get(matrix)
+        block.set(matrix, quantized_and_decoded(weights, depth, thread_pool, importance=importance.get(matrix)))
+    yield
+    if len(matrices) == 1:
+        block.set(matrices[0], weights)
+    else:  # a copy of a stack would take much memory
+        block.restore(matrices)
 
 
 def _output_error(block: Block, hidden: Tensor, expected: Tensor, thresholds: Collection[float]) -> float:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tritgguf.calibration.text import (
     DEFAULT_GENERATED_TOKENS,
     DEFAULT_TOKENS,
+    WINDOW_TOKENS,
     plain_tokens,
     tokenizer_of,
     vocabulary_size,
@@ -58,6 +59,7 @@ def calibration_windows(
     text: Path | None,
     tokens: int | None = None,
     *,
+    window: int = WINDOW_TOKENS,
     seed: int = 0,
     threads: int | None = None,
     saved: SavedText | None = None,
@@ -70,11 +72,13 @@ def calibration_windows(
     """
     if text is None:
         count = tokens or DEFAULT_GENERATED_TOKENS
-        windows = self_generated_windows(source, count, seed=seed, threads=threads, saved=saved, progress=progress)
-        return windows, f"own text, seed {seed}"
+        settings: dict[str, Any] = {"window": window, "seed": seed, "threads": threads}
+        return self_generated_windows(
+            source, count, **settings, saved=saved, progress=progress
+        ), f"own text, seed {seed}"
     content = read_text(text)
     try:
-        return windows_of_text(source, content, tokens or DEFAULT_TOKENS), text.name
+        return windows_of_text(source, content, tokens or DEFAULT_TOKENS, window), text.name
     except TritGgufError as error:
         raise TritGgufError(f"{text}: {error}") from error
 
@@ -83,17 +87,18 @@ def self_generated_windows(
     source: Source,
     tokens: int,
     *,
+    window: int = WINDOW_TOKENS,
     seed: int = 0,
     threads: int | None = None,
     saved: SavedText | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Return windows of equal length of text that the model itself generates.
+    """Return windows of equal length, see `window_length`, of text that the model itself generates.
 
     The model is first converted to a trit file of depth 4 in the folder for temporary files. The file is memory-mapped,
     so memory use does not grow with the model. The same seed gives the same text. Windows in `saved` are reused.
     """
-    length = window_length(source)
+    length = window_length(source, window)
     count = max(1, tokens // length)
     job = {"text": source.name, "seed": seed, "windows": count, "length": length}
     windows = [] if saved is None else saved.open(job, vocabulary_size(source))
@@ -121,10 +126,10 @@ def self_generated_windows(
                 if progress is not None:
                     progress(done * length + tokens, count * length)
 
-            for window in _generate(engine, samplers, length, report):
-                windows.append(window)
+            for generated in _generate(engine, samplers, length, report):
+                windows.append(generated)
                 if saved is not None:
-                    saved.add(window)
+                    saved.add(generated)
     return windows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tritgguf.diagnostics.bench import processor_name
+from tritgguf.diagnostics.bench import COMPARED_REPETITIONS, COMPARED_TOKENS, processor_name
 from tritgguf.evaluation.divergence import Comparison
 from tritgguf.evaluation.quantization_costs import FileQuality, file_quality
 from tritgguf.evaluation.recorded_scores import ScoreRecorder, source_name
@@ -113,13 +113,13 @@ class Stages:
         self.warnings.extend(itertools.chain.from_iterable(one.warnings() for one in measurements))
         return {name: quality for measurement in measurements for name, quality in measurement.qualities().items()}
 
-    def bench(self, jobs: Sequence[Job], threads: int) -> dict[str, float | None]:
+    def bench(self, jobs: Sequence[Job], threads: int) -> dict[str, float]:
         """Measure how fast files generate; return job's name -> tokens per second."""
         settings = {
             "version": __version__,
             "processor": processor_name(),
             "threads": threads,
-            "tokens": [tasks.SPEED_TOKENS, tasks.SPEED_REPETITIONS],
+            "tokens": [COMPARED_TOKENS, COMPARED_REPETITIONS],
         }
         missing = [job for job in jobs if self.state.result(BENCH, job.trit_file, settings) is None]
         todo = [Task(tasks.measure_speed, (job, threads), f"speed of {job.name}", alone=True) for job in missing]
