@@ -15,7 +15,7 @@ from tiny_models import write_tiny_model
 
 from tritgguf.architectures.tensor_names import hf_tensor_name, quantized_tensor
 from tritgguf.calibration.importance import measure_importance, summed_squares
-from tritgguf.calibration.text import first_pieces, window_length, windows_of_text
+from tritgguf.calibration.text import window_length, windows_of_text
 from tritgguf.cli import app
 from tritgguf.conversion.own_text import SavedText, calibration_windows, self_generated_windows
 from tritgguf.errors import TritGgufError
@@ -90,14 +90,6 @@ def test_short_windows(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model")))
     assert [len(window) for window in windows_of_text(source, TEXT, 90, 30)] == [30] * 3
     assert [len(window) for window in self_generated_windows(source, 60, window=20)] == [20] * 3
-
-
-def test_pieces_come_from_as_many_windows_as_there_are() -> None:
-    windows = [list(range(start, start + 10)) for start in (0, 100, 200)]
-    assert first_pieces(windows, 2, 4) == [[0, 1, 2, 3], [100, 101, 102, 103]]
-    assert first_pieces(windows, 4, 4) == [[0, 1, 2, 3], [100, 101, 102, 103], [200, 201, 202, 203], [4, 5, 6, 7]]
-    assert len(first_pieces(windows, 99, 4)) == 6
-    assert first_pieces(windows, 99, 20) == windows
 
 
 def test_every_window_starts_with_bos_if_the_model_uses_it(tmp_path: Path) -> None:

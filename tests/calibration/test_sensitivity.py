@@ -59,7 +59,7 @@ def test_cost_is_the_relative_error_of_the_block(tmp_path: Path, name: str) -> N
 
 @pytest.fixture
 def on_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "_FIRST_TOKENS", 2)
+    monkeypatch.setattr(sensitivity, "_FIRST_SHARE", 2 / 32)
 
 
 @pytest.mark.usefixtures("on_first_tokens")
@@ -74,7 +74,7 @@ def test_what_is_near_a_threshold_is_measured_on_all_tokens(tmp_path: Path) -> N
     exact, first = measured(), measured(1e9)
     assert all(first[name] != exact[name] for name in names)
     threshold = sorted(first.values())[len(names) // 2]
-    near = {name for name in names if threshold / 2 <= first[name] < threshold * 2}
+    near = {name for name in names if 1 / sensitivity._NEAR <= first[name] / threshold < sensitivity._NEAR}
     assert 0 < len(near) < len(names)
     found = measured(threshold)
     assert {name for name in names if found[name] != first[name]} == near

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
     from tritgguf.sources.source import Source
 
-MEASURED_WINDOWS, MEASURED_TOKENS = 8, 128
-"""Pieces of a text, and tokens of each, on which sensitivities are measured."""
-_FIRST_TOKENS = 64  # of each window
-_NEAR = 2.0  # times or a fraction of a threshold: what is near it on the first tokens is measured on all of them
+_FIRST_SHARE = 3 / 8  # of each window's tokens
+_NEAR = 1.75  # times or a fraction of a threshold: what is near it on the first tokens is measured on all of them
 
 
 def measure_sensitivities(
@@ -92,9 +90,10 @@ def _quantized(
 
 def _output_error(block: Block, hidden: Tensor, expected: Tensor, thresholds: Collection[float]) -> float:
     """Return the error of a block's output, as near to the truth as a comparison with thresholds needs it."""
-    if not thresholds or hidden.shape[1] <= _FIRST_TOKENS:
+    if not thresholds:
         return relative_error(block.forward(hidden), expected)
-    first = relative_error(block.forward(hidden[:, :_FIRST_TOKENS]), expected[:, :_FIRST_TOKENS])
+    tokens = max(1, round(_FIRST_SHARE * hidden.shape[1]))
+    first = relative_error(block.forward(hidden[:, :tokens]), expected[:, :tokens])
     if not any(threshold / _NEAR <= first < threshold * _NEAR for threshold in thresholds):
         return first
     # Within these bounds, a threshold that is far from `first` is decided as if it were the only one.

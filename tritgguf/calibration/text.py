@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,20 +34,6 @@ def windows_of_text(source: Source, text: str, tokens: int, window: int = WINDOW
     count = min(max(1, tokens // length), len(ids) // body)
     starts = np.linspace(0, len(ids) - body, count).astype(int).tolist()
     return [[*bos, *ids[start : start + body]] for start in starts]
-
-
-def first_pieces(windows: Sequence[Sequence[int]], count: int, length: int) -> list[Sequence[int]]:
-    """Return pieces of windows of equal length: their beginnings, then what follows these, until there are enough.
-
-    Args:
-        windows: the windows, all of one length.
-        count: how many pieces there are at most.
-        length: the length of a piece, or that of the windows if they are shorter.
-
-    """
-    length = min(length, len(windows[0]))
-    starts = range(0, len(windows[0]) - length + 1, length)
-    return [window[start : start + length] for start in starts for window in windows][:count]
 
 
 def window_length(source: Source, wanted: int = WINDOW_TOKENS) -> int:

@@ -15,7 +15,7 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, kept_in_float32, quantized_tensor
-from tritgguf.calibration.text import first_pieces
+from tritgguf.calibration.text import WINDOW_TOKENS
 from tritgguf.calibration.tuning import check_no_experts
 from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, MeasuredCosts, apply_rules
 from tritgguf.conversion.encoders import (
@@ -39,8 +39,8 @@ from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
-DIVERGENCE_WINDOWS = 4
-"""Windows of the calibration text on which the costs for a target are measured."""
+MEASURED_TOKENS = 4 * WINDOW_TOKENS
+"""Tokens of the calibration text on which costs are measured, at most; and a window."""
 _CALIBRATED_COST = 0.4  # of what is measured without calibration; `docs/quality.md` has the ratios of two models
 
 
@@ -252,19 +252,19 @@ def _measure_costs(
     """Measure what depths of matrices cost: divergences for a target, else errors of the blocks' outputs."""
     if windows is None:
         raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
+    some = windows[: max(1, MEASURED_TOKENS // len(windows[0]))]
     choice = options.choice
     known = choice.known or MeasuredCosts(() if choice.sensitivity is None else (choice.sensitivity,))
 
     def sensitivities(names: list[str], some_depths: Sequence[int]) -> Costs:
-        from tritgguf.calibration.sensitivity import MEASURED_TOKENS, MEASURED_WINDOWS, measure_sensitivities
+        from tritgguf.calibration.sensitivity import measure_sensitivities
 
-        some = first_pieces(windows, MEASURED_WINDOWS, MEASURED_TOKENS)
         return measure_sensitivities(source, names, some_depths, some, thread_pool, thresholds=known.thresholds)
 
     def divergences(names: list[str], some_depths: Sequence[int]) -> Costs:
         from tritgguf.calibration.divergence_costs import measure_divergence_costs
 
-        return measure_divergence_costs(source, names, some_depths, windows[:DIVERGENCE_WINDOWS], thread_pool)
+        return measure_divergence_costs(source, names, some_depths, some, thread_pool)
 
     if not choice.has_target:
         return known.of(f"sensitivity, for {known.thresholds}", names, some_depths, sensitivities)

@@ -176,8 +176,7 @@ def load(
         parallel: how many generations run at once; others wait.
         threads: None for the physical cores.
         prefill_bits: of the activations of prompts, 8 or 16.
-        decode_bits: of the activations of generated tokens, 16 or 8; 8 is less accurate, and faster for several
-            generations at once.
+        decode_bits: of the activations of generated tokens, 16 or 8: less accurate, and faster for many at once.
         exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
         cache_type: what keys and values are kept in: "f16", "f32" or "q8_0"; None for f16, or f32 if `exact`.
         isa: the instruction set, such as "avx2"; None for the best that works here.
@@ -192,9 +191,7 @@ def load(
             the context needs more memory than there is.
 
     """
-    if (context is not None and context < 1) or parallel < 1:
-        raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
-    _check_guessing(lookup=lookup, draft=draft, draft_max=draft_max)
+    _check_options(path, context, parallel, lookup=lookup, draft=draft, draft_max=draft_max)
     start = time.perf_counter()
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
@@ -207,10 +204,8 @@ def load(
         start_renderer()  # beside the rest of loading
     tokenizer = Tokenizer(file.metadata, name=str(path))
     model = Model(file, prefill_bits=prefill_bits, decode_bits=decode_bits, exact=exact, threads=threads, isa=isa)
-    cache_type = cache_type or model.default_cache_type
-    _check_cache(model, file.path, context, cache_type)
-    if lookup or draft is not None:
-        _check_cut(model, draft_max)
+    cache_type = _cache_type(model, file.path, context, cache_type)
+    _check_cut(model, draft_max if lookup or draft is not None else 0)
     draft_model = None if draft is None else Model(_draft_file(draft, file, on_download), threads=threads, isa=isa)
     speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
     engine = _make_engine(model, context, parallel, cache_type, speculation)
@@ -269,8 +264,12 @@ def _make_speculation(
     return Speculation(drafting(draft_model, model, parallel), draft_max)
 
 
-def _check_guessing(*, lookup: bool, draft: str | Path | None, draft_max: int) -> None:
-    """Raise BadRequestError for impossible options of guessing, whatever the models are."""
+def _check_options(
+    path: str | Path, context: int | None, parallel: int, *, lookup: bool, draft: str | Path | None, draft_max: int
+) -> None:
+    """Raise BadRequestError for options that are impossible whatever the models are."""
+    if (context is not None and context < 1) or parallel < 1:
+        raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
     if draft_max < 1:
         raise BadRequestError(f"--draft-max (draft_max) must be 1 or more, not {draft_max}")
     if lookup and draft is not None:
@@ -288,13 +287,15 @@ def _check_cut(model: Model, draft_max: int) -> None:
         )
 
 
-def _check_cache(model: Model, path: str | Path, context: int | None, cache_type: str) -> None:
-    """Raise TritGgufError for an unknown type of the cache, and if it needs more memory than there is."""
+def _cache_type(model: Model, path: str | Path, context: int | None, wanted: str | None) -> str:
+    """Return the type of the cache; TritGgufError for an unknown one, and if it needs more memory than there is."""
     from tritgguf.runtime.kv_pool import check_cache_fits, check_cache_type
 
+    cache_type = wanted or model.default_cache_type
     check_cache_type(cache_type)
     if context is not None:
         check_cache_fits(model.config, context, cache_type, str(path))
+    return cache_type
 
 
 def _make_engine(

@@ -11,14 +11,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tritgguf.calibration.sensitivity import MEASURED_TOKENS, MEASURED_WINDOWS
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, DEFAULT_TOKENS, WINDOW_TOKENS, vocabulary_size
 from tritgguf.conversion.default_encoder import default_encoder
 from tritgguf.conversion.depths import Costs, Measure, MeasuredCosts
 from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Windows, encoder_of_the_rest
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
-from tritgguf.conversion.plan import DIVERGENCE_WINDOWS
+from tritgguf.conversion.plan import MEASURED_TOKENS
 from tritgguf.evaluation.quantization_costs import Progress
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS as EVALUATED_AT_ONCE
 from tritgguf.formats.durable_output import replace_text
@@ -29,6 +28,8 @@ from tritgguf.reference.model import require_torch
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source, weights_of
 from tritgguf.version import __version__
+
+_SENSITIVITY_WINDOWS, _SENSITIVITY_TOKENS = 8, 128  # many short texts: these are soon written
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class SourceInputs:
         if self.encoder(configuration).needs_text:
             return _TextLength(self._tokens)
         if configuration.choice.has_target:
-            return _TextLength(min(DIVERGENCE_WINDOWS * WINDOW_TOKENS, self._tokens))
-        return _TextLength(min(MEASURED_WINDOWS * MEASURED_TOKENS, self._tokens), MEASURED_TOKENS)
+            return _TextLength(min(MEASURED_TOKENS, self._tokens))
+        return _TextLength(min(_SENSITIVITY_WINDOWS * _SENSITIVITY_TOKENS, self._tokens), _SENSITIVITY_TOKENS)
 
     @property
     def _origin(self) -> str:
