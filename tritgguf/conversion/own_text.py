@@ -29,7 +29,7 @@ from tritgguf.conversion.convert import convert
 from tritgguf.conversion.encoders import V2
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.journal import JobLog
+from tritgguf.formats.journal import ResumableLog
 from tritgguf.formats.text_file import read_text
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request
@@ -101,7 +101,7 @@ def self_generated_windows(
     length = window_length(source, window)
     count = max(1, tokens // length)
     job = {"text": source.name, "seed": seed, "windows": count, "length": length}
-    windows = [] if saved is None else saved.open(job, vocabulary_size(source))
+    windows = [] if saved is None else saved.windows(job, vocabulary_size(source))
     if len(windows) == count:
         return windows
     tokenizer = tokenizer_of(source)
@@ -133,48 +133,21 @@ def self_generated_windows(
     return windows
 
 
-class SavedText:
-    """Saves self-generated windows next to the output file, so that `--resume` can reuse them.
-
-    A context manager: at its end the saved windows are deleted, unless it ends with an interruption or an unfinished
-    output file is left, because both need them again.
-
-    Args:
-        output: the output file of the conversion.
-        resume: whether windows of an interrupted run are reused; otherwise they are generated again.
-
-    """
+class SavedText(ResumableLog):
+    """Saves self-generated windows next to the output file, so that `--resume` can reuse them."""
 
     def __init__(self, output: Path, *, resume: bool) -> None:
-        self._output, self._resume = output, resume
-        self._path = output.with_name(f"{output.name}.part.text")
-        self._log: JobLog | None = None
+        super().__init__(output, ".part.text", resume=resume)
 
-    def open(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
+    def windows(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
         """Return the saved windows; TritGgufError if they belong to another job or are damaged."""
-        self._log = JobLog(self._path, self._output, job)
-        windows = self._log.entries() if self._resume else []
+        windows = self.open(job)
         for window in windows:
             if not isinstance(window, list) or len(window) != job["length"]:
-                raise self._log.misfit("is damaged")
+                raise self.damaged()
             if not all(type(token) is int and 0 <= token < vocabulary_size for token in window):
-                raise self._log.misfit("is damaged")
-        if not windows:
-            self._log.begin()
+                raise self.damaged()
         return windows
-
-    def add(self, window: list[int]) -> None:
-        """Save a window."""
-        if self._log is not None:
-            self._log.append([window])
-
-    def __enter__(self) -> SavedText:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        interrupted = error is not None and not isinstance(error, Exception)
-        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
-            self._path.unlink(missing_ok=True)
 
 
 def _generation_engine(path: Path, length: int, threads: int | None) -> Engine:
