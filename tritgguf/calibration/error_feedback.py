@@ -27,6 +27,7 @@ from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
+from tritgguf.reference.process_settings import return_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,7 @@ class ErrorFeedback:
     ) -> None:
         if not moments.are_finite:
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
+        return_freed_memory()
         self._damping = damping + few_inputs_damping * moments.columns / max(1, moments.count)
         self._moments, self._correction, self._act_order, self._sweeps = moments, correction, act_order, sweeps
         self._fitted_factor: Tensor | None = None
@@ -190,6 +192,7 @@ class _OrderedInputs:
         if not act_order:
             groups = torch.arange(len(importance))
         self.order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
+        return_freed_memory()
         self.second_moments = torch.empty_like(second)
         for part in torch.arange(len(second)).split(_BLOCK_COLUMNS):  # a copy of all rows would take much memory
             self.second_moments[part] = second[self.order[part]][:, self.order]
