@@ -103,7 +103,7 @@ class EndToEndEncoder(BlockwiseEncoder):
                 matrices[name] = self._blocks.quantize(name)
                 self._job.save(name, matrices[name])
             self._job.progress(name, 1 / len(self._in_blocks))
-        job, passes = self._job, EPOCH_PASSES * self._settings.epochs
+        job, passes = self._job, EPOCH_PASSES * self._settings.passes(len(self._trained_on))
         return train_end_to_end(
             job.source,
             matrices,
