@@ -19,7 +19,8 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tools import tool_command
-from tritgguf.architectures.table import ARCHITECTURES, Architecture
+from tritgguf.architectures.architecture import Architecture
+from tritgguf.architectures.table import ARCHITECTURES
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
@@ -49,6 +50,15 @@ _GRANITE = {
     "logits_scaling": 2.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_QWEN35 = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "full_attention_interval": 3,
+}
 _LFM2 = {
     "hidden_size": 128,
     "norm_eps": 1e-5,
@@ -95,6 +105,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
+    "qwen3.5": ("qwen3_5_text", {**_QWEN35, "layer_types": None}),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }
@@ -144,7 +155,8 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
             if architecture.clamped_swiglu and name.endswith("experts.down_proj"):
                 parameter.mul_(0.25)
         else:
-            parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
+            offset = 0 if "linear_attn" in name else architecture.norm_offset
+            parameter.normal_(1.0 - offset if "norm" in name else 0.0, 0.2)
             parameter.copy_(parameter.half())  # also what is kept in float32
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.delta_net import DELTA_OUTPUT, delta_net_of
 from tritgguf.architectures.short_convolutions import CONVOLUTION_OUTPUT
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
-from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, to_hf
+from tritgguf.architectures.tensor_names import from_hf, has_own_parameters, module_parameter, quantized_tensor, to_hf
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
@@ -69,6 +70,7 @@ class DecoderBlocks:
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
             self._module.model.layers[index] = identity_layer(layer)
+        self.delta_net = delta_net_of(self._metadata, GGUF_ARCHITECTURES[self.architecture], source.name)
         final_norm = GGUF_ARCHITECTURES[self.architecture].final_norm[1]
         setattr(self._module.model, final_norm.removeprefix("model."), torch.nn.Identity())
 
@@ -194,7 +196,9 @@ class Block:
         self._blocks, self.index, self.layer, self.parts = blocks, index, layer, parts
         self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
         packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
-        self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
+        self.vectors = [
+            name for name, value in self._parameters.items() if value.dim() == 1 and has_own_parameters(name)
+        ]
         self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
         self.experts = find_experts(layer, self._parameters)
 
@@ -228,11 +232,11 @@ class Block:
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
-        return to_hf(self._blocks.architecture, name, array, *self._blocks.heads())
+        return to_hf(self._blocks.architecture, name, array, *self._blocks.heads(), self._blocks.delta_net)
 
     def in_gguf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from transformers' order to GGUF's."""
-        return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
+        return from_hf(self._blocks.architecture, name, array, *self._blocks.heads(), self._blocks.delta_net)
 
     def forward(
         self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedProducts | None = None
@@ -335,9 +339,10 @@ class Block:
         """
         import torch
 
-        convolution = f"blk.{self.index}.{CONVOLUTION_OUTPUT}.weight"
-        mixing = CONVOLUTION_OUTPUT if convolution in self.matrices else "attn_output"
-        norm, *names = (f"blk.{self.index}.{part}.weight" for part in ("ffn_norm", mixing, "ffn_down"))
+        prefix = f"blk.{self.index}"
+        others = [name for name in (CONVOLUTION_OUTPUT, DELTA_OUTPUT) if f"{prefix}.{name}.weight" in self.matrices]
+        before = GGUF_ARCHITECTURES[self._blocks.architecture].feed_forward_norm
+        norm, *names = (f"{prefix}.{part}.weight" for part in (before, *(others or ["attn_output"]), "ffn_down"))
         if norm not in self._parameters or not set(names) <= set(self.matrices):
             return {}
         seen: list[Tensor] = []  # the products, the norm's input between them, and the block's output
@@ -360,11 +365,19 @@ class Block:
         """Return the product of an output projection, for inputs of all windows, float32 [windows, tokens, columns]."""
         import torch
 
-        products = RowBuffer(len(inputs))
+        products, output = RowBuffer(len(inputs)), f"blk.{self.index}.{DELTA_OUTPUT}.weight"
+        is_reordered = output in self.matrices and projection.linear is self.linear(output)
         with torch.inference_mode():
             for batch in self._blocks.batches(inputs):
-                products.add(projection.linear(batch))
+                products.add(projection.linear(self._ordered(output, batch, to_gguf=False) if is_reordered else batch))
         return products.rows
+
+    def _ordered(self, name: str, inputs: Tensor, *, to_gguf: bool) -> Tensor:
+        """Return inputs of a matrix, [..., columns], in GGUF's order of the columns, or in transformers'."""
+        delta_net = self._blocks.delta_net
+        if delta_net is None or not name.endswith(f".{DELTA_OUTPUT}.weight"):
+            return inputs
+        return delta_net.order_columns(inputs, to_gguf=to_gguf)  # type: ignore[no-any-return]
 
     @contextmanager
     def _replaying(self, cached: CachedProducts | None) -> Iterator[None]:
@@ -382,7 +395,7 @@ class Block:
             for name in (name for name in observers if name not in of_experts):
 
                 def observe(module: Any, arguments: Any, name: str = name) -> None:
-                    observers[name](arguments[0])
+                    observers[name](self._ordered(name, arguments[0], to_gguf=True))
                     if name == last:
                         raise _StopForwardError
 
