@@ -261,6 +261,11 @@ def _make_speculation(
 
     for one in filter(None, (model, draft_model)):
         most = most_cut(one.config)
+        if most == 0:
+            raise BadRequestError(
+                "a model with states (Gated DeltaNet) cannot take guessed tokens back; leave out --lookup and"
+                " --model-draft (lookup, draft)"
+            )
         if most is not None and draft_max > most:
             raise BadRequestError(
                 f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"

@@ -377,7 +377,7 @@ class Block:
         delta_net = self._blocks.delta_net
         if delta_net is None or not name.endswith(f".{DELTA_OUTPUT}.weight"):
             return inputs
-        return delta_net.order_columns(inputs, to_gguf=to_gguf)  # type: ignore[no-any-return]
+        return delta_net.order_columns(inputs, to_gguf=to_gguf)
 
     @contextmanager
     def _replaying(self, cached: CachedProducts | None) -> Iterator[None]:
