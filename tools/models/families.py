@@ -57,7 +57,7 @@ _QWEN35 = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
-    "full_attention_interval": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
 }
 _LFM2 = {
     "hidden_size": 128,
@@ -83,6 +83,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        {**_QWEN35, **_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128, "intermediate_size": None},
+    ),
     "gpt-oss, YaRN": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {**_YARN, "truncate": False}}),
 }
 """Those of the families below that are mixtures of experts."""
@@ -105,7 +109,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
-    "qwen3.5": ("qwen3_5_text", {**_QWEN35, "layer_types": None}),
+    "qwen3.5": ("qwen3_5_text", {**_QWEN35, "linear_num_value_heads": 2, "linear_value_head_dim": 64}),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }

@@ -118,19 +118,15 @@ class DeltaNet:
 
 
 def decay_from_hf(a_log: np.ndarray) -> np.ndarray:
-    """Return GGUF's decay for A_log: float32."""
-    return -np.exp(to_float32(a_log))
+    """Return GGUF's decay for A_log: float32, rounded once."""
+    decays: np.ndarray = -np.exp(to_float32(a_log).astype(np.float64))
+    return decays.astype(np.float32)
 
 
 def decay_to_hf(decay: np.ndarray) -> np.ndarray:
-    """Return A_log for GGUF's decay: float32, of which `decay_from_hf` gives the same bits where any number does."""
+    """Return A_log for GGUF's decay: float32, of which `decay_from_hf` gives the same bits if some number does."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        nearest = np.log(-decay.astype(np.float64)).astype(np.float32)
-    found = nearest.copy()
-    for other in (np.nextafter(nearest, np.float32(-np.inf)), np.nextafter(nearest, np.float32(np.inf))):
-        fits = (decay_from_hf(found) != decay) & (decay_from_hf(other) == decay)
-        found = np.where(fits, other, found)
-    return found
+        return np.log(-decay.astype(np.float64)).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def delta_net_from_config(

@@ -57,7 +57,7 @@ QWEN2_MOE = ExpertFamily(
 )
 QWEN3_MOE = ExpertFamily(_SINGLE, _FUSED, width_entry="moe_intermediate_size", normalizes=True, may_normalize=True)
 QWEN35_MOE = ExpertFamily(
-    {**_FUSED, **_SHARED},
+    {**_SINGLE, **_SHARED},
     {**_FUSED, **_SHARED},
     width_entry="moe_intermediate_size",
     shared_width_entry="shared_expert_intermediate_size",
