@@ -64,11 +64,25 @@ def qwen35_weights(config: dict[str, Any], seed: int = 5) -> dict[str, np.ndarra
     return weights
 
 
-def write_tiny_qwen35(folder: Path, *, is_mixture: bool = False, **entries: Any) -> Path:
+def fused_experts(weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the weights of a mixture as they are published: all experts of a layer in two tensors."""
+    fused = {name: values for name, values in weights.items() if ".experts." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            np.stack([weights[f"{prefix}.{expert}.{kind}_proj.weight"] for expert in range(config["num_experts"])])
+            for kind in ("gate", "up", "down")
+        )
+        fused |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
+    return fused
+
+
+def write_tiny_qwen35(folder: Path, *, is_mixture: bool = False, fused: bool = False, **entries: Any) -> Path:
     """Write a folder of this model and return it; `entries` replace some of config.json."""
     config = qwen35_config(is_mixture=is_mixture, **entries)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_tokenizer(folder, "qwen2")
-    write_shards(folder, qwen35_weights(config), "F32")
+    weights = qwen35_weights(config)
+    write_shards(folder, fused_experts(weights, config) if fused else weights, "F32")
     return folder

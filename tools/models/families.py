@@ -109,7 +109,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
-    "qwen3.5": ("qwen3_5_text", {**_QWEN35, "linear_num_value_heads": 2, "linear_value_head_dim": 64}),
+    "qwen3.5": (
+        "qwen3_5_text",
+        {**_QWEN35, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    ),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }

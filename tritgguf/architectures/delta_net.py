@@ -126,7 +126,7 @@ def decay_from_hf(a_log: np.ndarray) -> np.ndarray:
 def decay_to_hf(decay: np.ndarray) -> np.ndarray:
     """Return A_log for GGUF's decay: float32, of which `decay_from_hf` gives the same bits if some number does."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.log(-decay.astype(np.float64)).astype(np.float32)  # type: ignore[no-any-return]
+        return np.log(-decay.astype(np.float64)).astype(np.float32)
 
 
 def delta_net_from_config(
