@@ -77,8 +77,8 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
         np.testing.assert_array_equal(found, expected)
     sequence.truncate(0)
     error = np.array([sequence.forward([token]) for token in TOKENS]) - expected
-    # What a short convolution gives is a product of three rounded vectors.
-    most = 1e-4 if name.startswith("lfm2") else 7e-5
+    # What a short convolution gives is a product of three rounded vectors; a state adds up many such products.
+    most = {"lfm2": 1e-4, "qwen3.5": 2e-4}.get(name.partition(",")[0].removesuffix("-moe"), 7e-5)
     assert np.sqrt(np.square(error).mean()) < most * np.sqrt(np.square(expected).mean())
 
 
@@ -120,7 +120,20 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3", "lfm2", "lfm2-moe"]
+    "name",
+    [
+        "qwen3",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "phi3, sliding window",
+        "gemma2",
+        "gemma3",
+        "lfm2",
+        "lfm2-moe",
+        "qwen3.5",
+        "qwen3.5-moe",
+    ],
 )
 def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
     model = converted(name)

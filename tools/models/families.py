@@ -164,6 +164,8 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
         else:
             offset = 0 if "linear_attn" in name else architecture.norm_offset
             parameter.normal_(1.0 - offset if "norm" in name else 0.0, 0.2)
+            if name.endswith("A_log"):
+                parameter.sub_(3.0)  # so that a state remembers some ten tokens, not two
             parameter.copy_(parameter.half())  # also what is kept in float32
 
 
