@@ -16,6 +16,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration import end_to_end
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.end_to_end import EndToEnd, TrainedModel, split_windows, train_end_to_end
+from tritgguf.calibration.trained_parameters import Rates
 from tritgguf.calibration.training_text import mixed_windows
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.encoders import Calibrated
@@ -125,6 +126,27 @@ def test_windows_held_out_are_not_trained_on() -> None:
     assert used == [window for window in windows if window not in held_out]
     assert split_windows(windows[:2], EndToEnd()) == ([[0]], [[1]])
     assert split_windows(windows[:1], EndToEnd()) == ([[0]], [[0]])
+
+
+def test_a_longer_text_has_larger_steps_and_then_fewer_passes() -> None:
+    settings = EndToEnd(epochs=8, steps=14, batch_size=8, most_steps=224)
+    lengths = (1, 14, 28, 112, 224, 448, 4000)
+    assert [settings.windows_of_step(windows) for windows in lengths] == [1, 1, 2, 8, 8, 8, 8]
+    assert [settings.passes(windows) for windows in lengths] == [8, 8, 8, 8, 8, 4, 1]
+
+
+def test_the_rate_of_levels_is_lower_with_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def recorded(step: int, level: float, factor: float) -> Rates:
+        seen.append(level)
+        return Rates(step, level, factor)
+
+    monkeypatch.setattr(end_to_end, "Rates", recorded)
+    settings = EndToEnd(epochs=1, steps=10, batch_size=2, level_rate=0.01, steps_at_full_rate=10)
+    trained(write_tiny_model(tmp_path / "model"), 2, settings)
+    assert len(seen) == len(WINDOWS[8:]) / 2 == 20
+    assert seen[8] == pytest.approx(0.01 * 10 / 20 * (1 - 8 / 20))  # the first after the warm-up
 
 
 def test_mixed_windows_are_new_in_every_epoch_and_the_same_in_every_run() -> None:

@@ -12,9 +12,10 @@ import pytest
 from tiny_mixtures import write_tiny_mixture
 from tiny_models import write_tiny_model
 
+from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.conversion.default_encoder import about, calibration_seconds, default_encoder
+from tritgguf.conversion.default_encoder import about, calibration_seconds, default_encoder, training_seconds
 from tritgguf.conversion.depths import DepthOptions
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.errors import TritGgufError
@@ -110,6 +111,13 @@ def test_the_estimate_grows_with_weights_and_tokens_and_shrinks_with_threads() -
     seconds = calibration_seconds(10**9, 16384, 2)
     assert calibration_seconds(2 * 10**9, 16384, 4) == pytest.approx(seconds)
     assert 3 * seconds < calibration_seconds(10**9, 32768, 1) < 4 * seconds
+
+
+def test_the_estimate_of_training_counts_the_passes() -> None:
+    tokens = 64 * 512
+    short, long = (training_seconds(10**9, tokens, EndToEnd(epochs=epochs), 2) for epochs in (2, 4))
+    assert long == pytest.approx(2 * short)
+    assert training_seconds(10**9, tokens, EndToEnd(most_steps=28), 2) == pytest.approx(short)
 
 
 def test_the_command_calibrates_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

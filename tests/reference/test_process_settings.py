@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -169,3 +170,24 @@ def test_the_environment_is_restored() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_much_freed_memory_is_returned_and_a_little_is_kept() -> None:
+    script = (
+        "import numpy as np\n"
+        "from tritgguf.machine import resident_bytes\n"
+        "from tritgguf.reference import process_settings\n"
+        "process_settings.import_torch()\n"
+        "arrays = [np.ones(8 << 20, np.uint8) for _ in range(32)]\n"
+        "last = np.ones(1 << 20, np.uint8)  # above the others: the heap cannot shrink\n"
+        "del arrays\n"
+        "for limit in (1 << 29, 1 << 26):\n"
+        "    process_settings._MOST_FREED_BYTES, before = limit, resident_bytes()[0]\n"
+        "    process_settings.return_freed_memory()\n"
+        "    print(before - resident_bytes()[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    kept, returned = map(int, done.stdout.split())
+    assert kept < 1 << 24
+    assert returned > 1 << 27

@@ -22,13 +22,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tools.quality import exam_text, package_texts
+from tools.quality import package_texts
+from tools.quality.three_texts import HEADER, ThreeTexts, columns
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.error_feedback import ErrorFeedback
 from tritgguf.conversion.plan import block_index
-from tritgguf.evaluation.divergence import compare_windows
-from tritgguf.evaluation.text_windows import shipped_text
 from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
@@ -54,24 +53,16 @@ def main() -> None:
     source = open_source(options.source)
     tokenizer = Tokenizer.from_str(source.metadata["tokenizer.huggingface.json"].value)
     depths = dict.fromkeys(quantized_names(source, options.blocks), options.depth)
-    calibration, evaluation = package_texts.texts()
-    evaluated = (evaluation, shipped_text(), exam_text.text())
-    texts = [package_texts.windows_of(text, tokenizer, options.evaluate) for text in evaluated]
-    reference = ReferenceModel.open(source)
-    expected = [[reference.logits(window) for window in windows] for windows in texts]
-    print(f"{'setting':18}" + "      KL   99th  top-1" * len(texts) + "  seconds", flush=True)
+    calibration = package_texts.texts()[0]
+    texts = ThreeTexts(source, [options.evaluate] * 3)
+    print(f"{HEADER}  seconds", flush=True)
     for setting in options.settings:
         values = dict(parsed(part) for part in setting.split(",") if part)
         some = package_texts.windows_of(calibration, tokenizer, values.pop("windows", 32))
         started = time.perf_counter()
-        quantize(source, depths, some, values, reference)
+        quantize(source, depths, some, values, texts.model)
         seconds = time.perf_counter() - started
-        found = [
-            compare_windows(windows, logits, map(reference.logits, windows))
-            for windows, logits in zip(texts, expected, strict=True)
-        ]
-        columns = "  ".join(f"{kl.kl_mean:6.4f}  {kl.kl_p99:5.2f}  {kl.top1_agreement:5.3f}" for kl in found)
-        print(f"{setting or 'as it is':18} {columns}  {seconds:7.0f}", flush=True)
+        print(f"{setting or 'as it is':40}{columns(texts.compare())}  {seconds:7.0f}", flush=True)
 
 
 def parsed(setting: str) -> tuple[str, Any]:

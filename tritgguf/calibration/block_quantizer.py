@@ -25,7 +25,7 @@ from tritgguf.calibration.tuning import Tuning, check_no_experts, tune_block
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer
 from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks, Observer
-from tritgguf.reference.process_settings import bfloat16_matmul
+from tritgguf.reference.process_settings import bfloat16_matmul, return_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,6 +152,7 @@ class BlockQuantizer:
             inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), stream, cached)
             if group[0] in projections and inputs is not None:
                 projection = projections[group[0]]
+                return_freed_memory()
                 cached[projection] = block.products(projection, inputs)
         if block.experts is not None:
             of_experts = block.expert_inputs(self._hidden, cached=cached)
@@ -186,6 +187,7 @@ class BlockQuantizer:
         """
         only_matrix = block.get(names[0]) if len(names) == 1 else None
         stream = stream if only_matrix is not None else None
+        return_freed_memory()
         moments = InputMoments(original_inputs[0].shape[-1], only_matrix, with_stream=stream is not None)
         buffer = RowBuffer(len(self._hidden))
 

@@ -49,11 +49,13 @@ class EndToEnd:
     """How a model is trained as a whole.
 
     Attributes:
-        epochs: passes over the text.
+        epochs: most passes over the text.
         level_rate: Adam's learning rate of levels; it decays linearly to zero.
         factor_rate: the same of codebooks, norms and biases, relative to their size.
         steps: in each pass, as long as `batch_size` allows: a short text has steps of fewer windows.
         batch_size: most windows of a step.
+        most_steps: in all passes: a long text has fewer of them, though at least one.
+        steps_at_full_rate: with more steps than this, the rate of levels is lower, so that levels come no farther.
         held_out: one window in this many is not trained on, but measured.
         seed: seed of the order of the text's pieces.
 
@@ -64,8 +66,19 @@ class EndToEnd:
     factor_rate: float = 1e-3
     steps: int = 14
     batch_size: int = 8
+    most_steps: int = 224
+    steps_at_full_rate: int = 150
     held_out: int = 8
     seed: int = 0
+
+    def windows_of_step(self, windows: int) -> int:
+        """Return how many windows a step has, for a text of so many."""
+        return min(self.batch_size, -(-windows // self.steps))
+
+    def passes(self, windows: int) -> int:
+        """Return the number of passes over a text of so many windows."""
+        steps = -(-windows // self.windows_of_step(windows))
+        return min(self.epochs, max(1, self.most_steps // steps))
 
 
 @dataclass(frozen=True)
@@ -179,19 +192,20 @@ class _Training:
     def run(self, windows: np.ndarray, held_out: np.ndarray, progress: Progress) -> TrainedModel:
         """Train on windows of token ids and return the best state."""
         settings, step = self._settings, 0
-        size = min(settings.batch_size, -(-len(windows) // settings.steps))
-        steps = settings.epochs * -(-len(windows) // size)
+        size, passes = settings.windows_of_step(len(windows)), settings.passes(len(windows))
+        steps = passes * -(-len(windows) // size)
+        level_rate = settings.level_rate * min(1.0, settings.steps_at_full_rate / steps)
         inputs = self._blocks.embed(held_out.tolist())
         expected = self._through_original(inputs)
         before = self._divergence(inputs, expected)
         best = TrainedModel(dict(self._start), before=before, after=before)
-        for epoch in range(settings.epochs):
+        for epoch in range(passes):
             mixed = self._blocks.embed(mixed_windows(windows, settings.seed, epoch).tolist())
             target = self._through_original(mixed)
             for batch, batch_target in zip(mixed.split(size), target.split(size), strict=True):
                 step += 1
                 rate = min(1.0, step / _WARM_UP) * (1 - (step - 1) / steps)
-                self._step(batch, batch_target, Rates(step, settings.level_rate * rate, settings.factor_rate * rate))
+                self._step(batch, batch_target, Rates(step, level_rate * rate, settings.factor_rate * rate))
                 progress(f"training, KL {best.after:.4f}", 1 / steps)
             divergence = self._divergence(inputs, expected)
             if divergence < best.after:

@@ -15,6 +15,7 @@ torch computes the large products. It is imported inside functions because only 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from tritgguf.calibration.input_moments import InputMoments
 from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
+from tritgguf.reference.process_settings import return_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,28 +72,18 @@ class ErrorFeedback:
         act_order: bool = True,
         sweeps: int = SWEEPS,
     ) -> None:
-        import torch
-
-        second = moments.mean_second_moments()
-        if not bool(torch.isfinite(second).all()):
+        if not moments.are_finite:
             raise ValueError("has inputs that are NaN or infinite on the calibration text")
-        damping += few_inputs_damping * len(second) / max(1, moments.count)
-        second = _damped(second, damping)
-        self._moments = moments if correction else None
+        return_freed_memory()
+        self._damping = damping + few_inputs_damping * moments.columns / max(1, moments.count)
+        self._moments, self._correction, self._act_order, self._sweeps = moments, correction, act_order, sweeps
         self._fitted_factor: Tensor | None = None
-        if correction and moments.held_out_count:
-            self._fitted_factor = torch.linalg.cholesky(_damped(moments.mean_second_moments(held_out=False), damping))
-        self._importance = second.diagonal().numpy().copy()
-        # Groups with the largest inputs come first, so that all other groups can compensate for their errors.
-        importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
-        groups = importance.argsort(descending=True, stable=True)
-        if not act_order:
-            groups = torch.arange(len(importance))
-        self._order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
-        # These matrices take most of the memory, so the name is reused to free the previous one.
-        second = second[self._order][:, self._order]
-        self._factor = _inverse_cholesky(second)
-        self._second_moments, self._sweeps = second, sweeps
+
+    @cached_property
+    def _inputs(self) -> _OrderedInputs:
+        moments = self._moments
+        second = moments.take_second_moments() if moments.of_one_matrix else moments.mean_second_moments()
+        return _OrderedInputs(_damped(second, self._damping), act_order=self._act_order)
 
     def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the reported errors are those of the weights, not of the output.
@@ -103,26 +95,27 @@ class ErrorFeedback:
         if not np.isfinite(weights).all():
             raise ValueError("has a weight that is NaN or infinite")
         target = self._corrected(torch.from_numpy(weights))
-        codebook = searched_codebook(target.numpy(), self._importance, depth, thread_pool)
+        inputs = self._inputs
+        codebook = searched_codebook(target.numpy(), inputs.importance, depth, thread_pool)
         offset = np.float32(level_offset(depth))
         steps = codebook / offset
-        remaining = target[:, self._order].contiguous()
+        remaining = target[:, inputs.order].contiguous()
         rows, columns = remaining.shape
         levels, indices = np.empty((rows, columns), np.uint8), np.empty((rows, columns // GROUP_SIZE), np.uint8)
         for first in range(0, columns, _BLOCK_COLUMNS):
             last = min(first + _BLOCK_COLUMNS, columns)
             block = np.ascontiguousarray(remaining[:, first:last].numpy())
-            factor = np.ascontiguousarray(self._factor[first:last, first:last].numpy())
+            factor = np.ascontiguousarray(inputs.factor[first:last, first:last].numpy())
             block_levels, errors = np.empty(block.shape, np.uint8), np.empty_like(block)
             block_indices = np.empty((rows, (last - first) // GROUP_SIZE), np.uint8)
             thread_pool.run(quantize_columns, block, factor, steps, offset, block_levels, block_indices, errors)
             levels[:, first:last] = block_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = block_indices
-            remaining[:, last:].addmm_(torch.from_numpy(errors), self._factor[first:last, last:], alpha=-1)
+            remaining[:, last:].addmm_(torch.from_numpy(errors), inputs.factor[first:last, last:], alpha=-1)
         if self._sweeps:
-            ordered = target[:, self._order]
-            refine(ordered, self._second_moments, levels, indices, steps, offset, self._sweeps, thread_pool)
-        original_order = np.argsort(self._order.numpy())
+            ordered = target[:, inputs.order]
+            refine(ordered, inputs.second_moments, levels, indices, steps, offset, self._sweeps, thread_pool)
+        original_order = np.argsort(inputs.order.numpy())
         levels, indices = levels[:, original_order], indices[:, original_order[::GROUP_SIZE] // GROUP_SIZE]
         quantized = QuantizedMatrix(depth, levels, indices, codebook, 0.0, 0.0)
         error = float(np.square(weights - quantized.decoded(), dtype=np.float64).sum())
@@ -134,12 +127,15 @@ class ErrorFeedback:
         """Return weights whose output for the quantized model's inputs is closer to the original output."""
         import torch
 
-        if self._moments is None:
+        if not self._correction:
             return weights
         output_error = self._moments.mean_output_error(weights)
+        # Before `_inputs`, which forgets the inputs that are held out if no other matrix needs them.
+        correction_factor = self._correction_factor(weights, output_error)
+        order, factor = self._inputs.order, self._inputs.factor
         correction = torch.empty_like(weights)
-        correction[:, self._order] = output_error[:, self._order] @ self._factor.T @ self._factor
-        return weights + self._correction_factor(weights, output_error) * correction
+        correction[:, order] = output_error[:, order] @ factor.T @ factor
+        return weights + correction_factor * correction
 
     def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
         """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
@@ -150,14 +146,60 @@ class ErrorFeedback:
         import torch
 
         moments = self._moments
-        if moments is None or self._fitted_factor is None:
+        if not moments.held_out_count:
             return 1.0
         rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
         inputs, expected = moments.held_out(weights, rows)
         fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
-        corrections = inputs @ torch.cholesky_solve(fitted.T, self._fitted_factor)
+        corrections = inputs @ torch.cholesky_solve(fitted.T, self._factor_without_held_out())
         size = float(corrections.square().sum())
         return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
+
+    def _factor_without_held_out(self) -> Tensor:
+        """Return the Cholesky factor of the second moments of the inputs that are not held out."""
+        import torch
+
+        if self._fitted_factor is not None:
+            return self._fitted_factor
+        factor = torch.linalg.cholesky(_damped(self._moments.mean_second_moments(held_out=False), self._damping))
+        if not self._moments.of_one_matrix:
+            self._fitted_factor = factor
+        return factor
+
+
+class _OrderedInputs:
+    """Second moments of an input whose columns are in the order in which they are quantized.
+
+    Args:
+        second: float32 [columns, columns], damped, in the original order; it is freed if nothing else refers to it.
+        act_order: as in `ErrorFeedback`.
+
+    Attributes:
+        order: int64 [columns], the original place of each column.
+        importance: float32 [columns], the diagonal in the original order.
+        second_moments: float32 [columns, columns].
+        factor: float32 [columns, columns], upper triangular U with U^T U the inverse of the moments.
+
+    """
+
+    def __init__(self, second: Tensor, *, act_order: bool) -> None:
+        import torch
+
+        self.importance = second.diagonal().numpy().copy()
+        # Groups with the largest inputs come first, so that all other groups can compensate for their errors.
+        importance = second.diagonal().reshape(-1, GROUP_SIZE).mean(1)
+        groups = importance.argsort(descending=True, stable=True)
+        if not act_order:
+            groups = torch.arange(len(importance))
+        self.order = (groups[:, None] * GROUP_SIZE + torch.arange(GROUP_SIZE)).reshape(-1)
+        return_freed_memory()
+        self.second_moments = torch.empty_like(second)
+        for part in torch.arange(len(second)).split(_BLOCK_COLUMNS):  # a copy of all rows would take much memory
+            self.second_moments[part] = second[self.order[part]][:, self.order]
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return _inverse_cholesky(self.second_moments)
 
 
 def _damped(second: Tensor, damping: float) -> Tensor:
@@ -174,21 +216,23 @@ def _inverse_cholesky(matrix: Tensor) -> Tensor:
     """
     import torch
 
-    return _invert_upper(torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1))
+    factor = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    _invert_upper(factor)
+    return factor
 
 
-def _invert_upper(matrix: Tensor) -> Tensor:
-    """Return the inverse of an upper triangular matrix, recursively by halves.
+def _invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place, recursively by halves.
 
     torch only has a triangular solver, which would not use that the right-hand side is triangular too.
     """
     import torch
 
     if len(matrix) <= _SOLVE_BLOCK:
-        return torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True))
+        return
     half = len(matrix) // 2
-    first, last = _invert_upper(matrix[:half, :half]), _invert_upper(matrix[half:, half:])
-    inverse = torch.zeros_like(matrix)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ (matrix[:half, half:] @ last))
-    return inverse
+    first, last, between = matrix[:half, :half], matrix[half:, half:], matrix[:half, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    between.copy_(-(first @ (between @ last)))

@@ -33,6 +33,7 @@ class InputMoments:
 
     Attributes:
         count: number of inputs that were added.
+        of_one_matrix: whether only one matrix has this input, so that what it has used can be forgotten.
 
     """
 
@@ -40,7 +41,7 @@ class InputMoments:
         import torch
 
         # With d = x' - x, the result is W d x^T. For a matrix W with few rows, (W d) x^T is cheaper than W (d x^T).
-        self._matrix = None
+        self.of_one_matrix, self._matrix = matrix is not None, None
         if matrix is not None and (with_stream or 2 * len(matrix) < columns):
             self._matrix = torch.from_numpy(matrix)
         # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
@@ -55,8 +56,7 @@ class InputMoments:
 
         `stream_error` is float32 [..., rows], the original model's stream minus that of the quantized model.
         """
-        columns = len(self._second_moments)
-        x, x_original = inputs.reshape(-1, columns), original.reshape(-1, columns)
+        x, x_original = inputs.reshape(-1, self.columns), original.reshape(-1, self.columns)
         difference = x_original - x
         if self._matrix is not None:
             difference = difference @ self._matrix.T
@@ -68,6 +68,11 @@ class InputMoments:
         _add_products(self._second_moments, x[:fitted])
         self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
 
+    @property
+    def columns(self) -> int:
+        """Number of columns of the inputs."""
+        return self._difference_sums.shape[1]
+
     def mean_output_error(self, weights: Tensor) -> Tensor:
         """Return the mean of d x^T, float32 [rows, columns], d being the difference of W's output.
 
@@ -78,7 +83,26 @@ class InputMoments:
 
     def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
         """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
-        mean = self._second_moments.clone()
+        return self._mean(self._second_moments.clone(), held_out=held_out)
+
+    def take_second_moments(self) -> Tensor:
+        """Return the mean of x x^T over all inputs; `mean_output_error` is all that can be asked for afterwards."""
+        mean = self._mean(self._second_moments, held_out=True)
+        self._second_moments = mean.new_empty(0)
+        self._held_out.clear()
+        return mean
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether all inputs were finite, and not so large that the second moments are not."""
+        import torch
+
+        # No second moment of two columns is larger than both of their own.
+        squares = self._second_moments.diagonal() + sum(x.square().sum(0) for x, _ in self._held_out)
+        return bool(torch.isfinite(squares).all())
+
+    def _mean(self, mean: Tensor, *, held_out: bool) -> Tensor:
+        """Turn sums without the held-out inputs into a mean, in place."""
         for x, _ in self._held_out if held_out else []:
             _add_products(mean, x)
         mean /= max(1, self.count if held_out else self.count - self.held_out_count)

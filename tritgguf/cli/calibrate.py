@@ -12,7 +12,7 @@ from tritgguf.cli.options import (
     CalibrationTokens,
     Json,
     Overwrite,
-    OwnText,
+    SelfText,
     SourceModel,
     TextFile,
     TextSeed,
@@ -43,7 +43,7 @@ def calibrate_command(
     source: SourceModel,
     output: Annotated[Path, option("--output", "-o", metavar="FILE", help="The GGUF file to write.")],
     text: TextFile = None,
-    own_text: OwnText = False,
+    self_text: SelfText = False,
     tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
     threads: Threads = None,
@@ -60,7 +60,7 @@ def calibrate_command(
 
     started = time.perf_counter()
     check_output(output, overwrite, [source, text])
-    windows, origin = read_windows(source, TextOptions(text, own_text, tokens, seed), threads)
+    windows, origin = read_windows(source, TextOptions(text, self_text, tokens, seed), threads)
     started += prepare_kernels()
     with terminal.progress(in_bytes=False) as report:
         result = measure_importance(

@@ -21,9 +21,10 @@ from tritgguf.cli.options import (
     OutputDepth,
     OutputFile,
     Overwrite,
-    OwnText,
+    OwnTokens,
     RecipeName,
     Resume,
+    SelfText,
     Sensitivity,
     SourceModel,
     TargetBits,
@@ -137,7 +138,8 @@ def convert_command(
     target_size: TargetSize = None,
     sensitivity: Sensitivity = None,
     text: TextFile = None,
-    own_text: OwnText = False,
+    self_text: SelfText = False,
+    own_text: OwnTokens = None,
     tokens: CalibrationTokens = None,
     seed: TextSeed = 0,
     tune: Tune = None,
@@ -163,7 +165,7 @@ def convert_command(
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
     settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
-    text_options = TextOptions(text, own_text, tokens, seed)
+    text_options = TextOptions(text, self_text, tokens, seed, own_text)
     settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
     started = time.perf_counter()
     if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):

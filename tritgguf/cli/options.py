@@ -146,8 +146,17 @@ TextFile = Annotated[
         "--text", "-f", metavar="FILE", help="Calibrate on this text.", show_default="text that the model generates"
     ),
 ]
-OwnText = Annotated[
+SelfText = Annotated[
     bool, typer.Option("--self", help="Calibrate on text that the model itself generates, without a data set.")
+]
+OwnTokens = Annotated[
+    int | None,
+    option(
+        "--own-text",
+        min=1,
+        help="Beside --text, also calibrate on N tokens with which the model continues passages of it.",
+        show_default=False,
+    ),
 ]
 CalibrationTokens = Annotated[
     int | None,

@@ -22,6 +22,7 @@ class TextOptions:
         own: whether the user requests self-generated text.
         tokens: length of the text; None for the default.
         seed: seed of self-generated text.
+        own_tokens: length of the self-generated text that is added to the file's; None for none.
 
     """
 
@@ -29,10 +30,13 @@ class TextOptions:
     own: bool
     tokens: int | None
     seed: int
+    own_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.file is not None and self.own:
             raise UsageError("--text and --self both select the calibration text; give one of them")
+        if self.file is None and self.own_tokens is not None:
+            raise UsageError("--own-text adds to the text of --text; --self --tokens N generates all of the text")
 
     @property
     def is_given(self) -> bool:
@@ -58,6 +62,7 @@ def read_windows(
             opened,
             options.file,
             options.tokens,
+            own_tokens=options.own_tokens or 0,
             seed=options.seed,
             threads=threads,
             saved=saved,

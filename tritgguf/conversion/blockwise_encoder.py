@@ -94,7 +94,7 @@ class EndToEndEncoder(BlockwiseEncoder):
         for name in self._in_blocks:
             matrices[name] = self._blocks.quantize(name)
             self._job.progress(name, 1 / len(self._in_blocks))
-        job, passes = self._job, EPOCH_PASSES * self._settings.epochs
+        job, passes = self._job, EPOCH_PASSES * self._settings.passes(len(self._trained_on))
         return train_end_to_end(
             job.source,
             matrices,

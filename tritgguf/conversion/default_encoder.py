@@ -15,6 +15,7 @@ from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import EndToEnd
+from tritgguf.calibration.text import WINDOW_TOKENS
 from tritgguf.conversion.depths import DepthOptions
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch, Windows
 from tritgguf.conversion.recovery import holds_trits
@@ -94,8 +95,8 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *
 
 def training_seconds(weights: int, tokens: int, settings: EndToEnd, threads: int | None = None) -> float:
     """Estimate how long end-to-end training takes; `threads` None means all processor cores."""
-    passes = weights * tokens * settings.epochs
-    return passes * _TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
+    passes = settings.passes(max(1, tokens // WINDOW_TOKENS))
+    return weights * tokens * passes * _TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
 
 
 def training_note(source: Source, settings: EndToEnd, windows: Windows, threads: int | None) -> str:

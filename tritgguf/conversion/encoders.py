@@ -23,7 +23,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.end_to_end import EndToEnd
+from tritgguf.calibration.end_to_end import EndToEnd, split_windows
 from tritgguf.calibration.tuning import Tuning
 from tritgguf.conversion.blockwise_encoder import EPOCH_PASSES, BlockwiseEncoder, EndToEndEncoder
 from tritgguf.errors import TritGgufError
@@ -152,7 +152,10 @@ class Calibrated:
     @property
     def passes(self) -> int:
         """Passes over all matrices, as `EncodingJob.progress` counts them, before the first one is written."""
-        return 0 if self.end_to_end is None else 1 + EPOCH_PASSES * self.end_to_end.epochs
+        if self.end_to_end is None or not self.windows:
+            return 0
+        trained_on, _ = split_windows(self.windows, self.end_to_end)
+        return 1 + EPOCH_PASSES * self.end_to_end.passes(len(trained_on))
 
     @property
     def needs_text(self) -> bool:

@@ -19,6 +19,8 @@ _READ_ONCE = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "2000"}
 """Environment variables that torch reads at its first allocation and OpenMP when it is loaded."""
 _MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 0x7FFFFFFF)}
 """glibc's name of a setting -> its number for `mallopt` and the value."""
+_MOST_FREED_BYTES = 1 << 29
+"""So much freed memory may wait for the next arrays where `return_freed_memory` is called."""
 
 
 class ProcessSetting:
@@ -110,6 +112,29 @@ def _use_freed_memory_again() -> None:
     for variable, (parameter, value) in _MALLOC.items():
         if mallopt is not None and variable not in os.environ:
             mallopt(parameter, value)
+
+
+class _MallocUsage(ctypes.Structure):
+    """What glibc's `mallinfo2` returns."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    )
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system if there is much of it, before arrays of other sizes are made.
+
+    Memory that is used again (`import_torch`) falls into pieces that the next large arrays do not fit.
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    usage, trim = getattr(library, "mallinfo2", None), getattr(library, "malloc_trim", None)
+    if usage is None or trim is None:  # another C library, or a glibc before 2.33
+        return
+    usage.restype = _MallocUsage
+    if usage().fordblks > _MOST_FREED_BYTES:
+        trim(ctypes.c_size_t(0))
 
 
 def _get_threads() -> int:
