@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -303,6 +304,13 @@ def to_hf(
 def reorders_rows(gguf_name: str, delta_net: DeltaNet | None) -> bool:
     """Tell whether a tensor's rows have another order in GGUF, all of them together; `from_hf` needs them all then."""
     return delta_net is not None and delta_net.mixes_rows(_name_in_layer(gguf_name))
+
+
+def inputs_in_order(gguf_name: str, inputs: Any, delta_net: DeltaNet | None, *, to_gguf: bool) -> Any:
+    """Return a matrix's inputs, [..., columns] of NumPy or torch, in GGUF's order of columns, or in transformers'."""
+    if delta_net is None or _name_in_layer(gguf_name) != DELTA_OUTPUT:
+        return inputs
+    return delta_net.order_columns(inputs, to_gguf=to_gguf)
 
 
 def has_own_parameters(gguf_name: str) -> bool:
