@@ -33,7 +33,7 @@ _LAYERS_KEY, _INTERVAL_KEY = "attention.recurrent_layers", "full_attention_inter
 _TAPS_KEY, _KEY_DIM_KEY, _KEY_HEADS_KEY = "ssm.conv_kernel", "ssm.state_size", "ssm.group_count"
 _VALUE_HEADS_KEY, _VALUES_KEY = "ssm.time_step_rank", "ssm.inner_size"
 _INTERVAL = 4
-_MAX_TAPS, _MAX_HEADS, _MAX_DIM = 16, 4096, 4096
+_MAX_TAPS, _MAX_HEADS, _MAX_DIM = 16, 1024, 512
 _LANES = 16  # the kernels want heads of a multiple of so many columns
 
 
