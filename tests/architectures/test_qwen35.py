@@ -130,6 +130,7 @@ def test_decays_have_the_same_bits_again() -> None:
         ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor is 2.0, which rotates 64 of 32"),
         ({"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor is 'a', which is not a positive"),
         ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "3 of 32 elements of a head cannot be rotated in pairs"),
+        ({"attn_output_gate": False}, r"attention without gates \(attn_output_gate\) is not supported"),
         ({"attention_bias": True}, r"biases \(attention_bias\) of a Qwen3_5ForCausalLM are not supported"),
     ],
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from converted_models import as_stock_gguf
+from gguf import GGUFValue, GGUFValueType
 from tiny_models import read_config, write_safetensors
 from tiny_states import qwen35_weights, write_tiny_qwen35
 
@@ -14,6 +17,7 @@ from tritgguf.conversion.convert import convert
 from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.sources.open import open_source
+from tritgguf.sources.source import SourceTensor
 
 kinds = pytest.mark.parametrize("is_mixture", [False, True])
 
@@ -65,6 +69,32 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     report = convert(folder, tmp_path / "b.gguf", encoder="v2")
     assert sum("layers that predict further tokens (mtp) are left out" in warning for warning in report.warnings) == 1
     assert tensors_of(tmp_path / "a.gguf") == tensors_of(tmp_path / "b.gguf")
+
+
+def test_further_layers_of_a_stock_file_are_left_out(tmp_path: Path) -> None:
+    """Those that llama.cpp's converter puts behind the others."""
+    source = open_source(write_tiny_qwen35(tmp_path / "model"))
+    convert(source.name, tmp_path / "a.gguf", encoder="v2")
+    further = [SourceTensor(f"blk.4.{name}.weight", (8, 8), 0) for name in ("attn_q", "nextn.eh_proj")]
+    names = {tensor.name for tensor in source.tensors}
+    longer: Any = SimpleNamespace(
+        tensors=[*source.tensors, *further],
+        metadata=source.metadata,
+        read=lambda name: source.read(name) if name in names else np.ones((8, 8), np.float32),
+    )
+    keys = {
+        "qwen35.block_count": GGUFValue(5, GGUFValueType.UINT32),
+        "qwen35.nextn_predict_layers": GGUFValue(1, GGUFValueType.UINT32),
+        "qwen35.attention.recurrent_layers": GGUFValue(
+            [True, False, True, True, False], GGUFValueType.ARRAY, GGUFValueType.BOOL
+        ),
+    }
+    stock = as_stock_gguf(longer, tmp_path / "stock.gguf", keys)
+    report = convert(stock, tmp_path / "b.gguf", encoder="v2")
+    assert any("layers that predict further tokens (mtp) are left out" in warning for warning in report.warnings)
+    assert tensors_of(tmp_path / "a.gguf") == tensors_of(tmp_path / "b.gguf")
+    first, second = (GgufFile(tmp_path / name).metadata for name in ("a.gguf", "b.gguf"))
+    assert second == {**first, **{key: second[key] for key in second if key.startswith("general.")}}
 
 
 @kinds

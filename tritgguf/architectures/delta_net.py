@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 DELTA_INPUT, DELTA_GATE, DELTA_OUTPUT = "attn_qkv", "attn_gate", "ssm_out"
 DELTA_ALPHA, DELTA_BETA, DELTA_KERNEL, DELTA_NORM = "ssm_alpha", "ssm_beta", "ssm_conv1d", "ssm_norm"
 DELTA_DECAY, DELTA_BIAS = "ssm_a", "ssm_dt.bias"  # the first one is a whole name: it has no suffix
+FURTHER_LEFT_OUT = "its layers that predict further tokens (mtp) are left out"
 DELTA_VECTORS = {"linear_attn.A_log": (DELTA_DECAY,), "linear_attn.dt_bias": (DELTA_BIAS,)}
 """Hugging Face name -> GGUF name, of tensors whose names do not end in `.weight`."""
 
 _TYPES_ENTRY, _INTERVAL_ENTRY = "layer_types", "full_attention_interval"
 _ATTENTION_TYPE, _DELTA_TYPE = "full_attention", "linear_attention"
+_COUNT_KEY = "block_count"
 _LAYERS_KEY, _INTERVAL_KEY = "attention.recurrent_layers", "full_attention_interval"
 _TAPS_KEY, _KEY_DIM_KEY, _KEY_HEADS_KEY = "ssm.conv_kernel", "ssm.state_size", "ssm.group_count"
 _VALUE_HEADS_KEY, _VALUES_KEY = "ssm.time_step_rank", "ssm.inner_size"
+_FURTHER_KEY = "nextn_predict_layers"
 _INTERVAL = 4
 _MAX_TAPS, _MAX_HEADS, _MAX_DIM = 16, 1024, 512
 _LANES = 16  # the kernels want heads of a multiple of so many columns
@@ -135,6 +138,8 @@ def delta_net_from_config(
     """Return the DeltaNet layers of a config.json; None if the family has none. TritGgufError for impossible ones."""
     if not architecture.has_states:
         return None
+    if entries.get("attn_output_gate") is False:
+        raise TritGgufError(f"{where}: attention without gates (attn_output_gate) is not supported in this family")
 
     def count(entry: str, most: int) -> int:
         return count_of(entries, entry, where, default=architecture.defaults[entry], most=most)
@@ -175,10 +180,10 @@ def delta_net_from_gguf(
     if not architecture.has_states:
         return None
     prefix = f"{architecture.gguf_name}."
-    if metadata.get(f"{prefix}nextn_predict_layers"):
+    if metadata.get(prefix + _FURTHER_KEY):
         raise TritGgufError(
-            f"{where}: it has layers that predict further tokens (nextn_predict_layers), which are not supported;"
-            " convert the Hugging Face checkpoint, of which they are left out"
+            f"{where}: it has layers that predict further tokens ({_FURTHER_KEY}), which are not run; convert it, and"
+            " they are left out"
         )
 
     def count(key: str, most: int) -> int:
@@ -228,11 +233,26 @@ def _checked(delta_net: DeltaNet, layers: int, where: str) -> DeltaNet:
     return delta_net
 
 
+def without_further_layers(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:
+    """Return new values of a stock file's keys, None for none, that leave out the layers that predict further tokens.
+
+    There are none for a file without such layers, which are the last ones. Raises TritGgufError for impossible keys.
+    """
+    prefix = f"{architecture.gguf_name}."
+    if not architecture.has_states or not metadata.get(prefix + _FURTHER_KEY):
+        return {}
+    layers = count_of(metadata, prefix + _COUNT_KEY, where)
+    kept = layers - count_of(metadata, prefix + _FURTHER_KEY, where, most=max(1, layers - 1))
+    changes: dict[str, Any] = {prefix + _FURTHER_KEY: None, prefix + _COUNT_KEY: kept}
+    flags = metadata.get(prefix + _LAYERS_KEY)
+    return {**changes, prefix + _LAYERS_KEY: flags[:kept]} if isinstance(flags, list) else changes
+
+
 def delta_net_of(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> DeltaNet | None:
     """Return the DeltaNet layers of a GGUF model, whose number of layers is a key too."""
     if not architecture.has_states:
         return None
-    return delta_net_from_gguf(metadata, architecture, metadata[f"{architecture.gguf_name}.block_count"], where)
+    return delta_net_from_gguf(metadata, architecture, metadata[f"{architecture.gguf_name}.{_COUNT_KEY}"], where)
 
 
 def _to_gguf(config: HfConfig) -> dict[str, int | list[bool]]:

@@ -59,6 +59,7 @@ _FLOAT32 = re.compile(
     rf"blk\.{_INDEX}\.(({'|'.join(map(re.escape, _FLOAT32_NAMES))})\.weight|({'|'.join(STACKS)})\.bias)"
 )
 GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.([\w.]+)\.(weight|bias)")
+GGUF_LAYER_INDEX = re.compile(rf"blk\.{_INDEX}\.")
 _LAYER_TENSOR = re.compile(rf"blk\.{_INDEX}\.([\w.]+)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 _HF_EXPERT_TENSOR = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)")

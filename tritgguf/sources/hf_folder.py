@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
+from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT
 from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _PREFIX = "model."
 _FURTHER = ("mtp.", "model.mtp.")  # of layers that predict further tokens
-_FURTHER_LEFT_OUT = "its layers that predict further tokens (mtp) are left out"
 # Tensors that bitsandbytes, GPTQ, AWQ, quanto and FP8 checkpoints have beside or in place of the weights.
 _QUANTIZED = (".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", "._scale", ".weight_scale_inv")
 
@@ -175,7 +175,7 @@ class HfFolderSource:
         check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self.label)
 
     def _leave_out_further(self) -> None:
-        warning = f"{self.name}: {_FURTHER_LEFT_OUT}"
+        warning = f"{self.name}: {FURTHER_LEFT_OUT}"
         if warning not in self.warnings:
             self.warnings.append(warning)
 
