@@ -106,23 +106,3 @@ def test_other_encoders(tmp_path: Path, is_mixture: bool, encoder: str) -> None:
     file = GgufFile(tmp_path / "out.gguf")
     packed = {name for name in file.tensors if file.tensors[name].type_name == "TRIT2"}
     assert {f"blk.0.{name}.weight" for name in ("attn_qkv", "attn_gate", "ssm_out")} <= packed
-
-
-@pytest.mark.slow
-def test_training_on_a_text(tmp_path: Path) -> None:
-    """Whatever is trained is put back where it belongs: the logits come closer with every step."""
-    pytest.importorskip("torch")
-    from tritgguf.reference.model import ReferenceModel
-
-    folder = write_tiny_qwen35(tmp_path / "model")
-    generator = np.random.default_rng(1)
-    windows, text = generator.integers(3, 400, (24, 64)).tolist(), generator.integers(3, 400, 100).tolist()
-    reference = ReferenceModel.open(open_source(folder))
-    expected, errors = reference.logits(text), []
-    for encoder in ("v2", "calibrated", "tuned", "tuned-both"):
-        given = None if encoder == "v2" else windows
-        convert(folder, tmp_path / f"{encoder}.gguf", depth=2, encoder=encoder, windows=given)
-        reference.load_file(GgufFile(tmp_path / f"{encoder}.gguf"))
-        errors.append(float(np.square(reference.logits(text) - expected).sum()))
-    assert errors[1] < 0.9 * errors[0]
-    assert errors[2] < errors[1] > errors[3]

@@ -85,7 +85,16 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
     "qwen3.5-moe": (
         "qwen3_5_moe_text",
-        {**_QWEN35, **_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128, "intermediate_size": None},
+        {
+            **_QWEN35,
+            "linear_num_value_heads": 2,  # as many as key heads
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            **_EXPERTS,
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 128,
+            "intermediate_size": None,
+        },
     ),
     "gpt-oss, YaRN": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {**_YARN, "truncate": False}}),
 }
@@ -109,10 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
-    "qwen3.5": (
-        "qwen3_5_text",
-        {**_QWEN35, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
-    ),
+    "qwen3.5": ("qwen3_5_text", _QWEN35),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }
