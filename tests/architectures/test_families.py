@@ -27,7 +27,8 @@ from tritgguf.sources.open import open_source
 
 NAMES = list(families.FAMILIES)
 # With the seed 0, the export in float16 has a KL of .0025: probably two experts of nearly equal scores are swapped.
-SEEDS = {"lfm2-moe": 2}
+# So it is with Qwen3.5's mixture: up to the first token with other experts the mean is 9e-7.
+SEEDS = {"lfm2-moe": 2, "qwen3.5-moe": 1}
 all_families = pytest.mark.parametrize("name", NAMES)
 TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the sliding windows
 
