@@ -248,8 +248,8 @@ def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> li
     model, context = sequence.model, sequence.context
     model.compile(on_compilation)
     tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
-    if context > 1:
-        sequence.forward(tokens[:-1], generated=False)
+    sequence.forward(tokens)
+    _cut(sequence, tokens[:-1])
     sequence.forward(tokens[-1:])
     return tokens
 
