@@ -17,7 +17,15 @@ from cpu_kernels.threads.bandwidth import BYTES_AHEAD, read, read_bandwidth
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.diagnostics.bench import Speed, bench, bytes_read_per_token, processor_name
+from tritgguf.diagnostics.bench import (
+    COMPARED_REPETITIONS,
+    COMPARED_TOKENS,
+    Speed,
+    bench,
+    bytes_read_per_token,
+    generation_speed,
+    processor_name,
+)
 from tritgguf.diagnostics.kernel_times import REST
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
@@ -150,6 +158,24 @@ def test_a_test_can_be_left_out(tiny_file: Path) -> None:
     assert len(prefill_only.tables()) == 2
     with pytest.raises(TritGgufError, match="nothing to measure"):
         bench(tiny_file, prompt_tokens=0, generated_tokens=0)
+
+
+def test_the_speed_for_a_table_takes_nothing_else(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untouched(*arguments: Any) -> None:
+        raise AssertionError("this must not be reached")
+
+    for name in ("read_bandwidth", "grammar_seconds", "decode_launch_seconds"):
+        monkeypatch.setattr(f"tritgguf.diagnostics.bench.{name}", untouched)
+    calls: list[int] = []
+    forward = SingleSequence.forward
+
+    def count(sequence: SingleSequence, tokens: list[int], **options: Any) -> Any:
+        calls.append(len(tokens))
+        return forward(sequence, tokens, **options)
+
+    monkeypatch.setattr(SingleSequence, "forward", count)
+    assert generation_speed(tiny_file, 1) > 0
+    assert calls.count(1) >= COMPARED_TOKENS * COMPARED_REPETITIONS
 
 
 def test_the_instruction_set_can_be_forced(

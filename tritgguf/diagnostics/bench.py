@@ -26,6 +26,8 @@ from tritgguf.runtime.model import Model
 from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.runtime.weights import ModelWeights
 
+COMPARED_TOKENS, COMPARED_REPETITIONS = 64, 3
+"""What `generation_speed` measures."""
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -221,6 +223,16 @@ def bench(
         prefill_launch_share=None if prompt_times is None else prompt_times.launch_share,
         grammar_seconds=None if decode is None else grammar_seconds(file, model.config.vocab_size),
     )
+
+
+def generation_speed(path: str | Path, threads: int | None, isa: str | None = None) -> float:
+    """Return tokens per second, for a table of files: `bench` without a prompt and all that it measures besides.
+
+    Raises TritGgufError for a file that cannot be run.
+    """
+    model = Model(open_trit_file(path), threads=threads, isa=isa)
+    sequence = SingleSequence(model, COMPARED_TOKENS, cache_type=DEFAULT_CACHE_TYPE)
+    return _time_decode(sequence, [], _warm_up(sequence, lambda: None), COMPARED_REPETITIONS).mean
 
 
 def _facts(file: GgufFile, model: Model) -> dict[str, Any]:

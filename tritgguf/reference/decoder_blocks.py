@@ -121,7 +121,7 @@ class DecoderBlocks:
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
-            with torch_threads(self._threads):
+            with torch_threads(self._threads), silent_transformers():
                 yield block
         finally:
             self._module.model.layers[index] = identity

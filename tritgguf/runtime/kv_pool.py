@@ -71,6 +71,12 @@ def most_cut(config: ModelConfig) -> int | None:
     return None if convolutions is None else RECENT - (convolutions.taps - 1)
 
 
+def check_cache_type(cache_type: str) -> None:
+    """Raise BadRequestError for a type that is not a key of CACHE_TYPES."""
+    if cache_type not in CACHE_TYPES:
+        raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+
+
 def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
     """Raise TritGgufError when keys and values of this context need more memory than the machine has free."""
     memory, needed = machine_memory_bytes(), pages_of(context) * page_bytes(config, cache_type) + state_bytes(config)
@@ -134,8 +140,7 @@ class KVPool:
         `cache_type` is a key of CACHE_TYPES, `copies` is how many copies of states there may be, None for
         `copies_for`. Raises TritGgufError for an unknown type.
         """
-        if cache_type not in CACHE_TYPES:
-            raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+        check_cache_type(cache_type)
         sizes = config.dimensions
         self.context = context
         self.layers, self.kv_heads = config.attention_layers, sizes.kv_heads
