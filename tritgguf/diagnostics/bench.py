@@ -261,7 +261,7 @@ def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> li
     model.compile(on_compilation)
     tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
     sequence.forward(tokens)
-    sequence.truncate(context - 1)
+    _cut(sequence, tokens[:-1])
     sequence.forward(tokens[-1:])
     return tokens
 

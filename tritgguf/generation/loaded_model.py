@@ -281,6 +281,11 @@ def _check_cut(model: Model, draft_max: int) -> None:
     from tritgguf.runtime.kv_pool import most_cut
 
     most = most_cut(model.config)
+    if most == 0 and draft_max:
+        raise BadRequestError(
+            "a model with states (Gated DeltaNet) cannot take guessed tokens back; leave out --lookup and --model-draft"
+            " (lookup, draft)"
+        )
     if most is not None and draft_max > most:
         raise BadRequestError(
             f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"
