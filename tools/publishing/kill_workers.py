@@ -30,7 +30,6 @@ from tritgguf.publishing.plan_file import read_plan
 from tritgguf.publishing.state import WORK_FOLDER
 
 _TITLE = b"ray::"
-_IDLE = (b"ray::IDLE", b"ray::_Board")
 
 
 def main(
@@ -120,8 +119,16 @@ def _busy_workers(ancestor: int) -> dict[int, str]:
     return {
         process: title.removeprefix(_TITLE).decode()
         for process, title in titles.items()
-        if title.startswith(_TITLE) and not title.startswith(_IDLE) and descends(process)
+        if runs_a_task(title) and descends(process)
     }
+
+
+def runs_a_task(title: bytes) -> bool:
+    """Tell whether a process with this title executes a task of a plan.
+
+    Their names have several words. Others of Ray's processes have one: without its agents, a node of Ray ends.
+    """
+    return title.startswith(_TITLE) and b" " in title
 
 
 def _differing(expected: Path, found: Path) -> list[str]:
