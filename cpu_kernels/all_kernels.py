@@ -24,6 +24,7 @@ from cpu_kernels.transformer import (
     attention,
     decode,
     decode_batch,
+    delta_net,
     experts,
     experts_batch,
     experts_prompt,
@@ -82,17 +83,19 @@ _EXPERTS = _named(
     *[_floats(3)] * 3,
     _BOOLEAN,
 )
+_DELTA_NET = _named(delta_net.DeltaNet, _INTEGER, _floats(3), _floats(3), *[_floats(2)] * 3)
 _WEIGHTS = _named(
-    decode.Weights, *[_integers(2)] * 3, _floats(3), *[_floats(2)] * 10, _floats(3), _EXPERTS
+    decode.Weights, *[_integers(2)] * 3, _floats(3), *[_floats(2)] * 10, _floats(3), _DELTA_NET, _EXPERTS
 )  # fmt: skip
 _HEAD = _named(decode.OutputHead, _floats(1), _integers(1), _integers(1), _integers(1), _floats(2))
 _SCRATCH = _named(attend_token.Scratch, _floats(3), _floats(3), _floats(5), _floats(4), _floats(4))
 _OPTIONS = _named(
-    layer_options.LayerOptions, _FLOAT, _FLOAT, _INTEGER, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN,
+    layer_options.LayerOptions, _FLOAT, _FLOAT, _INTEGER, _BOOLEAN, _INTEGER, _BOOLEAN, _FLOAT, _FLOAT, _BOOLEAN,
     *[_integers(1)] * 3, _floats(2),
 )  # fmt: skip
 _SINGLE_BUFFERS = _named(
-    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 5, _vectors(16, 2), _named(
+    decode.Buffers, _floats(2), _vectors(16, 2), _vectors(16, 2), *[_floats(1)] * 3, _integers(2),
+    *[_floats(1)] * 3, _vectors(16, 2), _named(
         experts.ExpertBuffers, _floats(2), _floats(3), _integers(2), *[_floats(2)] * 3, _vectors(16, 2), _floats(2)
     ),
 )  # fmt: skip
@@ -107,6 +110,10 @@ _KEY_VALUES = {
         _integers(1),
         _INTEGER,
         _INTEGER,
+        _floats(3),
+        _integers(1),
+        _integers(2),
+        _integers(2),
     )
     for cache, dtype in (("f16", np.uint16), ("f32", np.float32))
 }
@@ -119,7 +126,7 @@ def _batch_buffers(bits: int) -> Type:
         vectors, _floats(2), _floats(2), vectors, _floats(2),
     )  # fmt: skip
     return _named(
-        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 4, vectors, _floats(2),
+        decode_batch.BatchBuffers, _floats(2), _floats(2), vectors, vectors, *[_floats(2)] * 5, vectors, _floats(2),
         _floats(2), of_experts,
     )  # fmt: skip
 
@@ -185,6 +192,26 @@ def _prompts(isa: Type) -> Signatures:
             (_floats(2), kv, _INTEGER, _floats(2), _integers(1), _integers(1), _floats(2), *_SHARE)
             for kv in _KEY_VALUES.values()
         ],
+        delta_net.prepare_tokens: [
+            (isa, _DELTA_NET, kv, _INTEGER, *[_floats(2)] * 3, _integers(1), _integers(1), *_SHARE)
+            for kv in _KEY_VALUES.values()
+        ],
+        delta_net.mix_tokens: [
+            (
+                isa,
+                _DELTA_NET,
+                _OPTIONS,
+                kv,
+                _INTEGER,
+                _floats(2),
+                _floats(2),
+                _integers(1),
+                _integers(1),
+                _floats(2),
+                *_SHARE,
+            )
+            for kv in _KEY_VALUES.values()
+        ],
     }
 
 
@@ -229,6 +256,7 @@ def _shared(isa: Type) -> Signatures:
             (row, row, row, _FLOAT, _floats(1, readonly=readonly), _FLOAT, row) for readonly in (False, True)
         ],
         swiglu.swiglu: [(row, row, _INTEGER, row)],
+        swiglu.multiply_sigmoid: [(row, row, row)],
         attend_token.merge_splits: [(isa, _SCRATCH, _INTEGER, _OPTIONS, *[_INTEGER] * 3, row, _INTEGER)],
         gemv_batch.multiply_rows_batch: [
             (*matrix, _INTEGER, steps, _vectors(bits, 2), out[2], *share, _floats(1)) for bits in (16, 8)
@@ -266,6 +294,12 @@ def _generation(isa: Type) -> Signatures:
             (
                 isa, f16, _SCRATCH, _floats(1), _floats(1), _floats(2), _OPTIONS,
                 _INTEGER, _floats(2), _integers(1), *_SHARE,
+            ),
+        ],
+        delta_net.mix_layers: [
+            (
+                isa, _DELTA_NET, _OPTIONS, f16, *[_floats(1)] * 3, _integers(2), _INTEGER, _floats(2), _integers(1),
+                *_SHARE,
             ),
         ],
         short_convolution.convolve_layers: [

@@ -246,6 +246,18 @@ def tiny_lfm2_file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen35_file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    """A tiny model with states; see `tiny_states`."""
+    from tiny_states import write_tiny_qwen35
+
+    from tritgguf.conversion.convert import convert
+
+    folder = tmp_path_factory.mktemp("qwen35")
+    convert(write_tiny_qwen35(folder / "source"), folder / "qwen35.gguf", depth=2, recipe="published")
+    return GgufFile(folder / "qwen35.gguf")
+
+
+@pytest.fixture(scope="session")
 def serving_model(tiny_trit_file: Callable[..., GgufFile]) -> LoadedModel:
     """A tiny model for several requests at once; its context is 640 tokens."""
     from tritgguf.generation.loaded_model import load

@@ -20,6 +20,7 @@ from cpu_kernels.transformer.attention import (
     sink_weight,
 )
 from cpu_kernels.transformer.attention_tile import PANEL, largest_of, powers_of_two
+from cpu_kernels.transformer.head_gates import head_start
 from cpu_kernels.transformer.kv_pages import PAGE, keys_address, padded_dimension, store_head
 from cpu_kernels.transformer.rotation import joint_inverse_rms, normalize_and_rotate_head
 
@@ -73,7 +74,7 @@ def store_key_value(kv, scratch, layer, qkv, bias, norm, options, sequence, posi
     queries = scratch.own_queries[thread]
     dim, group = 2 * len(cosines), len(queries) - 1
     inverse_rms_of_keys = joint_inverse_rms(qkv, bias, norm, kv.kv_heads * group, kv.kv_heads, dim, options)[1]
-    start = (kv.kv_heads * group + kv_head) * dim
+    start = head_start(options, kv.kv_heads * group, kv.kv_heads * group + kv_head, dim)
     key = queries[group, :dim]
     normalize_and_rotate_head(qkv, bias, start, norm, inverse_rms_of_keys, options, cosines, sines, key)
     start += kv.kv_heads * dim
@@ -94,7 +95,7 @@ def attend_units(
         scratch: see `Scratch`.
         token: the token's index in `scratch`.
         layer: index of the layer.
-        qkv: float32 [(heads + 2 * kv_heads) * head_dim], the output of the matrices.
+        qkv: float32, the output of the matrices, see `head_start`.
         bias, norm: as in `rotate_and_store`.
         options: see `LayerOptions`.
         sequence, position: the token's sequence and position.
@@ -117,7 +118,7 @@ def attend_units(
         kv_head, split = unit // splits, unit % splits
         if kv_head != prepared:
             for g in range(group):
-                start = (kv_head * group + g) * dim
+                start = head_start(options, kv.kv_heads * group, kv_head * group + g, dim)
                 normalize_and_rotate_head(
                     qkv, bias, start, norm, inverse_rms_of_queries, options, cosines, sines, queries[g]
                 )

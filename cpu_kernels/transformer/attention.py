@@ -24,6 +24,7 @@ from cpu_kernels.transformer.attention_tile import (
     powers_of_two,
     product_columns,
 )
+from cpu_kernels.transformer.head_gates import gate_head, head_start
 from cpu_kernels.transformer.kv_pages import PAGE, keys_address, scales_address, values_address
 
 MAX_ROWS = 8  # the largest result of `max_rows`
@@ -173,7 +174,7 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
 
     Args:
         isa: the instruction set.
-        qkv: float32 [tokens, ...]; each row starts with the rotated queries.
+        qkv: float32 [tokens, ...]; each row starts with the rotated queries, see `head_start`.
         options: see `LayerOptions`.
         layer: index of the layer.
         kv: see `KeyValues`; the keys and values of the tokens must be stored already.
@@ -200,9 +201,9 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
             first = segments[s, FIRST_ROW] + before
             rows = min(at_once, segments[s, ROWS] - before) * group
             for r in range(rows):
-                column = (kv_head * group + r % group) * dim
+                query = head_start(options, heads, kv_head * group + r % group, dim)
                 for k in range(dim):
-                    queries[r, k] = qkv[first + r // group, column + k] * scale
+                    queries[r, k] = qkv[first + r // group, query + k] * scale
             position = segments[s, POSITION] + before
             attend_rows(
                 isa, queries[:rows], group, kv, segments[s, SEQUENCE], layer, kv_head, first_position(position, window),
@@ -215,4 +216,6 @@ def attend(isa, qkv, options, layer, kv, segments, heads, out, thread, threads):
                 inverse = np.float32(1.0) / (totals[r] + sink_weight(options.sinks[layer], head, largest[r]))
                 for k in range(dim):
                     out[first + r // group, column + k] = sums[r, k] * inverse
+                row = first + r // group
+                gate_head(options, heads, head, qkv[row], out[row, column : column + dim])
         done += parts

@@ -15,6 +15,7 @@ from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
+from cpu_kernels.transformer.delta_net import DeltaNet, mix_one
 from cpu_kernels.transformer.experts import (
     ExpertBuffers,
     Experts,
@@ -27,12 +28,14 @@ from cpu_kernels.transformer.experts import (
     sum_experts,
 )
 from cpu_kernels.transformer.gemv import gemv, multiply_rows
-from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.head_gates import gate_heads
+from cpu_kernels.transformer.layer_options import DELTA_NET, SHORT_CONVOLUTION
 from cpu_kernels.transformer.short_convolution import convolve_token, store_inputs
 from cpu_kernels.transformer.swiglu import swiglu
 
 # Indices of a layer's matrices; gate, up and down are those of the shared expert if there are experts. Q, K and V of a
-# layer with a short convolution are the parts of its input matrix.
+# layer with a short convolution are the parts of its input matrix; of one with a state, queries and keys together,
+# values, and the output's gates.
 QKV, OUTPUT, GATE, UP, DOWN = slice(0, 3), 3, 4, 5, 6
 
 
@@ -54,6 +57,7 @@ class Weights(NamedTuple):
     up_biases: np.ndarray  # float32 [layers, feed_forward]
     down_biases: np.ndarray  # float32 [layers, hidden]
     convolutions: np.ndarray  # float32 [layers, taps, hidden], or [layers, 0, 0]; see `convolve_token`
+    delta: DeltaNet
     experts: Experts
 
 
@@ -74,7 +78,9 @@ class Buffers(NamedTuple):
     own_hidden: VectorBuffers  # [threads, hidden]
     own_attended: VectorBuffers  # [threads, heads * head_dim]
     qkv: np.ndarray  # float32 [rows of Q, K and V]
-    projected: np.ndarray  # float32 [3 * hidden], output of a convolution's input matrix; [0] without one
+    projected: np.ndarray  # float32, output of the input matrices of a layer without attention; [0] without one
+    delta_gates: np.ndarray  # float32 [2 * value heads], see `mix_one`; [0] for none
+    own_places: np.ndarray  # int64 [threads, 2], see `mix_one`
     residual: np.ndarray  # float32 [hidden]
     gate: np.ndarray  # float32 [feed_forward]
     up: np.ndarray  # float32 [feed_forward]
@@ -110,7 +116,9 @@ def _attention(
         sequence, position, thread, threads,
     )  # fmt: skip
     wait_for_all(counter, threads)
-    merge_splits(isa, scratch, 0, options, layer, position, 2 * kv.cosines.shape[2], attended[0], thread)
+    head_dim = 2 * kv.cosines.shape[2]
+    merge_splits(isa, scratch, 0, options, layer, position, head_dim, attended[0], thread)
+    gate_heads(options, head_dim, buffers.qkv, attended[0])
     _output(isa, weights, buffers, layer, attended, counter, thread, threads)
 
 
@@ -124,6 +132,22 @@ def _convolution(isa, weights, kv, buffers, layer, hidden, attended, sequence, p
     convolve_token(weights.convolutions[layer], kv, layer, projected, sequence, position, out, 0, len(out))
     share = len(out) * thread // threads, len(out) * (thread + 1) // threads
     store_inputs(kv, layer, projected, sequence, position, *share)
+    _output(isa, weights, buffers, layer, attended, counter, thread, threads)
+
+
+@numba.njit(cache=True)
+def _delta_net(
+    isa, weights, kv, buffers, options, layer, hidden, attended, sequence, position, counter, thread, threads
+):
+    """Compute this thread's share of a layer with a state, including its matrices; it ends with a barrier."""
+    addresses, depths, steps = weights.addresses[layer], weights.depths[layer], weights.steps[layer]
+    projected = buffers.projected
+    gemv(isa, addresses[QKV], weights.rows[layer][QKV], depths[QKV], steps[QKV], hidden, projected, thread, threads)
+    wait_for_all(counter, threads)
+    mix_one(
+        isa, weights.delta, options, kv, layer, hidden[0], projected, buffers.delta_gates, buffers.own_places[thread],
+        sequence, position, attended[0], counter, thread, threads,
+    )  # fmt: skip
     _output(isa, weights, buffers, layer, attended, counter, thread, threads)
 
 
@@ -225,6 +249,11 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
             _convolution(
                 isa, weights, kv, buffers, layer, hidden, attended, sequence, position, counter, thread, threads
             )
+        elif options.kinds[layer] == DELTA_NET:
+            _delta_net(
+                isa, weights, kv, buffers, options, layer, hidden, attended, sequence, position, counter, thread,
+                threads,
+            )  # fmt: skip
         else:
             _attention(
                 isa, weights, kv, scratch, buffers, options, layer, hidden, attended, sequence, position, counter,

@@ -18,6 +18,7 @@ from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
 from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
+from cpu_kernels.transformer.delta_net import mix_tokens, prepare_tokens
 from cpu_kernels.transformer.experts import add_scaled, is_mixture, shared_gate
 from cpu_kernels.transformer.experts_batch import (
     ExpertBatchBuffers,
@@ -27,7 +28,8 @@ from cpu_kernels.transformer.experts_batch import (
     sum_experts_batch,
 )
 from cpu_kernels.transformer.gemv_batch import gemv_batch, multiply_rows_batch
-from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.head_gates import gate_heads
+from cpu_kernels.transformer.layer_options import ATTENTION, SHORT_CONVOLUTION
 from cpu_kernels.transformer.short_convolution import convolve_tokens
 from cpu_kernels.transformer.swiglu import swiglu
 
@@ -40,7 +42,8 @@ class BatchBuffers(NamedTuple):
     hidden: VectorBuffers  # [tokens, hidden]
     attended: VectorBuffers  # [tokens, heads * head_dim]
     qkv: np.ndarray  # float32 [tokens, rows of Q, K and V]
-    projected: np.ndarray  # float32 [tokens, 3 * hidden], see `decode.Buffers`; [tokens, 0] without a convolution
+    projected: np.ndarray  # float32 [tokens, ...], see `decode.Buffers`; [tokens, 0] if all layers have attention
+    delta_gates: np.ndarray  # float32 [tokens, 2 * value heads]; [tokens, 0] for none
     gate: np.ndarray  # float32 [tokens, feed_forward]
     up: np.ndarray  # float32 [tokens, feed_forward]
     gated: VectorBuffers  # [tokens, feed_forward]
@@ -90,15 +93,23 @@ def _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, posit
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, integers, offsets, scales = row_of(buffers.attended, t)
         merge_splits(isa, scratch, t, options, layer, positions[t], head_dim, x, thread)
+        gate_heads(options, head_dim, buffers.qkv[t], x)
         quantize_row(x, integers, offsets, scales)
     wait_for_all(counter, threads)
 
 
 @numba.njit(cache=True)
-def _convolve(weights, kv, buffers, layer, sequences, positions, counter, thread, threads):
-    """Convolve and quantize: a thread's share, with barriers."""
-    kernel, out = weights.convolutions[layer], buffers.attended[0]
-    convolve_tokens(kernel, kv, layer, buffers.projected, sequences, positions, out, thread, threads)
+def _mix(isa, weights, kv, buffers, options, layer, sequences, positions, counter, thread, threads):
+    """Compute a layer without attention, from the product with its input matrices, and quantize, with barriers."""
+    out, projected = buffers.attended[0], buffers.projected
+    if options.kinds[layer] == SHORT_CONVOLUTION:
+        kernel = weights.convolutions[layer]
+        convolve_tokens(kernel, kv, layer, projected, sequences, positions, out, thread, threads)
+    else:
+        hidden, gates = buffers.hidden[0], buffers.delta_gates
+        prepare_tokens(isa, weights.delta, kv, layer, hidden, projected, gates, sequences, positions, thread, threads)
+        wait_for_all(counter, threads)
+        mix_tokens(isa, weights.delta, options, kv, layer, projected, gates, sequences, positions, out, thread, threads)
     wait_for_all(counter, threads)
     tokens = len(out)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
@@ -201,17 +212,17 @@ def decode_batch(
     for layer in range(len(weights.addresses)):
         _add_normalize_quantize(buffers, output_norm, weights.attention_norms[layer], options, thread, threads)
         wait_for_all(counter, threads)
-        convolves = options.kinds[layer] == SHORT_CONVOLUTION
+        attends = options.kinds[layer] == ATTENTION
         gemv_batch(
             isa, weights.addresses[layer][QKV], weights.rows[layer][QKV], weights.depths[layer][QKV],
-            weights.steps[layer][QKV], buffers.hidden, buffers.projected if convolves else buffers.qkv,
+            weights.steps[layer][QKV], buffers.hidden, buffers.qkv if attends else buffers.projected,
             buffers.own_rows, thread, threads,
         )  # fmt: skip
         wait_for_all(counter, threads)
-        if convolves:
-            _convolve(weights, kv, buffers, layer, sequences, positions, counter, thread, threads)
-        else:
+        if attends:
             _attend(isa, weights, kv, scratch, buffers, options, layer, sequences, positions, counter, thread, threads)
+        else:
+            _mix(isa, weights, kv, buffers, options, layer, sequences, positions, counter, thread, threads)
         output_bias = weights.output_biases[layer]
         _multiply(
             isa, weights, layer, OUTPUT, buffers.attended, output_bias, buffers.residual, buffers, first, last, thread

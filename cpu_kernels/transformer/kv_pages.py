@@ -54,6 +54,10 @@ class KeyValues(NamedTuple):
     slots: np.ndarray  # int64 [layers of the model]: the place of a layer among those of its kind
     recent_start: int  # where inputs of convolutions begin in a page, in bytes
     recent_width: int  # float32 numbers of one position; 0 if no layer has a convolution
+    states: np.ndarray  # float32 [states, layers with a state, numbers], see `delta_net`; [0, 0, 0] for none
+    state_of: np.ndarray  # int64 [sequences]: the state of each
+    marks: np.ndarray  # int64 [sequences, marks]: after so many tokens a sequence's state is copied; 0 for never
+    mark_states: np.ndarray  # int64 [sequences, marks]: what it is copied to
 
 
 def padded_dimension(head_dim: int) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 SILU, GELU, CLAMPED_SILU = 0, 1, 2
-ATTENTION, SHORT_CONVOLUTION = 0, 1
+ATTENTION, SHORT_CONVOLUTION, DELTA_NET = 0, 1, 2
 
 
 class LayerOptions(NamedTuple):
@@ -21,6 +21,10 @@ class LayerOptions(NamedTuple):
     """The feed-forward's activation: SILU, GELU (tanh approximation) or CLAMPED_SILU; see `swiglu`."""
     interleaved: bool
     """Whether RoPE rotates pairs (2i, 2i + 1) of a head, as for GGUF's `llama`, instead of (i, i + half)."""
+    rotated_pairs: int
+    """How many pairs of a head RoPE rotates, which is `half`; elements behind them stay as they are."""
+    gates_heads: bool
+    """Whether a gate follows each query head: the head's attention is multiplied with its sigmoid."""
     attention_scale: np.float32
     """Factor of the products of queries and keys."""
     softcap: np.float32
@@ -28,7 +32,7 @@ class LayerOptions(NamedTuple):
     normalizes_together: bool
     """Whether one RMS norm spans all query heads, and one all key heads, instead of one norm per head."""
     kinds: np.ndarray
-    """int64 [layers]: what mixes the tokens of a layer, ATTENTION or SHORT_CONVOLUTION."""
+    """int64 [layers]: what mixes the tokens of a layer: ATTENTION, SHORT_CONVOLUTION or DELTA_NET."""
     windows: np.ndarray
     """int64 [layers]: the sliding window, in positions, including the token's own; 0 for none."""
     rotations: np.ndarray

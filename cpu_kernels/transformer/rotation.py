@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.compilation import lazy_numba as numba
+from cpu_kernels.transformer.head_gates import head_start
 from cpu_kernels.transformer.kv_pages import store_head
 
 
 @numba.njit(cache=True, fastmath={"contract"})
-def rotate(head, cosines, sines, interleaved, out):
-    """Rotate one head [head_dim]: pairs (2i, 2i + 1) if interleaved, else (i, i + half); `out` may be `head`."""
-    half = len(cosines)
+def rotate(head, cosines, sines, interleaved, half, out):
+    """Rotate `half` pairs of a head [head_dim]: (2i, 2i + 1) if interleaved, else (i, i + half); `out` may be `head`.
+
+    Elements behind them are not written.
+    """
     if interleaved:
         for i in range(half):
             low, high = head[2 * i], head[2 * i + 1]
@@ -51,10 +54,10 @@ def normalize_and_rotate_head(qkv, bias, start, norm, inverse_rms, options, cosi
     """Add the bias to the head that begins at `start`, normalize and rotate it.
 
     Args:
-        qkv: float32 [(heads + 2 * kv_heads) * head_dim], a token's queries, keys and values.
-        bias: float32 [(heads + 2 * kv_heads) * head_dim].
+        qkv: float32, a token's queries, keys and values, see `head_start`.
+        bias: float32, as many.
         start: index of the head's first element.
-        norm: float32 [(heads + kv_heads) * head_dim], weights of the norm; [0] for none.
+        norm: float32, weights of the norm of queries and keys, where these are in `qkv`; [0] for none.
         inverse_rms: the inverse RMS from `joint_inverse_rms`; 0 to compute this head's.
         options: see `LayerOptions`.
         cosines, sines: float32 [head_dim / 2], of the position.
@@ -69,7 +72,7 @@ def normalize_and_rotate_head(qkv, bias, start, norm, inverse_rms, options, cosi
     if len(norm) > 0:
         for k in range(dim):
             out[k] *= inverse_rms * norm[start + k]
-    rotate(out, cosines, sines, options.interleaved, out)
+    rotate(out, cosines, sines, options.interleaved, options.rotated_pairs, out)
 
 
 @numba.njit(cache=True)
@@ -78,11 +81,12 @@ def _normalize_and_rotate_token(row, bias, norm, heads, kv_heads, options, cosin
     dim = 2 * len(cosines)
     of_queries, of_keys = joint_inverse_rms(row, bias, norm, heads, kv_heads, dim, options)
     for h in range(heads + kv_heads):
-        head = row[h * dim : (h + 1) * dim]
+        start = head_start(options, heads, h, dim)
         normalize_and_rotate_head(
-            row, bias, h * dim, norm, of_queries if h < heads else of_keys, options, cosines, sines, head
-        )
-    for k in range((heads + kv_heads) * dim, len(bias)):
+            row, bias, start, norm, of_queries if h < heads else of_keys, options, cosines, sines,
+            row[start : start + dim],
+        )  # fmt: skip
+    for k in range(head_start(options, heads, heads + kv_heads, dim), len(bias)):
         row[k] += bias[k]
 
 
@@ -91,9 +95,8 @@ def rotate_and_store(qkv, bias, norm, options, layer, kv, heads, sequences, posi
     """Add biases, normalize and rotate queries and keys, and store keys and values: a thread's share of a prompt.
 
     Args:
-        qkv: float32 [tokens, (heads + 2 * kv_heads) * head_dim]; modified.
-        bias: float32 [(heads + 2 * kv_heads) * head_dim].
-        norm: float32 [(heads + kv_heads) * head_dim], weights of the queries' and the keys' norm; [0] for none.
+        qkv: float32 [tokens, ...], see `head_start`; modified.
+        bias, norm: as in `normalize_and_rotate_head`.
         options: see `LayerOptions`.
         layer: index of the layer.
         kv: see `KeyValues`; the pages of all positions must be allocated.
@@ -113,11 +116,12 @@ def rotate_and_store(qkv, bias, norm, options, layer, kv, heads, sequences, posi
             for k in range(len(bias)):
                 row[k] += bias[k]
             for h in range(heads + kv_heads):
-                head = row[h * dim : (h + 1) * dim]
-                rotate(head, cosines[position], sines[position], options.interleaved, head)
+                start = head_start(options, heads, h, dim)
+                head = row[start : start + dim]
+                rotate(head, cosines[position], sines[position], options.interleaved, options.rotated_pairs, head)
         else:
             _normalize_and_rotate_token(row, bias, norm, heads, kv_heads, options, cosines[position], sines[position])
         for h in range(kv_heads):
-            key = (heads + h) * dim
+            key = head_start(options, heads, heads + h, dim)
             value = key + kv_heads * dim
             store_head(kv, sequences[t], layer, h, position, row[key : key + dim], row[value : value + dim])

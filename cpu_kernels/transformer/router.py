@@ -8,15 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
 
 from cpu_kernels.compilation import lazy_numba as numba
-from cpu_kernels.compilation.lazy_numba import cgutils, intrinsic, types
-from cpu_kernels.simd.vectors import FLOAT, I64, Vectors, vector
+from cpu_kernels.simd.float_dot import float_dot
 
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # GGUF's numbers of `expert_gating_func`
-_LANES = 16
-_SUMS = 4  # that are added up side by side
 _TOKENS = 16  # whose hidden states stay in the second-level cache while all rows of the router pass
 
 
@@ -33,33 +29,6 @@ class Routing(NamedTuple):
     """Factor of the weights."""
 
 
-@intrinsic
-def _float_dot(typing_context, isa, left, right, steps):
-    """Emit the dot product of `steps` times 16 float32 at two addresses."""
-
-    def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, isa.count)
-        left, right, steps = arguments[1:]
-        sums = [cgutils.alloca_once(builder, vector(FLOAT, _LANES)) for _ in range(_SUMS)]
-        for place in sums:
-            builder.store(vectors.constant(FLOAT, 0.0, _LANES), place)
-
-        def add(step: ir.Value, place: ir.Value) -> None:
-            offset = builder.mul(step, I64(4 * _LANES))
-            a, b = (vectors.load(builder.add(address, offset), FLOAT, _LANES) for address in (left, right))
-            builder.store(vectors.fma(a, b, builder.load(place)), place)
-
-        with cgutils.for_range(builder, builder.lshr(steps, I64(2))) as loop:
-            for number, place in enumerate(sums):
-                add(builder.add(builder.shl(loop.index, I64(2)), I64(number)), place)
-        with cgutils.for_range_slice(builder, builder.and_(steps, I64(-_SUMS)), steps, I64(1), I64) as (step, _):
-            add(step, sums[0])
-        totals = [builder.load(place) for place in sums]
-        return vectors.sum(builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3])))
-
-    return types.float32(isa, *[types.intp] * 3), generate
-
-
 @numba.njit(cache=True)
 def router_scores(isa, router, x, out, first, last):
     """Compute rows `first` to before `last` of a router times some vectors.
@@ -72,15 +41,10 @@ def router_scores(isa, router, x, out, first, last):
         first, last: the rows to compute.
 
     """
-    columns = router.shape[1]
-    steps = columns // _LANES
     for start in range(0, len(x), _TOKENS):
         for row in range(first, last):
             for t in range(start, min(start + _TOKENS, len(x))):
-                total = _float_dot(isa, router[row].ctypes.data, x[t].ctypes.data, steps)
-                for k in range(steps * _LANES, columns):
-                    total += router[row, k] * x[t, k]
-                out[t, row] = total
+                out[t, row] = float_dot(isa, router[row], x[t])
 
 
 @numba.njit(cache=True)

@@ -17,10 +17,10 @@ _MAX_EXPONENT = 126.0  # the gate's output is zero for a larger exponent of exp(
 _SLOPE, _BOUND = np.float32(1.702), np.float32(7.0)  # of gpt-oss
 
 
-def _emit_gate(builder, arguments, inner, change=lambda builder, x, y, lanes: (x, y)):
+def _emit_gate(builder, arguments, inner, change=lambda builder, x, y, lanes: (x, y), *, sigmoid=False):
     """Emit out = x / (1 + exp(-inner(x))) * y for `count` float32 x of `gate` and y of `up`, given as addresses.
 
-    `change` returns what to take for x and y.
+    `change` returns what to take for x and y. With `sigmoid` the numerator is 1.
     """
     vectors = Vectors(builder, PORTABLE)
     gate, up, out, count = arguments
@@ -34,7 +34,7 @@ def _emit_gate(builder, arguments, inner, change=lambda builder, x, y, lanes: (x
             zero, one = (vectors.constant(FLOAT, number, lanes) for number in (0.0, 1.0))
             closed = builder.fcmp_ordered(">", exponent, vectors.constant(FLOAT, _MAX_EXPONENT, lanes))
             power = vectors.power_of_two(builder.select(closed, zero, exponent))
-            share = builder.select(closed, zero, builder.fdiv(x, builder.fadd(one, power)))
+            share = builder.select(closed, zero, builder.fdiv(one if sigmoid else x, builder.fadd(one, power)))
             vectors.store(builder.fmul(share, y), builder.add(out, offset))
 
 
@@ -80,6 +80,23 @@ def _gelu_times(typing_context, gate, up, out, count):
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def _sigmoid_times(typing_context, gate, values, out, count):
+    """Emit y / (1 + exp(-x)), with x of `gate` and y of `values`."""
+
+    def generate(context, builder, signature, arguments):
+        _emit_gate(builder, arguments, lambda builder, vectors, x, lanes: x, sigmoid=True)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@numba.njit(cache=True, nogil=True, shared=True)
+def multiply_sigmoid(gate, values, out):
+    """Compute sigmoid(gate) * values; all float32 [n], contiguous; they may be the same arrays."""
+    _sigmoid_times(gate.ctypes.data, values.ctypes.data, out.ctypes.data, len(out))
 
 
 @numba.njit(cache=True, nogil=True, shared=True)

@@ -27,7 +27,8 @@ from tritgguf.sources.open import open_source
 
 NAMES = list(families.FAMILIES)
 # With the seed 0, the export in float16 has a KL of .0025: probably two experts of nearly equal scores are swapped.
-SEEDS = {"lfm2-moe": 2}
+# So it is with Qwen3.5's mixture: up to the first token with other experts the mean is 9e-7.
+SEEDS = {"lfm2-moe": 2, "qwen3.5-moe": 1}
 all_families = pytest.mark.parametrize("name", NAMES)
 TOKENS = np.random.default_rng(0).integers(0, 256, 150).tolist()  # three times the sliding windows
 
@@ -77,8 +78,8 @@ def test_a_token_at_a_time(converted: Callable[[str], Converted], name: str) -> 
         np.testing.assert_array_equal(found, expected)
     sequence.truncate(0)
     error = np.array([sequence.forward([token]) for token in TOKENS]) - expected
-    # What a short convolution gives is a product of three rounded vectors.
-    most = 1e-4 if name.startswith("lfm2") else 7e-5
+    # What a short convolution gives is a product of three rounded vectors; a state adds up many such products.
+    most = {"lfm2": 1e-4, "qwen3.5": 2e-4}.get(name.partition(",")[0].removesuffix("-moe"), 7e-5)
     assert np.sqrt(np.square(error).mean()) < most * np.sqrt(np.square(expected).mean())
 
 
@@ -120,7 +121,20 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "granite", "smollm3", "olmo2", "phi3, sliding window", "gemma2", "gemma3", "lfm2", "lfm2-moe"]
+    "name",
+    [
+        "qwen3",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "phi3, sliding window",
+        "gemma2",
+        "gemma3",
+        "lfm2",
+        "lfm2-moe",
+        "qwen3.5",
+        "qwen3.5-moe",
+    ],
 )
 def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
     model = converted(name)

@@ -26,7 +26,8 @@ all_classes = pytest.mark.parametrize("hf_class", list(ARCHITECTURES))
 
 def config_of(hf_class: str, **entries: Any) -> dict[str, Any]:
     """Return a config.json that relies on most defaults of its family."""
-    return {"architectures": [hf_class], **_SIZES, **entries}
+    sizes = {**_SIZES, "num_attention_heads": 16} if ARCHITECTURES[hf_class].has_states else _SIZES
+    return {"architectures": [hf_class], **sizes, **entries}  # 16 heads of 256 are as wide as 32 value heads of 128
 
 
 def round_trip(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

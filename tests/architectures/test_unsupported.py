@@ -12,8 +12,6 @@ from tritgguf.architectures.dimensions import find_gguf_architecture
 from tritgguf.errors import TritGgufError
 
 CASES = [
-    ("Qwen3_5ForConditionalGeneration", "qwen35", "Gated DeltaNet"),
-    ("Qwen3_5MoeForCausalLM", "qwen35moe", "Gated DeltaNet"),
     ("Qwen3NextForCausalLM", "qwen3next", "Gated DeltaNet"),
     ("Llama4ForConditionalGeneration", "llama4", "its text model has chunked attention"),
     ("Llama4ForCausalLM", "llama4", "its text model has chunked attention"),

@@ -21,6 +21,7 @@ from tritgguf.calibration.training_text import mixed_windows
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.encoders import Calibrated
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
+from tritgguf.reference.decoder_blocks import Block
 from tritgguf.sources.open import open_source
 
 pytest.importorskip("torch")
@@ -101,19 +102,32 @@ def test_without_memory_levels_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_array_equal(matrix.levels, start[name].levels)
 
 
-def test_an_interrupted_training_can_be_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "calibrated"), [("blk.1.attn_q", [1]), ("training", [])])
+def test_an_interrupted_training_can_be_repeated(
+    at: str, calibrated: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_tiny_model(tmp_path / "model")
     encoder = Calibrated(WINDOWS[:16], end_to_end=replace(SETTINGS, epochs=1))
 
     def interrupt(state: ConvertProgress) -> None:
-        if state.tensor.startswith("training"):
+        if state.tensor.startswith(at):
             raise KeyboardInterrupt
 
     settings: dict[str, Any] = {"depth": 1, "encoder": encoder, "threads": 1}
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "a.gguf", progress=interrupt, **settings)
     assert not (tmp_path / "a.gguf").exists()
-    convert(source, tmp_path / "a.gguf", resume=True, **settings)
+    again: list[int] = []
+    original = BlockQuantizer._quantize_block
+
+    def count(quantizer: BlockQuantizer, block: Block) -> Any:
+        again.append(block.index)
+        return original(quantizer, block)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(BlockQuantizer, "_quantize_block", count)
+        convert(source, tmp_path / "a.gguf", resume=True, **settings)
+    assert again == calibrated
     convert(source, tmp_path / "b.gguf", **settings)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "model"]

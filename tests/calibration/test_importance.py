@@ -86,6 +86,12 @@ def test_windows_of_a_text(tmp_path: Path) -> None:
         windows_of_text(source, "too short", 1000)
 
 
+def test_short_windows(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    assert [len(window) for window in windows_of_text(source, TEXT, 90, 30)] == [30] * 3
+    assert [len(window) for window in self_generated_windows(source, 60, window=20)] == [20] * 3
+
+
 def test_every_window_starts_with_bos_if_the_model_uses_it(tmp_path: Path) -> None:
     source = open_source(str(write_tiny_model(tmp_path / "model", "llama-sentencepiece")))
     windows = windows_of_text(source, TEXT, 1000)
@@ -248,6 +254,10 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     source = write_tiny_model(tmp_path / "model")
     assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune=all"]) == 1
     assert "--tune all does not exist; choose from blocks, end-to-end, both" in capsys.readouterr().err
+    assert app.main(["convert", str(source), str(tmp_path / "out.gguf"), "--tune", "end-to_end"]) == 2
+    assert "--tune end-to_end does not exist; choose from blocks, end-to-end, both" in capsys.readouterr().err
+    assert app.main(["convert", "--tune", str(source)]) == 2
+    assert "OUT.gguf" in capsys.readouterr().err, "what follows is the source, and the output is missing"
 
 
 def test_tuning_needs_an_encoder_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

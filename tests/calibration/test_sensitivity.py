@@ -11,6 +11,7 @@ from tiny_models import write_tiny_model
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration import sensitivity
 from tritgguf.calibration.importance import summed_squares
 from tritgguf.calibration.sensitivity import measure_sensitivities
 from tritgguf.formats.matrix_rows import MatrixRows
@@ -54,3 +55,44 @@ def test_cost_is_the_relative_error_of_the_block(tmp_path: Path, name: str) -> N
             block.set(name, quantized.decoded())
             error = torch.square(block.forward(hidden) - expected).sum(-1) / torch.square(expected).sum(-1)
         assert found[name][depth] == pytest.approx(float(error.mean()), rel=0.05)
+
+
+@pytest.fixture
+def on_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "_FIRST_SHARE", 2 / 32)
+
+
+@pytest.mark.usefixtures("on_first_tokens")
+def test_what_is_near_a_threshold_is_measured_on_all_tokens(tmp_path: Path) -> None:
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
+
+    def measured(*thresholds: float) -> dict[str, float]:
+        found = measure_sensitivities(source, names, [2], WINDOWS, ThreadPool(2), thresholds=thresholds)
+        return {name: costs[2] for name, costs in found.items()}
+
+    exact, first = measured(), measured(1e9)
+    assert all(first[name] != exact[name] for name in names)
+    threshold = sorted(first.values())[len(names) // 2]
+    near = {name for name in names if 1 / sensitivity._NEAR <= first[name] / threshold < sensitivity._NEAR}
+    assert 0 < len(near) < len(names)
+    found = measured(threshold)
+    assert {name for name in names if found[name] != first[name]} == near
+    assert all(found[name] == pytest.approx(exact[name], rel=1e-5) for name in near)
+
+
+@pytest.mark.usefixtures("on_first_tokens")
+def test_a_decision_does_not_depend_on_other_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "_NEAR", 1.02)  # less than what the first two tokens of a window are off
+    source = open_source(str(write_tiny_model(tmp_path / "model")))
+    names = [tensor.name for tensor in source.tensors if quantized_tensor(tensor.name)]
+
+    def measured(*thresholds: float) -> dict[str, float]:
+        found = measure_sensitivities(source, names, [2], WINDOWS, ThreadPool(2), thresholds=thresholds)
+        return {name: costs[2] for name, costs in found.items()}
+
+    first = measured(1e9)
+    thresholds = [1.05 * first[name] for name in names]
+    for threshold in thresholds[::3]:
+        alone, together = measured(threshold), measured(*thresholds, *first.values())
+        assert [alone[name] < threshold for name in names] == [together[name] < threshold for name in names]

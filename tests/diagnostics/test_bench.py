@@ -17,7 +17,15 @@ from cpu_kernels.threads.bandwidth import BYTES_AHEAD, read, read_bandwidth
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.diagnostics.bench import Speed, bench, bytes_read_per_token, processor_name
+from tritgguf.diagnostics.bench import (
+    COMPARED_REPETITIONS,
+    COMPARED_TOKENS,
+    Speed,
+    bench,
+    bytes_read_per_token,
+    generation_speed,
+    processor_name,
+)
 from tritgguf.diagnostics.kernel_times import REST
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
@@ -152,11 +160,30 @@ def test_a_test_can_be_left_out(tiny_file: Path) -> None:
         bench(tiny_file, prompt_tokens=0, generated_tokens=0)
 
 
+def test_the_speed_for_a_table_takes_nothing_else(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untouched(*arguments: Any) -> None:
+        raise AssertionError("this must not be reached")
+
+    for name in ("read_bandwidth", "grammar_seconds", "decode_launch_seconds"):
+        monkeypatch.setattr(f"tritgguf.diagnostics.bench.{name}", untouched)
+    calls: list[int] = []
+    forward = SingleSequence.forward
+
+    def count(sequence: SingleSequence, tokens: list[int], **options: Any) -> Any:
+        calls.append(len(tokens))
+        return forward(sequence, tokens, **options)
+
+    monkeypatch.setattr(SingleSequence, "forward", count)
+    assert generation_speed(tiny_file, 1) > 0
+    assert calls.count(1) >= COMPARED_TOKENS * COMPARED_REPETITIONS
+
+
 def test_the_instruction_set_can_be_forced(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # few kernels are needed
     arguments = ["bench", str(tiny_file), "-p", "0", "-n", "1", "-r", "1", "--no-kernels", "--json"]
+    arguments += ["--cache-type", "f32"]  # the kernels of other tests
     assert app.main([*arguments, "--isa", "portable"]) == 0
     assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"
     for command in (arguments, ["run", str(tiny_file), "-p", "a"], ["verify", str(tiny_file), str(tiny_file)]):

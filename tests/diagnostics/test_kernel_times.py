@@ -68,6 +68,17 @@ def test_a_model_with_convolutions_is_divided_by_kind_of_layer(tiny_lfm2_file: G
     assert "convolve_tokens" in prefill_times(config, weights, ThreadPool(2), [1, 2], 4, repetitions=1, bits=8).seconds
 
 
+def test_a_model_with_states_is_divided_by_kind_of_layer(tiny_qwen35_file: GgufFile) -> None:
+    config = ModelConfig.from_file(tiny_qwen35_file)
+    weights = ModelWeights(tiny_qwen35_file, config)
+    seconds = decode_seconds(config, weights, ThreadPool(2), 20, repetitions=2)
+    assert list(seconds) == [
+        "q, k, v", "attention", "attention output", "state input", "state", "state output", "gate, up", "down", "head",
+    ]  # fmt: skip
+    prefill = prefill_times(config, weights, ThreadPool(2), [1, 2], 4, repetitions=1, bits=8).seconds
+    assert {"prepare_tokens", "mix_tokens"} <= set(prefill)
+
+
 def test_launches_of_a_prompt(tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny_trit_file()
     config = ModelConfig.from_file(file)

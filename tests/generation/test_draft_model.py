@@ -175,6 +175,27 @@ def test_impossible_options_are_one_line(tiny_trit_file: Callable[..., GgufFile]
         tritgguf.load(path, draft=path.with_name("none.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_max": 0}, "must be 1 or more, not 0"),
+        ({"lookup": True}, "not by both"),
+        ({"cache_type": "q9"}, "a cache cannot hold q9"),
+        ({"context": 1 << 50}, "needs .* bytes of memory"),
+        ({"prefill_bits": 7}, "7"),
+    ],
+)
+def test_options_are_checked_before_a_draft_is_fetched(
+    tiny_trit_file: Callable[..., GgufFile], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    def fetch(*arguments: Any) -> None:
+        raise AssertionError("this must not be reached")
+
+    monkeypatch.setattr("tritgguf.generation.loaded_model._draft_file", fetch)
+    with pytest.raises(BadRequestError, match=message):
+        tritgguf.load(tiny_trit_file("qwen2", 3).path, draft="org/draft:d1", **options)
+
+
 def test_a_model_that_drafts_for_itself_is_always_right(models: tuple[Model, Model]) -> None:
     drafter = willing(models[0])
     engine = Engine(models[0], context=CONTEXT, speculation=Speculation(drafter, 6))

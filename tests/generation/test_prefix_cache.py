@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pool_config import pool_config
 
 from cpu_kernels.transformer.kv_pages import PAGE
-from tritgguf.generation.prefix_cache import PrefixCache, common_length
+from tritgguf.generation.prefix_cache import Prefix, PrefixCache, common_length
 from tritgguf.runtime.kv_pool import KVPool, pages_of
 
 CONFIG = pool_config(2)
@@ -27,7 +27,7 @@ class CachedPool:
 
     def start(self, tokens: list[int]) -> tuple[int, int]:
         """Return a sequence of some tokens, and how many of them were in the cache."""
-        pages, length, _ = self.cache.match(tokens)
+        pages, length, *_ = self.cache.match(tokens)
         sequence = self.pool.allocate(pages, length)
         self.cache.evict(self.pool.missing_pages(sequence, len(tokens) - length) - self.pool.free_pages)
         self.pool.reserve(sequence, len(tokens) - length)
@@ -55,7 +55,7 @@ class CachedPool:
 
     def held(self, tokens: list[int]) -> int:
         """Return how many tokens are in the cache, and check that their pages have their keys."""
-        pages, length, _ = self.cache.match(tokens)
+        pages, length, *_ = self.cache.match(tokens)
         assert len(pages) == pages_of(length)
         assert self.stored(pages, length) == tokens[:length]
         return length
@@ -272,7 +272,7 @@ def test_clearing_does_not_touch_what_a_sequence_holds() -> None:
     sequence, _ = pool.start(text)
     pool.cache.clear()
     assert pool.stored(pool.pool.pages(sequence), 300) == text
-    assert pool.cache.match(text) == ([], 0, 0)
+    assert pool.cache.match(text) == Prefix([], 0, 0)
     pool.check()
     pool.end(sequence, text)
     assert pool.held(text) == 300
@@ -291,8 +291,8 @@ def test_only_what_was_computed_as_a_prompt_is_found_on_demand() -> None:
     text = list(range(300))
     sequence, _ = pool.start(text)
     pool.cache.insert(text, pool.pool.pages(sequence), prompt_tokens=280)
-    assert pool.cache.match([*text, 7])[1:] == (300, 280)
-    assert pool.cache.match([*text, 7], prompt_only=True)[1:] == (280, 280)
-    assert pool.cache.match(text[:100], prompt_only=True)[1:] == (100, 100)
+    assert pool.cache.match([*text, 7])[1:3] == (300, 280)
+    assert pool.cache.match([*text, 7], prompt_only=True)[1:3] == (280, 280)
+    assert pool.cache.match(text[:100], prompt_only=True)[1:3] == (100, 100)
     pool.pool.free(sequence)
     pool.check()

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import BadRequestError, DamagedFileError, TritGgufError
 from tritgguf.publishing import tasks
-from tritgguf.publishing.cluster import RayExecutor, cluster
+from tritgguf.publishing.cluster import RayExecutor, _check_disks, cluster
 from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import read_plan
@@ -159,6 +159,26 @@ def test_each_source_stays_on_a_node_with_a_disk_of_its_own(
     notes.write_text(json.dumps({"Tiny": "203.0.113.1"}))
     message = fails(capsys, "publish", plan, "--ray", "--threads", "1")
     assert "the files of Tiny are on the node 203.0.113.1, which is not in the cluster" in message
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nodes_that_share_a_disk_which_should_be_their_own(shared: bool, tmp_path: Path) -> None:
+    class Nodes:
+        shards, takes_all_sources = 1, True
+
+        def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+            for place, task in enumerate(tasks):
+                folder = tmp_path / ("all" if shared else task.node)
+                yield place, task.function(folder, *task.arguments[1:], progress=lambda *step: None)
+
+    nodes = ["192.0.2.1", "192.0.2.2"]
+    if shared:
+        message = r"out: is one folder for the nodes 192\.0\.2\.1 and 192\.0\.2\.2, .*; give disk = \"shared\""
+        with pytest.raises(BadRequestError, match=message):
+            _check_disks(tmp_path / "out", nodes, Nodes())
+    else:
+        _check_disks(tmp_path / "out", nodes, Nodes())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], "no mark is left"
 
 
 def test_nothing_listens_at_the_address(tmp_path: Path, capsys: Capture) -> None:

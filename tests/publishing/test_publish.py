@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -17,9 +18,13 @@ from command_line import Capture, fails
 from loopback_hub import loopback_hub, use_hub
 from tiny_models import write_tiny_model
 
+from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.end_to_end import training_bytes
+from tritgguf.calibration.text import windows_of_text
 from tritgguf.cli import app
 from tritgguf.conversion.convert import ConvertProgress, convert
-from tritgguf.evaluation.verify import verify
+from tritgguf.conversion.depths import DepthChoice
+from tritgguf.evaluation.verify import RunnerErrors, verify
 from tritgguf.formats.description import describe
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.safetensors_reader import StoredTensor
@@ -102,7 +107,7 @@ def test_cards_show_what_was_measured(whole: Path) -> None:
 
 def test_what_is_finished_is_not_made_again(whole: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "out").glob("Tiny*/**/*")}
-    for name in ("convert_together", "bench", "export"):
+    for name in ("convert_together", "generation_speed", "export"):
         monkeypatch.setattr(f"tritgguf.publishing.tasks.{name}", untouched)
     monkeypatch.setattr("tritgguf.reference.model.ReferenceModel.open", untouched)
     report = published(capsys, str(whole / "plan.toml"))
@@ -126,7 +131,9 @@ def test_a_changed_configuration_is_made_again_and_others_are_not(tmp_path: Path
     assert second["files"][1]["quality"]["kl_mean"] != first["files"][1]["quality"]["kl_mean"]
 
 
-@pytest.mark.parametrize("stage", ["convert_together", "quantization_costs", "bench", "export", "replace_text"])
+@pytest.mark.parametrize(
+    "stage", ["convert_together", "quantization_costs", "generation_speed", "export", "replace_text"]
+)
 def test_an_interrupted_run_goes_on(
     stage: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
@@ -208,6 +215,21 @@ def test_a_run_killed_before_it_notes_a_finished_file_goes_on(
             assert checksum(tmp_path / "out" / name / file) == checksum(whole / "out" / name / file)
 
 
+def test_warnings_come_again(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path / "Tiny", "unaligned")
+    plan = write_plan(tmp_path, PLAN.replace('["q8_0", "hf"]', "[]\nbench = false"))
+    with monkeypatch.context() as patches:
+        patches.setattr("tritgguf.publishing.tasks.runner_errors", lambda *arguments: RunnerErrors(0.5, 0.5, 0.1))
+        warnings = published(capsys, plan)["warnings"]
+    unaligned = [warning for warning in warnings if "kept in F16, because their row length is not" in warning]
+    assert [warning.split(":")[0] for warning in unaligned] == list(NAMES)
+    assert "blk.0.attn_q.weight" in unaligned[0]
+    (wrong,) = (warning for warning in warnings if "logits differ from those of transformers by 5e-01" in warning)
+    assert wrong.startswith(str(tmp_path / "out" / NAMES[0] / f"{NAMES[0]}.gguf"))
+    monkeypatch.setattr("tritgguf.publishing.tasks.convert_together", untouched)
+    assert published(capsys, plan)["warnings"] == warnings
+
+
 def test_foreign_files_are_never_replaced(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_model(tmp_path / "Tiny")
     plan = write_plan(tmp_path, PLAN.replace('["q8_0", "hf"]', "[]\nbench = false"))
@@ -258,6 +280,36 @@ def test_sensitivities_and_texts_are_made_once(
     assert len(measured) == 2, "another text"
 
 
+def test_costs_of_targets_are_measured_once(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritgguf.calibration import divergence_costs
+
+    source = write_tiny_model(tmp_path / "Tiny")
+    words = "The quick brown fox jumps over the lazy dog. " * 200
+    (tmp_path / "text.txt").write_text(words, encoding="utf-8")
+    targets = {"small": (2.6, "v2"), "large": (4.2, "v2"), "close": (2.6, "calibrated")}
+    entries = [f'{{ name = "{k}", target_bpw = {bpw}, encoder = "{of}" }}' for k, (bpw, of) in targets.items()]
+    text = PLAN.replace('"uniform-d2", "uniform-d3"', ", ".join(entries)).replace('["q8_0", "hf"]', "[]\nbench = false")
+    plan = write_plan(tmp_path, text + '[calibration]\ntext = "text.txt"\ntokens = 1024\n')
+    measured, original = [], divergence_costs.measure_divergence_costs
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        measured.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(divergence_costs, "measure_divergence_costs", count)
+    published(capsys, plan)
+    assert len(measured) == 1
+    for name, (bpw, encoder) in targets.items():
+        alone = tmp_path / f"{name}.gguf"
+        windows = windows_of_text(open_source(source), words, 1024)
+        convert(source, alone, encoder=encoder, windows=windows, choice=DepthChoice(target_bpw=bpw))
+        assert depths_of(tmp_path / "out" / f"Tiny-trit-{name}" / f"Tiny-trit-{name}.gguf") == depths_of(alone)
+
+
+def depths_of(file: Path) -> dict[str, int]:
+    return {name: info.type_id for name, info in GgufFile(file).tensors.items()}
+
+
 def test_weights_are_read_once_for_all_configurations(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +351,15 @@ def test_a_dry_run_writes_nothing(whole: Path, tmp_path: Path, capsys: Capture) 
     assert published(capsys, str(other), "--dry-run")["not_fetched"] == ["org/not-here"]
     assert app.main(["publish", plan, "--dry-run"]) == 0
     assert re.search(r"^  Tiny +uniform-d2 +[\d.]+ kB", capsys.readouterr().out, re.M)
+
+
+def test_a_dry_run_counts_the_memory_of_training(tmp_path: Path, capsys: Capture) -> None:
+    source = open_source(write_tiny_model(tmp_path / "Tiny"))
+    trained = PLAN.replace('"uniform-d3"', '{ name = "trained", depth = 2, tune = "end-to-end" }')
+    needs = published(capsys, write_plan(tmp_path, trained), "--dry-run")
+    in_blocks = [tensor for tensor in source.tensors if quantized_tensor(tensor.name)]
+    assert needs["memory_bytes"] == training_bytes(sum(math.prod(tensor.shape) for tensor in in_blocks))
+    assert published(capsys, write_plan(tmp_path), "--dry-run")["memory_bytes"] < needs["memory_bytes"]
 
 
 @pytest.mark.parametrize(

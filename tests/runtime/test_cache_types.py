@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from inner_kernels import as_kernel
+from paged_layers import NO_STATES
 from pool_config import pool_config
 from sequences import open_sequence
 
@@ -74,7 +75,7 @@ def test_damage_stays_visible_in_q8_0() -> None:
     key = np.ones(64, np.float32)
     key[3], key[40] = np.nan, np.inf
     turns = np.ones((1, 1, 32), np.float32)
-    kv = KeyValues(pool.table, pool.element, 1, 1, 64, turns, turns, np.zeros(1, np.int64), 0, 0)
+    kv = KeyValues(pool.table, pool.element, 1, 1, 64, turns, turns, np.zeros(1, np.int64), 0, 0, *NO_STATES)
     as_kernel(store_head)(kv, 0, 0, 0, 0, key, np.zeros(64, np.float32))
     keys = as_floats(pool, pool._storage[0])[: PAGE * 64].reshape(8, 64, 32)[0, :, 0]
     assert np.isnan(keys[:32]).all()

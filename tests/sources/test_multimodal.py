@@ -47,6 +47,18 @@ _KINDS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16},
     },
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "rope_parameters": {**_ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+        },
+        "vision_config": _QWEN_VISION,
+    },
     "qwen2_5_vl": {"text_config": {**_TEXT, "rope_parameters": _ROPE}, "vision_config": _QWEN_VISION},
     "qwen3_vl": {
         "text_config": {**_TEXT, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
@@ -80,13 +92,16 @@ def write_random(folder: Path, kind: str) -> Any:
 
 def load_text_weights(model: Any, file: GgufFile) -> None:
     """Replace the weights of the whole model's text part by those of a trit file."""
+    from tritgguf.architectures.delta_net import delta_net_of
+    from tritgguf.architectures.table import GGUF_ARCHITECTURES
     from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
     from tritgguf.reference.model import head_counts
 
     arch, heads = file.metadata["general.architecture"], head_counts(file.metadata)
+    delta_net = delta_net_of(file.metadata, GGUF_ARCHITECTURES[arch], str(file.path))
     parameters = {text_tensor_name(name): parameter for name, parameter in model.named_parameters()}
     for name in file.tensors:
-        weights = to_hf(arch, name, file.read_float32(name), *heads)
+        weights = to_hf(arch, name, file.read_float32(name), *heads, delta_net)
         place = parameters[hf_tensor_name(arch, name)].detach().numpy()
         np.copyto(place, weights.reshape(place.shape))
 

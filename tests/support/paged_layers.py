@@ -28,6 +28,15 @@ def as_float64(stored: np.ndarray) -> np.ndarray:
     return (stored.view(np.float16) if stored.dtype == np.uint16 else stored).astype(np.float64)
 
 
+NO_STATES: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = (
+    np.zeros((0, 0, 0), np.float32),
+    np.zeros(0, np.int64),
+    np.zeros((0, 0), np.int64),
+    np.zeros((0, 0), np.int64),
+)
+"""What `KeyValues` has of a model without states."""
+
+
 class PagedLayers:
     """Pages of one sequence, for some layers; they are in reverse order in memory.
 
@@ -79,7 +88,9 @@ class PagedLayers:
         layers, kv_heads, _, padded = self.shape
         cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
         slots = np.arange(layers)
-        return KeyValues(self.table, self.pages[0, 0, :1], layers, kv_heads, padded, cosines, sines, slots, 0, 0)
+        return KeyValues(
+            self.table, self.pages[0, 0, :1], layers, kv_heads, padded, cosines, sines, slots, 0, 0, *NO_STATES
+        )
 
     def scratch(self, heads: int, threads: int) -> Scratch:
         return make_scratch(1, heads, self.shape[1], self.dim, threads)

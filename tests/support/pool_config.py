@@ -20,10 +20,15 @@ def pool_config(
     convolutions = ShortConvolutions(frozenset([layers]), taps) if taps else None
     return SimpleNamespace(
         dimensions=SimpleNamespace(
-            layers=layers + bool(taps), kv_heads=kv_heads, head_dim=head_dim, hidden=hidden, convolutions=convolutions
+            layers=layers + bool(taps),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden=hidden,
+            convolutions=convolutions,
+            delta_net=None,
         ),
         attention_layers=layers,
         slots=np.array([*range(layers), *[0] * bool(taps)], np.int64),
-        projected_columns=3 * hidden if taps else 0,
+        state_shape=(0, 0),
         **entries,
     )

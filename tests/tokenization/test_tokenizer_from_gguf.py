@@ -136,6 +136,11 @@ O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def hf_split(pattern: str, behavior: str, *, invert: bool) -> list[dict[str, Any]]:
     return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}, BYTES]
@@ -149,6 +154,7 @@ HF_PRE_TOKENIZERS = {
     "dbrx": (hf_split(CL100K, "Removed", invert=True), "smaug-bpe"),  # Phi-4, OLMo-2
     "gpt-4o": (hf_split(O200K, "Isolated", invert=False), "gpt-4o"),  # gpt-oss, Phi-4-mini
     "llama4": (hf_split(O200K, "Isolated", invert=False), "gpt-4o"),
+    "qwen35": (hf_split(MARKS, "Isolated", invert=False), "qwen35"),  # Qwen3.5, which normalizes text too
 }
 
 
@@ -156,7 +162,9 @@ HF_PRE_TOKENIZERS = {
 def test_pre_tokenizers_give_the_ids_of_the_familys_tokenizer_json(tmp_path: Path, pre: str) -> None:
     steps, name = HF_PRE_TOKENIZERS[pre]
     folder = write_tokenizer_folder(tmp_path, "gpt-2")
-    edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    normalizer = {"type": "NFC"} if pre == "qwen35" else None
+    splitting = {"type": "Sequence", "pretokenizers": steps}
+    edit_json(folder / "tokenizer.json", normalizer=normalizer, pre_tokenizer=splitting)
     values = tokenizer_values(folder)
     assert values["tokenizer.ggml.pre"] == name
     original = Tokenizer.from_str(values[HUGGINGFACE_JSON_KEY])

@@ -19,7 +19,8 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tools import tool_command
-from tritgguf.architectures.table import ARCHITECTURES, Architecture
+from tritgguf.architectures.architecture import Architecture
+from tritgguf.architectures.table import ARCHITECTURES
 from tritgguf.cli import terminal
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
@@ -49,6 +50,15 @@ _GRANITE = {
     "logits_scaling": 2.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_QWEN35 = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+}
 _LFM2 = {
     "hidden_size": 128,
     "norm_eps": 1e-5,
@@ -73,6 +83,19 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        {
+            **_QWEN35,
+            "linear_num_value_heads": 2,  # as many as key heads
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            **_EXPERTS,
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 128,
+            "intermediate_size": None,
+        },
+    ),
     "gpt-oss, YaRN": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {**_YARN, "truncate": False}}),
 }
 """Those of the families below that are mixtures of experts."""
@@ -95,6 +118,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LFM2, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
+    "qwen3.5": ("qwen3_5_text", _QWEN35),
     "gemma3, another scale": ("gemma3_text", {**_GEMMA, "query_pre_attn_scalar": 100}),
     **MIXTURES,
 }
@@ -144,7 +168,10 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
             if architecture.clamped_swiglu and name.endswith("experts.down_proj"):
                 parameter.mul_(0.25)
         else:
-            parameter.normal_(1.0 - architecture.norm_offset if "norm" in name else 0.0, 0.2)
+            offset = 0 if "linear_attn" in name else architecture.norm_offset
+            parameter.normal_(1.0 - offset if "norm" in name else 0.0, 0.2)
+            if name.endswith("A_log"):
+                parameter.sub_(3.0)  # so that a state remembers some ten tokens, not two
             parameter.copy_(parameter.half())  # also what is kept in float32
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from tritgguf.architectures.delta_net import DELTA_DECAY, DeltaNet
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.experts import COUNT_KEY, SHARED_WIDTH_KEY, USED_KEY, WIDTH_KEY, Experts
 from tritgguf.architectures.short_convolutions import ShortConvolutions
@@ -17,6 +18,14 @@ from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import kept_in_float32
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+
+
+def delta_net(layers: int, value_heads: int) -> DeltaNet:
+    """Return the layers with a state of a Qwen3.5 with so many layers: all but every fourth."""
+    with_state = frozenset(layer for layer in range(layers) if (layer + 1) % 4)
+    return DeltaNet(with_state, taps=4, key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128)
+
+
 # Architecture and sizes. Output head and embeddings are separate, so that we and llama.cpp read an F16 head.
 SHAPES = {
     "qwen2.5-1.5b": (
@@ -68,12 +77,51 @@ SHAPES = {
             convolutions=ShortConvolutions(frozenset(range(16)) - {2, 5, 8, 10, 12, 14}, taps=3),
         ),
     ),
+    "qwen3.5-0.8b": (
+        "qwen35",
+        Dimensions(
+            layers=24,
+            vocabulary=248320,
+            hidden=1024,
+            feed_forward=3584,
+            heads=8,
+            kv_heads=2,
+            head_dim=256,
+            architecture="qwen35",
+            delta_net=delta_net(24, value_heads=16),
+            rotated_dim=64,
+        ),
+    ),
+    "qwen3.5-35b-a3b": (
+        "qwen35moe",
+        Dimensions(
+            layers=40,
+            vocabulary=248320,
+            hidden=2048,
+            feed_forward=512,
+            heads=16,
+            kv_heads=2,
+            head_dim=256,
+            architecture="qwen35moe",
+            experts=Experts(count=256, used=8, width=512, shared_width=512, has_shared_router=True, normalizes=True),
+            delta_net=delta_net(40, value_heads=32),
+            rotated_dim=64,
+        ),
+    ),
     "smollm2-135m": (
         "llama",
         Dimensions(layers=30, vocabulary=49152, hidden=576, feed_forward=1536, heads=9, kv_heads=3, head_dim=64),
     ),
 }
-_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3moe": "qwen2", "gpt-oss": "gpt-4o", "lfm2": "lfm2", "llama": "smollm"}
+_PRE_TOKENIZERS = {
+    "qwen2": "qwen2",
+    "qwen3moe": "qwen2",
+    "gpt-oss": "gpt-4o",
+    "lfm2": "lfm2",
+    "qwen35": "qwen35",
+    "qwen35moe": "qwen35",
+    "llama": "smollm",
+}
 _SLIDING_WINDOWS = {"gpt-oss": 128}
 _CONTEXT = 32768
 _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
@@ -81,6 +129,8 @@ _ROWS_AT_ONCE = 1 << 24  # weights drawn at once
 
 def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
     """Return a model's shape with fewer layers."""
+    if sizes.delta_net is not None:
+        sizes = dataclasses.replace(sizes, delta_net=delta_net(layers, sizes.delta_net.value_heads))
     return dataclasses.replace(sizes, layers=layers)
 
 
@@ -111,7 +161,7 @@ def write_random_model(path: Path, architecture: str, sizes: Dimensions, seed: i
 def _write_weights(
     writer: gguf.GGUFWriter, shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
 ) -> None:
-    """Write Gaussian matrices, scaled so that activations stay near 1, norms of ones and biases of zeros."""
+    """Write Gaussian matrices, scaled so that activations stay near 1, and vectors, see `vector_value`."""
     for name, shape in shapes.items():
         writer.write_tensor_data(np.concatenate(list(random_rows(name, shape, generator))).reshape(shape))
 
@@ -119,13 +169,20 @@ def _write_weights(
 def random_rows(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield the rows of a random tensor, of the type that an F16 file has it in, a part at a time."""
     if len(shape) == 1:
-        yield np.full((1, *shape), 0.0 if name.endswith("bias") else 1.0, np.float32)
+        yield np.full((1, *shape), vector_value(name), np.float32)
         return
     rows, step = math.prod(shape[:-1]), max(1, _ROWS_AT_ONCE // shape[-1])
     for first in range(0, rows, step):
         part = generator.standard_normal((min(step, rows - first), shape[-1]), np.float32)
         part *= np.float32(shape[-1] ** -0.5)
         yield part if kept_in_float32(name) else part.astype(np.float16)
+
+
+def vector_value(name: str) -> float:
+    """Return what all elements of a vector are: ones of norms, zeros of biases, -1 of a state's decays."""
+    if name.endswith(f".{DELTA_DECAY}"):
+        return -1.0
+    return 0.0 if name.endswith("bias") else 1.0
 
 
 def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) -> None:
@@ -150,6 +207,8 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) 
             keys[SHARED_WIDTH_KEY] = sizes.experts.shared_width
         for key, number in keys.items():
             writer.add_uint32(f"{architecture}.{key}", number)
+    if sizes.delta_net is not None:
+        _add_state_keys(writer, sizes, sizes.delta_net)
     if architecture in _SLIDING_WINDOWS:
         writer.add_sliding_window(_SLIDING_WINDOWS[architecture])
     writer.add_layer_norm_rms_eps(1e-6)
@@ -164,6 +223,17 @@ def add_metadata(writer: gguf.GGUFWriter, architecture: str, sizes: Dimensions) 
     writer.add_token_merges(["\u0120 t"])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
+
+
+def _add_state_keys(writer: gguf.GGUFWriter, sizes: Dimensions, states: DeltaNet) -> None:
+    writer.add_ssm_conv_kernel(states.taps)
+    writer.add_ssm_state_size(states.key_dim)
+    writer.add_ssm_group_count(states.key_heads)
+    writer.add_ssm_time_step_rank(states.value_heads)
+    writer.add_ssm_inner_size(states.values)
+    writer.add_full_attention_interval(4)
+    writer.add_rope_dimension_count(sizes.rotated_dim or sizes.head_dim)
+    writer.add_rope_dimension_sections([11, 11, 10, 0])
 
 
 def byte_tokens(vocabulary: int) -> tuple[list[str], list[int]]:

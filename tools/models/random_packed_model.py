@@ -19,7 +19,7 @@ import typer
 from gguf import GGUFValue, GGUFValueType
 
 from tools import tool_command
-from tools.models.random_model import SHAPES, add_metadata, with_layers
+from tools.models.random_model import SHAPES, add_metadata, vector_value, with_layers
 from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.file_metadata import checksum_value, codebook_value, file_metadata
@@ -74,7 +74,7 @@ def _matrix(tensor: PlannedTensor, generator: np.random.Generator) -> Iterator[n
     for first in range(0, rows, step):
         shape = (min(step, rows - first), columns)
         if len(tensor.shape) == 1:
-            yield np.full(shape, 0.0 if tensor.name.endswith("bias") else 1.0, np.float32)
+            yield np.full(shape, vector_value(tensor.name), np.float32)
         elif trit_types.is_trit_type(tensor.type_id):
             yield random_words(*shape, TritType(tensor.type_id).depth, generator)
         else:

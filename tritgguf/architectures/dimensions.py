@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritgguf.architectures import keys
+from tritgguf.architectures.architecture import Architecture
+from tritgguf.architectures.delta_net import (
+    DELTA_BIAS,
+    DELTA_NORM,
+    DeltaNet,
+    delta_net_from_config,
+    delta_net_from_gguf,
+)
 from tritgguf.architectures.experts import (
     COUNT_KEY,
     SHARED_WIDTH_KEY,
@@ -18,13 +26,14 @@ from tritgguf.architectures.experts import (
     experts_from_gguf,
 )
 from tritgguf.architectures.layer_names import ATTENTION_MATRICES
+from tritgguf.architectures.rope_keys import rotated_dim_from_config
 from tritgguf.architectures.short_convolutions import (
     ShortConvolutions,
     convolutions_from_config,
     convolutions_from_gguf,
     kv_heads_from_gguf,
 )
-from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES, Architecture
+from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import GGUF_LAYER, with_suffix
 from tritgguf.architectures.unsupported import why_not
 from tritgguf.errors import TritGgufError
@@ -48,7 +57,11 @@ class Dimensions:
     experts: Experts | None = None
     """The experts of every layer that has some; None for a dense model."""
     convolutions: ShortConvolutions | None = None
-    """The layers with a short convolution in place of attention; None if all have attention."""
+    """The layers with a short convolution in place of attention; None if no layer has one."""
+    delta_net: DeltaNet | None = None
+    """The layers with Gated DeltaNet in place of attention; None if no layer has it."""
+    rotated_dim: int | None = None
+    """How many elements of a head of attention rotate; None for all."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return GGUF tensor name -> shape in NumPy order for all tensors of the model.
@@ -81,11 +94,20 @@ class Dimensions:
         """Tell whether a layer has a short convolution in place of attention."""
         return self.convolutions is not None and layer in self.convolutions.layers
 
+    def has_state(self, layer: int) -> bool:
+        """Tell whether a layer has Gated DeltaNet in place of attention."""
+        return self.delta_net is not None and layer in self.delta_net.layers
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the matrix of queries, the gates behind them included."""
+        return self.heads * self.head_dim * (2 if GGUF_ARCHITECTURES[self.architecture].has_states else 1)
+
     def _layer_matrices(self, layer: int) -> dict[str, tuple[int, ...]]:
         rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         fused = GGUF_ARCHITECTURES[self.architecture].fused
         sizes = {
-            "attn_q": (rows, self.hidden),
+            "attn_q": (self.query_rows, self.hidden),
             "attn_k": (kv_rows, self.hidden),
             "attn_v": (kv_rows, self.hidden),
             "attn_qkv": (rows + 2 * kv_rows, self.hidden),
@@ -95,25 +117,30 @@ class Dimensions:
             "ffn_down": (self.hidden, self.feed_forward),
         }
         entry = GGUF_ARCHITECTURES[self.architecture]
-        mixing = [name for name in entry.matrices() if name in ATTENTION_MATRICES or name == "attn_qkv"]
+        mixing = [name for name in entry.matrices() if name in ATTENTION_MATRICES or (fused and name == "attn_qkv")]
         dense = [] if self.is_mixture(layer) else [name for name in entry.dense_matrices() if name not in mixing]
         if self.convolutions is not None and self.convolves(layer):
             return {**self.convolutions.shapes(self.hidden), **{name: sizes[name] for name in dense}}
+        if self.delta_net is not None and self.has_state(layer):
+            return {**self.delta_net.shapes(self.hidden), **{name: sizes[name] for name in dense}}
         return {name: sizes[name] for name in (*mixing, *dense)}
 
     def _layer_norms(self, layer: int) -> dict[str, tuple[int, ...]]:
         entry = GGUF_ARCHITECTURES[self.architecture]
         query_norm = self.heads * self.head_dim if entry.normalizes_together else self.head_dim
         key_norm = self.kv_heads * self.head_dim if entry.normalizes_together else self.head_dim
-        sizes = {"attn_q_norm": query_norm, "attn_k_norm": key_norm}
-        names = [name for name in entry.layer_norms() if name not in sizes or not self.convolves(layer)]
-        return {name: (sizes.get(name, self.hidden),) for name in names}
+        of_attention = {"attn_q_norm": query_norm, "attn_k_norm": key_norm}
+        of_states = {} if self.delta_net is None else {DELTA_NORM: self.delta_net.value_dim}
+        others = of_attention if self.convolves(layer) or self.has_state(layer) else of_states
+        sizes = {**of_attention, **of_states}
+        return {name: (sizes.get(name, self.hidden),) for name in entry.layer_norms() if name not in others}
 
 
 def biased_matrices(names: Iterable[str]) -> frozenset[str]:
     """Return the matrices that have a bias among these GGUF tensor names, as names without layer."""
     layers = (GGUF_LAYER.fullmatch(name) for name in names)
-    return frozenset(layer[2] for layer in layers if layer is not None and layer[3] == "bias")
+    biased = {f"{layer[2]}.bias": layer[2] for layer in layers if layer is not None and layer[3] == "bias"}
+    return frozenset(matrix for name, matrix in biased.items() if name != DELTA_BIAS)
 
 
 def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -142,18 +169,23 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
     layers = keys.LAYERS.in_config(config, architecture, where)
     hidden = keys.HIDDEN.in_config(config, architecture, where)
     heads = keys.HEADS.in_config(config, architecture, where)
+    head_dim = keys.HEAD_DIM.in_config(config, architecture, where, default=hidden // heads)
+    experts = experts_from_config(config, architecture, where)
+    width = None if architecture.has_dense_width or experts is None else experts.width
     dimensions = Dimensions(
         layers=layers,
         vocabulary=keys.VOCABULARY.in_config(config, architecture, where),
         hidden=hidden,
-        feed_forward=keys.FEED_FORWARD.in_config(config, architecture, where),
+        feed_forward=keys.FEED_FORWARD.in_config(config, architecture, where, default=width),
         heads=heads,
         kv_heads=keys.KV_HEADS.in_config(config, architecture, where, default=heads),
-        head_dim=keys.HEAD_DIM.in_config(config, architecture, where, default=hidden // heads),
+        head_dim=head_dim,
         biased=_biased(config, architecture, where),
         architecture=architecture.gguf_name,
-        experts=experts_from_config(config, architecture, where),
+        experts=experts,
         convolutions=convolutions_from_config(config, architecture, layers, where),
+        delta_net=delta_net_from_config(config, architecture, layers, where),
+        rotated_dim=rotated_dim_from_config(config, head_dim, where) if architecture.has_states else None,
     )
     check_heads(dimensions, where)
     activation = config.get("hidden_activation") or config.get("hidden_act")
@@ -217,26 +249,32 @@ def dimensions_from_gguf(
     else:
         kv_heads = keys.KV_HEADS.in_gguf(metadata, architecture, where, default=heads)
     head_dim = keys.HEAD_DIM.in_gguf(metadata, architecture, where, default=hidden // heads)
+    rotated_dim = keys.ROTATED_DIM.in_gguf(metadata, architecture, where, default=head_dim)
     for rule in (keys.VALUE_DIM, keys.ROTATED_DIM):
         key = f"{architecture.gguf_name}.{rule.gguf}"
-        if metadata.get(key, head_dim) != head_dim:
+        is_supported = architecture.has_states and rule is keys.ROTATED_DIM
+        if metadata.get(key, head_dim) != head_dim and not is_supported:
             raise TritGgufError(
                 f"{where}: {key} is {metadata[key]}, but only the head dimension {head_dim} is supported"
             )
     if architecture.fused and biased:
         raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
+    experts = experts_from_gguf(metadata, architecture, where)
+    width = None if architecture.has_dense_width or experts is None else experts.width
     dimensions = Dimensions(
         layers=layers,
         vocabulary=vocabulary,
         hidden=hidden,
-        feed_forward=keys.FEED_FORWARD.in_gguf(metadata, architecture, where),
+        feed_forward=keys.FEED_FORWARD.in_gguf(metadata, architecture, where, default=width),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         biased=biased | architecture.biased,
         architecture=architecture.gguf_name,
-        experts=experts_from_gguf(metadata, architecture, where),
+        experts=experts,
         convolutions=convolutions_from_gguf(metadata, architecture, layers, where),
+        delta_net=delta_net_from_gguf(metadata, architecture, layers, where),
+        rotated_dim=rotated_dim if architecture.has_states else None,
     )
     check_heads(dimensions, where)
     return dimensions
@@ -251,6 +289,17 @@ def check_heads(dimensions: Dimensions, where: str) -> None:
         raise TritGgufError(
             f"{where}: {heads} heads of {dimensions.head_dim} elements beside convolutions of {dimensions.hidden}"
             " channels are not supported"
+        )
+    delta_net = dimensions.delta_net
+    if delta_net is not None and heads * dimensions.head_dim != delta_net.values:
+        raise TritGgufError(
+            f"{where}: {heads} heads of {dimensions.head_dim} elements beside layers with linear attention of"
+            f" {delta_net.values} are not supported"
+        )
+    rotated = dimensions.rotated_dim
+    if rotated is not None and (rotated % 2 or rotated > dimensions.head_dim):
+        raise TritGgufError(
+            f"{where}: {rotated} of {dimensions.head_dim} elements of a head cannot be rotated in pairs"
         )
     if dimensions.head_dim % 2:
         raise TritGgufError(f"{where}: a head of {dimensions.head_dim} elements cannot be rotated in pairs")

@@ -56,6 +56,14 @@ QWEN2_MOE = ExpertFamily(
     may_normalize=True,
 )
 QWEN3_MOE = ExpertFamily(_SINGLE, _FUSED, width_entry="moe_intermediate_size", normalizes=True, may_normalize=True)
+QWEN35_MOE = ExpertFamily(
+    {**_SINGLE, **_SHARED},
+    {**_FUSED, **_SHARED},
+    width_entry="moe_intermediate_size",
+    shared_width_entry="shared_expert_intermediate_size",
+    has_shared_router=True,
+    normalizes=True,
+)
 OLMOE = ExpertFamily(_SINGLE, _FUSED, may_normalize=True)
 MIXTRAL = ExpertFamily(
     {

@@ -16,7 +16,7 @@ from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import count_of
 
 if TYPE_CHECKING:
-    from tritgguf.architectures.table import Architecture
+    from tritgguf.architectures.architecture import Architecture
 
 _MAX_EXPERTS = 1024
 _MAX_WIDTH = 1 << 20
@@ -183,7 +183,8 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         if metadata.get(prefix + COUNT_KEY):
             raise TritGgufError(f"{where}: experts of architecture {architecture.gguf_name} are not supported")
         return None
-    feed_forward = count_of(metadata, prefix + _FEED_FORWARD_KEY, where)
+    of_experts = None if architecture.has_dense_width else metadata.get(prefix + WIDTH_KEY)
+    feed_forward = count_of(metadata, prefix + _FEED_FORWARD_KEY, where, default=of_experts)
     used = count_of(metadata, prefix + USED_KEY, where, most=_MAX_EXPERTS)
     # Files of older converters lack the widths; these are llama.cpp's defaults for them.
     width = max(1, feed_forward // used) if family.width_entry != FEED_FORWARD_ENTRY else feed_forward

@@ -46,7 +46,8 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
     architecture = dimensions.find_gguf_architecture(file.metadata, where)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     entries = config_entries(file.metadata, shapes, where)
-    rope = entries.pop("rope_parameters")
+    # No version of transformers before the present layout knows a family with states.
+    rope = {} if architecture.has_states else legacy_rope_entries(entries.pop("rope_parameters"))
     config = {
         "architectures": [architecture.hf_class],
         "model_type": architecture.hf_model_type,
@@ -55,12 +56,12 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
         # Some configuration classes have a default padding token, which may be outside the vocabulary.
         "pad_token_id": None,
         **{f"{name}_token_id": token for name, token in special_ids.items()},
-        **legacy_rope_entries(rope),
+        **rope,
         architecture.activation_entry: architecture.activation,
     }
     if f"{architecture.gguf_name}.{keys.HEAD_DIM.gguf}" not in file.metadata:
         del config["head_dim"]
-    if config["rope_scaling"] is None and "rope_scaling" in architecture.defaults:
+    if config.get("rope_scaling", {}) is None and "rope_scaling" in architecture.defaults:
         config["rope_scaling"] = {"rope_type": "default"}  # null would mean the default
     if ROPE_FREQS in file.tensors:
         config["rope_scaling"] = llama3_scaling(file.read_float32(ROPE_FREQS), config, where)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import dimensions_from_config, find_architecture
 from tritgguf.architectures.key_rules import HfConfig
 from tritgguf.architectures.rope import llama3_factors
 from tritgguf.architectures.rope_keys import rope_parameters
-from tritgguf.architectures.table import Architecture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,9 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
     metadata = {"general.architecture": GGUFValue(arch, GGUFValueType.STRING)}
     for rule in model.architecture.rules():
         for key, value in rule.to_gguf(model).items():
-            of_items = GGUFValueType.INT32 if isinstance(value, list) else None
+            of_items = None
+            if isinstance(value, list):
+                of_items = GGUFValueType.BOOL if isinstance(value[0], bool) else GGUFValueType.INT32
             metadata[f"{arch}.{key}"] = GGUFValue(value, types[type(value)], of_items)
     return metadata
 

@@ -15,11 +15,11 @@ from tritgguf.formats.checked import count_of, positive_number
 from tritgguf.formats.dtypes import shortest_decimal
 
 if TYPE_CHECKING:
+    from tritgguf.architectures.architecture import Architecture
     from tritgguf.architectures.dimensions import Dimensions
-    from tritgguf.architectures.table import Architecture
 
 
-GgufValue = int | float | str | list[int]
+GgufValue = int | float | str | list[int] | list[bool]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rule(Protocol):
     def to_gguf(self, config: HfConfig, /) -> Mapping[str, GgufValue]:
         """Return GGUF keys without the architecture prefix; TritGgufError for impossible or unsupported entries.
 
-        An int becomes a UINT32, a bool a BOOL, a float a FLOAT32, a list an array of INT32.
+        An int becomes a UINT32, a bool a BOOL, a float a FLOAT32, a list an array of INT32 or BOOL.
         """
 
     def to_hf(self, keys: GgufKeys, /) -> Mapping[str, Any]:

@@ -38,6 +38,10 @@ def _permutes_rows(config: HfConfig) -> bool:
     return config.architecture.permutes_rotary_rows
 
 
+def _has_dense_width(config: HfConfig) -> bool:
+    return config.architecture.has_dense_width
+
+
 def _head_is_tied(keys: GgufKeys) -> dict[str, Any]:
     return {"tie_word_embeddings": "output.weight" not in keys.tensors}
 
@@ -113,7 +117,7 @@ def _scalar_of_scale(scale: Any, keys: GgufKeys) -> int:
 LAYERS = SizeRule("layers", "num_hidden_layers", "block_count", most=_MAX_LAYERS)
 CONTEXT = KeyRule("max_position_embeddings", "context_length", whole=True, required=True)
 HIDDEN = SizeRule("hidden", "hidden_size", "embedding_length")
-FEED_FORWARD = SizeRule("feed_forward", "intermediate_size", "feed_forward_length")
+FEED_FORWARD = SizeRule("feed_forward", "intermediate_size", "feed_forward_length", when=_has_dense_width)
 HEADS = SizeRule("heads", "num_attention_heads", "attention.head_count")
 KV_HEADS = SizeRule("kv_heads", "num_key_value_heads", "attention.head_count_kv")
 ROPE = SpecialRule(rope_keys.rope_to_gguf, rope_keys.rope_to_hf)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from tritgguf.architectures.delta_net import (
+    DELTA_ALPHA,
+    DELTA_BETA,
+    DELTA_GATE,
+    DELTA_INPUT,
+    DELTA_NORM,
+    DELTA_OUTPUT,
+)
 from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_OUTPUT
 
 ATTENTION_MATRICES = {
@@ -37,8 +45,21 @@ LFM2_NORMS = {
     "attn_q_norm": "self_attn.q_layernorm",
     "attn_k_norm": "self_attn.k_layernorm",
 }
+DELTA_MATRICES = {
+    DELTA_INPUT: "linear_attn.in_proj_qkv",
+    DELTA_GATE: "linear_attn.in_proj_z",
+    DELTA_ALPHA: "linear_attn.in_proj_a",
+    DELTA_BETA: "linear_attn.in_proj_b",
+    DELTA_OUTPUT: "linear_attn.out_proj",
+}
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 QUERY_KEY_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+QWEN35_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    **QUERY_KEY_NORMS,
+    DELTA_NORM: "linear_attn.norm",
+}
 OUTPUT_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",

@@ -15,6 +15,8 @@ class _TextModel:
 
     hf_class: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    keeps_sections: bool = False
+    """Whether GGUF has the sections of the rotation of images, which do not matter for text."""
 
 
 _GEMMA3_DEFAULTS = {
@@ -30,6 +32,8 @@ _TEXT_MODELS = {
     "Lfm2VlForConditionalGeneration": _TextModel("Lfm2ForCausalLM"),
     "Mistral3ForConditionalGeneration": _TextModel("MistralForCausalLM"),
     "Qwen2_5_VLForConditionalGeneration": _TextModel("Qwen2ForCausalLM"),
+    "Qwen3_5ForConditionalGeneration": _TextModel("Qwen3_5ForCausalLM", keeps_sections=True),
+    "Qwen3_5MoeForConditionalGeneration": _TextModel("Qwen3_5MoeForCausalLM", keeps_sections=True),
     "Qwen3VLForConditionalGeneration": _TextModel("Qwen3ForCausalLM"),
     "Qwen3VLMoeForConditionalGeneration": _TextModel("Qwen3MoeForCausalLM"),
 }
@@ -58,7 +62,7 @@ def text_entries(config: Mapping[str, Any], where: str) -> Mapping[str, Any] | N
     outer = {entry: config[entry] for entry in _OUTER_ENTRIES if config.get(entry) is not None}
     entries = {**text_model.defaults, **inner, **outer, "architectures": [text_model.hf_class]}
     for entry in _ROPE_ENTRIES:
-        if isinstance(entries.get(entry), Mapping):
+        if isinstance(entries.get(entry), Mapping) and not text_model.keeps_sections:
             entries[entry] = _without_sections(entries[entry])
     if text_model.hf_class == "Gemma3ForCausalLM" and not any(
         entries.get(entry) for entry in ("rope_theta", _ROPE_ENTRIES[0])

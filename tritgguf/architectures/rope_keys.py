@@ -29,8 +29,11 @@ from tritgguf.formats.checked import count_of, positive_number
 from tritgguf.formats.dtypes import shortest_decimal
 
 if TYPE_CHECKING:
-    from tritgguf.architectures.key_rules import GgufKeys, HfConfig
+    from tritgguf.architectures.key_rules import GgufKeys, GgufValue, HfConfig
 
+_SHARE_ENTRY, _SHARE = "partial_rotary_factor", 0.25
+_SECTIONS_ENTRY, _SECTIONS = "mrope_section", (11, 11, 10)
+_SECTIONS_KEY, _SECTION_COUNT = "rope.dimension_sections", 4
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -59,8 +62,8 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
         raise TritGgufError(
             f"{where}: rope type {rope_type} is not supported (default, linear, dynamic, yarn and llama3 are)"
         )
-    if parameters.get("partial_rotary_factor", entries.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise TritGgufError(f"{where}: rotating only a part of each head (partial_rotary_factor) is not supported")
+    if parameters.get(_SHARE_ENTRY, entries.get(_SHARE_ENTRY, 1.0)) != 1.0 and not config.architecture.has_states:
+        raise TritGgufError(f"{where}: rotating only a part of each head ({_SHARE_ENTRY}) is not supported")
     if parameters.get("mscale") is not None:
         raise TritGgufError(f"{where}: a rope scaling with mscale is not supported")
     truncates = config.architecture.truncates_yarn
@@ -80,10 +83,30 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     return parameters
 
 
-def rope_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
+def rotated_dim_from_config(entries: Mapping[str, Any], head_dim: int, where: str) -> int:
+    """Return how many elements of a head rotate, of a family that rotates a part; TritGgufError for none."""
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    stored = rope.get(_SHARE_ENTRY) if isinstance(rope, dict) else None
+    share = positive_number(entries.get(_SHARE_ENTRY, _SHARE) if stored is None else stored, _SHARE_ENTRY, where)
+    rotated = int(head_dim * share)
+    if not 1 <= rotated <= head_dim:
+        raise TritGgufError(f"{where}: {_SHARE_ENTRY} is {share}, which rotates {rotated} of {head_dim} elements")
+    return rotated
+
+
+def _sections(parameters: Mapping[str, Any], where: str) -> list[int]:
+    """Return which pairs rotate by time, height and width of an image; for text these are the same position."""
+    sections = parameters.get(_SECTIONS_ENTRY, list(_SECTIONS))
+    whole = isinstance(sections, list) and all(type(count) is int and 0 <= count < 1 << 20 for count in sections)
+    if not whole or len(sections) > _SECTION_COUNT:
+        raise TritGgufError(f"{where}: {_SECTIONS_ENTRY} is {sections!r:.80}, which is no list of up to four counts")
+    return sections + [0] * (_SECTION_COUNT - len(sections))
+
+
+def rope_to_gguf(config: HfConfig) -> dict[str, GgufValue]:
     """Return the keys of the scaling and the bases; Llama 3's scaling is a tensor and has no keys."""
     parameters, where = rope_parameters(config), config.where
-    keys: dict[str, int | float | str] = {}
+    keys: dict[str, GgufValue] = {}
     if parameters["rope_type"] in ("linear", "yarn"):
         keys = {TYPE_KEY: parameters["rope_type"], FACTOR_KEY: float(parameters["factor"])}
     if parameters["rope_type"] == "yarn":
@@ -91,6 +114,8 @@ def rope_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
         for entry, key in YARN_KEYS.items():
             if parameters.get(entry) is not None:
                 keys[key] = positive_number(parameters[entry], entry, where)
+    if config.architecture.has_states:
+        keys[_SECTIONS_KEY] = _sections(parameters, where)
     keys[BASE_KEY] = float(parameters["rope_theta"])
     if config.architecture.sliding_rope:
         keys[SLIDING_BASE_KEY] = _sliding_base(config)
@@ -124,6 +149,11 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
         rope["original_max_position_embeddings"] = number(ORIGINAL_KEY, whole=True)
         rope |= {entry: number(key) for entry, key in YARN_KEYS.items() if keys.get(key) is not None}
         rope |= {} if keys.architecture.truncates_yarn else {"truncate": False}
+    if keys.architecture.has_states:
+        sections = _sections({_SECTIONS_ENTRY: keys.get(_SECTIONS_KEY, list(_SECTIONS))}, keys.where)
+        rotated, head_dim = keys.dimensions.rotated_dim, keys.dimensions.head_dim
+        rope[_SHARE_ENTRY] = (head_dim if rotated is None else rotated) / head_dim
+        rope |= {_SECTIONS_ENTRY: sections if sections[-1] else sections[:-1], "mrope_interleaved": True}
     if not keys.architecture.sliding_rope:
         return {"rope_parameters": rope}
     sliding = {"rope_type": "default", "rope_theta": number(SLIDING_BASE_KEY, DEFAULT_BASE)}

@@ -15,7 +15,7 @@ from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import count_of, positive_number
 
 if TYPE_CHECKING:
-    from tritgguf.architectures.table import Architecture
+    from tritgguf.architectures.architecture import Architecture
 
 CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT = "shortconv.in_proj", "shortconv.conv", "shortconv.out_proj"
 _KV_HEADS_KEY, _TAPS_KEY = "attention.head_count_kv", "shortconv.l_cache"

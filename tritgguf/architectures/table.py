@@ -8,137 +8,24 @@ the same checkpoint only in the packed matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from tritgguf.architectures import expert_families
-from tritgguf.architectures.experts import EXPERTS, ROUTER, STACKS, ExpertFamily
-from tritgguf.architectures.key_rules import Rule
-from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS, SHARED
+from tritgguf.architectures.architecture import Architecture
+from tritgguf.architectures.experts import ROUTER, STACKS
+from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS
 from tritgguf.architectures.layer_names import (
     ATTENTION_MATRICES,
+    DELTA_MATRICES,
     FOUR_NORMS,
-    FUSED_MATRICES,
     LFM2_MATRICES,
     LFM2_NORMS,
     MATRICES,
     NORMS,
     OUTPUT_NORMS,
     QUERY_KEY_NORMS,
+    QWEN35_NORMS,
 )
-from tritgguf.architectures.short_convolutions import CONVOLUTIONS, own_entries, standard_entries
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The properties of one model class."""
-
-    hf_class: str
-    gguf_name: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """transformers' defaults for entries that config.json lacks, beyond those in `keys`. Otherwise, the key-value heads
-    default to the heads, the head dimension to hidden size / heads, and the output head is not tied."""
-    keys: tuple[Rule, ...] = ()
-    """Rules of the family in addition to the shared ones."""
-    model_type: str | None = None
-    """transformers' `model_type`; None for the class name in lower case without `ForCausalLM`."""
-    permutes_rotary_rows: bool = False
-    """Whether GGUF interleaves the halves of each head's rows in Q and K, because llama.cpp rotates adjacent pairs."""
-    biased: frozenset[str] = frozenset()
-    """GGUF names of matrices that always have a bias."""
-    may_be_biased: bool = False
-    """Whether `attention_bias` and `mlp_bias` of config.json add biases."""
-    named_matrices: Mapping[str, str] | None = None
-    """GGUF name -> Hugging Face name of the matrices of all kinds of layers; None for those of Llama."""
-    norms: Mapping[str, str] | None = None
-    """GGUF name -> Hugging Face name of a layer's norms; None for those of Llama."""
-    final_norm: tuple[str, str] = ("output_norm", "model.norm")
-    """GGUF name and Hugging Face name of the norm after the last layer."""
-    convolves: bool = False
-    """Whether layers may have a short convolution in place of attention, as LFM2's."""
-    feed_forward_norm: str = "ffn_norm"
-    """GGUF name of the norm before the feed-forward."""
-    normalizes_together: bool = False
-    """Whether the query and key norms run over all heads of a token together instead of each head."""
-    norm_offset: int = 0
-    """Number that transformers adds to norm weights; GGUF stores the sum."""
-    fused: bool = False
-    """Whether Q, K and V are one matrix, and gate and up too."""
-    experts: ExpertFamily | None = None
-    """The experts of every layer's feed-forward; None for a dense one."""
-    gelu: bool = False
-    """Whether the gate activation of the feed-forward is GELU (tanh) instead of SiLU."""
-    clamped_swiglu: bool = False
-    """Whether the feed-forward has gpt-oss's SwiGLU, whose inputs are clamped."""
-    activation_entry: str = "hidden_act"
-    """The entry of config.json with the name of the gate activation."""
-    full_attention_every: int | None = None
-    """n: if the model has a sliding window, every nth layer has full attention and the others use the window. 0: all
-    layers use the window. None: all have full attention."""
-    no_rope_layer_interval: int = 0
-    """n: every nth layer has no rotary embedding. 0: all layers have it."""
-    sliding_rope: bool = False
-    """Whether layers with a sliding window have their own rotary base."""
-    truncates_yarn: bool = True
-    """Whether YaRN's range of pairs is rounded to whole pairs (`truncate` of a rope scaling)."""
-    sinks: bool = False
-    """Whether each query head has an attention sink: a learned score in the denominator of its softmax."""
-    scales_embeddings: bool = False
-    """Whether embeddings are multiplied by the square root of the hidden size."""
-    always_writes_head_dim: bool = False
-    """Whether GGUF has the head dimension even if it is hidden size / heads."""
-    writes_space_prefix: bool = False
-    """Whether GGUF has a key for `add_prefix_space` of tokenizer_config.json."""
-
-    def rules(self) -> tuple[Rule, ...]:
-        """Return the rules of all keys in file order."""
-        special = (EXPERTS,) if self.experts else ()
-        return (*SHARED, *self.keys, *special, *((CONVOLUTIONS,) if self.convolves else ()))
-
-    def standard_entries(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Return the entries of a config.json under the names that most families have; TritGgufError for bad ones."""
-        return standard_entries(config, where) if self.convolves else config
-
-    def own_entries(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Return entries of config.json under the family's own names; the inverse of `standard_entries`."""
-        return own_entries(entries) if self.convolves else dict(entries)
-
-    @property
-    def activation(self) -> str:
-        """The name of the gate activation in config.json."""
-        return "gelu_pytorch_tanh" if self.gelu else "silu"
-
-    @property
-    def hf_model_type(self) -> str:
-        """The `model_type` of config.json."""
-        return self.model_type or self.hf_class.removesuffix("ForCausalLM").lower()
-
-    def matrices(self) -> Mapping[str, str]:
-        """Return GGUF name -> Hugging Face name of a layer's matrices, without those of experts."""
-        if self.named_matrices is not None:
-            return self.named_matrices
-        if self.experts is not None:
-            return ATTENTION_MATRICES
-        return FUSED_MATRICES if self.fused else MATRICES
-
-    def dense_matrices(self) -> list[str]:
-        """Return the GGUF names of the matrices of a dense feed-forward."""
-        return [name for name in self.matrices() if name.startswith("ffn_")]
-
-    def layer_norms(self) -> Mapping[str, str]:
-        """Return GGUF name -> Hugging Face name of a layer's norms."""
-        return NORMS if self.norms is None else self.norms
-
-    def uses_sliding_window(self, layer: int) -> bool:
-        """Tell whether a layer uses the sliding window, if the model has one."""
-        every = self.full_attention_every
-        return every is not None and (every == 0 or (layer + 1) % every != 0)
-
-    def uses_rope(self, layer: int) -> bool:
-        """Tell whether a layer has rotary embedding."""
-        return self.no_rope_layer_interval == 0 or (layer + 1) % self.no_rope_layer_interval != 0
-
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 _YARN_OF_GPT_OSS = {
@@ -163,6 +50,21 @@ _LFM2: dict[str, Any] = {
     "norms": LFM2_NORMS,
     "final_norm": ("token_embd_norm", "model.embedding_norm"),
     "convolves": True,
+}
+_QWEN35_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_QWEN35: dict[str, Any] = {
+    "norms": QWEN35_NORMS,
+    "norm_offset": 1,
+    "feed_forward_norm": "post_attention_norm",
+    "has_states": True,
 }
 ARCHITECTURES = {
     architecture.hf_class: architecture
@@ -367,6 +269,30 @@ ARCHITECTURES = {
             model_type="lfm2_moe",
             experts=expert_families.LFM2_MOE,
             **_LFM2,
+        ),
+        Architecture(
+            "Qwen3_5ForCausalLM",
+            "qwen35",
+            {**_QWEN35_DEFAULTS, "num_key_value_heads": 4},
+            model_type="qwen3_5_text",
+            named_matrices={**MATRICES, **DELTA_MATRICES},
+            **_QWEN35,
+        ),
+        Architecture(
+            "Qwen3_5MoeForCausalLM",
+            "qwen35moe",
+            {
+                **_QWEN35_DEFAULTS,
+                "num_key_value_heads": 2,
+                "moe_intermediate_size": 512,
+                "shared_expert_intermediate_size": 512,
+                "num_experts_per_tok": 8,
+                "num_experts": 256,
+            },
+            model_type="qwen3_5_moe_text",
+            named_matrices={**ATTENTION_MATRICES, **DELTA_MATRICES},
+            experts=expert_families.QWEN35_MOE,
+            **_QWEN35,
         ),
     )
 }

@@ -9,9 +9,23 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from tritgguf.architectures.delta_net import (
+    DELTA_ALPHA,
+    DELTA_BETA,
+    DELTA_DECAY,
+    DELTA_GATE,
+    DELTA_KERNEL,
+    DELTA_NORM,
+    DELTA_OUTPUT,
+    DELTA_VECTORS,
+    DeltaNet,
+    decay_from_hf,
+    decay_to_hf,
+)
 from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, HfNames
 from tritgguf.architectures.layer_names import FUSED_MATRICES, MATRICES
 from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT
@@ -29,12 +43,24 @@ _SINKS: HfNames = {"self_attn.sinks": ("attn_sinks",)}
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 
 _INDEX = r"(0|[1-9][0-9]{0,5})"
-_PACKED_NAMES = (*{**MATRICES, **FUSED_MATRICES}, *STACKS, *SHARED_MATRICES, CONVOLUTION_INPUT, CONVOLUTION_OUTPUT)
+_PACKED_NAMES = (
+    *{**MATRICES, **FUSED_MATRICES},
+    *STACKS,
+    *SHARED_MATRICES,
+    CONVOLUTION_INPUT,
+    CONVOLUTION_OUTPUT,
+    DELTA_GATE,
+    DELTA_OUTPUT,
+)
+_FLOAT32_NAMES = (ROUTER, CONVOLUTION_KERNEL, DELTA_KERNEL, DELTA_ALPHA, DELTA_BETA)
+_KERNELS = tuple(f".{name}.weight" for name in (CONVOLUTION_KERNEL, DELTA_KERNEL))
 _QUANTIZED = re.compile(rf"blk\.{_INDEX}\.({'|'.join(map(re.escape, _PACKED_NAMES))})\.weight")
 _FLOAT32 = re.compile(
-    rf"blk\.{_INDEX}\.(({ROUTER}|{re.escape(CONVOLUTION_KERNEL)})\.weight|({'|'.join(STACKS)})\.bias)"
+    rf"blk\.{_INDEX}\.(({'|'.join(map(re.escape, _FLOAT32_NAMES))})\.weight|({'|'.join(STACKS)})\.bias)"
 )
 GGUF_LAYER = re.compile(rf"blk\.{_INDEX}\.([\w.]+)\.(weight|bias)")
+GGUF_LAYER_INDEX = re.compile(rf"blk\.{_INDEX}\.")
+_LAYER_TENSOR = re.compile(rf"blk\.{_INDEX}\.([\w.]+)")
 _HF_LAYER = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)\.(weight|bias)")
 _HF_EXPERT_TENSOR = re.compile(rf"model\.layers\.{_INDEX}\.([\w.]+)")
 _EXPERT_NUMBER = re.compile(rf"(?<=\.){_INDEX}(?=\.)")
@@ -72,7 +98,7 @@ def quantized_tensor(name: str) -> bool:
 def kept_in_float32(name: str) -> bool:
     """Tell whether a GGUF tensor is kept in float32 although it is no vector.
 
-    These are routers, which are small and decide which experts are used, experts' biases and kernels of convolutions.
+    These are small and decide much: routers, experts' biases, kernels of convolutions, gates of a state.
     """
     return _FLOAT32.fullmatch(name) is not None
 
@@ -123,8 +149,8 @@ def module_parameter(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
 
     Raises TritGgufError as `hf_tensor_name` does.
     """
-    layer = GGUF_LAYER.fullmatch(gguf_name)
-    found = None if layer is None else _other_tensor(arch, f"{layer[2]}.{layer[3]}", in_module=True)
+    layer = _LAYER_TENSOR.fullmatch(gguf_name)
+    found = None if layer is None else _other_tensor(arch, layer[2], in_module=True)
     if layer is None or found is None:
         return hf_tensor_name(arch, gguf_name), WHOLE
     return f"model.layers.{layer[1]}.{found[0]}", found[1]
@@ -157,8 +183,8 @@ def _stored_name(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
         index, name, suffix = layer.groups()
         if name in _layer_names(arch):
             return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}", WHOLE
-        if found := _other_tensor(arch, f"{name}.{suffix}", in_module=False):
-            return f"model.layers.{index}.{found[0]}", found[1]
+    if (layer := _LAYER_TENSOR.fullmatch(gguf_name)) and (found := _other_tensor(arch, layer[2], in_module=False)):
+        return f"model.layers.{layer[1]}.{found[0]}", found[1]
     stem, _, suffix = gguf_name.rpartition(".")
     if suffix == "weight" and stem in _model_names(arch):
         return f"{_model_names(arch)[stem]}.weight", WHOLE
@@ -169,12 +195,12 @@ def _with_unit_axis(gguf_name: str, shape: tuple[int, ...]) -> tuple[int, ...] |
     """Return the shape of a Hugging Face tensor that has an axis of length 1 more than GGUF's; None for others."""
     if gguf_name.endswith(f".{SHARED_ROUTER}.weight"):
         return (1, *shape)
-    return (shape[0], 1, *shape[1:]) if gguf_name.endswith(f".{CONVOLUTION_KERNEL}.weight") else None
+    return (shape[0], 1, *shape[1:]) if gguf_name.endswith(_KERNELS) else None
 
 
 def without_unit_axis(gguf_name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a Hugging Face tensor without the axis of length 1 that the GGUF tensor lacks, if any."""
-    shorter = stored[:1] + stored[2:] if gguf_name.endswith(f".{CONVOLUTION_KERNEL}.weight") else stored[1:]
+    shorter = stored[:1] + stored[2:] if gguf_name.endswith(_KERNELS) else stored[1:]
     return shorter if _with_unit_axis(gguf_name, shorter) == stored else stored
 
 
@@ -188,13 +214,14 @@ def _model_names(arch: str) -> dict[str, str]:
 def _layer_names(arch: str) -> dict[str, str]:
     """Return GGUF name -> Hugging Face name of a layer's matrices and norms, without those of experts."""
     entry = GGUF_ARCHITECTURES[arch]
-    kernel = {CONVOLUTION_KERNEL: "conv.conv"} if entry.convolves else {}
-    return {**entry.layer_norms(), **entry.matrices(), **kernel}
+    kernels = {CONVOLUTION_KERNEL: "conv.conv"} if entry.convolves else {}
+    kernels |= {DELTA_KERNEL: "linear_attn.conv1d"} if entry.has_states else {}
+    return {**entry.layer_norms(), **entry.matrices(), **kernels}
 
 
 @functools.cache
 def _other_names(arch: str, *, in_module: bool) -> HfNames:
-    """Return the Hugging Face names of a layer's tensors of experts and of sinks, of all classes of an architecture."""
+    """Return the Hugging Face names of a layer's tensors of experts, sinks and states, of all classes of a family."""
     entries = [entry for entry in ARCHITECTURES.values() if entry.gguf_name == arch]
     families = [entry.experts for entry in entries if entry.experts]
     names = {
@@ -202,7 +229,8 @@ def _other_names(arch: str, *, in_module: bool) -> HfNames:
         for family in families
         for name, tensors in (family.module if in_module else family.stored).items()
     }
-    return {**names, **_SINKS} if any(entry.sinks for entry in entries) else names
+    names |= _SINKS if any(entry.sinks for entry in entries) else {}
+    return {**names, **DELTA_VECTORS} if any(entry.has_states for entry in entries) else names
 
 
 def _other_tensor(arch: str, name: str, *, in_module: bool) -> tuple[str, TensorPart] | None:
@@ -222,16 +250,27 @@ def _part(arch: str, names: tuple[str, ...], index: int) -> TensorPart:
 
 
 def with_suffix(name: str) -> str:
-    """Return the name of a tensor, which is a weight unless its name says that it is a bias."""
-    return name if name.endswith(".bias") else f"{name}.weight"
+    """Return the name of a tensor, which is a weight unless its name is a whole one."""
+    return name if name.endswith(".bias") or name == DELTA_DECAY else f"{name}.weight"
 
 
-def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
+def from_hf(
+    arch: str,
+    gguf_name: str,
+    array: np.ndarray,
+    head_count: int,
+    head_count_kv: int,
+    delta_net: DeltaNet | None = None,
+) -> np.ndarray:
     """Convert a Hugging Face tensor to GGUF: rows in GGUF's order, norms with their offset; contiguous.
 
     In `llama`, row i of a head of Q or K (weight or bias) becomes row 2i, and row i + head_dim / 2 becomes row
-    2i + 1.
+    2i + 1. A family with states needs its `DeltaNet`, and all rows of a tensor that `reorders_rows` names.
     """
+    if delta_net is not None:
+        if _is_decay(gguf_name):
+            array = decay_from_hf(array)
+        array = delta_net.order(_name_in_layer(gguf_name), array, to_gguf=True)
     if offset := _norm_offset(arch, gguf_name):
         return to_float32(array) + np.float32(offset)
     heads = _rotary_heads(arch, gguf_name, head_count, head_count_kv)
@@ -241,8 +280,19 @@ def from_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
 
 
-def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_count_kv: int) -> np.ndarray:
+def to_hf(
+    arch: str,
+    gguf_name: str,
+    array: np.ndarray,
+    head_count: int,
+    head_count_kv: int,
+    delta_net: DeltaNet | None = None,
+) -> np.ndarray:
     """Convert a GGUF tensor to Hugging Face; contiguous. The inverse of `from_hf`."""
+    if delta_net is not None:
+        if _is_decay(gguf_name):
+            array = decay_to_hf(array)
+        array = delta_net.order(_name_in_layer(gguf_name), array, to_gguf=False)
     if offset := _norm_offset(arch, gguf_name):
         return array - np.float32(offset)
     heads = _rotary_heads(arch, gguf_name, head_count, head_count_kv)
@@ -252,12 +302,41 @@ def to_hf(arch: str, gguf_name: str, array: np.ndarray, head_count: int, head_co
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
 
+def reorders_rows(gguf_name: str, delta_net: DeltaNet | None) -> bool:
+    """Tell whether a tensor's rows have another order in GGUF, all of them together; `from_hf` needs them all then."""
+    return delta_net is not None and delta_net.mixes_rows(_name_in_layer(gguf_name))
+
+
+def inputs_in_order(gguf_name: str, inputs: Any, delta_net: DeltaNet | None, *, to_gguf: bool) -> Any:
+    """Return a matrix's inputs, [..., columns] of NumPy or torch, in GGUF's order of columns, or in transformers'."""
+    if delta_net is None or _name_in_layer(gguf_name) != DELTA_OUTPUT:
+        return inputs
+    return delta_net.order_columns(inputs, to_gguf=to_gguf)
+
+
+def has_own_parameters(gguf_name: str) -> bool:
+    """Tell whether a vector is what transformers' parameter is, up to an offset and the order."""
+    return not _is_decay(gguf_name)
+
+
+def _is_decay(gguf_name: str) -> bool:
+    return gguf_name.endswith(f".{DELTA_DECAY}")
+
+
+def _name_in_layer(gguf_name: str) -> str:
+    """Return a tensor's name without its layer, and without `.weight`."""
+    layer = _LAYER_TENSOR.fullmatch(gguf_name)
+    return "" if layer is None else layer[2].removesuffix(".weight")
+
+
 def permutes_rotary_rows(arch: str) -> bool:
     """Tell whether a GGUF architecture interleaves the halves of each head, so that pairs (2i, 2i + 1) rotate."""
     return GGUF_ARCHITECTURES[arch].permutes_rotary_rows
 
 
 def _norm_offset(arch: str, gguf_name: str) -> int:
+    if gguf_name.endswith(f".{DELTA_NORM}.weight"):
+        return 0
     return GGUF_ARCHITECTURES[arch].norm_offset if gguf_name.endswith("norm.weight") else 0
 
 

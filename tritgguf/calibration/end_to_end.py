@@ -100,6 +100,11 @@ class TrainedModel:
     after: float = math.nan
 
 
+def training_bytes(weights: int) -> int:
+    """Return the memory that training the levels of so many weights takes, with all else."""
+    return LATENT_BYTES * weights + _OTHER_BYTES
+
+
 def split_windows(
     windows: Sequence[Sequence[int]], settings: EndToEnd
 ) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
@@ -135,13 +140,13 @@ def train_end_to_end(
     is missing or cannot build the model.
     """
     weights = sum(matrix.levels.size for matrix in matrices.values())
-    train_levels = fits_in_memory(LATENT_BYTES * weights + _OTHER_BYTES)
+    needed = training_bytes(weights)
+    train_levels = fits_in_memory(needed)
     warnings = []
     if not train_levels:
-        needed = (LATENT_BYTES * weights + _OTHER_BYTES) / 1e9
         warnings.append(
-            f"training levels needs {needed:.1f} GB of memory, which are not available: only the scales, norms and"
-            " biases were trained"
+            f"training levels needs {needed / 1e9:.1f} GB of memory, which are not available: only the scales, norms"
+            " and biases were trained"
         )
     with bfloat16_matmul(), torch_threads(thread_pool.threads):
         training = _Training(source, matrices, settings, thread_pool, train_levels=train_levels)

@@ -1,12 +1,14 @@
 """Measure the sensitivity of each matrix: the error of its block's output if only this matrix is quantized.
 
 The error of a token's hidden state is relative to the size of this hidden state, because the next block normalizes it.
-`docs/quality.md` has measurements.
+Where sensitivities are only compared with thresholds, the first tokens of each window decide about most matrices, and
+the whole windows about those that are near a threshold then. `docs/quality.md` has measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,15 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.formats.stacks import by_tensor
 from tritgguf.quantization.scale_search import quantized_and_decoded
 from tritgguf.reference.decoder_blocks import Block, DecoderBlocks
+from tritgguf.reference.process_settings import bfloat16_matmul
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tritgguf.sources.source import Source
+
+_FIRST_SHARE = 3 / 8  # of each window's tokens
+_NEAR = 1.75  # times or a fraction of a threshold: what is near it on the first tokens is measured on all of them
 
 
 def measure_sensitivities(
@@ -30,6 +36,8 @@ def measure_sensitivities(
     windows: Sequence[Sequence[int]],
     thread_pool: ThreadPool,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    thresholds: Collection[float] = (),
 ) -> dict[str, dict[int, float]]:
     """Return GGUF name -> depth -> mean relative squared error of the block's output.
 
@@ -40,6 +48,8 @@ def measure_sensitivities(
         windows: token ids of some text, in windows of equal length.
         thread_pool: the threads to use; torch uses the same number.
         progress: called with the number of blocks done and their total.
+        thresholds: what the errors will be compared with, if with nothing else. An error that is far from all of them
+            is that of the windows' first tokens. Whether an error is below one threshold does not depend on the others.
 
     Raises:
         TritGgufError: torch or transformers is missing or cannot build the model.
@@ -50,21 +60,44 @@ def measure_sensitivities(
     hidden = blocks.embed(windows)
     sensitivities: dict[str, dict[int, float]] = {}
     for index in range(blocks.count):
-        with blocks.block(index) as block:
+        with blocks.block(index) as block, bfloat16_matmul():
             expected, importance = output_and_importance(block, hidden)
             for name, matrices in by_tensor(block.packed).items():
                 if name in names:
                     sensitivities[name] = {}
                     for depth in depths:
-                        for matrix in matrices:
-                            seen = importance.get(matrix)
-                            decoded = quantized_and_decoded(block.get(matrix), depth, thread_pool, importance=seen)
-                            block.set(matrix, decoded)
-                        sensitivities[name][depth] = relative_error(block.forward(hidden), expected)
-                        block.restore(matrices)
+                        with _quantized(block, matrices, depth, importance, thread_pool):
+                            sensitivities[name][depth] = _output_error(block, hidden, expected, thresholds)
             hidden = expected
         progress(index + 1, blocks.count)
     return sensitivities
+
+
+@contextmanager
+def _quantized(
+    block: Block, matrices: Sequence[str], depth: int, importance: Mapping[str, np.ndarray], thread_pool: ThreadPool
+) -> Iterator[None]:
+    """Quantize some matrices of an open block until the context ends."""
+    for matrix in matrices:
+        weights = block.get(matrix)
+        block.set(matrix, quantized_and_decoded(weights, depth, thread_pool, importance=importance.get(matrix)))
+    yield
+    if len(matrices) == 1:
+        block.set(matrices[0], weights)
+    else:  # a copy of a stack would take much memory
+        block.restore(matrices)
+
+
+def _output_error(block: Block, hidden: Tensor, expected: Tensor, thresholds: Collection[float]) -> float:
+    """Return the error of a block's output, as near to the truth as a comparison with thresholds needs it."""
+    if not thresholds:
+        return relative_error(block.forward(hidden), expected)
+    tokens = max(1, round(_FIRST_SHARE * hidden.shape[1]))
+    first = relative_error(block.forward(hidden[:, :tokens]), expected[:, :tokens])
+    if not any(threshold / _NEAR <= first < threshold * _NEAR for threshold in thresholds):
+        return first
+    # Within these bounds, a threshold that is far from `first` is decided as if it were the only one.
+    return min(max(relative_error(block.forward(hidden), expected), first / _NEAR), first * _NEAR)
 
 
 def output_and_importance(block: Block, hidden: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:

@@ -17,15 +17,15 @@ DEFAULT_TOKENS = 128 * WINDOW_TOKENS
 DEFAULT_GENERATED_TOKENS = 32 * WINDOW_TOKENS  # fewer, because generating takes time
 
 
-def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
-    """Return windows of equal length from evenly spaced positions of a text.
+def windows_of_text(source: Source, text: str, tokens: int, window: int = WINDOW_TOKENS) -> list[list[int]]:
+    """Return windows of equal length, see `window_length`, from evenly spaced positions of a text.
 
     Each window starts with the BOS token if the model uses one. The windows have `tokens` tokens in total, or fewer if
     the text is shorter. Raises BadRequestError if the text does not fill one window.
     """
     tokenizer = tokenizer_of(source)
     ids = plain_tokens(tokenizer, text)
-    length = window_length(source)
+    length = window_length(source, window)
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(bos)
     if len(ids) < body:
@@ -36,11 +36,11 @@ def windows_of_text(source: Source, text: str, tokens: int) -> list[list[int]]:
     return [[*bos, *ids[start : start + body]] for start in starts]
 
 
-def window_length(source: Source) -> int:
-    """Return the number of tokens in a window: 512, or the model's context length if that is shorter."""
+def window_length(source: Source, wanted: int = WINDOW_TOKENS) -> int:
+    """Return the number of tokens in a window: as many as wanted, or the model's context length if that is shorter."""
     metadata = source.metadata
     context = metadata[f"{metadata['general.architecture'].value}.context_length"].value
-    return min(WINDOW_TOKENS, int(context))
+    return min(wanted, int(context))
 
 
 def plain_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -24,13 +24,13 @@ from tritgguf.cli.bench import bench_command
 from tritgguf.cli.calibrate import calibrate_command
 from tritgguf.cli.check import check_command
 from tritgguf.cli.compare import compare_command
-from tritgguf.cli.convert import convert_command
+from tritgguf.cli.convert import ConvertCommand, convert_command
 from tritgguf.cli.doctor import doctor_command
 from tritgguf.cli.evaluate import evaluate_command
 from tritgguf.cli.export import export_command
 from tritgguf.cli.inspect import inspect_command
 from tritgguf.cli.list import list_command
-from tritgguf.cli.options import UsageError, complete
+from tritgguf.cli.options import UsageError
 from tritgguf.cli.publish import PublishCommand, publish_command
 from tritgguf.cli.pull import pull_command
 from tritgguf.cli.rm import rm_command
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 after an error; 2 if the command line is wrong; 130 after Ctrl-C; 141 if the reader of the output has gone.
     """
-    arguments = complete(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a model's text
@@ -157,6 +157,7 @@ def _options(
         print(context.get_help())
 
 
+_PARSERS = {"convert": ConvertCommand, "publish": PublishCommand}
 for _name, _command in (
     ("convert", convert_command),
     ("calibrate", calibrate_command),
@@ -175,4 +176,4 @@ for _name, _command in (
     ("list", list_command),
     ("rm", rm_command),
 ):
-    app.command(_name, cls=PublishCommand if _command is publish_command else None)(_command)
+    app.command(_name, cls=_PARSERS.get(_name))(_command)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typer.core import TyperCommand
+
 from tritgguf.cli import terminal
 from tritgguf.cli.options import (
     CalibrationTokens,
@@ -33,6 +35,7 @@ from tritgguf.cli.options import (
     TextSeed,
     Threads,
     Tune,
+    UsageError,
 )
 from tritgguf.cli.parts import print_parts
 from tritgguf.cli.terminal import note, print_table
@@ -44,6 +47,24 @@ if TYPE_CHECKING:
     from tritgguf.conversion.depths import DepthOptions
     from tritgguf.conversion.encoders import Encoder, Windows
     from tritgguf.conversion.report import ConvertReport
+
+_TRAINED = ("blocks", "end-to-end", "both")  # keys of `encoders.TUNED`, without the time that importing it takes
+
+
+class ConvertCommand(TyperCommand):
+    """The command line of `convert`, where the value of `--tune` may be missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; UsageError if there is one too many and it stands where a value of `--tune` would."""
+        given, doubtful = list(args), ""
+        for position, argument in enumerate(args):
+            following = args[position + 1] if position + 1 < len(args) else "-"
+            if argument == "--tune" and following not in _TRAINED:
+                given[position] = "--tune=blocks"
+                doubtful = "" if following.startswith("-") else following
+        if doubtful and self.make_parser(ctx).parse_args(list(given))[1]:
+            raise UsageError(f"--tune {doubtful} does not exist; choose from {', '.join(_TRAINED)}")
+        return super().parse_args(ctx, given)
 
 
 def print_conversion(report: ConvertReport) -> None:
@@ -60,9 +81,8 @@ def print_conversion(report: ConvertReport) -> None:
         ("peak memory", format_bytes(report.peak_memory_bytes)),
     ]
     print_table(f"depth {report.depth}, encoder {report.encoder}", ("", ">"), rows)
-    if report.kept_unaligned:
-        names = ", ".join(report.kept_unaligned)
-        note(f"note: kept in F16, because their row length is not a multiple of 64: {names}")
+    for line in report.notes:
+        note(f"note: {line}")
     for warning in report.warnings:
         note(f"warning: {warning}")
     for step in next_steps(report):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,17 +20,6 @@ class UsageError(TritGgufError):
 def option(*names: str, help: str, metavar: str = "N", **settings: Any) -> Any:
     """Return an option whose help shows N, TEXT or FILE instead of the name of a type."""
     return typer.Option(*names, help=help, metavar=metavar, **settings)
-
-
-def complete(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of the command line with the value of a `--tune` that has none."""
-    found = list(arguments)
-    if found[:1] != ["convert"]:
-        return found
-    for index, argument in enumerate(found):
-        if argument == "--tune" and (found[index + 1 : index + 2] or ["-"])[0] not in ("blocks", "end-to-end", "both"):
-            found[index] = "--tune=blocks"
-    return found
 
 
 SourceModel = Annotated[

@@ -28,7 +28,6 @@ Plot = Annotated[
     Path | None,
     option("--plot", metavar="OUT.svg", help="Draw the divergence over the size, as SVG.", show_default=False),
 ]
-_SPEED_TOKENS, _SPEED_REPETITIONS = 64, 3
 
 
 def print_qualities(title: str, files: Sequence[FileQuality]) -> None:
@@ -61,15 +60,13 @@ def print_qualities(title: str, files: Sequence[FileQuality]) -> None:
 
 def with_speeds(files: Sequence[FileQuality], threads: int | None, isa: str | None) -> list[FileQuality]:
     """Return the rows with how fast each file generates, as `bench` measures it."""
-    from tritgguf.diagnostics.bench import bench
+    from tritgguf.diagnostics.bench import generation_speed
 
     measured = []
     with terminal.progress(in_bytes=False) as report:
         for done, file in enumerate(files):
             report("speed", done, len(files))
-            settings = {"threads": threads, "isa": isa, "repetitions": _SPEED_REPETITIONS, "by_kernel": False}
-            speed = bench(file.file, prompt_tokens=0, generated_tokens=_SPEED_TOKENS, **settings).decode  # type: ignore[arg-type]
-            measured.append(dataclasses.replace(file, tokens_per_second=None if speed is None else speed.mean))
+            measured.append(dataclasses.replace(file, tokens_per_second=generation_speed(file.file, threads, isa)))
         report("speed", len(files), len(files))
     return measured
 

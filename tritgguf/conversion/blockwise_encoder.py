@@ -65,13 +65,13 @@ class BlockwiseEncoder:
 class EndToEndEncoder(BlockwiseEncoder):
     """Encodes all matrices of the decoder blocks and trains the model as a whole, when the first tensor is asked for.
 
-    What an interrupted run has written is computed again: the result is the same.
+    What an interrupted run has calibrated is used again; training begins anew, and the result is the same.
     """
 
     def __init__(self, job: EncodingJob, windows: Windows, tuning: Tuning | None, settings: EndToEnd) -> None:
         check_no_experts(job.source.name, job.depths)
         self._trained_on, self._held_out = split_windows(windows, settings)
-        super().__init__(replace(job, written=lambda name: None), self._trained_on, tuning)
+        super().__init__(replace(job, written=self._calibrated), self._trained_on, tuning)
         self._settings = settings
 
     @property
@@ -86,13 +86,22 @@ class EndToEndEncoder(BlockwiseEncoder):
     def _quantized(self, name: str) -> QuantizedMatrix:
         return self._result.matrices[name]
 
+    def _calibrated(self, name: str) -> np.ndarray | None:
+        """Return the decoded weights of a matrix that an interrupted run has calibrated, or None."""
+        matrix = self._job.calibrated.get(name)
+        return None if matrix is None else matrix.decoded()
+
     @cached_property
     def _result(self) -> TrainedModel:
         matrices: dict[str, QuantizedMatrix] = {}
         if not self._in_blocks:  # all are recovered or copied, with the norms that belong to them
             return TrainedModel(matrices)
         for name in self._in_blocks:
-            matrices[name] = self._blocks.quantize(name)
+            if name in self._job.calibrated:
+                matrices[name] = self._job.calibrated[name]
+            else:
+                matrices[name] = self._blocks.quantize(name)
+                self._job.save(name, matrices[name])
             self._job.progress(name, 1 / len(self._in_blocks))
         job, passes = self._job, EPOCH_PASSES * self._settings.passes(len(self._trained_on))
         return train_end_to_end(

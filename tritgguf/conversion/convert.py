@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tritgguf.conversion.pipeline import Output, encode_and_write, written_weigh
 from tritgguf.conversion.plan import ConversionPlan, plan_conversion
 from tritgguf.conversion.recipes import Recipe, parse_recipe
 from tritgguf.conversion.report import ConvertReport, conversion_report
+from tritgguf.conversion.saved_matrices import SavedMatrices
 from tritgguf.formats.durable_output import check_output
 from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.journal import Journal
@@ -144,12 +145,16 @@ def convert_together(
         plan_conversion(opened, one.options, one.encoder, one.importance, one.windows, thread_pool, counter.searched)
         for one in conversions
     ]
-    with ExitStack() as opened_writers:
+    with ExitStack() as opened_files:
+        saved = [
+            opened_files.enter_context(SavedMatrices(output, resume=one.resume))
+            for output, one in zip(outputs, conversions, strict=True)
+        ]
         writers = [
-            opened_writers.enter_context(_writer(plan, output, thread_pool, one))
+            opened_files.enter_context(_writer(plan, output, thread_pool, one))
             for plan, output, one in zip(plans, outputs, conversions, strict=True)
         ]
-        results = _encode(plans, writers, thread_pool, counter)
+        results = _encode(plans, writers, saved, thread_pool, counter)
     seconds = (time.perf_counter() - started) / max(1, len(conversions))
     return [
         conversion_report(plan, output, squares, seconds, warnings)
@@ -172,19 +177,23 @@ def _writer(plan: ConversionPlan, output: Path, thread_pool: ThreadPool, convers
 def _encode(
     plans: Sequence[ConversionPlan],
     writers: Sequence[StreamingWriter],
+    saved: Sequence[SavedMatrices],
     thread_pool: ThreadPool,
     counter: _ProgressCounter,
 ) -> list[tuple[tuple[float, float], list[str]]]:
-    """Encode and write the tensors of plans for one source.
+    """Encode and write the tensors of plans for one source, and save what is calibrated long before it is written.
 
     Returns for each the sums of the squared errors and of the squared weights, and warnings.
     """
     outputs = []
-    for plan, writer in zip(plans, writers, strict=True):
-        if isinstance(plan.quantizer, Calibrated):
-            counter.expect(plan.quantizer.passes)
+    for plan, writer, kept in zip(plans, writers, saved, strict=True):
         written = partial(written_weights, writer)
         job = EncodingJob(plan.source, plan.quantized_depths, thread_pool, written, counter.prepared)
+        if isinstance(plan.quantizer, Calibrated):
+            counter.expect(plan.quantizer.passes)
+            if plan.quantizer.end_to_end is not None:
+                known = kept.matrices(plan.job(thread_pool.threads))
+                job = replace(job, calibrated=known, save=kept.save)
         outputs.append(Output(writer, plan.recovery.fits, plan.quantizer, plan.quantizer.start(job)))
     squares = np.zeros((len(plans), 2))
     # Closed before the writers are: an interruption in `written` must not leave a thread that goes on writing.

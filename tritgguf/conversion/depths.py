@@ -44,14 +44,22 @@ class MeasuredCosts:
     """Costs that were measured for one choice, and that other conversions of the same source need again.
 
     To be shared only by conversions that measure on the same text.
+
+    Args:
+        thresholds: those of all these conversions (`DepthChoice.sensitivity`).
+
     """
 
-    def __init__(self) -> None:
-        self._costs: dict[tuple[tuple[str, ...], tuple[int, ...]], Costs] = {}
+    def __init__(self, thresholds: Iterable[float] = ()) -> None:
+        self.thresholds = tuple(sorted(set(thresholds)))
+        self._costs: dict[tuple[str, tuple[str, ...], tuple[int, ...]], Costs] = {}
 
-    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
-        """Return the costs of the named matrices at some depths; `measure` is called for what is not known yet."""
-        key = (tuple(names), tuple(some_depths))
+    def of(self, kind: str, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+        """Return the costs of the named matrices at some depths; `measure` is called for what is not known yet.
+
+        `kind` tells costs apart that are measured in different ways.
+        """
+        key = (kind, tuple(names), tuple(some_depths))
         if key not in self._costs:
             self._costs[key] = measure(names, some_depths)
         return self._costs[key]
@@ -65,7 +73,7 @@ class DepthChoice:
     target_bpw: average bits per weight over the packed matrices in the file, reached by choosing the other depths.
     target_bytes: size of the whole file at most, reached by choosing the other depths.
     sensitivity: a matrix without a rule loses a trit if its sensitivity is then below this threshold.
-    known: sensitivities that conversions of one source share; None: they are measured.
+    known: costs that conversions of one source share; None: they are measured.
     """
 
     keep: tuple[KeepRule, ...] = ()
@@ -145,8 +153,7 @@ class DepthChoice:
                 raise TritGgufError(
                     "--sensitivity removes a trit, but depth 1 has no trit to remove; give a greater --depth"
                 )
-            known = self.known or MeasuredCosts()
-            chosen = depths_below_threshold(known.of(free, [depth - 1], measure), self.sensitivity, depth)
+            chosen = depths_below_threshold(measure(free, [depth - 1]), self.sensitivity, depth)
         else:
             chosen = dict.fromkeys(free, depth)
         return {name: chosen[name] if name in chosen else kept[name] for name in weights}

@@ -28,7 +28,7 @@ from tritgguf.calibration.tuning import Tuning
 from tritgguf.conversion.blockwise_encoder import EPOCH_PASSES, BlockwiseEncoder, EndToEndEncoder
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.matrix_rows import MatrixRows
-from tritgguf.quantization.quantized_matrix import QuantizedRows
+from tritgguf.quantization.quantized_matrix import QuantizedMatrix, QuantizedRows
 from tritgguf.quantization.scale_search import quantize_searched
 from tritgguf.quantization.v2 import quantize_v2
 from tritgguf.sources.source import Source
@@ -67,6 +67,7 @@ class EncodingJob:
         written: returns the decoded weights, float32 [rows, columns], of a matrix that an interrupted run has written,
             or None.
         progress: is told what is done before the first matrix is written, and its share of one pass over all matrices.
+        calibrated: matrices that an interrupted run has calibrated and not written; `save` takes another one.
 
     """
 
@@ -75,6 +76,8 @@ class EncodingJob:
     thread_pool: ThreadPool
     written: Callable[[str], np.ndarray | None] = lambda name: None
     progress: Callable[[str, float], None] = lambda label, share: None
+    calibrated: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+    save: Callable[[str, QuantizedMatrix], None] = lambda name, matrix: None
 
 
 @dataclass(frozen=True)

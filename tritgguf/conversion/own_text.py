@@ -20,6 +20,7 @@ import numpy as np
 from tritgguf.calibration.text import (
     DEFAULT_GENERATED_TOKENS,
     DEFAULT_TOKENS,
+    WINDOW_TOKENS,
     plain_tokens,
     tokenizer_of,
     vocabulary_size,
@@ -30,7 +31,7 @@ from tritgguf.conversion.convert import convert
 from tritgguf.conversion.encoders import V2
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
-from tritgguf.formats.journal import JobLog
+from tritgguf.formats.journal import ResumableLog
 from tritgguf.formats.text_file import read_text
 from tritgguf.generation.engine import Engine
 from tritgguf.generation.request import Request
@@ -64,6 +65,7 @@ def calibration_windows(
     text: Path | None,
     tokens: int | None = None,
     *,
+    window: int = WINDOW_TOKENS,
     own_tokens: int = 0,
     seed: int = 0,
     threads: int | None = None,
@@ -76,12 +78,14 @@ def calibration_windows(
     `own_tokens` tokens with which the model continues passages of it. Other arguments as in `self_generated_windows`.
     Raises TritGgufError for a file that cannot be read or is too short.
     """
-    generated = partial(self_generated_windows, source, seed=seed, threads=threads, saved=saved, progress=progress)
+    generated = partial(
+        self_generated_windows, source, window=window, seed=seed, threads=threads, saved=saved, progress=progress
+    )
     if text is None:
         return generated(tokens or DEFAULT_GENERATED_TOKENS), f"own text, seed {seed}"
     content = read_text(text)
     try:
-        windows = windows_of_text(source, content, tokens or DEFAULT_TOKENS)
+        windows = windows_of_text(source, content, tokens or DEFAULT_TOKENS, window)
     except TritGgufError as error:
         raise TritGgufError(f"{text}: {error}") from error
     if not own_tokens:
@@ -93,24 +97,25 @@ def self_generated_windows(
     source: Source,
     tokens: int,
     *,
+    window: int = WINDOW_TOKENS,
     continued: Sequence[Sequence[int]] = (),
     seed: int = 0,
     threads: int | None = None,
     saved: SavedText | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Return windows of equal length of text that the model itself generates.
+    """Return windows of equal length, see `window_length`, of text that the model itself generates.
 
     The model is first converted to a trit file of depth 4 in the folder for temporary files. The file is memory-mapped,
     so memory use does not grow with the model. The same seed gives the same text. Windows in `saved` are reused. Texts
     begin with passages of the windows in `continued`, if there are any, as `windows_of_text` returns them.
     """
-    length = window_length(source)
+    length = window_length(source, window)
     count = max(1, tokens // length)
     job = {"text": source.name, "seed": seed, "windows": count, "length": length}
     if continued:
         job["continued"] = sha256(np.array(continued, np.int64).tobytes()).hexdigest()
-    windows = [] if saved is None else saved.open(job, vocabulary_size(source))
+    windows = [] if saved is None else saved.windows(job, vocabulary_size(source))
     if len(windows) == count:
         return windows
     tokenizer = tokenizer_of(source)
@@ -136,10 +141,10 @@ def self_generated_windows(
                 if progress is not None:
                     progress(done * length + tokens, count * length)
 
-            for window in _generate(engine, samplers, length, report):
-                windows.append(window)
+            for generated in _generate(engine, samplers, length, report):
+                windows.append(generated)
                 if saved is not None:
-                    saved.add(window)
+                    saved.add(generated)
     return windows
 
 
@@ -153,48 +158,21 @@ def _passages(tokenizer: Tokenizer, windows: Sequence[Sequence[int]]) -> list[li
     ]
 
 
-class SavedText:
-    """Saves self-generated windows next to the output file, so that `--resume` can reuse them.
-
-    A context manager: at its end the saved windows are deleted, unless it ends with an interruption or an unfinished
-    output file is left, because both need them again.
-
-    Args:
-        output: the output file of the conversion.
-        resume: whether windows of an interrupted run are reused; otherwise they are generated again.
-
-    """
+class SavedText(ResumableLog):
+    """Saves self-generated windows next to the output file, so that `--resume` can reuse them."""
 
     def __init__(self, output: Path, *, resume: bool) -> None:
-        self._output, self._resume = output, resume
-        self._path = output.with_name(f"{output.name}.part.text")
-        self._log: JobLog | None = None
+        super().__init__(output, ".part.text", resume=resume)
 
-    def open(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
+    def windows(self, job: Mapping[str, object], vocabulary_size: int) -> list[list[int]]:
         """Return the saved windows; TritGgufError if they belong to another job or are damaged."""
-        self._log = JobLog(self._path, self._output, job)
-        windows = self._log.entries() if self._resume else []
+        windows = self.open(job)
         for window in windows:
             if not isinstance(window, list) or len(window) != job["length"]:
-                raise self._log.misfit("is damaged")
+                raise self.damaged()
             if not all(type(token) is int and 0 <= token < vocabulary_size for token in window):
-                raise self._log.misfit("is damaged")
-        if not windows:
-            self._log.begin()
+                raise self.damaged()
         return windows
-
-    def add(self, window: list[int]) -> None:
-        """Save a window."""
-        if self._log is not None:
-            self._log.append([window])
-
-    def __enter__(self) -> SavedText:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        interrupted = error is not None and not isinstance(error, Exception)
-        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
-            self._path.unlink(missing_ok=True)
 
 
 def _generation_engine(path: Path, length: int, threads: int | None) -> Engine:

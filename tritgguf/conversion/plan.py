@@ -15,8 +15,9 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, kept_in_float32, quantized_tensor
+from tritgguf.calibration.text import WINDOW_TOKENS
 from tritgguf.calibration.tuning import check_no_experts
-from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, apply_rules
+from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, MeasuredCosts, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
     Encoder,
@@ -38,7 +39,8 @@ from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
 
-_SENSITIVITY_WINDOWS = 4  # windows of the calibration text that measure costs
+MEASURED_TOKENS = 4 * WINDOW_TOKENS
+"""Tokens of the calibration text on which costs are measured, at most; and a window."""
 _CALIBRATED_COST = 0.4  # of what is measured without calibration; `docs/quality.md` has the ratios of two models
 
 
@@ -250,20 +252,27 @@ def _measure_costs(
     """Measure what depths of matrices cost: divergences for a target, else errors of the blocks' outputs."""
     if windows is None:
         raise TritGgufError("choosing depths by measurement needs a calibration text; give --text or --self")
-    windows = windows[:_SENSITIVITY_WINDOWS]
-    if not options.choice.has_target:
+    some = windows[: max(1, MEASURED_TOKENS // len(windows[0]))]
+    choice = options.choice
+    known = choice.known or MeasuredCosts(() if choice.sensitivity is None else (choice.sensitivity,))
+
+    def sensitivities(names: list[str], some_depths: Sequence[int]) -> Costs:
         from tritgguf.calibration.sensitivity import measure_sensitivities
 
-        return measure_sensitivities(source, names, some_depths, windows, thread_pool)
-    from tritgguf.calibration.divergence_costs import measure_divergence_costs
+        return measure_sensitivities(source, names, some_depths, some, thread_pool, thresholds=known.thresholds)
 
-    costs = measure_divergence_costs(source, names, some_depths, windows, thread_pool)
-    for name, of_depths in costs.items():
-        if name in TABLES:
-            of_depths[F16_DEPTH] = 0.0
-        elif isinstance(quantizer, Calibrated):
-            costs[name] = {depth: _CALIBRATED_COST * cost for depth, cost in of_depths.items()}
-    return costs
+    def divergences(names: list[str], some_depths: Sequence[int]) -> Costs:
+        from tritgguf.calibration.divergence_costs import measure_divergence_costs
+
+        return measure_divergence_costs(source, names, some_depths, some, thread_pool)
+
+    if not choice.has_target:
+        return known.of(f"sensitivity, for {known.thresholds}", names, some_depths, sensitivities)
+    factor = _CALIBRATED_COST if isinstance(quantizer, Calibrated) else 1.0
+    return {
+        name: {**of_depths, F16_DEPTH: 0.0} if name in TABLES else {d: factor * cost for d, cost in of_depths.items()}
+        for name, of_depths in known.of("divergence", names, some_depths, divergences).items()
+    }
 
 
 def planned_tensor(name: str, shape: tuple[int, ...], depth: int) -> PlannedTensor:

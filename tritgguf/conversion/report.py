@@ -48,6 +48,13 @@ class ConvertReport:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
+    @property
+    def notes(self) -> list[str]:
+        """What else the user should know, one line each."""
+        if not self.kept_unaligned:
+            return []
+        return [f"kept in F16, because their row length is not a multiple of 64: {', '.join(self.kept_unaligned)}"]
+
     def as_dict(self) -> dict[str, Any]:
         """Return what `convert --json` prints."""
         return {**vars(self), "parts": [part.as_dict() for part in self.parts]}

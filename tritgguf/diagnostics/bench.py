@@ -26,6 +26,8 @@ from tritgguf.runtime.model import Model
 from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.runtime.weights import ModelWeights
 
+COMPARED_TOKENS, COMPARED_REPETITIONS = 64, 3
+"""What `generation_speed` measures."""
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -223,6 +225,16 @@ def bench(
     )
 
 
+def generation_speed(path: str | Path, threads: int | None, isa: str | None = None) -> float:
+    """Return tokens per second, for a table of files: `bench` without a prompt and all that it measures besides.
+
+    Raises TritGgufError for a file that cannot be run.
+    """
+    model = Model(open_trit_file(path), threads=threads, isa=isa)
+    sequence = SingleSequence(model, COMPARED_TOKENS, cache_type=DEFAULT_CACHE_TYPE)
+    return _time_decode(sequence, [], _warm_up(sequence, lambda: None), COMPARED_REPETITIONS).mean
+
+
 def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
     """Return what a report says about file and machine, before anything is measured."""
     infos = file.tensors.values()
@@ -249,7 +261,7 @@ def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> li
     model.compile(on_compilation)
     tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
     sequence.forward(tokens)
-    sequence.truncate(context - 1)
+    _cut(sequence, tokens[:-1])
     sequence.forward(tokens[-1:])
     return tokens
 

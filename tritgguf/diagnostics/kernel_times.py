@@ -14,9 +14,10 @@ from cpu_kernels.threads.barrier import repeat_barrier
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.attend_layers import attend_layers
 from cpu_kernels.transformer.attend_token import make_scratch
+from cpu_kernels.transformer.delta_net import mix_layers
 from cpu_kernels.transformer.gemv import gemv
 from cpu_kernels.transformer.kv_pages import KeyValues
-from cpu_kernels.transformer.layer_options import ATTENTION, SHORT_CONVOLUTION
+from cpu_kernels.transformer.layer_options import ATTENTION, DELTA_NET, SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Activations, Projection
 from cpu_kernels.transformer.short_convolution import convolve_layers
 from tritgguf.runtime.config import ModelConfig
@@ -164,6 +165,7 @@ def decode_seconds(
         "attention": _attention(isa, config, layers, thread_pool, positions - 1, pool.key_values(tables)),
         "attention output": _product(isa, *[layer.output for layer in _layers_of(config, layers, ATTENTION)]),
         **_convolutions(isa, config, layers, positions - 1, pool.key_values(tables)),
+        **_states(isa, config, weights, thread_pool, positions - 1, pool.key_values(tables)),
         **_feed_forward(isa, config, layers),
         "head": _product(isa, weights.head),
         "launch": (repeat_barrier, np.zeros(1, np.int64), 0),
@@ -196,6 +198,29 @@ def _convolutions(
         "convolution input": _product(isa, *[layer.qkv for layer in convolving]),
         "convolution": (convolve_layers, kernels, config.layer_options.kinds, kv, projected, position, out),
         "convolution output": _product(isa, *[layer.output for layer in convolving]),
+    }
+
+
+def _states(
+    isa: tuple[int, ...],
+    config: ModelConfig,
+    weights: ModelWeights,
+    thread_pool: ThreadPool,
+    position: int,
+    kv: KeyValues,
+) -> dict[str, tuple[Any, ...]]:
+    """Return kernels and arguments of the layers with a state: their packed matrices, and the rest of them."""
+    with_state, sizes = _layers_of(config, weights.layers, DELTA_NET), config.dimensions
+    if sizes.delta_net is None:
+        return {}
+    hidden, projected = np.full(sizes.hidden, 0.5, np.float32), np.full(config.projected_columns, 0.5, np.float32)
+    gates, places = np.empty(config.delta_gates, np.float32), np.zeros((thread_pool.threads, 2), np.int64)
+    out, counter = np.empty((thread_pool.threads, sizes.delta_net.values), np.float32), np.zeros(1, np.int64)
+    delta, options = weights.delta_net, config.layer_options
+    return {
+        "state input": _product(isa, *[layer.qkv for layer in with_state]),
+        "state": (mix_layers, isa, delta, options, kv, hidden, projected, gates, places, position, out, counter),
+        "state output": _product(isa, *[layer.output for layer in with_state]),
     }
 
 
@@ -238,7 +263,7 @@ def _attention(
     """Return kernel and arguments of the attention of one token, at `position`, in all layers."""
     sizes = config.dimensions
     scratch = make_scratch(1, sizes.heads, sizes.kv_heads, sizes.head_dim, thread_pool.threads)
-    qkv = np.full((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, 0.5, np.float32)
+    qkv = np.full(config.qkv_columns, 0.5, np.float32)
     out = np.empty((thread_pool.threads, sizes.heads * sizes.head_dim), np.float32)
     norms = np.stack([layer.query_key_norm for layer in layers])
     counter = np.zeros(1, np.int64)

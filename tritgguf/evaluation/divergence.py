@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from tritgguf.generation.log_softmax import log_softmax
 
-_CHUNK_ROWS = 32  # limits memory: 32 rows of 151,936 float64 values are 39 MB
+_CHUNK_VALUES = 1 << 18  # logits that are compared at once: their float64 values fit into a processor's cache
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, next_tokens: Seque
     """
     parts = []
     following = np.asarray(next_tokens, dtype=np.int64)
-    for first in range(0, len(reference), _CHUNK_ROWS):
-        rows = slice(first, first + _CHUNK_ROWS)
+    for rows in _chunks(reference):
         log_p, log_q = log_softmax(reference[rows]), log_softmax(logits[rows])
         chosen = following[rows]
         index = np.arange(len(chosen))
@@ -109,5 +108,10 @@ def compare_windows(
 
 def largest_difference(reference: np.ndarray, logits: np.ndarray) -> float:
     """Return the largest absolute difference of logits, for arrays [positions, vocabulary]."""
-    chunks = (slice(first, first + _CHUNK_ROWS) for first in range(0, len(reference), _CHUNK_ROWS))
-    return max(float(np.abs(logits[rows] - reference[rows]).max()) for rows in chunks)
+    return max(float(np.abs(logits[rows] - reference[rows]).max()) for rows in _chunks(reference))
+
+
+def _chunks(logits: np.ndarray) -> Iterator[slice]:
+    """Yield the slices of rows that are compared at once."""
+    count = max(1, _CHUNK_VALUES // logits.shape[1])
+    return (slice(first, first + count) for first in range(0, len(logits), count))

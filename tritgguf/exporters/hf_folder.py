@@ -13,7 +13,9 @@ from gguf import GGMLQuantizationType
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures import gguf_to_hf, tensor_names
+from tritgguf.architectures.delta_net import DeltaNet, delta_net_of
 from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.exporters import model_card
 from tritgguf.exporters.row_blocks import RowBlocks
 from tritgguf.formats import durable_output, safetensors_writer
@@ -48,6 +50,7 @@ class HuggingFaceFolder:
         self._file, self._thread_pool, self._on_matrix = file, thread_pool, on_matrix
         self._config = gguf_to_hf.model_config(file, hf_folder_files.special_ids(file.metadata))
         self._arch = file.metadata["general.architecture"]
+        self._delta_net = delta_net_of(file.metadata, GGUF_ARCHITECTURES[self._arch], str(file.path))
         self._tensors = tensor_names.hf_tensors(
             self._arch, {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
         )
@@ -69,7 +72,9 @@ class HuggingFaceFolder:
         tensor = self._tensors[hf_name]
         for matrices in tensor.matrices:
             parts = (
-                _float16_blocks(RowBlocks(self._file, matrix, self._thread_pool), self._arch, self._config)
+                _float16_blocks(
+                    RowBlocks(self._file, matrix, self._thread_pool), self._arch, self._config, self._delta_net
+                )
                 for matrix in matrices
             )
             if tensor.part.alternates or tensor.part.transposed:
@@ -107,12 +112,15 @@ def export_folder(
         return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-def _float16_blocks(rows: RowBlocks, arch: str, config: dict[str, Any]) -> Iterator[np.ndarray]:
+def _float16_blocks(
+    rows: RowBlocks, arch: str, config: dict[str, Any], delta_net: DeltaNet | None
+) -> Iterator[np.ndarray]:
     """Yield a tensor's float16 weights with rows in Hugging Face's order, in blocks of whole heads."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    for block in rows.decoded(multiple=head_dim):
+    all_rows = tensor_names.reorders_rows(rows.name, delta_net)
+    for block in rows.decoded(multiple=rows.count if all_rows else head_dim):
         heads = len(block) // head_dim
-        ordered = tensor_names.to_hf(arch, rows.name, block, heads, heads)
+        ordered = tensor_names.to_hf(arch, rows.name, block, heads, heads, delta_net)
         yield rows.to_type(ordered, GGMLQuantizationType.F16)
 
 

@@ -37,6 +37,13 @@ class RowBlocks:
     name: str
     thread_pool: ThreadPool
 
+    @property
+    def count(self) -> int:
+        """Number of rows; a vector has rows of one weight."""
+        tensor, index = split_matrix_name(self.name)
+        shape = self.file.tensors[tensor].shape
+        return shape[0] if index is None else shape[-2]
+
     def decoded(self, multiple: int = 1) -> Iterator[np.ndarray]:
         """Yield the weights, float32 [rows, row length], in blocks of a multiple of `multiple` rows but for the last.
 

@@ -75,7 +75,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-PART_SUFFIXES = ("", ".part", ".part.journal", ".part.text")
+PART_SUFFIXES = ("", ".part", ".part.journal", ".part.text", ".part.calibrated")
 """What writers append to the name of an output for the files that they write."""
 
 

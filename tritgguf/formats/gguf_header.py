@@ -267,11 +267,23 @@ def decode_value(buffer: mmap.mmap | bytes, type_id: int, position: int) -> tupl
         end = position + count * _SCALAR_BYTES[element_type]
         code = _SCALARS[element_type].replace("?", "?1")
         return np.frombuffer(buffer[position:end], dtype=np.dtype(code.removesuffix("1"))).tolist(), end
+    if element_type == STRING:
+        return _decode_strings(buffer, count, position)
     values = []
     for _ in range(count):
         value, position = decode_value(buffer, element_type, position)
         values.append(value)
     return values, position
+
+
+def _decode_strings(buffer: mmap.mmap | bytes, count: int, position: int) -> tuple[list[str], int]:
+    """Decode the elements of an array of strings; a hot loop, because vocabularies are long."""
+    unpack, texts = struct.Struct("<Q").unpack_from, []
+    for _ in range(count):
+        start = position + 8
+        position = start + unpack(buffer, position)[0]
+        texts.append(buffer[start:position].decode("utf-8", errors="replace"))
+    return texts, position
 
 
 class _HeadParser(HeaderParser):

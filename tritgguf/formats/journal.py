@@ -12,10 +12,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,51 @@ class JobLog:
     def misfit(self, what: str) -> DamagedFileError:
         """Return the error for a log that the job cannot resume from; `what` is the reason."""
         return DamagedFileError(f"{self.path}: the journal {what}; start over without --resume")
+
+
+class ResumableLog:
+    """A log of what was calculated for an output before it is written, so that `--resume` can reuse it.
+
+    A context manager: at its end the log is deleted, unless it ends with an interruption or an unfinished output file
+    is left, because both need it again.
+
+    Args:
+        output: the output file of the conversion.
+        suffix: what the log's name has after that of the output.
+        resume: whether the entries of an interrupted run are reused; otherwise they are calculated again.
+
+    """
+
+    def __init__(self, output: Path, suffix: str, *, resume: bool) -> None:
+        self._output, self._resume = output, resume
+        self._path = output.with_name(f"{output.name}{suffix}")
+        self._log: JobLog | None = None
+
+    def open(self, job: Mapping[str, Any]) -> list[Any]:
+        """Return the entries of the interrupted run; TritGgufError if they belong to another job."""
+        self._log = JobLog(self._path, self._output, job)
+        entries = self._log.entries() if self._resume else []
+        if not entries:
+            self._log.begin()
+        return entries
+
+    def add(self, entry: Any) -> None:
+        """Save an entry, if the log is open."""
+        if self._log is not None:
+            self._log.append([entry])
+
+    def damaged(self) -> DamagedFileError:
+        """Return the error for entries that are not what they ought to be."""
+        assert self._log is not None
+        return self._log.misfit("is damaged")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        interrupted = error is not None and not isinstance(error, Exception)
+        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
+            self._path.unlink(missing_ok=True)
 
 
 class Journal(JobLog):

@@ -145,11 +145,13 @@ class Engine:
             self._core.prefix_cache.forget(tokens)
 
     def check(self) -> None:
-        """Raise AssertionError unless every page is free or held once by each of its owners."""
+        """Raise AssertionError unless every page is free or held once by each of its owners, and every state too."""
         with self._stepping:
             self._take_submitted()
             self._core.remove_ended()
             self.pool.check(self._core.prefix_cache.held_pages())
+            if self.pool.states is not None:
+                self.pool.states.check(self._core.held_states())
 
     @property
     def has_work(self) -> bool:

@@ -13,6 +13,7 @@ from tritgguf.generation.request import RunningRequest
 from tritgguf.generation.result import FinishReason
 from tritgguf.generation.scheduler import Budget, Chunk, plan
 from tritgguf.generation.speculation import Speculation
+from tritgguf.generation.state_marks import StateMarks
 from tritgguf.runtime.kv_pool import KVPool, PoolExhaustedError
 from tritgguf.runtime.model import Model
 from tritgguf.runtime.token_batch import TokenBatch
@@ -34,6 +35,7 @@ class EngineCore:
         self.waiting: deque[RunningRequest] = deque()
         self.running: list[RunningRequest] = []
         self.prefix_cache = PrefixCache(pool)
+        self._marks = StateMarks(pool, self.prefix_cache)
         self._model, self._pool, self._budget, self._speculation = model, pool, budget, speculation
         self._logits = np.zeros((0, 0), np.float32)
 
@@ -65,12 +67,18 @@ class EngineCore:
             self.running.remove(request)
             wanted = request.request.cache_prompt and request.request.keep_prompt
             if wanted and request.error is None:
-                pages = self._pool.pages(_sequence_of(request))
-                self.prefix_cache.insert(request.tokens[: request.evaluated], pages, request.computed_as_prompt)
+                pages, states = self._pool.pages(_sequence_of(request)), self._marks.of_ended(request)
+                tokens = request.tokens[: request.evaluated]
+                self.prefix_cache.insert(tokens, pages, request.computed_as_prompt, states)
             self._free(request)
             self._forget_drafts(request)
 
+    def held_states(self) -> list[int]:
+        """Return all copies of states that the cache of prefixes and requests have."""
+        return [*self.prefix_cache.held_states(), *(copy for one in self.running for copy in one.state_marks.values())]
+
     def _free(self, request: RunningRequest) -> None:
+        self._marks.forget(request)
         self._pool.free(_sequence_of(request))
         request.sequence = None
 
@@ -98,17 +106,22 @@ class EngineCore:
         if not request.request.cache_prompt:
             return False
         return any(
-            other.is_prompt
-            and other.request.cache_prompt
-            and self._pool.surely_resumable(common_length(other.request.prompt, request.tokens[:-1]))
-            >= other.evaluated + _WORTH_WAITING
+            self._will_share(other, common_length(other.request.prompt, request.tokens[:-1]))
             for other in self.running
+            if other.is_prompt and other.request.cache_prompt
         )
+
+    def _will_share(self, other: RunningRequest, common: int) -> bool:
+        """Tell whether a running request is about to evaluate many of the first `common` tokens, to be taken over."""
+        if self._pool.states is not None:
+            return self._marks.awaits(other, common)
+        return self._pool.surely_resumable(common) >= other.evaluated + _WORTH_WAITING
 
     def _start(self, request: RunningRequest) -> bool:
         """Give a request a sequence that begins with what is stored of its prefix; False without room for the rest."""
-        pages, length, computed_as_prompt = self._longest_prefix(request)
-        sequence = self._pool.allocate(pages, length)
+        prefix = self._longest_prefix(request)
+        length, computed_as_prompt = prefix.length, prefix.prompt_tokens
+        sequence = self._pool.allocate(prefix.pages, length, prefix.state)
         missing = self._pool.missing_pages(sequence, len(request.tokens) - length)
         self.prefix_cache.evict(missing - self._pool.free_pages)
         if missing > self._pool.free_pages:
@@ -118,6 +131,7 @@ class EngineCore:
         # What follows on keys and values of another kind is not what a prompt alone would give.
         request.computed_as_prompt = request.prompt_length if computed_as_prompt == length else computed_as_prompt
         request.cached = max(request.cached, min(length, request.prompt_length))
+        self._marks.plan(request, prefix)
         return True
 
     def _longest_prefix(self, request: RunningRequest) -> Prefix:
@@ -138,11 +152,21 @@ class EngineCore:
         best = self.prefix_cache.match(wanted, prompt_only=prompt_only)
         for other in self.running:
             stored = min(other.evaluated, other.computed_as_prompt) if prompt_only else other.evaluated
-            pages = self._pool.pages(_sequence_of(other))
-            common = self._pool.resumable(pages, common_length(other.tokens[:stored], wanted))
-            if common > best.length and other.request.cache_prompt:
-                best = Prefix(pages, common, min(common, other.computed_as_prompt))
+            if other.request.cache_prompt:
+                best = self._better(best, other, common_length(other.tokens[:stored], wanted))
         return best
+
+    def _better(self, best: Prefix, other: RunningRequest, common: int) -> Prefix:
+        """Return the longer prefix: the best one so far, or what a running request has of the first `common` tokens."""
+        pages, state = self._pool.pages(_sequence_of(other)), None
+        best = best._replace(common=max(best.common, common))
+        if self._pool.states is None:
+            length = self._pool.resumable(pages, common)
+        else:
+            length, state = self._marks.latest(other, common) or (0, None)
+        if length <= best.length:
+            return best
+        return Prefix(pages, length, min(length, other.computed_as_prompt), state, best.common)
 
     # -- drafts and room
 

@@ -176,8 +176,7 @@ def load(
         parallel: how many generations run at once; others wait.
         threads: None for the physical cores.
         prefill_bits: of the activations of prompts, 8 or 16.
-        decode_bits: of the activations of generated tokens, 16 or 8; 8 is less accurate, and faster for several
-            generations at once.
+        decode_bits: of the activations of generated tokens, 16 or 8: less accurate, and faster for many at once.
         exact: whether all activations are multiplied with 31 bits, at a fraction of the speed.
         cache_type: what keys and values are kept in: "f16", "f32" or "q8_0"; None for f16, or f32 if `exact`.
         isa: the instruction set, such as "avx2"; None for the best that works here.
@@ -192,8 +191,7 @@ def load(
             the context needs more memory than there is.
 
     """
-    if (context is not None and context < 1) or parallel < 1:
-        raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
+    _check_options(path, context, parallel, lookup=lookup, draft=draft, draft_max=draft_max)
     start = time.perf_counter()
     from tritgguf.runtime.model import Model
     from tritgguf.tokenization.template_process import start_renderer
@@ -206,9 +204,11 @@ def load(
         start_renderer()  # beside the rest of loading
     tokenizer = Tokenizer(file.metadata, name=str(path))
     model = Model(file, prefill_bits=prefill_bits, decode_bits=decode_bits, exact=exact, threads=threads, isa=isa)
+    cache_type = _cache_type(model, file.path, context, cache_type)
+    _check_cut(model, draft_max if lookup or draft is not None else 0)
     draft_model = None if draft is None else Model(_draft_file(draft, file, on_download), threads=threads, isa=isa)
     speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
-    engine = _make_engine(model, file.path, context, parallel, cache_type or model.default_cache_type, speculation)
+    engine = _make_engine(model, context, parallel, cache_type, speculation)
     start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
     return LoadedModel(file.path, tokenizer, template, time.perf_counter() - start, engine)
 
@@ -250,45 +250,67 @@ def _make_speculation(
     model: Model, draft_model: Model | None, *, lookup: bool, draft_max: int, parallel: int
 ) -> Speculation | None:
     """Return what guesses tokens; None where nothing shall."""
-    if draft_max < 1:
-        raise BadRequestError(f"--draft-max (draft_max) must be 1 or more, not {draft_max}")
-    if lookup and draft_model is not None:
-        raise BadRequestError("tokens are guessed by --lookup or by --model-draft (draft), not by both; leave one out")
     if not lookup and draft_model is None:
         return None
     from tritgguf.generation.speculation import Speculation
-    from tritgguf.runtime.kv_pool import most_cut
 
-    for one in filter(None, (model, draft_model)):
-        most = most_cut(one.config)
-        if most is not None and draft_max > most:
-            raise BadRequestError(
-                f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"
-            )
     if draft_model is None:
         from tritgguf.generation.lookup import Lookup
 
         return Speculation(Lookup(), draft_max)
     from tritgguf.generation.draft_model import drafting
 
+    _check_cut(draft_model, draft_max)
     return Speculation(drafting(draft_model, model, parallel), draft_max)
 
 
+def _check_options(
+    path: str | Path, context: int | None, parallel: int, *, lookup: bool, draft: str | Path | None, draft_max: int
+) -> None:
+    """Raise BadRequestError for options that are impossible whatever the models are."""
+    if (context is not None and context < 1) or parallel < 1:
+        raise BadRequestError(f"{path}: context and parallel must be 1 or more, not {context} and {parallel}")
+    if draft_max < 1:
+        raise BadRequestError(f"--draft-max (draft_max) must be 1 or more, not {draft_max}")
+    if lookup and draft is not None:
+        raise BadRequestError("tokens are guessed by --lookup or by --model-draft (draft), not by both; leave one out")
+
+
+def _check_cut(model: Model, draft_max: int) -> None:
+    """Raise BadRequestError if a model cannot take back so many tokens."""
+    from tritgguf.runtime.kv_pool import most_cut
+
+    most = most_cut(model.config)
+    if most == 0 and draft_max:
+        raise BadRequestError(
+            "a model with states (Gated DeltaNet) cannot take guessed tokens back; leave out --lookup and --model-draft"
+            " (lookup, draft)"
+        )
+    if most is not None and draft_max > most:
+        raise BadRequestError(
+            f"--draft-max (draft_max) is {draft_max}, but a model with convolutions can take back {most} tokens"
+        )
+
+
+def _cache_type(model: Model, path: str | Path, context: int | None, wanted: str | None) -> str:
+    """Return the type of the cache; TritGgufError for an unknown one, and if it needs more memory than there is."""
+    from tritgguf.runtime.kv_pool import check_cache_fits, check_cache_type
+
+    cache_type = wanted or model.default_cache_type
+    check_cache_type(cache_type)
+    if context is not None:
+        check_cache_fits(model.config, context, cache_type, str(path))
+    return cache_type
+
+
 def _make_engine(
-    model: Model,
-    path: str | Path,
-    context: int | None,
-    parallel: int,
-    cache_type: str,
-    speculation: Speculation | None,
+    model: Model, context: int | None, parallel: int, cache_type: str, speculation: Speculation | None
 ) -> Engine:
     from tritgguf.generation.engine import Engine
-    from tritgguf.runtime.kv_pool import CACHE_TYPES, check_cache_fits, pages_for
+    from tritgguf.runtime.kv_pool import pages_for
 
-    if context is not None and cache_type in CACHE_TYPES:
-        check_cache_fits(model.config, context, cache_type, str(path))
     context = context or model.config.context_length
-    pages = pages_for(model.config, context, parallel, cache_type) if cache_type in CACHE_TYPES else None
+    pages = pages_for(model.config, context, parallel, cache_type)
     return Engine(
         model, context=context, parallel=parallel, pages=pages, cache_type=cache_type, speculation=speculation
     )

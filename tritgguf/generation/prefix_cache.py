@@ -3,11 +3,14 @@
 A radix tree with a page at each node: an inner node is a full page of 256 tokens, a leaf may be a part of one. A
 request takes over the longest prefix that it shares with the tree, to the token: it shares the pages, and the pool
 copies the last one before something else is written to it. The tree and running sequences may hold a page at once.
+
+In a model with states (`StatePool`), nodes hold copies of states too, after some of their tokens, and a request takes
+over a prefix up to the last of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,11 +25,29 @@ class Prefix(NamedTuple):
         pages: where they are.
         length: how many tokens.
         prompt_tokens: how many of them, from the first on, were computed as a prompt.
+        state: the copy of the state after them, in a model that has states; None without a token.
+        common: how many tokens are stored, whether or not the state after them is.
 
     """
 
     pages: list[int]
     length: int
+    prompt_tokens: int
+    state: int | None = None
+    common: int = 0
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A copy of a state.
+
+    Attributes:
+        copy: its number in the pool of states.
+        prompt_tokens: how many of the tokens before it, from the first on, were computed as a prompt.
+
+    """
+
+    copy: int
     prompt_tokens: int
 
 
@@ -38,6 +59,8 @@ class _Node:
     last_use: int = 0
     prompt_tokens: int = 0  # of its tokens, from the first on, computed as a prompt
     children: list[_Node] = field(default_factory=list)
+    states: dict[int, KeptState] = field(default_factory=dict)  # after so many of its tokens
+    state_uses: dict[int, int] = field(default_factory=dict)  # the last use of each
 
 
 class PrefixCache:
@@ -51,6 +74,8 @@ class PrefixCache:
     def match(self, tokens: Sequence[int], *, prompt_only: bool = False) -> Prefix:
         """Return the longest prefix of `tokens` that is held; with `prompt_only`, of those computed as a prompt."""
         self._clock += 1
+        if self._pool.states is not None:
+            return self._match_state(tokens, prompt_only=prompt_only)
         pages: list[int] = []
         node, length, prompt_tokens = self._root, 0, 0
         while length < len(tokens):
@@ -72,13 +97,52 @@ class PrefixCache:
             if common < PAGE:
                 break
             node = child
-        return Prefix(pages, length, prompt_tokens)
+        return Prefix(pages, length, prompt_tokens, common=length)
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int], prompt_tokens: int | None = None) -> None:
+    def _match_state(self, tokens: Sequence[int], *, prompt_only: bool) -> Prefix:
+        """Do what `match` does in a model with states."""
+        node, best, pages = self._root, Prefix([], 0, 0), list[int]()
+        length = prompt_tokens = most = 0
+        used: tuple[_Node, int] | None = None
+        while length < len(tokens):
+            chunk, whole = tokens[length : length + PAGE], None
+            for child in node.children:
+                common = common_length(child.tokens, chunk) if child.tokens[0] == chunk[0] else 0
+                common = min(common, child.prompt_tokens) if prompt_only else common
+                most = max(most, length + common)
+                computed = prompt_tokens + (child.prompt_tokens if prompt_tokens == length else 0)
+                for place, state in child.states.items():
+                    is_usable = place <= common and (state.prompt_tokens >= length + place or not prompt_only)
+                    if is_usable and length + place > best.length:
+                        as_prompt = min(computed, state.prompt_tokens, length + place)
+                        best = Prefix([*pages, child.page], length + place, as_prompt, state.copy)
+                        used = child, place
+                if common == PAGE:
+                    whole = child
+            if whole is None:
+                break
+            whole.last_use = self._clock
+            pages.append(whole.page)
+            prompt_tokens += min(PAGE, whole.prompt_tokens) if prompt_tokens == length else 0
+            length += PAGE
+            node = whole
+        if used is not None:
+            used[0].last_use = used[0].state_uses[used[1]] = self._clock
+        return best._replace(common=most)
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        prompt_tokens: int | None = None,
+        states: Mapping[int, KeptState] | None = None,
+    ) -> None:
         """Hold the pages of a sequence: page k has the keys and values of tokens[256 k : 256 (k + 1)].
 
-        `prompt_tokens` says how many of the tokens were computed as a prompt; None: all.
+        `prompt_tokens` says how many of the tokens were computed as a prompt; None: all. `states` are copies of the
+        state after so many tokens, which are the tree's from now on.
         """
+        missing = dict(states or {})
         left = len(tokens) if prompt_tokens is None else prompt_tokens
         self._clock += 1
         node = self._root
@@ -98,9 +162,39 @@ class PrefixCache:
                 self._pool.retain(page)
                 child = _Node(chunk, page, node, self._clock, max(0, min(left, len(chunk))))
                 node.children.append(child)
+            self._hold_states(child, place * PAGE, missing)
             if len(chunk) < PAGE:
                 return
             node, left = child, left - PAGE
+
+    def _hold_states(self, node: _Node, start: int, states: dict[int, KeptState]) -> None:
+        """Move the copies of states after tokens of a node, which begins at token `start`, to the node."""
+        for length in [length for length in states if start < length <= start + PAGE]:
+            place, state = length - start, states.pop(length)
+            if place in node.states:
+                self._release(node.states[place] if state.prompt_tokens >= length else state)
+            if place not in node.states or state.prompt_tokens >= length:
+                node.states[place] = state
+            node.state_uses[place] = self._clock
+
+    def _release(self, state: KeptState) -> None:
+        assert self._pool.states is not None
+        self._pool.states.release(state.copy)
+
+    def make_room_for_state(self) -> bool:
+        """Let go of the least recently used copy of a state if there is no room for another; tell whether there is."""
+        assert self._pool.states is not None
+        if not self._pool.states.copies_left:
+            kept = [(node.state_uses[place], node, place) for node in self._nodes() for place in node.states]
+            if kept:
+                _, node, place = min(kept, key=lambda state: state[0])
+                self._release(node.states.pop(place))
+                del node.state_uses[place]
+        return self._pool.states.copies_left > 0
+
+    def held_states(self) -> list[int]:
+        """Return all copies of states that are held."""
+        return [state.copy for node in self._nodes() for state in node.states.values()]
 
     def evict(self, pages: int) -> None:
         """Let go of least recently used pages until so many more are free, or none is held that nobody else holds."""
@@ -130,7 +224,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Let go of everything."""
         for node in list(self._nodes()):
-            self._pool.release(node.page)
+            self._let_go(node)
         self._root.children.clear()
 
     def held_pages(self) -> list[int]:
@@ -140,7 +234,12 @@ class PrefixCache:
     def _remove(self, node: _Node) -> None:
         assert node.parent is not None
         node.parent.children.remove(node)
+        self._let_go(node)
+
+    def _let_go(self, node: _Node) -> None:
         self._pool.release(node.page)
+        for state in node.states.values():
+            self._release(state)
 
     def _nodes(self) -> Iterator[_Node]:
         waiting = list(self._root.children)

@@ -68,6 +68,7 @@ class RunningRequest:
         accepted_tokens: how many of those the sampler has chosen too.
         sequence: its number in the `KVPool`; None while it waits.
         cancelled: whether nobody wants it any more; any thread may say so.
+        state_marks: after so many tokens its state is copied, or was -> the copy, see `StateMarks`.
         generated: tokens that nobody has fetched yet.
         outputs: logits or hidden states, float32 [tokens, width], or what `reduce_outputs` makes of them; None before
             the first.
@@ -89,6 +90,7 @@ class RunningRequest:
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     cancelled: bool = False
+    state_marks: dict[int, int] = field(default_factory=dict)
     generated: deque[int] = field(default_factory=deque)
     outputs: np.ndarray | None = None
 

@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from tritgguf.formats.durable_output import disk_errors, open_locked, replace_te
 from tritgguf.publishing.plan_file import PublishPlan
 from tritgguf.publishing.publish import PublishReport, publish
 from tritgguf.publishing.state import WORK_FOLDER
-from tritgguf.publishing.tasks import Task
+from tritgguf.publishing.tasks import Executor, Task
 
 RETRIES = 20
 """How often a task is run again whose process was killed."""
@@ -242,11 +243,12 @@ def _call(function: Any, arguments: tuple[Any, ...], board: Any, environment: di
 def publish_on_nodes(plan: PublishPlan, threads: int, executor: RayExecutor) -> PublishReport:
     """Publish each source as a whole on one node, whose own disk has its files; which one is noted and stays.
 
-    Raises TritGgufError as `publish` does, and if a source's node has gone.
+    Raises TritGgufError as `publish` does, and if a source's node has gone or two nodes share the output folder.
     """
     started = time.perf_counter()
     with _locked_notes(plan.output):
         nodes = _nodes_of(plan, executor.node_addresses())
+        _check_disks(plan.output, sorted(set(nodes.values())), executor)
         todo = []
         for node in dict.fromkeys(nodes[source.name] for source in plan.sources):
             there = replace(plan, sources=tuple(source for source in plan.sources if nodes[source.name] == node))
@@ -290,6 +292,48 @@ def _nodes_of(plan: PublishPlan, addresses: Sequence[str]) -> dict[str, str]:
             )
     replace_text(notes, json.dumps(nodes, indent=1) + "\n")
     return nodes
+
+
+def _check_disks(output: Path, nodes: Sequence[str], executor: Executor) -> None:
+    """Raise BadRequestError if one of some nodes sees in its output folder what another has written there."""
+    marks = {node: f"{uuid.uuid4().hex}.mark" for node in nodes}
+
+    def on_all_nodes(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        todo = [
+            Task(function, (output, marks[node], *arguments), f"look at the disk of {node}", node=node)
+            for node in nodes
+        ]
+        return {nodes[place]: result for place, result in executor.run(todo)}
+
+    if len(nodes) < 2:
+        return
+    on_all_nodes(_leave_mark)
+    seen = on_all_nodes(_marks_seen, list(marks.values()))
+    on_all_nodes(_remove_mark)
+    for node, found in seen.items():
+        others = [other for other in nodes if other != node and marks[other] in found]
+        if others:
+            raise BadRequestError(
+                f"{output}: is one folder for the nodes {node} and {others[0]}, which by the plan have disks of their"
+                ' own; give disk = "shared" in [cluster]'
+            )
+
+
+def _leave_mark(output: Path, mark: str, *, progress: Progress) -> None:
+    """Write an empty file where a node has its notes."""
+    with disk_errors(output):
+        (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+        (output / WORK_FOLDER / mark).touch()
+
+
+def _marks_seen(output: Path, mark: str, marks: Sequence[str], *, progress: Progress) -> list[str]:
+    """Return which of some marks a node sees."""
+    return [one for one in marks if (output / WORK_FOLDER / one).exists()]
+
+
+def _remove_mark(output: Path, mark: str, *, progress: Progress) -> None:
+    """Remove a node's mark."""
+    (output / WORK_FOLDER / mark).unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -67,7 +67,7 @@ class Configuration:
         return DepthOptions(self.depth, self.output_depth, self.embedding_depth, self.choice, recipe)
 
     def options_with(self, known: MeasuredCosts) -> DepthOptions:
-        """Return the requested depths, with sensitivities that other configurations of a source share."""
+        """Return the requested depths, with costs that other configurations of a source share."""
         return replace(self.options, choice=replace(self.choice, known=known))
 
     def settings(self) -> dict[str, Any]:

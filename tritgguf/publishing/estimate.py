@@ -11,6 +11,7 @@ from typing import Any
 
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.calibration.end_to_end import training_bytes
 from tritgguf.conversion.default_encoder import calibration_seconds, training_seconds
 from tritgguf.conversion.depths import apply_rules
 from tritgguf.conversion.encoders import Calibrated, encoder_of_the_rest
@@ -57,7 +58,7 @@ class Estimate:
     Attributes:
         files: a row for each file.
         disk_bytes: of all files and exports; free_bytes: what is free there.
-        memory_bytes: at most, while the largest source is verified.
+        memory_bytes: at most, while the largest source is verified or trained.
         seconds: for everything.
         not_fetched: hub ids whose files are not in the cache; nothing is known of them.
 
@@ -88,7 +89,7 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
         source = inputs.source
         check_options(plan, planned, source)
         weights = weights_of(source)
-        memory = max(memory, inputs.evaluation_bytes)
+        memory = max(memory, inputs.evaluation_bytes, *(_training_bytes(inputs, one) for one in plan.configurations))
         seconds_of_sources += weights * (
             _SECONDS_PER_WEIGHT_LOADED + (plan.tokens + WINDOW_TOKENS) * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
         )
@@ -113,6 +114,15 @@ def estimate(plan: PublishPlan, threads: int | None) -> Estimate:
         seconds_of_sources / speedup + sum(file.seconds for file in files),
         not_fetched,
     )
+
+
+def _training_bytes(inputs: SourceInputs, configuration: Configuration) -> int:
+    """Return the memory for training a source as a whole; 0 if the configuration does not."""
+    inner = encoder_of_the_rest(inputs.encoder(configuration))
+    if not isinstance(inner, Calibrated) or inner.end_to_end is None:
+        return 0
+    in_blocks = [tensor for tensor in inputs.source.tensors if quantized_tensor(tensor.name)]
+    return training_bytes(sum(math.prod(tensor.shape) for tensor in in_blocks))
 
 
 def file_bytes(source: Source, configuration: Configuration) -> int:

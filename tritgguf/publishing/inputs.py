@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tritgguf.conversion.depths import Costs, Measure, MeasuredCosts
 from tritgguf.conversion.encoders import Automatic, Encoder, Importance, ImportanceSearch, Windows, encoder_of_the_rest
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.own_text import SavedText, calibration_windows
+from tritgguf.conversion.plan import MEASURED_TOKENS
 from tritgguf.evaluation.quantization_costs import Progress
 from tritgguf.evaluation.text_windows import WINDOW_TOKENS as EVALUATED_AT_ONCE
 from tritgguf.formats.durable_output import replace_text
@@ -27,7 +29,15 @@ from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source, weights_of
 from tritgguf.version import __version__
 
-_SENSITIVITY_TOKENS = 4 * WINDOW_TOKENS  # what `convert` measures sensitivities on
+_SENSITIVITY_WINDOWS, _SENSITIVITY_TOKENS = 8, 128  # many short texts: these are soon written
+
+
+@dataclass(frozen=True)
+class _TextLength:
+    """The length of a text, and of each of its windows, in tokens."""
+
+    tokens: int
+    window: int = WINDOW_TOKENS
 
 
 class SourceInputs:
@@ -36,8 +46,8 @@ class SourceInputs:
     def __init__(self, plan: PublishPlan, planned: PlannedSource, threads: int) -> None:
         self.plan, self.planned, self.threads = plan, planned, threads
         self._progress: Progress = _no_progress
-        self._texts: dict[int, list[list[int]]] = {}
-        self._costs: dict[int, MeasuredCosts] = {}
+        self._texts: dict[_TextLength, list[list[int]]] = {}
+        self._costs: dict[_TextLength, MeasuredCosts] = {}
 
     def __reduce__(self) -> tuple[type[SourceInputs], tuple[PublishPlan, PlannedSource, int]]:
         """Travel to another process without what was made here."""
@@ -84,21 +94,22 @@ class SourceInputs:
     def windows(self, configuration: Configuration) -> Windows | None:
         """Return the calibration text that a configuration's conversion takes; None for none."""
         if self.encoder(configuration).needs_text or configuration.choice.needs_text:
-            return self._text(self.tokens_of(configuration))
+            return self._text(self._length(configuration))
         return None
 
     def costs(self, configuration: Configuration) -> MeasuredCosts:
-        """Return the sensitivities, shared by all configurations that measure them on the same text."""
-        tokens = self.tokens_of(configuration)
-        if tokens not in self._costs:
-            file = self._work_file(f"{tokens}-tokens.costs.json")
-            self._costs[tokens] = _SavedCosts(file, partial(self._costs_settings, tokens))
-        return self._costs[tokens]
+        """Return the costs of depths, shared by all configurations that measure them on the same text."""
+        length = self._length(configuration)
+        if length not in self._costs:
+            thresholds = [one.sensitivity for one in self.plan.configurations if one.sensitivity is not None]
+            file = self._text_file(length, ".costs.json")
+            self._costs[length] = _SavedCosts(file, partial(self._costs_settings, length), thresholds)
+        return self._costs[length]
 
-    def _costs_settings(self, tokens: int) -> Any:
-        """Return what sensitivities that are measured on so many tokens depend on."""
+    def _costs_settings(self, length: _TextLength) -> Any:
+        """Return what costs that are measured on a text of this length depend on."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.files]
-        return [__version__, sorted(files), self._text(tokens), self.threads]
+        return [__version__, sorted(files), self._text(length), self.threads]
 
     @cached_property
     def importance(self) -> Importance:
@@ -110,7 +121,7 @@ class SourceInputs:
         measure_importance(
             self.planned.location,
             file,
-            self._text(self._tokens),
+            self._text(_TextLength(self._tokens)),
             text=self._origin,
             threads=self.threads,
             overwrite=True,
@@ -120,8 +131,14 @@ class SourceInputs:
 
     def tokens_of(self, configuration: Configuration) -> int:
         """Return the length of the calibration text that a configuration takes."""
-        whole = self.encoder(configuration).needs_text
-        return self._tokens if whole else min(_SENSITIVITY_TOKENS, self._tokens)
+        return self._length(configuration).tokens
+
+    def _length(self, configuration: Configuration) -> _TextLength:
+        if self.encoder(configuration).needs_text:
+            return _TextLength(self._tokens)
+        if configuration.choice.has_target:
+            return _TextLength(min(MEASURED_TOKENS, self._tokens))
+        return _TextLength(min(_SENSITIVITY_WINDOWS * _SENSITIVITY_TOKENS, self._tokens), _SENSITIVITY_TOKENS)
 
     @property
     def _origin(self) -> str:
@@ -133,24 +150,28 @@ class SourceInputs:
         default = DEFAULT_GENERATED_TOKENS if self.plan.calibration.text is None else DEFAULT_TOKENS
         return self.plan.calibration.tokens or default
 
-    def _text(self, tokens: int) -> list[list[int]]:
+    def _text(self, length: _TextLength) -> list[list[int]]:
         """Return a calibration text; one that the model writes can be resumed."""
-        if tokens not in self._texts:
+        if length not in self._texts:
             require_torch()
             calibration = self.plan.calibration
-            kept = self._work_file(f"{tokens}-tokens")
+            kept = self._text_file(length)
             kept.parent.mkdir(parents=True, exist_ok=True)
             with SavedText(kept, resume=kept.with_name(f"{kept.name}.part.text").exists()) as saved:
-                self._texts[tokens], _ = calibration_windows(
+                self._texts[length], _ = calibration_windows(
                     self.source,
                     calibration.text,
-                    tokens,
+                    length.tokens,
+                    window=length.window,
                     seed=calibration.seed,
                     threads=self.threads,
                     saved=saved,
                     progress=lambda done, total: self._progress("generating text", done, total),
                 )
-        return self._texts[tokens]
+        return self._texts[length]
+
+    def _text_file(self, length: _TextLength, suffix: str = "") -> Path:
+        return self._work_file(f"{length.tokens}-tokens-by-{length.window}{suffix}")
 
     def _work_file(self, name: str) -> Path:
         return self.plan.output / WORK_FOLDER / f"{self.planned.name}.{name}"
@@ -162,16 +183,16 @@ class _SavedCosts(MeasuredCosts):
     `settings` returns what they depend on beside matrices and depths.
     """
 
-    def __init__(self, file: Path, settings: Callable[[], Any]) -> None:
-        super().__init__()
+    def __init__(self, file: Path, settings: Callable[[], Any], thresholds: Iterable[float]) -> None:
+        super().__init__(thresholds)
         self._file, self._settings = file, settings
 
-    def of(self, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
+    def of(self, kind: str, names: list[str], some_depths: Sequence[int], measure: Measure) -> Costs:
         """Return the costs: known ones, or those in the file, or measured ones."""
-        return super().of(names, some_depths, partial(self._saved, measure))
+        return super().of(kind, names, some_depths, partial(self._saved, kind, measure))
 
-    def _saved(self, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
-        key, kept = digest([self._settings(), names, list(some_depths)]), {}
+    def _saved(self, kind: str, measure: Measure, names: list[str], some_depths: Sequence[int]) -> Costs:
+        key, kept = digest([self._settings(), kind, names, list(some_depths)]), {}
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             kept = dict(json.loads(self._file.read_text("utf-8")))
             return {name: {int(depth): float(cost) for depth, cost in of.items()} for name, of in kept[key].items()}

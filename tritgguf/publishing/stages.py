@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tritgguf.diagnostics.bench import processor_name
+from tritgguf.diagnostics.bench import COMPARED_REPETITIONS, COMPARED_TOKENS, processor_name
 from tritgguf.evaluation.divergence import Comparison
 from tritgguf.evaluation.quantization_costs import FileQuality, file_quality
 from tritgguf.evaluation.recorded_scores import ScoreRecorder, source_name
@@ -76,7 +76,9 @@ class Stages:
             for job, one in zip(work[place][1], made, strict=True):
                 result = {"seconds": one.seconds, "warnings": list(one.warnings)}
                 self.state.finish(CONVERT, job.trit_file, settings[job.name], result)
-                self.warnings.extend(f"{job.name}: {warning}" for warning in one.warnings)
+        for job in itertools.chain.from_iterable(jobs_of(inputs.plan, inputs.planned) for inputs in sources):
+            noted = self.state.noted(CONVERT, job.trit_file)["warnings"]
+            self.warnings.extend(f"{job.name}: {warning}" for warning in noted)
 
     def encoding_seconds(self, job: Job) -> float:
         """Return the seconds that encoding a file took when it was made."""
@@ -107,16 +109,17 @@ class Stages:
             measurement, arguments = shards[place]
             measurement.add(arguments, result)
             if measurement.is_complete:
-                self.warnings.extend(measurement.record())
+                measurement.record()
+        self.warnings.extend(itertools.chain.from_iterable(one.warnings() for one in measurements))
         return {name: quality for measurement in measurements for name, quality in measurement.qualities().items()}
 
-    def bench(self, jobs: Sequence[Job], threads: int) -> dict[str, float | None]:
+    def bench(self, jobs: Sequence[Job], threads: int) -> dict[str, float]:
         """Measure how fast files generate; return job's name -> tokens per second."""
         settings = {
             "version": __version__,
             "processor": processor_name(),
             "threads": threads,
-            "tokens": [tasks.SPEED_TOKENS, tasks.SPEED_REPETITIONS],
+            "tokens": [COMPARED_TOKENS, COMPARED_REPETITIONS],
         }
         missing = [job for job in jobs if self.state.result(BENCH, job.trit_file, settings) is None]
         todo = [Task(tasks.measure_speed, (job, threads), f"speed of {job.name}", alone=True) for job in missing]
@@ -196,8 +199,8 @@ class _Measurement:
         """Whether all shards are there."""
         return len(self._results) == len(self.shards)
 
-    def record(self) -> list[str]:
-        """Write the scores into the files and note them; return warnings."""
+    def record(self) -> None:
+        """Write the scores into the files and note them."""
         in_order = [self._results[first] for first in sorted(self._results)]
         for job, parts in zip(self._missing, zip(*in_order, strict=True), strict=True):
             cost = Comparison.concatenate(parts)
@@ -212,13 +215,18 @@ class _Measurement:
             with self._state.changing(CONVERT, job.trit_file):
                 self._recorder.record(job.trit_file, score)
             quality = file_quality(open_trit_file(job.trit_file), cost)
-            result = {"quality": quality.as_dict(), "runner": self._runner}
+            checked = job is self._missing[0]
+            result = {"quality": quality.as_dict(), "runner": self._runner if checked else None}
             self._state.finish(VERIFY, job.trit_file, self._settings, result)
-        if self._runner["max_rel_logit_diff"] <= _LARGEST_RUNNER_ERROR:
-            return []
+
+    def warnings(self) -> list[str]:
+        """Return a line for each file whose logits differ from those of transformers, where they were compared."""
+        errors = {job: self._state.noted(VERIFY, job.trit_file)["runner"] for job in self._jobs}
         return [
-            f"{self._missing[0].trit_file}: the runner's logits differ from those of transformers by"
-            f" {self._runner['max_rel_logit_diff']:.0e} of the largest, which is more than rounding; do not publish it"
+            f"{job.trit_file}: the runner's logits differ from those of transformers by"
+            f" {runner['max_rel_logit_diff']:.0e} of the largest, which is more than rounding; do not publish it"
+            for job, runner in errors.items()
+            if runner is not None and runner["max_rel_logit_diff"] > _LARGEST_RUNNER_ERROR
         ]
 
     def qualities(self) -> dict[str, FileQuality]:

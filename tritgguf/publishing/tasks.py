@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tritgguf.conversion.convert import Conversion, ConvertProgress, convert_together
 from tritgguf.conversion.report import ConvertReport
-from tritgguf.diagnostics.bench import bench
+from tritgguf.diagnostics.bench import generation_speed
 from tritgguf.evaluation.divergence import Comparison
 from tritgguf.evaluation.logits_store import user_store
 from tritgguf.evaluation.quantization_costs import Progress, Runner, quantization_costs, source_logits
@@ -28,8 +28,6 @@ from tritgguf.publishing.jobs import Job
 from tritgguf.publishing.plan_file import PublishPlan
 from tritgguf.publishing.state import checksum
 from tritgguf.reference.model import ReferenceModel
-
-SPEED_TOKENS, SPEED_REPETITIONS = 64, 3
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def encode(
 
 
 def _encoded(report: ConvertReport) -> Encoded:
-    return Encoded(report.seconds, tuple(report.warnings))
+    return Encoded(report.seconds, (*report.warnings, *report.notes))
 
 
 def _conversion(job: Job, inputs: SourceInputs) -> Conversion:
@@ -185,19 +183,12 @@ def text_of(plan: PublishPlan) -> str:
     return shipped_text() if plan.text is None else read_text(plan.text)
 
 
-def measure_speed(job: Job, threads: int, *, progress: Progress) -> float | None:
-    """Return how fast a file generates, in tokens per second; None if its context is too short for that."""
+def measure_speed(job: Job, threads: int, *, progress: Progress) -> float:
+    """Return how fast a file generates, in tokens per second."""
     progress(f"{job.name}: speed", 0, 1)
-    report = bench(
-        job.trit_file,
-        prompt_tokens=0,
-        generated_tokens=SPEED_TOKENS,
-        threads=threads,
-        repetitions=SPEED_REPETITIONS,
-        by_kernel=False,
-    )
+    speed = generation_speed(job.trit_file, threads)
     progress(f"{job.name}: speed", 1, 1)
-    return None if report.decode is None else report.decode.mean
+    return speed
 
 
 def make_exports(

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures import tensor_names
+from tritgguf.architectures.delta_net import DELTA_OUTPUT, delta_net_of
 from tritgguf.architectures.short_convolutions import CONVOLUTION_OUTPUT
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
-from tritgguf.architectures.tensor_names import from_hf, module_parameter, quantized_tensor, to_hf
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer, find_output_projections
@@ -69,8 +70,10 @@ class DecoderBlocks:
         self._layers = list(self._module.model.layers)
         for index, layer in enumerate(self._layers):
             self._module.model.layers[index] = identity_layer(layer)
-        final_norm = GGUF_ARCHITECTURES[self.architecture].final_norm[1]
-        setattr(self._module.model, final_norm.removeprefix("model."), torch.nn.Identity())
+        self.entry = GGUF_ARCHITECTURES[self.architecture]
+        self.delta_net = delta_net_of(self._metadata, self.entry, source.name)
+        self.sizes = *head_counts(self._metadata), self.delta_net  # what changes the order of rows
+        setattr(self._module.model, self.entry.final_norm[1].removeprefix("model."), torch.nn.Identity())
 
     @property
     def count(self) -> int:
@@ -107,12 +110,10 @@ class DecoderBlocks:
     def block(self, index: int) -> Iterator[Block]:
         """Open a block; its weights are in memory until the context ends."""
         layer = self._layers[index].to_empty(device="cpu").requires_grad_(False)
-        arch = self._metadata["general.architecture"]
         tensors_of_layer = {**persistent_buffers(layer), **dict(layer.named_parameters())}
         parameters = {f"model.layers.{index}.{name}": value for name, value in tensors_of_layer.items()}
-        prefix = f"blk.{index}."
-        tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(prefix)]
-        places = {tensor.name: module_parameter(arch, tensor.name) for tensor in tensors}
+        tensors = [tensor for tensor in self.source.tensors if tensor.name.startswith(f"blk.{index}.")]
+        places = {tensor.name: tensor_names.module_parameter(self.architecture, tensor.name) for tensor in tensors}
         parts = {name: (parameters[of], part) for name, (of, part) in places.items()}
         block = Block(self, index, layer, parts)
         for tensor in tensors:
@@ -120,15 +121,11 @@ class DecoderBlocks:
         identity = self._module.model.layers[index]
         self._module.model.layers[index] = layer
         try:
-            with torch_threads(self._threads):
+            with torch_threads(self._threads), silent_transformers():
                 yield block
         finally:
             self._module.model.layers[index] = identity
             self._layers[index] = layer.to("meta")
-
-    def heads(self) -> tuple[int, int]:
-        """Return the numbers of query heads and of key-value heads."""
-        return head_counts(self._metadata)
 
     @property
     def architecture(self) -> str:
@@ -193,9 +190,9 @@ class Block:
     def __init__(self, blocks: DecoderBlocks, index: int, layer: Any, parts: dict[str, tuple[Any, TensorPart]]) -> None:
         self._blocks, self.index, self.layer, self.parts = blocks, index, layer, parts
         self._parameters = {name: part.view(parameter) for name, (parameter, part) in parts.items()}
-        packed = {name: value for name, value in self._parameters.items() if quantized_tensor(name)}
-        self.vectors = [name for name, value in self._parameters.items() if value.dim() == 1]
-        self.matrices = {name: value for name, value in packed.items() if value.dim() == 2}
+        of_dimensions = [{n: value for n, value in self._parameters.items() if value.dim() == d} for d in (1, 2)]
+        self.vectors = list(filter(tensor_names.has_own_parameters, of_dimensions[0]))
+        self.matrices = {n: value for n, value in of_dimensions[1].items() if tensor_names.quantized_tensor(n)}
         self.experts = find_experts(layer, self._parameters)
 
     @property
@@ -228,11 +225,11 @@ class Block:
 
     def in_hf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from GGUF's order to transformers'."""
-        return to_hf(self._blocks.architecture, name, array, *self._blocks.heads())
+        return tensor_names.to_hf(self._blocks.architecture, name, array, *self._blocks.sizes)
 
     def in_gguf_order(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reorder the rows of an array, one per row of the weight, from transformers' order to GGUF's."""
-        return from_hf(self._blocks.architecture, name, array, *self._blocks.heads())
+        return tensor_names.from_hf(self._blocks.architecture, name, array, *self._blocks.sizes)
 
     def forward(
         self, hidden: Tensor, observers: Mapping[str, Observer] | None = None, *, cached: CachedProducts | None = None
@@ -335,9 +332,9 @@ class Block:
         """
         import torch
 
-        convolution = f"blk.{self.index}.{CONVOLUTION_OUTPUT}.weight"
-        mixing = CONVOLUTION_OUTPUT if convolution in self.matrices else "attn_output"
-        norm, *names = (f"blk.{self.index}.{part}.weight" for part in ("ffn_norm", mixing, "ffn_down"))
+        parts = (self._blocks.entry.feed_forward_norm, "ffn_down", "attn_output", CONVOLUTION_OUTPUT, DELTA_OUTPUT)
+        norm, down, *outputs = (f"blk.{self.index}.{part}.weight" for part in parts)
+        names = [*(name for name in outputs if name in self.matrices), down]
         if norm not in self._parameters or not set(names) <= set(self.matrices):
             return {}
         seen: list[Tensor] = []  # the products, the norm's input between them, and the block's output
@@ -361,9 +358,11 @@ class Block:
         import torch
 
         products = RowBuffer(len(inputs))
+        name = next(name for name in self.matrices if self.linear(name) is projection.linear)
         with torch.inference_mode():
             for batch in self._blocks.batches(inputs):
-                products.add(projection.linear(batch))
+                ordered = tensor_names.inputs_in_order(name, batch, self._blocks.delta_net, to_gguf=False)
+                products.add(projection.linear(ordered))
         return products.rows
 
     @contextmanager
@@ -382,7 +381,8 @@ class Block:
             for name in (name for name in observers if name not in of_experts):
 
                 def observe(module: Any, arguments: Any, name: str = name) -> None:
-                    observers[name](arguments[0])
+                    delta_net = self._blocks.delta_net
+                    observers[name](tensor_names.inputs_in_order(name, arguments[0], delta_net, to_gguf=True))
                     if name == last:
                         raise _StopForwardError
 
@@ -395,4 +395,5 @@ class Block:
 
     def _path(self, name: str) -> str:
         """Return the path of a matrix's module within its layer."""
-        return module_parameter(self._blocks.architecture, name)[0].removesuffix(".weight").split(".", 3)[3]
+        parameter, _ = tensor_names.module_parameter(self._blocks.architecture, name)
+        return parameter.removesuffix(".weight").split(".", 3)[3]

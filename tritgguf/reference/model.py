@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.delta_net import delta_net_of
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
 from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf, without_unit_axis
 from tritgguf.errors import DamagedFileError, MissingExtraError
 from tritgguf.reference.process_settings import import_torch, silent_transformers, torch_threads
@@ -91,6 +93,7 @@ class ReferenceModel:
         """
         arch = metadata["general.architecture"]
         heads, kv_heads = head_counts(metadata)
+        delta_net = delta_net_of(metadata, GGUF_ARCHITECTURES[arch], where)
         tied = _HEAD not in names
         self._set_head(tied)
         parameters = {**persistent_buffers(self.module), **dict(self.module.named_parameters(remove_duplicate=False))}
@@ -103,7 +106,7 @@ class ReferenceModel:
             if name == ROPE_FREQS:
                 continue
             hf_name, part = module_parameter(arch, name)
-            weights = to_hf(arch, name, read(name), heads, kv_heads)
+            weights = to_hf(arch, name, read(name), heads, kv_heads, delta_net)
             place = None if hf_name not in parameters else part.view(parameters[hf_name].detach().numpy())
             if place is not None and without_unit_axis(name, place.shape) == weights.shape:
                 weights = weights.reshape(place.shape)

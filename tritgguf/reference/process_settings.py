@@ -175,6 +175,8 @@ def _put_verbosity(verbosity: tuple[int, bool, warnings.catch_warnings[Any]] | N
     from transformers.utils import logging
 
     if verbosity is None:
+        if _is_silent():
+            return
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
         warnings.simplefilter("ignore")
@@ -184,6 +186,14 @@ def _put_verbosity(verbosity: tuple[int, bool, warnings.catch_warnings[Any]] | N
     logging.set_verbosity(level)
     if progress_bar:
         logging.enable_progress_bar()
+
+
+def _is_silent() -> bool:
+    """Tell whether another context has silenced transformers, because a change of the log level takes a while."""
+    from transformers.utils import logging
+
+    silent = logging.get_verbosity() == logging.CRITICAL and not logging.is_progress_bar_enabled()
+    return silent and warnings.filters[:1] == [("ignore", None, Warning, None, 0)]
 
 
 _THREADS = ProcessSetting(_get_threads, _put_threads)

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
-from cpu_kernels.transformer.layer_options import ATTENTION, CLAMPED_SILU, GELU, SHORT_CONVOLUTION, SILU, LayerOptions
+from cpu_kernels.transformer.layer_options import (
+    ATTENTION,
+    CLAMPED_SILU,
+    DELTA_NET,
+    GELU,
+    SHORT_CONVOLUTION,
+    SILU,
+    LayerOptions,
+)
 from cpu_kernels.transformer.router import SIGMOID, SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
 from tritgguf.architectures import keys
+from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import (
     Dimensions,
     biased_matrices,
@@ -27,7 +36,6 @@ from tritgguf.architectures.rope import (
     rotation_from_base,
     rotation_from_metadata,
 )
-from tritgguf.architectures.table import Architecture
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import count_of
 from tritgguf.formats.gguf_file import GgufFile
@@ -86,14 +94,33 @@ class ModelConfig:
         return int(np.count_nonzero(self.layer_options.kinds == ATTENTION))
 
     @property
+    def state_shape(self) -> tuple[int, int]:
+        """Layers with a state, and numbers of each layer's part of it; (0, 0) if there are none."""
+        delta_net = self.dimensions.delta_net
+        return (0, 0) if delta_net is None else (len(delta_net.layers), delta_net.state_numbers)
+
+    @property
     def has_shared_expert(self) -> bool:
         """Whether a shared expert stands beside the experts."""
         return self.dimensions.experts is not None and self.dimensions.experts.shared_width > 0
 
     @property
     def projected_columns(self) -> int:
-        """Rows of the input matrix of a short convolution; 0 if no layer has one."""
-        return 0 if self.dimensions.convolutions is None else 3 * self.dimensions.hidden
+        """Rows of the input matrices of a layer without attention; 0 if there is none."""
+        sizes = self.dimensions
+        if sizes.delta_net is not None:
+            return 2 * (sizes.delta_net.keys + sizes.delta_net.values)
+        return 0 if sizes.convolutions is None else 3 * sizes.hidden
+
+    @property
+    def qkv_columns(self) -> int:
+        """Rows of the matrices of queries, keys and values of a layer with attention, gates included."""
+        return self.dimensions.query_rows + 2 * self.dimensions.kv_heads * self.dimensions.head_dim
+
+    @property
+    def delta_gates(self) -> int:
+        """Numbers beta and decay of all heads of a layer with a state; 0 if there is none."""
+        return 0 if self.dimensions.delta_net is None else 2 * self.dimensions.delta_net.value_heads
 
     @classmethod
     def from_file(cls, file: GgufFile) -> ModelConfig:
@@ -134,6 +161,8 @@ class ModelConfig:
                 residual_scale=np.float32(number(keys.RESIDUAL_SCALE)),
                 activation=_activation(architecture),
                 interleaved=architecture.permutes_rotary_rows,
+                rotated_pairs=_rotated_dim(dimensions) // 2,
+                gates_heads=architecture.has_states,
                 attention_scale=np.float32(number(keys.ATTENTION_SCALE, dimensions.head_dim**-0.5)),
                 softcap=np.float32(softcap(keys.ATTENTION_SOFTCAP)),
                 normalizes_together=architecture.normalizes_together,
@@ -184,8 +213,13 @@ def _dense_width(dimensions: Dimensions) -> int:
 
 def _kinds(dimensions: Dimensions) -> np.ndarray:
     """Return what mixes the tokens of each layer: int64 [layers]."""
-    convolves = [dimensions.convolves(layer) for layer in range(dimensions.layers)]
-    return np.where(convolves, SHORT_CONVOLUTION, ATTENTION).astype(np.int64)
+    layers = range(dimensions.layers)
+    convolves, has_state = ([of(layer) for layer in layers] for of in (dimensions.convolves, dimensions.has_state))
+    return np.where(convolves, SHORT_CONVOLUTION, np.where(has_state, DELTA_NET, ATTENTION)).astype(np.int64)
+
+
+def _rotated_dim(dimensions: Dimensions) -> int:
+    return dimensions.head_dim if dimensions.rotated_dim is None else dimensions.rotated_dim
 
 
 def _activation(architecture: Architecture) -> int:
@@ -217,15 +251,18 @@ def _rotations(
     """Return a model's rotations, and which each layer has: int64 [layers]."""
     head_dim, layers = dimensions.head_dim, range(dimensions.layers)
     truncates = architecture.truncates_yarn
-    rotation = rotation_from_metadata(file.metadata, head_dim, str(file.path), truncates=truncates)
+    rotation = rotation_from_metadata(file.metadata, _rotated_dim(dimensions), str(file.path), truncates=truncates)
+    still = np.zeros(head_dim // 2 - len(rotation.frequencies))  # of the tables' columns that no head has a pair for
+    rotation = Rotation(np.concatenate([rotation.frequencies, still]), rotation.attention_factor)
     if ROPE_FREQS in file.tensors:
         factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
         if not (factors > 0).all():
             raise DamagedFileError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
         rotation = Rotation(rotation.frequencies / factors, rotation.attention_factor)
     if architecture.no_rope_layer_interval:
-        still = Rotation(np.zeros(head_dim // 2))
-        return (rotation, still), np.array([int(not architecture.uses_rope(layer)) for layer in layers], np.int64)
+        return (rotation, Rotation(np.zeros(head_dim // 2))), np.array(
+            [int(not architecture.uses_rope(layer)) for layer in layers], np.int64
+        )
     if architecture.sliding_rope:
         base = _number(file, f"{architecture.gguf_name}.{SLIDING_BASE_KEY}", DEFAULT_BASE)
         sliding = rotation_from_base(base, head_dim)

@@ -86,5 +86,6 @@ def _gathered(weights: ModelWeights) -> Weights:
         up_biases=np.stack([layer.up_bias for layer in layers]),
         down_biases=np.stack([layer.down_bias for layer in layers]),
         convolutions=np.stack([layer.convolution for layer in layers]),
+        delta=weights.delta_net,
         experts=weights.experts,
     )

@@ -27,6 +27,7 @@ from tritgguf.errors import BadRequestError
 from tritgguf.machine import machine_memory_bytes
 from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.rotations import RotationTables
+from tritgguf.runtime.state_pool import StatePool
 
 # As llama.cpp names them. Kernels take float16 as its bits.
 CACHE_TYPES: dict[str, np.dtype[Any]] = {
@@ -37,6 +38,8 @@ CACHE_TYPES: dict[str, np.dtype[Any]] = {
 DEFAULT_CACHE_TYPE = "f16"
 _NO_PAGE = -1
 _SHARE_OF_FREE_MEMORY = 0.25
+_SHARE_OF_COPIES = 0.1  # of the free memory, for copies of states
+_MOST_COPIES = 64
 
 
 class PoolExhaustedError(Exception):
@@ -56,24 +59,46 @@ def page_bytes(config: ModelConfig, cache_type: str = DEFAULT_CACHE_TYPE) -> int
 
 def _page_elements(config: ModelConfig, element: np.dtype[Any]) -> int:
     sizes = config.dimensions
-    convolutions = sizes.layers - config.attention_layers
+    convolutions = 0 if sizes.convolutions is None else len(sizes.convolutions.layers)
     return page_elements(config.attention_layers, sizes.kv_heads, sizes.head_dim, element, convolutions * sizes.hidden)
 
 
 def most_cut(config: ModelConfig) -> int | None:
     """Return how many of its last tokens a sequence can forget and go on; None for all."""
+    if config.dimensions.delta_net is not None:
+        return 0
     convolutions = config.dimensions.convolutions
     return None if convolutions is None else RECENT - (convolutions.taps - 1)
 
 
+def check_cache_type(cache_type: str) -> None:
+    """Raise BadRequestError for a type that is not a key of CACHE_TYPES."""
+    if cache_type not in CACHE_TYPES:
+        raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+
+
 def check_cache_fits(config: ModelConfig, context: int, cache_type: str, where: str) -> None:
     """Raise TritGgufError when keys and values of this context need more memory than the machine has free."""
-    memory, needed = machine_memory_bytes(), pages_of(context) * page_bytes(config, cache_type)
+    memory, needed = machine_memory_bytes(), pages_of(context) * page_bytes(config, cache_type) + state_bytes(config)
     if memory is not None and needed > memory[1]:
         raise BadRequestError(
             f"{where}: a context of {context} tokens needs {needed:,} bytes of memory, of which {memory[1]:,} are free;"
             " use a smaller one (--ctx-size, context=)"
         )
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Return the bytes of a sequence's state; 0 for a model without layers that have one."""
+    layers, numbers = config.state_shape
+    return layers * numbers * np.dtype(np.float32).itemsize
+
+
+def copies_for(config: ModelConfig) -> int:
+    """Return how many copies of states a pool may keep, as memory allows."""
+    n_bytes, memory = state_bytes(config), machine_memory_bytes()
+    if not n_bytes or memory is None:
+        return _MOST_COPIES if n_bytes else 0
+    return min(_MOST_COPIES, max(2, int(_SHARE_OF_COPIES * memory[1] / n_bytes)))
 
 
 def pages_for(config: ModelConfig, context: int, sequences: int, cache_type: str = DEFAULT_CACHE_TYPE) -> int:
@@ -96,6 +121,7 @@ class KVPool:
         lengths: int64 [sequences], tokens whose keys and values are stored.
         references: int32 [pages], how many sequences and other owners hold a page; 0 for a free one.
         most_cut: how many of its last tokens a sequence can always forget and go on; None for all.
+        states: the states of sequences; None for a model without layers that have one.
 
     """
 
@@ -107,13 +133,14 @@ class KVPool:
         sequences: int,
         context: int,
         cache_type: str = DEFAULT_CACHE_TYPE,
+        copies: int | None = None,
     ) -> None:
         """Make room for `pages` pages and `sequences` sequences of at most `context` tokens each.
 
-        `cache_type` is a key of CACHE_TYPES. Raises TritGgufError for an unknown type.
+        `cache_type` is a key of CACHE_TYPES, `copies` is how many copies of states there may be, None for
+        `copies_for`. Raises TritGgufError for an unknown type.
         """
-        if cache_type not in CACHE_TYPES:
-            raise BadRequestError(f"a cache cannot hold {cache_type}; choose from {', '.join(CACHE_TYPES)}")
+        check_cache_type(cache_type)
         sizes = config.dimensions
         self.context = context
         self.layers, self.kv_heads = config.attention_layers, sizes.kv_heads
@@ -121,9 +148,12 @@ class KVPool:
         self.element = np.zeros(1, CACHE_TYPES[cache_type])
         self._slots = config.slots
         self._recent_start = recent_start(self.layers, sizes.kv_heads, sizes.head_dim, self.element.dtype)
-        self._recent_width = config.projected_columns // 3
+        self._recent_width = 0 if sizes.convolutions is None else sizes.hidden
         self.most_cut = most_cut(config)
         self._needed = 0 if self.most_cut is None else RECENT - self.most_cut  # positions that a convolution sees
+        of_copies = copies_for(config) if copies is None else copies
+        self._states = StatePool(config.state_shape, sequences, of_copies)
+        self.states = self._states if config.state_shape[0] else None
         self.table = np.zeros((sequences, pages_of(context)), np.int64)
         self.lengths = np.zeros(sequences, np.int64)
         self.references = np.zeros(pages, np.int32)
@@ -145,29 +175,42 @@ class KVPool:
         """How many more sequences there may be."""
         return len(self._free_sequences)
 
-    def allocate(self, pages: Sequence[int] = (), length: int = 0) -> int:
+    def allocate(self, pages: Sequence[int] = (), length: int = 0, state: int | None = None) -> int:
         """Return a new sequence that begins with the first `length` tokens stored in some pages, which it shares.
 
-        Raises PoolExhaustedError when there are as many sequences as there may be, and ValueError when the pages are
-        too few or one of them is free.
+        `state` is a copy of the state after these tokens, in a model that has states. Raises PoolExhaustedError when
+        there are as many sequences as there may be, and ValueError when the pages are too few, one of them is free, or
+        the state is missing.
         """
         shared = pages[: pages_of(length)]
         if len(shared) < pages_of(length) or any(self.references[page] <= 0 for page in shared):
             raise ValueError("a sequence can only begin with pages that are in use and hold all its tokens")
+        if self.states is not None and bool(length) != (state is not None):
+            raise ValueError("a sequence can only begin with tokens whose state is there")
         if not self._free_sequences:
             raise PoolExhaustedError
         sequence = self._free_sequences.pop()
         self.lengths[sequence] = length
         for place, page in enumerate(shared):
             self._hold(sequence, place, page)
+        if self.states is not None:
+            self.states.start(sequence, state)
         return sequence
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens of a sequence from `length` on; ValueError where it cannot go on (see `resumable`)."""
-        if not 0 <= length <= self.lengths[sequence] or self.resumable(self.pages(sequence), length) < length:
+        if not 0 <= length <= self.lengths[sequence] or self.resumable_after(sequence, length) < length:
             raise ValueError("a sequence can only be cut within what it holds")
+        if self.states is not None and not length:
+            self.states.clear(sequence)
         self._drop_pages(sequence, pages_of(length))
         self.lengths[sequence] = length
+
+    def resumable_after(self, sequence: int, length: int) -> int:
+        """Return after how many tokens, at most `length`, a sequence can go on: with a state, after all or none."""
+        if self.states is None:
+            return self.resumable(self.pages(sequence), length)
+        return length if length == self.lengths[sequence] else 0
 
     def resumable(self, pages: Sequence[int], length: int) -> int:
         """Return after how many tokens, at most `length`, a sequence can go on that these pages hold.
@@ -190,6 +233,8 @@ class KVPool:
         if sequence in self._free_sequences:
             raise ValueError("the sequence is free already")
         self._drop_pages(sequence, 0)
+        if self.states is not None:
+            self.states.end(sequence)
         self.lengths[sequence] = 0
         self._free_sequences.append(sequence)
 
@@ -245,7 +290,8 @@ class KVPool:
         """Return what the kernels take: addresses, which are valid as long as the pool and the tables are."""
         return KeyValues(
             self.table, self.element, self.layers, self.kv_heads, self.padded_dim, rotations.cosines, rotations.sines,
-            self._slots, self._recent_start, self._recent_width,
+            self._slots, self._recent_start, self._recent_width, self._states.numbers, self._states.of_sequences,
+            self._states.marks, self._states.mark_states,
         )  # fmt: skip
 
     def clear_pages(self) -> None:

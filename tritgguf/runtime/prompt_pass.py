@@ -7,8 +7,9 @@ import numpy as np
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import add_and_rms_norm_batch, swiglu_batch
 from cpu_kernels.transformer.attention import attend
+from cpu_kernels.transformer.delta_net import mix_tokens, prepare_tokens
 from cpu_kernels.transformer.kv_pages import KeyValues
-from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.layer_options import ATTENTION, SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Batch
 from cpu_kernels.transformer.rotation import rotate_and_store
 from cpu_kernels.transformer.short_convolution import convolve_tokens
@@ -26,8 +27,9 @@ class _Workspace:
         self.stream = np.zeros((tokens, sizes.hidden), np.float32)
         self.residual = np.zeros((tokens, sizes.hidden), np.float32)
         self.hidden = Batch(tokens, sizes.hidden, bits=bits)
-        self.qkv = np.zeros((tokens, head_columns + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
+        self.qkv = np.zeros((tokens, config.qkv_columns), np.float32)
         self.projected = np.zeros((tokens, config.projected_columns), np.float32)
+        self.delta_gates = np.zeros((tokens, config.delta_gates), np.float32)
         self.attended = Batch(tokens, head_columns, bits=bits)
         self.gate_up = np.zeros((tokens, 2 * feed_forward), np.float32)
         self.gated = Batch(tokens, feed_forward, bits=bits)
@@ -72,10 +74,10 @@ class PromptPass:
         output_norm = self._weights.layers[0].feed_forward_output_norm  # of nothing: no layer is before the first
         for index, layer in enumerate(self._weights.layers):
             self._advance(thread_pool, space, output_norm, layer.attention_norm)
-            if self._config.layer_options.kinds[index] == SHORT_CONVOLUTION:
-                self._convolve(thread_pool, space, layer, index, kv, sequences, positions)
-            else:
+            if self._config.layer_options.kinds[index] == ATTENTION:
                 self._attend(thread_pool, space, layer, index, kv, segments, sequences, positions)
+            else:
+                self._mix(thread_pool, space, layer, index, kv, sequences, positions)
             layer.output.multiply(space.attended, space.residual, thread_pool, exact=self._exact)
             _add(layer.output_bias, space.residual)
             self._advance(thread_pool, space, layer.attention_output_norm, layer.feed_forward_norm)
@@ -110,7 +112,7 @@ class PromptPass:
         thread_pool.run(attend, thread_pool.isa, space.qkv, options, index, kv, segments, heads, space.attended.x)
         space.attended.quantize(thread_pool)
 
-    def _convolve(
+    def _mix(
         self,
         thread_pool: ThreadPool,
         space: _Workspace,
@@ -120,10 +122,15 @@ class PromptPass:
         sequences: np.ndarray,
         positions: np.ndarray,
     ) -> None:
-        layer.qkv.multiply(space.hidden, space.projected, thread_pool, exact=self._exact)
-        thread_pool.run(
-            convolve_tokens, layer.convolution, kv, index, space.projected, sequences, positions, space.attended.x
-        )
+        """Compute a layer without attention."""
+        projected, gates, out, place = space.projected, space.delta_gates, space.attended.x, (sequences, positions)
+        layer.qkv.multiply(space.hidden, projected, thread_pool, exact=self._exact)
+        if self._config.layer_options.kinds[index] == SHORT_CONVOLUTION:
+            thread_pool.run(convolve_tokens, layer.convolution, kv, index, projected, *place, out)
+        else:
+            delta, options, isa = self._weights.delta_net, self._config.layer_options, thread_pool.isa
+            thread_pool.run(prepare_tokens, isa, delta, kv, index, space.hidden.x, projected, gates, *place)
+            thread_pool.run(mix_tokens, isa, delta, options, kv, index, projected, gates, *place, out)
         space.attended.quantize(thread_pool)
 
     def _feed_forward(self, thread_pool: ThreadPool, space: _Workspace, layer: LayerWeights, index: int) -> None:

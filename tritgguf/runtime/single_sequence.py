@@ -34,8 +34,8 @@ class SingleSequence:
         return int(self.pool.lengths[self._sequence])
 
     def resumable(self, position: int) -> int:
-        """Return after how many tokens, at most `position`, it can go on; see `KVPool.resumable`."""
-        return self.pool.resumable(self.pool.pages(self._sequence), position)
+        """Return after how many tokens, at most `position`, it can go on; see `KVPool.resumable_after`."""
+        return self.pool.resumable_after(self._sequence, position)
 
     def truncate(self, position: int) -> None:
         """Forget the tokens from `position` on; ValueError beyond them, or where it cannot go on."""

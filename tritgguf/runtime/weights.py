@@ -6,8 +6,10 @@ import numpy as np
 
 from cpu_kernels.packed_rows.unpack import dequantize
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.layer_options import SHORT_CONVOLUTION
+from cpu_kernels.transformer.delta_net import DeltaNet
+from cpu_kernels.transformer.layer_options import DELTA_NET, SHORT_CONVOLUTION
 from cpu_kernels.transformer.projection import Matrix, Projection
+from tritgguf.architectures import delta_net as names
 from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.gguf_file import GgufFile
@@ -28,7 +30,7 @@ class LayerWeights:
         """Map layer `index`; TritGgufError for a tensor of a type that is not run."""
         sizes, feed_forward = config.dimensions, config.feed_forward
         shapes = sizes.shapes()
-        rows, rows_kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        rows, rows_kv = sizes.query_rows, sizes.kv_heads * sizes.head_dim
 
         def matrix(name: str) -> Matrix:
             return _read_matrix(file, f"blk.{index}.{name}.weight")
@@ -44,14 +46,18 @@ class LayerWeights:
                 return np.zeros(0, np.float32)
             return read_vector(file, full_name, shapes[full_name][0])
 
-        convolves = config.layer_options.kinds[index] == SHORT_CONVOLUTION
-        if convolves:
+        kind = config.layer_options.kinds[index]
+        if kind == SHORT_CONVOLUTION:
             self.qkv = Projection(_split(matrix(CONVOLUTION_INPUT), *[sizes.hidden] * 3))
+        elif kind == DELTA_NET and sizes.delta_net is not None:
+            of_keys, of_values = _split(matrix(names.DELTA_INPUT), 2 * sizes.delta_net.keys, sizes.delta_net.values)
+            self.qkv = Projection([of_keys, of_values, matrix(names.DELTA_GATE)])
         elif config.architecture.fused:
             self.qkv = Projection(_split(matrix("attn_qkv"), rows, rows_kv, rows_kv))
         else:
             self.qkv = Projection([matrix("attn_q"), matrix("attn_k"), matrix("attn_v")])
-        self.output = Projection([matrix(CONVOLUTION_OUTPUT if convolves else "attn_output")])
+        outputs = {SHORT_CONVOLUTION: CONVOLUTION_OUTPUT, DELTA_NET: names.DELTA_OUTPUT}
+        self.output = Projection([matrix(outputs.get(int(kind), "attn_output"))])
         self.convolution = _read_convolution(file, config, index)
         is_mixture = sizes.is_mixture(index)
         self.experts = ExpertWeights(file, index) if is_mixture else None
@@ -87,7 +93,9 @@ def _query_key_norm(of_queries: np.ndarray, of_keys: np.ndarray, config: ModelCo
     """Return the norms of all query and key heads; zeros if only other layers have them."""
     sizes = config.dimensions
     if not len(of_queries) and "attn_q_norm" in config.architecture.layer_norms():
-        return np.zeros((sizes.heads + sizes.kv_heads) * sizes.head_dim, np.float32)
+        return np.zeros(sizes.query_rows + sizes.kv_heads * sizes.head_dim, np.float32)
+    if config.layer_options.gates_heads:
+        of_queries = np.concatenate([of_queries, np.zeros_like(of_queries)])  # nothing normalizes the gates
     if not config.layer_options.normalizes_together:
         of_queries, of_keys = np.tile(of_queries, sizes.heads), np.tile(of_keys, sizes.kv_heads)
     return np.concatenate([of_queries, of_keys])
@@ -102,6 +110,29 @@ def _read_convolution(file: GgufFile, config: ModelConfig, index: int) -> np.nda
         return np.zeros((sizes.convolutions.taps, sizes.hidden), np.float32)
     kernel = read_float32(file, f"blk.{index}.{CONVOLUTION_KERNEL}.weight")
     return np.ascontiguousarray(kernel.T[::-1])
+
+
+def _read_delta_net(file: GgufFile, config: ModelConfig) -> DeltaNet:
+    """Return what the layers with a state have besides their packed matrices."""
+    sizes = config.dimensions.delta_net
+    if sizes is None:
+        none, no_rows = np.zeros((0, 0), np.float32), np.zeros((0, 0, 0), np.float32)
+        return DeltaNet(key_heads=1, kernels=no_rows, gates=no_rows, decays=none, biases=none, norms=none)
+    layers = [f"blk.{layer}" for layer in sorted(sizes.layers)]
+
+    def read(name: str) -> list[np.ndarray]:
+        return [read_float32(file, f"{layer}.{name}") for layer in layers]
+
+    kernels = [kernel.T[::-1] for kernel in read(f"{names.DELTA_KERNEL}.weight")]
+    betas, alphas = read(f"{names.DELTA_BETA}.weight"), read(f"{names.DELTA_ALPHA}.weight")
+    return DeltaNet(
+        key_heads=sizes.key_heads,
+        kernels=np.ascontiguousarray(np.stack(kernels)),
+        gates=np.stack([np.concatenate(both) for both in zip(betas, alphas, strict=True)]),
+        decays=np.stack(read(names.DELTA_DECAY)),
+        biases=np.stack(read(names.DELTA_BIAS)),
+        norms=np.stack(read(f"{names.DELTA_NORM}.weight")),
+    )
 
 
 def _split(matrix: Matrix, *rows: int) -> list[Matrix]:
@@ -140,6 +171,7 @@ class ModelWeights:
         self.layers = [LayerWeights(file, config, index) for index in range(sizes.layers)]
         experts = [layer.experts for layer in self.layers]
         reads_ahead = not fits_in_memory(file.path.stat().st_size)
+        self.delta_net = _read_delta_net(file, config)
         self.experts = gather_experts(config.routing, experts, sizes.hidden, reads_ahead=reads_ahead)
         self.final_norm = read_vector(file, f"{config.architecture.final_norm[0]}.weight", sizes.hidden)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"

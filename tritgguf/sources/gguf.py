@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT, without_further_layers
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
 from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.table import GGUF_ARCHITECTURES
+from tritgguf.architectures.tensor_names import GGUF_LAYER_INDEX
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from gguf import GGUFValue
 
     from tritgguf.formats.gguf_file import GgufFile
+    from tritgguf.formats.gguf_header import TensorInfo
 
 _PRE_KEY = "tokenizer.ggml.pre"
 # These keys describe the tensor types; `convert` writes its own.
@@ -53,9 +59,12 @@ class GgufSource:
             raise DamagedFileError(
                 f"{path}: is one part of a split model; merge the parts with llama-gguf-split --merge"
             )
+        self._changes = self._without_further_layers()
+        if self._changes:
+            self.warnings.append(f"{path}: {FURTHER_LEFT_OUT}")
         self.dimensions = self._check_tensors()
-        self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._file.tensors.values()]
-        self.metadata = _gguf_metadata(self._file)
+        self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._infos()]
+        self.metadata = self._changed(_gguf_metadata(self._file))
         if HUGGINGFACE_JSON_KEY not in self._file.metadata and self._file.metadata.get(_PRE_KEY) == DEFAULT_PRE:
             self.warnings.append(
                 f"{path}: {_PRE_KEY} is {DEFAULT_PRE}, so text is split as llama.cpp does, which may differ from the"
@@ -108,11 +117,28 @@ class GgufSource:
         """Return the name itself."""
         return name
 
+    def _without_further_layers(self) -> dict[str, Any]:
+        """Return the new values of keys that leave out layers which predict further tokens."""
+        architecture = GGUF_ARCHITECTURES.get(str(self._file.metadata.get("general.architecture")))
+        if architecture is None:
+            return {}
+        return without_further_layers(self._file.metadata, architecture, self.name)
+
+    def _changed(self, metadata: dict[str, GGUFValue]) -> dict[str, GGUFValue]:
+        kept = {key: value for key, value in metadata.items() if self._changes.get(key, value) is not None}
+        return {key: replace(value, value=self._changes.get(key, value.value)) for key, value in kept.items()}
+
+    def _infos(self) -> list[TensorInfo]:
+        """Return the tensors, without those of layers that are left out."""
+        layers = next((value for key, value in self._changes.items() if key.endswith("block_count")), math.inf)
+        found = ((GGUF_LAYER_INDEX.match(info.name), info) for info in self._file.tensors.values())
+        return [info for layer, info in found if layer is None or int(layer[1]) < layers]
+
     def _check_tensors(self) -> Dimensions:
-        shapes = {info.name: info.shape for info in self._file.tensors.values()}
+        shapes = {info.name: info.shape for info in self._infos()}
         biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
-        dimensions = dimensions_from_gguf(self._file.metadata, vocabulary, biased, self.name)
+        dimensions = dimensions_from_gguf({**self._file.metadata, **self._changes}, vocabulary, biased, self.name)
         factors = shapes.pop(ROPE_FREQS, None)
         if factors not in (None, (dimensions.head_dim // 2,)):
             raise DamagedFileError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
+from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT
 from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
 from tritgguf.architectures.rope import ROPE_FREQS
 from tritgguf.errors import DamagedFileError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Buffers that old checkpoints store with the weights; llama.cpp's converter skips the same three.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _PREFIX = "model."
+_FURTHER = ("mtp.", "model.mtp.")  # of layers that predict further tokens
 # Tensors that bitsandbytes, GPTQ, AWQ, quanto and FP8 checkpoints have beside or in place of the weights.
 _QUANTIZED = (".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", "._scale", ".weight_scale_inv")
 
@@ -85,12 +87,14 @@ class HfFolderSource:
             return self._rope_factors
         piece, index = self._pieces.matrix(matrix)
         arch, head_dim = self.architecture.gguf_name, self.dimensions.head_dim
+        delta_net = self.dimensions.delta_net
+        rows = piece.shape[0] if tensor_names.reorders_rows(matrix, delta_net) else head_dim
 
         def convert(part: np.ndarray) -> np.ndarray:
             heads = len(part) // head_dim
-            return tensor_names.from_hf(arch, matrix, part, heads, heads)
+            return tensor_names.from_hf(arch, matrix, part, heads, heads, delta_net)
 
-        return piece.rows(index, head_dim, convert)
+        return piece.rows(index, rows, convert)
 
     def packed_depth(self, name: str) -> int | None:
         """Return None: a folder has no packed tensors."""
@@ -139,6 +143,9 @@ class HfFolderSource:
             text_name = text_tensor_name(hf_name) if self.is_multimodal else hf_name
             if text_name is None or hf_name.endswith(_BUFFERS):
                 continue
+            if self.architecture.has_states and hf_name.startswith(_FURTHER):
+                self._leave_out_further()
+                continue
             full_name = text_name if text_name.startswith(("lm_head.", _PREFIX)) else prefix + text_name
             places = tensor_names.places_of(self.architecture.gguf_name, full_name)
             if not places and hf_name.endswith(_QUANTIZED):
@@ -166,6 +173,11 @@ class HfFolderSource:
         pieces.check_experts(self.dimensions.shapes(), self.name, self.label)
         shapes = {name: pieces.shape(name) for name in pieces.tensors}
         check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self.label)
+
+    def _leave_out_further(self) -> None:
+        warning = f"{self.name}: {FURTHER_LEFT_OUT}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def _make_metadata(self, where: Path, hub_id: str | None) -> dict[str, GGUFValue]:
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)

@@ -32,6 +32,7 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35_SPLIT = _QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
@@ -50,6 +51,7 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
     "gpt-2": [_byte_level(use_regex=True)],
     "qwen2": [_split(_QWEN2_SPLIT), _byte_level(use_regex=False)],
+    "qwen35": [_split(_QWEN35_SPLIT), _byte_level(use_regex=False)],
     "llama-bpe": [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)],
     "smaug-bpe": [_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)],
     "tekken": [_split(_TEKKEN_SPLIT), _byte_level(use_regex=False)],
@@ -147,7 +149,7 @@ def _byte_level_parts(
     merges = merge_pairs(_list_of(metadata, "tokenizer.ggml.merges", str, where), where)
     model = {"type": "BPE", "ignore_merges": pre in _IGNORE_MERGES, "vocab": vocabulary, "merges": merges}
     return {
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "normalizer": {"type": "NFC"} if pre in ("qwen2", "qwen35") else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": _byte_level(use_regex=True),
         "model": model,

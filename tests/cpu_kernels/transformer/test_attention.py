@@ -47,6 +47,8 @@ def layer_options(
         residual_scale=np.float32(1),
         activation=SILU,
         interleaved=interleaved,
+        rotated_pairs=dim // 2,
+        gates_heads=False,
         attention_scale=np.float32(dim**-0.5),
         softcap=np.float32(softcap),
         normalizes_together=together,
@@ -96,10 +98,14 @@ def test_rotate(interleaved: bool) -> None:
     head, position_angles = random(DIM), angles(CONTEXT, DIM)[7]
     cosines, sines = np.cos(position_angles).astype(np.float32), np.sin(position_angles).astype(np.float32)
     out = np.zeros_like(head)
-    as_kernel(rotate)(head, cosines, sines, interleaved, out)
+    as_kernel(rotate)(head, cosines, sines, interleaved, DIM // 2, out)
     np.testing.assert_allclose(out, naive.rotate(head, position_angles, interleaved), atol=1e-6)
-    as_kernel(rotate)(head, cosines, sines, interleaved, head)
+    part = head.copy()
+    as_kernel(rotate)(head, cosines, sines, interleaved, DIM // 2, head)
     np.testing.assert_array_equal(head, out)
+    expected = np.append(naive.rotate(part[:8], position_angles[:4], interleaved), part[8:])
+    as_kernel(rotate)(part, cosines, sines, interleaved, 4, part)
+    np.testing.assert_allclose(part, expected, atol=1e-6)
 
 
 @interleavings

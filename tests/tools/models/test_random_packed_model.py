@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tritgguf.architectures.dimensions import Dimensions
 from tritgguf.architectures.experts import Experts
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.integrity import check
+from tritgguf.runtime.config import ModelConfig
 from tritgguf.sources.open import open_source
 
 MIXTURE = Dimensions(
@@ -37,6 +39,16 @@ def test_a_packed_mixture(tmp_path: Path, depth: int) -> None:
     assert file.tensors["blk.1.ffn_gate_inp.weight"].type_name == "F32"
     source = open_source(file.path)
     assert {tensor.name: tensor.shape for tensor in source.tensors} == MIXTURE.shapes()
+
+
+def test_a_packed_model_with_states(tmp_path: Path) -> None:
+    """Four layers, the last one with attention; the file runs."""
+    sizes = dataclasses.replace(with_layers(SHAPES["qwen3.5-0.8b"][1], 4), vocabulary=300, hidden=64, feed_forward=64)
+    write_packed_model(tmp_path / "out.gguf", "qwen35", sizes, depth=2)
+    file = GgufFile(tmp_path / "out.gguf")
+    assert {name: info.shape for name, info in file.tensors.items()} == sizes.shapes()
+    assert (file.read_float32("blk.0.ssm_a") == -1).all()
+    assert ModelConfig.from_file(file).state_shape == (3, 3 * 6144 + 16 * 128 * 128)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
