@@ -62,10 +62,10 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bfloat16_matmul() -> Iterator[None]:
-    """Let torch multiply float32 matrices in bfloat16 with float32 sums, if the processor has instructions for it.
+    """Allow torch bfloat16 products with float32 sums of float32 matrices, where the processor multiplies so fastest.
 
-    That is several times faster and changes the result of calibration less than another calibration text does
-    (`docs/quality.md`).
+    Where it does, the result of calibration changes less than with another calibration text. On others torch may take
+    oneDNN instead of MKL and multiply in float32 all the same, faster (`docs/quality.md`).
     """
     with _MATMUL_PRECISION.set_to("medium"):
         yield
