@@ -1,16 +1,20 @@
-"""Tiny models in other forms: with a damaged weight, or as a stock GGUF file."""
+"""Tiny models in other forms: with a damaged weight, as a stock GGUF file, or there and back."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValue
 from gguf.quants import quantize
 from tiny_models import random_weights, read_config, write_shards, write_tiny_model
 
 from tritgguf.architectures.tensor_names import quantized_tensor
+from tritgguf.conversion.convert import convert
+from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
+from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source
 
 
@@ -41,3 +45,17 @@ def as_stock_gguf(
             writer.begin(planned)
             writer.write(quantize(source.read(planned.name), GGMLQuantizationType(planned.type_id)))
     return path
+
+
+def assert_no_number_differs(model: Path, folder: Path) -> None:
+    """Convert a model there and back in a folder: HF -> trit -> HF -> trit -> HF, and by way of a stock file."""
+    convert(model, folder / "a.gguf")
+    export(folder / "a.gguf", folder / "hf", to="hf")
+    assert convert(folder / "hf", folder / "b.gguf").encoder == "recover"
+    export(folder / "b.gguf", folder / "again", to="hf")
+    assert (folder / "hf/model.safetensors").read_bytes() == (folder / "again/model.safetensors").read_bytes()
+    export(folder / "a.gguf", folder / "stock.gguf", to="f16")
+    assert convert(folder / "stock.gguf", folder / "c.gguf").encoder == "recover"
+    first, last = open_source(folder / "hf"), open_source(folder / "stock.gguf")
+    for tensor in first.tensors:
+        np.testing.assert_array_equal(first.read(tensor.name), last.read(tensor.name))
