@@ -59,10 +59,10 @@ def precompile(isa: str | None, display: Display) -> bool:
         ValueError: as `instruction_set.choose` does.
 
     """
+    number = instruction_set.choose(isa)
     folder = kernel_cache.folder()
     if folder is None or os.environ.get(LAZY_VARIABLE) or not sys.executable:
         return False
-    number = instruction_set.choose(isa)
     mark = (folder / kernel_cache.file_name("all", name_of(number))).with_suffix(".complete")
     if mark.exists():
         return False

@@ -72,15 +72,18 @@ def _convolve(kernel, inputs, row, position, first, last):
 
 
 @numba.njit(cache=True)
+def _channel(delta, head):
+    """Return the first channel of a head of queries, keys or values, counted in this order."""
+    _, key_dim, _, value_dim = _sizes(delta)
+    before = min(head, 2 * delta.key_heads)
+    return before * key_dim + (head - before) * value_dim
+
+
+@numba.njit(cache=True)
 def _prepare_head(isa, delta, layer, state, row, position, head):
-    """Convolve one head of queries, keys or values, counted in this order, and normalize a query or a key."""
-    keys, key_dim, _, value_dim = _sizes(delta)
-    if head < 2 * delta.key_heads:
-        first = head * key_dim
-        last = first + key_dim
-    else:
-        first = 2 * keys + (head - 2 * delta.key_heads) * value_dim
-        last = first + value_dim
+    """Convolve one head, counted as in `_channel`, and normalize a query or a key."""
+    keys, key_dim, _, _ = _sizes(delta)
+    first, last = _channel(delta, head), _channel(delta, head + 1)
     _convolve(delta.kernels[layer], state, row, position, first, last)
     if last <= 2 * keys:
         part = row[first:last]
@@ -92,15 +95,14 @@ def _prepare_head(isa, delta, layer, state, row, position, head):
 
 
 @numba.njit(cache=True)
-def _copy_marked_inputs(delta, kv, layer, sequence, position, first, last):
-    """Copy the kept inputs of some channels where the state is wanted after this position."""
-    channels, rows = delta.kernels.shape[2], delta.kernels.shape[1] - 1
+def _copy_marked(kv, layer, sequence, position, start, rows, stride, columns):
+    """Copy some columns of a part of a state, which begin at `start`, if the state is wanted after this position."""
     state = kv.states[kv.state_of[sequence], layer]
     for mark in range(kv.marks.shape[1]):
         if kv.marks[sequence, mark] == position + 1:
             copy = kv.states[kv.mark_states[sequence, mark], layer]
             for row in range(rows):
-                for k in range(row * channels + first, row * channels + last):
+                for k in range(start + row * stride, start + row * stride + columns):
                     copy[k] = state[k]
 
 
@@ -121,16 +123,15 @@ def prepare_tokens(isa, delta, kv, layer, hidden, projected, gates, sequences, p
 
     """
     place = kv.slots[layer]
-    _, key_dim, value_heads, value_dim = _sizes(delta)
+    value_heads, channels, kept = delta.decays.shape[1], delta.kernels.shape[2], delta.kernels.shape[1] - 1
     heads = 2 * delta.key_heads + value_heads
     low, high = heads * thread // threads, heads * (thread + 1) // threads
+    first, last = _channel(delta, low), _channel(delta, high)
     for t in range(len(projected)):
         state = kv.states[kv.state_of[sequences[t]], place]
         for head in range(low, high):
             _prepare_head(isa, delta, place, state, projected[t], positions[t], head)
-        first = min(low, 2 * delta.key_heads) * key_dim + max(0, low - 2 * delta.key_heads) * value_dim
-        last = min(high, 2 * delta.key_heads) * key_dim + max(0, high - 2 * delta.key_heads) * value_dim
-        _copy_marked_inputs(delta, kv, place, sequences[t], positions[t], first, last)
+        _copy_marked(kv, place, sequences[t], positions[t], first, kept, channels, last - first)
     low, high = 2 * value_heads * thread // threads, 2 * value_heads * (thread + 1) // threads
     router_scores(isa, delta.gates[place], hidden, gates, low, high)
     for t in range(len(gates)):
@@ -203,18 +204,6 @@ def _emit_update(
 
 
 @numba.njit(cache=True)
-def _copy_marked_columns(kv, layer, sequence, position, start, rows, stride, columns):
-    """Copy some columns of a matrix, which begin at `start`, where the state is wanted after this position."""
-    state = kv.states[kv.state_of[sequence], layer]
-    for mark in range(kv.marks.shape[1]):
-        if kv.marks[sequence, mark] == position + 1:
-            copy = kv.states[kv.mark_states[sequence, mark], layer]
-            for row in range(rows):
-                for k in range(start + row * stride, start + row * stride + columns):
-                    copy[k] = state[k]
-
-
-@numba.njit(cache=True)
 def _mix_head(isa, delta, kv, layer, projected, gates, sequences, positions, head):
     """Change the matrix of one head by all tokens, and put the products with their queries in place of the values."""
     keys, key_dim, value_heads, value_dim = _sizes(delta)
@@ -230,7 +219,7 @@ def _mix_head(isa, delta, kv, layer, projected, gates, sequences, positions, hea
                 isa, state[start:].ctypes.data, 4 * value_dim, row[query:].ctypes.data, row[keys + query :].ctypes.data,
                 row[value:].ctypes.data, key_dim, columns // LANES, gates[t, value_heads + head], gates[t, head],
             )  # fmt: skip
-            _copy_marked_columns(kv, layer, sequences[t], positions[t], start, key_dim, value_dim, columns)
+            _copy_marked(kv, layer, sequences[t], positions[t], start, key_dim, value_dim, columns)
 
 
 @numba.njit(cache=True, nogil=True)

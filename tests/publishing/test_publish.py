@@ -247,6 +247,19 @@ def test_foreign_files_are_never_replaced(tmp_path: Path, capsys: Capture, monke
     assert (foreign.parent / "README.md").read_text() == "my own card"
 
 
+def calls_of(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list[Any]:
+    """Return the arguments of each call of a module's function from now on, as a list that grows."""
+    calls: list[Any] = []
+    original = getattr(module, function)
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, function, count)
+    return calls
+
+
 def test_sensitivities_and_texts_are_made_once(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,13 +270,7 @@ def test_sensitivities_and_texts_are_made_once(
     names = '["d3scale-sens002", "d3scale-sens003", { name = "odd", depth = 3, encoder = "v2", sensitivity = 0.01 }]'
     text = PLAN.replace('["uniform-d2", "uniform-d3"]', names).replace('["q8_0", "hf"]', "[]\nbench = false")
     plan = write_plan(tmp_path, text + '[calibration]\ntext = "text.txt"\n')
-    measured, original = [], sensitivity.measure_sensitivities
-
-    def count(*arguments: Any, **options: Any) -> Any:
-        measured.append(arguments)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(sensitivity, "measure_sensitivities", count)
+    measured = calls_of(monkeypatch, sensitivity, "measure_sensitivities")
     report = published(capsys, plan)
     assert len(measured) == 1
     odd = tmp_path / "out" / "Tiny-trit-odd" / "Tiny-trit-odd.gguf"
@@ -290,13 +297,7 @@ def test_costs_of_targets_are_measured_once(tmp_path: Path, capsys: Capture, mon
     entries = [f'{{ name = "{k}", target_bpw = {bpw}, encoder = "{of}" }}' for k, (bpw, of) in targets.items()]
     text = PLAN.replace('"uniform-d2", "uniform-d3"', ", ".join(entries)).replace('["q8_0", "hf"]', "[]\nbench = false")
     plan = write_plan(tmp_path, text + '[calibration]\ntext = "text.txt"\ntokens = 1024\n')
-    measured, original = [], divergence_costs.measure_divergence_costs
-
-    def count(*arguments: Any, **options: Any) -> Any:
-        measured.append(arguments)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(divergence_costs, "measure_divergence_costs", count)
+    measured = calls_of(monkeypatch, divergence_costs, "measure_divergence_costs")
     published(capsys, plan)
     assert len(measured) == 1
     for name, (bpw, encoder) in targets.items():

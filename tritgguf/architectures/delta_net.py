@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tritgguf.architectures.key_rules import GgufKeys, HfConfig, SpecialRule
+from tritgguf.architectures.keys import LAYERS, ROTATED_DIM
 from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.checked import count_of
 from tritgguf.formats.dtypes import to_float32
@@ -30,7 +31,6 @@ DELTA_VECTORS = {"linear_attn.A_log": (DELTA_DECAY,), "linear_attn.dt_bias": (DE
 
 _TYPES_ENTRY, _INTERVAL_ENTRY = "layer_types", "full_attention_interval"
 _ATTENTION_TYPE, _DELTA_TYPE = "full_attention", "linear_attention"
-_COUNT_KEY = "block_count"
 _LAYERS_KEY, _INTERVAL_KEY = "attention.recurrent_layers", "full_attention_interval"
 _TAPS_KEY, _KEY_DIM_KEY, _KEY_HEADS_KEY = "ssm.conv_kernel", "ssm.state_size", "ssm.group_count"
 _VALUE_HEADS_KEY, _VALUES_KEY = "ssm.time_step_rank", "ssm.inner_size"
@@ -241,9 +241,9 @@ def without_further_layers(metadata: Mapping[str, Any], architecture: Architectu
     prefix = f"{architecture.gguf_name}."
     if not architecture.has_states or not metadata.get(prefix + _FURTHER_KEY):
         return {}
-    layers = count_of(metadata, prefix + _COUNT_KEY, where)
+    layers = count_of(metadata, prefix + LAYERS.gguf, where)
     kept = layers - count_of(metadata, prefix + _FURTHER_KEY, where, most=max(1, layers - 1))
-    changes: dict[str, Any] = {prefix + _FURTHER_KEY: None, prefix + _COUNT_KEY: kept}
+    changes: dict[str, Any] = {prefix + _FURTHER_KEY: None, prefix + LAYERS.gguf: kept}
     flags = metadata.get(prefix + _LAYERS_KEY)
     return {**changes, prefix + _LAYERS_KEY: flags[:kept]} if isinstance(flags, list) else changes
 
@@ -252,7 +252,7 @@ def delta_net_of(metadata: Mapping[str, Any], architecture: Architecture, where:
     """Return the DeltaNet layers of a GGUF model, whose number of layers is a key too."""
     if not architecture.has_states:
         return None
-    return delta_net_from_gguf(metadata, architecture, metadata[f"{architecture.gguf_name}.{_COUNT_KEY}"], where)
+    return delta_net_from_gguf(metadata, architecture, metadata[f"{architecture.gguf_name}.{LAYERS.gguf}"], where)
 
 
 def _to_gguf(config: HfConfig) -> dict[str, int | list[bool]]:
@@ -269,7 +269,7 @@ def _to_gguf(config: HfConfig) -> dict[str, int | list[bool]]:
     if config.entries.get(_TYPES_ENTRY) is not None:
         keys[_LAYERS_KEY] = [layer in delta_net.layers for layer in range(sizes.layers)]
     interval = count_of(config.entries, _INTERVAL_ENTRY, config.where, default=_INTERVAL)
-    return {**keys, _INTERVAL_KEY: interval, "rope.dimension_count": sizes.rotated_dim or sizes.head_dim}
+    return {**keys, _INTERVAL_KEY: interval, ROTATED_DIM.gguf: sizes.rotated_dim or sizes.head_dim}
 
 
 def _to_hf(keys: GgufKeys) -> dict[str, Any]:

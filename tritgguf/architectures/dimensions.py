@@ -171,12 +171,13 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
     heads = keys.HEADS.in_config(config, architecture, where)
     head_dim = keys.HEAD_DIM.in_config(config, architecture, where, default=hidden // heads)
     experts = experts_from_config(config, architecture, where)
-    width = None if architecture.has_dense_width or experts is None else experts.width
     dimensions = Dimensions(
         layers=layers,
         vocabulary=keys.VOCABULARY.in_config(config, architecture, where),
         hidden=hidden,
-        feed_forward=keys.FEED_FORWARD.in_config(config, architecture, where, default=width),
+        feed_forward=keys.FEED_FORWARD.in_config(
+            config, architecture, where, default=_width_without_dense(architecture, experts)
+        ),
         heads=heads,
         kv_heads=keys.KV_HEADS.in_config(config, architecture, where, default=heads),
         head_dim=head_dim,
@@ -192,6 +193,11 @@ def dimensions_from_config(config: Mapping[str, Any], where: str = "config.json"
     if activation not in (None, architecture.activation):
         raise TritGgufError(f"{where}: activation {activation} is not supported ({architecture.activation} is)")
     return dimensions
+
+
+def _width_without_dense(architecture: Architecture, experts: Experts | None) -> int | None:
+    """Return the width of feed-forwards in a family that has no dense ones; None for others."""
+    return None if architecture.has_dense_width or experts is None else experts.width
 
 
 def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -> frozenset[str]:
@@ -260,12 +266,13 @@ def dimensions_from_gguf(
     if architecture.fused and biased:
         raise TritGgufError(f"{where}: biases of fused matrices ({min(biased)}) are not supported")
     experts = experts_from_gguf(metadata, architecture, where)
-    width = None if architecture.has_dense_width or experts is None else experts.width
     dimensions = Dimensions(
         layers=layers,
         vocabulary=vocabulary,
         hidden=hidden,
-        feed_forward=keys.FEED_FORWARD.in_gguf(metadata, architecture, where, default=width),
+        feed_forward=keys.FEED_FORWARD.in_gguf(
+            metadata, architecture, where, default=_width_without_dense(architecture, experts)
+        ),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -258,9 +258,8 @@ def decode_value(buffer: mmap.mmap | bytes, type_id: int, position: int) -> tupl
     if type_id in _SCALARS:
         return struct.unpack_from(_SCALARS[type_id], buffer, position)[0], position + _SCALAR_BYTES[type_id]
     if type_id == STRING:
-        length = struct.unpack_from("<Q", buffer, position)[0]
-        text = buffer[position + 8 : position + 8 + length].decode("utf-8", errors="replace")
-        return text, position + 8 + length
+        texts, end = _decode_strings(buffer, 1, position)
+        return texts[0], end
     element_type, count = struct.unpack_from("<IQ", buffer, position)
     position += 12
     if element_type in _SCALARS:
@@ -277,7 +276,7 @@ def decode_value(buffer: mmap.mmap | bytes, type_id: int, position: int) -> tupl
 
 
 def _decode_strings(buffer: mmap.mmap | bytes, count: int, position: int) -> tuple[list[str], int]:
-    """Decode the elements of an array of strings; a hot loop, because vocabularies are long."""
+    """Decode strings that follow one another; a hot loop, because vocabularies are long."""
     unpack, texts = struct.Struct("<Q").unpack_from, []
     for _ in range(count):
         start = position + 8

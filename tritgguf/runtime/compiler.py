@@ -6,7 +6,6 @@ import os
 import time
 
 from cpu_kernels import precompile
-from cpu_kernels.simd import instruction_set
 from tritgguf.errors import BadRequestError, TritGgufError
 from tritgguf.runtime import compilation_display
 
@@ -26,8 +25,6 @@ def prepare_kernels(isa: str | None = None) -> float:
     require_compiler()
     start = time.perf_counter()
     try:
-        if isa is not None:  # kernels may be compiled later, but what is refused is refused now
-            instruction_set.choose(isa)
         compiled = precompile.precompile(isa, compilation_display.display)
     except ValueError as error:
         raise BadRequestError(str(error)) from error

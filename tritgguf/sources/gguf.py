@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tritgguf.architectures import keys
 from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT, without_further_layers
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
 from tritgguf.architectures.rope import ROPE_FREQS
@@ -130,7 +131,7 @@ class GgufSource:
 
     def _infos(self) -> list[TensorInfo]:
         """Return the tensors, without those of layers that are left out."""
-        layers = next((value for key, value in self._changes.items() if key.endswith("block_count")), math.inf)
+        layers = self._changes.get(f"{self._file.metadata.get('general.architecture')}.{keys.LAYERS.gguf}", math.inf)
         found = ((GGUF_LAYER_INDEX.match(info.name), info) for info in self._file.tensors.values())
         return [info for layer, info in found if layer is None or int(layer[1]) < layers]
 
