@@ -182,7 +182,7 @@ def test_the_instruction_set_can_be_forced(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # few kernels are needed
-    arguments = ["bench", str(tiny_file), "-p", "0", "-n", "1", "-r", "1", "--no-kernels", "--json"]
+    arguments = ["bench", str(tiny_file), "-p", "1", "-n", "0", "-r", "1", "--no-kernels", "--json"]
     arguments += ["--cache-type", "f32"]  # the kernels of other tests
     assert app.main([*arguments, "--isa", "portable"]) == 0
     assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"
