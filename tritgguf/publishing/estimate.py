@@ -28,15 +28,16 @@ from tritgguf.publishing.publish import check_options
 from tritgguf.sources.source import Source, weights_of, weights_of_a_token
 
 _BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-# With two threads on AVX2, measured with SmolLM2 and Qwen2.5-Coder: only the order of magnitude is meant.
+# With two threads on AVX2, from what AVX-512 takes (docs/publishing.md): only the order of magnitude is meant.
 _MEASURED_THREADS = 2
-_SECONDS_PER_WEIGHT_ENCODED = 1.5e-8
+_SECONDS_PER_WEIGHT_ENCODED = 7e-9
 _SECONDS_PER_WEIGHT_EXPORTED = 1.5e-8
 _SECONDS_PER_WEIGHT_LOADED = 3e-8  # by transformers: the source, and the decoded weights of one of its files
-_SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 1.2e-10
+_SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 2e-11
+_SECONDS_PER_WEIGHT_AND_TOKEN_OF_DEPTHS = 3e-11  # a text is written, and depths are chosen on it
 _TIMES_AS_LONG_WITH_TUNING = 5  # calibration, with training of each block (docs/calibration.md)
 _BENCHED_TOKENS = 5 * WINDOW_TOKENS // 8
-_SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 1e-10
+_SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 2.5e-11
 
 
 @dataclass(frozen=True)
@@ -147,18 +148,19 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
     each += plan.tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED
     each += _BENCHED_TOKENS * _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED if plan.bench else 0.0
     each += len(plan.exports) * _SECONDS_PER_WEIGHT_EXPORTED
-    with_text = inputs.needs_text(configuration)
     seconds = weights * each / speedup
-    if with_text:
-        tokens, threads = inputs.tokens_of(configuration), inputs.threads
-        inner = encoder_of_the_rest(inputs.encoder(configuration))
-        of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
-        if isinstance(inner, Calibrated) and inner.tuning is not None:
-            of_text *= _TIMES_AS_LONG_WITH_TUNING
-        if isinstance(inner, Calibrated) and inner.end_to_end is not None:
-            of_text += training_seconds(weights, tokens, inner.end_to_end, threads)
-        seconds += of_text
-    return seconds
+    if not inputs.needs_text(configuration):
+        return seconds
+    encoder = inputs.encoder(configuration)
+    tokens, threads, inner = inputs.tokens_of(configuration), inputs.threads, encoder_of_the_rest(encoder)
+    if not encoder.needs_text:
+        return seconds + weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_OF_DEPTHS / speedup
+    of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
+    if isinstance(inner, Calibrated) and inner.tuning is not None:
+        of_text *= _TIMES_AS_LONG_WITH_TUNING
+    if isinstance(inner, Calibrated) and inner.end_to_end is not None:
+        of_text += training_seconds(weights, tokens, inner.end_to_end, threads)
+    return seconds + of_text
 
 
 def _is_here(location: str) -> bool:

@@ -29,6 +29,7 @@ from tritgguf.sources.open import open_source
 from tritgguf.sources.source import Source, weights_of
 from tritgguf.version import __version__
 
+_PROGRAM_BYTES = 600_000_000  # Python, torch and transformers
 _SENSITIVITY_WINDOWS, _SENSITIVITY_TOKENS = 8, 128  # many short texts: these are soon written
 
 
@@ -69,9 +70,10 @@ class SourceInputs:
 
     @property
     def evaluation_bytes(self) -> int:
-        """Memory for evaluating a file: the source in float32, and the logits of one window, twice."""
+        """Memory for evaluating a file: the source in float32, a tensor of it twice, and two windows' logits."""
+        largest = max(math.prod(tensor.shape) for tensor in self.source.tensors)
         logits = min(EVALUATED_AT_ONCE, self.plan.tokens) * vocabulary_size(self.source)
-        return 4 * weights_of(self.source) + 2 * 4 * logits
+        return 4 * (weights_of(self.source) + largest + 2 * logits) + _PROGRAM_BYTES
 
     @cached_property
     def source(self) -> Source:
