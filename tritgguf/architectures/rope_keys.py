@@ -39,6 +39,7 @@ _SHARE_ENTRY, _SHARE = "partial_rotary_factor", 0.25
 _SECTIONS_ENTRY, _SECTIONS = "mrope_section", (11, 11, 10)
 _SECTIONS_KEY, _SECTION_COUNT = "rope.dimension_sections", 4
 _CONTEXT_ENTRY, _ORIGINAL_ENTRY = "max_position_embeddings", "original_max_position_embeddings"
+_ORIGINAL = 4096  # transformers' default for Phi-3
 _CONTEXT_KEY = "context_length"
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _LONG_ROPE, _LONG_ROPE_NAMES = "longrope", ("longrope", "su", "yarn")  # the names that Phi-3 has had for it
@@ -103,7 +104,7 @@ def _long_rope(parameters: Mapping[str, Any], config: HfConfig) -> dict[str, Any
     where, half = config.where, config.dimensions.head_dim // 2
     _check_rotates_all(parameters, config)
     # transformers prefers the entry beside the scaling, which Phi-3's checkpoints have.
-    original = count_of(config.entries, _ORIGINAL_ENTRY, where, default=config.default(_ORIGINAL_ENTRY))
+    original = count_of(config.entries, _ORIGINAL_ENTRY, where, default=_ORIGINAL)
     context = count_of(config.entries, _CONTEXT_ENTRY, where, default=config.default(_CONTEXT_ENTRY))
     stored = parameters.get("factor")
     scaled = context if stored is None else original * positive_number(stored, "factor", where)

@@ -210,7 +210,7 @@ ARCHITECTURES = {
         Architecture(
             "Phi3ForCausalLM",
             "phi3",
-            {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
             fused=True,
             full_attention_every=0,
             long_rope=True,
