@@ -44,7 +44,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_ma
 _LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "short_factor": [1.0 + 0.05 * pair for pair in range(16)],
+    "short_factor": [1.0 + pair / 20 for pair in range(16)],
     "long_factor": [1.5 + 0.75 * pair for pair in range(16)],
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
