@@ -63,6 +63,10 @@ def test_help_shows_every_option_and_an_example(capsys: Capture, command: str, o
         ["run", "x.gguf", "-c", "-5", "-p", "x"],
         ["run", "x.gguf", "-n", "-5", "-p", "x"],
         ["run", "x.gguf", "--prefill-bits", "7", "-p", "x"],
+        ["run", "x.gguf", "-ctk", "q8_0", "-p", "x"],
+        ["serve", "x.gguf", "-ctk", "q8_0", "-ctv", "f16"],
+        ["bench", "x.gguf", "--cache-type", "f16", "-ctk", "q8_0", "-ctv", "q8_0"],
+        ["evaluate", "x.gguf", "--tasks", "x", "-ctv", "q8_0"],
         ["convert", "somewhere"],
         ["convert", "somewhere", "x.gguf", "--self", "--text", "x.txt"],
         ["verify", "one"],
@@ -70,6 +74,11 @@ def test_help_shows_every_option_and_an_example(capsys: Capture, command: str, o
 )
 def test_usage_errors_are_one_line(capsys: Capture, arguments: list[str]) -> None:
     assert "(see --help)" in fails(capsys, *arguments, code=2)
+
+
+def test_keys_and_values_of_different_types_are_refused(capsys: Capture) -> None:
+    message = fails(capsys, "run", "x.gguf", "-ctk", "q8_0", "-ctv", "f16", code=2)
+    assert "-ctk q8_0, -ctv f16: keys and values are kept in one type" in message
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, model: Any) 
     assert model.loaded[1]["threads"] == 2
 
 
+@pytest.mark.parametrize(
+    "options", ["--cache-type q8_0", "-ctk q8_0 -ctv q8_0", "--cache-type-k q8_0 --cache-type-v=q8_0 --cache-type q8_0"]
+)
+def test_one_type_for_keys_and_values(model: Any, options: str) -> None:
+    assert app.main(["run", "model.gguf", "-p", "Hi", *options.split()]) == 0
+    assert model.loaded[1]["cache_type"] == "q8_0"
+
+
 def test_defaults_are_llama_cpps(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     seen = record_sampling(monkeypatch)
     assert app.main(["run", "model.gguf", "-p", "Hi"]) == 0

@@ -12,9 +12,12 @@ from tritgguf.cli.options import (
     CacheType,
     InstructionSet,
     Json,
+    KeyType,
     PrefillBits,
     Threads,
     TritFile,
+    ValueType,
+    one_cache_type,
     option,
 )
 
@@ -28,6 +31,8 @@ def bench_command(
     repetitions: Annotated[int, option("--repetitions", "-r", min=1, help="How often each test is run.")] = 5,
     prefill_bits: PrefillBits = 8,
     cache_type: CacheType = None,
+    key_type: KeyType = None,
+    value_type: ValueType = None,
     isa: InstructionSet = None,
     no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Leave out the time by kernel.")] = False,
     as_json: Json = False,
@@ -39,6 +44,7 @@ def bench_command(
     from tritgguf.diagnostics.bench import bench
     from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE
 
+    cache_type = one_cache_type(cache_type, key_type, value_type)
     report = bench(
         local_file(file),
         prompt_tokens=prompt_tokens,

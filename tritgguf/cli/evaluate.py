@@ -12,7 +12,19 @@ import typer
 from tritgguf.cli import terminal
 from tritgguf.cli.loading import load_model
 from tritgguf.cli.model_file import local_file
-from tritgguf.cli.options import CacheType, InstructionSet, Json, Overwrite, PrefillBits, Threads, TritFile, option
+from tritgguf.cli.options import (
+    CacheType,
+    InstructionSet,
+    Json,
+    KeyType,
+    Overwrite,
+    PrefillBits,
+    Threads,
+    TritFile,
+    ValueType,
+    one_cache_type,
+    option,
+)
 
 if TYPE_CHECKING:
     from tritgguf.lm_eval.evaluate import EvaluationReport, TaskResult
@@ -72,6 +84,8 @@ def evaluate_command(
     prefill_bits: PrefillBits = 16,
     exact: Exact = False,
     cache_type: CacheType = None,
+    key_type: KeyType = None,
+    value_type: ValueType = None,
     isa: InstructionSet = None,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +99,7 @@ def evaluate_command(
     from tritgguf.formats.durable_output import check_output, replace_text
     from tritgguf.lm_eval.registration import require_lm_eval
 
+    cache_type = one_cache_type(cache_type, key_type, value_type)
     require_lm_eval()
     file = local_file(file)
     output = None if output is None else check_output(output, overwrite, [file])

@@ -74,6 +74,22 @@ CacheType = Annotated[
     str | None,
     option("--cache-type", metavar="TYPE", help="Type of the KV cache: f16, f32 or q8_0.", show_default="f16"),
 ]
+_BOTH_NEEDED = "As in llama.cpp; both are needed, with the same type."
+KeyType = Annotated[str | None, option("--cache-type-k", "-ctk", metavar="TYPE", help=_BOTH_NEEDED, show_default=False)]
+ValueType = Annotated[
+    str | None, option("--cache-type-v", "-ctv", metavar="TYPE", help=_BOTH_NEEDED, show_default=False)
+]
+
+
+def one_cache_type(both: str | None, keys: str | None, values: str | None) -> str | None:
+    """Return the type of a cache for `--cache-type`, `-ctk` and `-ctv`; UsageError where keys and values differ."""
+    if keys is None and values is None:
+        return both
+    if keys != values or both not in (None, keys):
+        given = {"--cache-type": both, "-ctk": keys, "-ctv": values}
+        found = ", ".join(f"{name} {kind}" for name, kind in given.items() if kind is not None)
+        raise UsageError(f"{found}: keys and values are kept in one type; give --cache-type TYPE alone")
+    return keys
 
 
 _MOST_THREADS = 1024  # more would take minutes for a token

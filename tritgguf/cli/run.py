@@ -20,12 +20,15 @@ from tritgguf.cli.options import (
     DraftMax,
     InstructionSet,
     Json,
+    KeyType,
     Lookup,
     PrefillBits,
     Threads,
     TritFile,
     UsageError,
+    ValueType,
     check_predict,
+    one_cache_type,
     option,
 )
 from tritgguf.cli.prompt_source import read_prompt
@@ -109,6 +112,8 @@ def run_command(
     exact: Exact = False,
     check_first: CheckFirst = False,
     cache_type: CacheType = None,
+    key_type: KeyType = None,
+    value_type: ValueType = None,
     lookup: Lookup = False,
     draft: DraftFile = None,
     draft_max: DraftMax = 16,
@@ -125,6 +130,7 @@ def run_command(
     from tritgguf.generation.prompt_check import check_prompt_fits
     from tritgguf.generation.sampling import SamplingOptions
 
+    cache_type = one_cache_type(cache_type, key_type, value_type)
     penalties = (presence_penalty, frequency_penalty)
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, *penalties)
     text = read_prompt(prompt, prompt_file)

@@ -19,10 +19,13 @@ from tritgguf.cli.options import (
     DraftFile,
     DraftMax,
     InstructionSet,
+    KeyType,
     Lookup,
     PrefillBits,
     Threads,
     TritFile,
+    ValueType,
+    one_cache_type,
     option,
 )
 from tritgguf.errors import MissingExtraError, TritGgufError
@@ -88,6 +91,8 @@ def serve_command(
     prefill_bits: PrefillBits = 8,
     decode_bits: DecodeBits = 16,
     cache_type: CacheType = None,
+    key_type: KeyType = None,
+    value_type: ValueType = None,
     lookup: Lookup = False,
     draft: DraftFile = None,
     draft_max: DraftMax = 16,
@@ -101,6 +106,10 @@ def serve_command(
     from tritgguf.serving.address import listening_socket, url_of
     from tritgguf.serving.settings import ServerSettings
 
+    options: dict[str, Any] = {"context": context or None, "parallel": parallel, "threads": threads, "isa": isa}
+    options["cache_type"] = one_cache_type(cache_type, key_type, value_type)
+    options |= {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
+    options |= {"lookup": lookup, "draft": draft, "draft_max": draft_max}
     settings = ServerSettings(
         host=host,
         port=port,
@@ -114,14 +123,10 @@ def serve_command(
     )
     if not all(settings.api_keys):
         raise TritGgufError("an API key must not be empty")
-    file = local_file(file)
-    bound = listening_socket(host, port)
+    file, bound = local_file(file), listening_socket(host, port)
     importing = threading.Thread(target=_import_packages, daemon=True)  # beside loading
     importing.start()
-    bits = {"prefill_bits": prefill_bits, "decode_bits": decode_bits}
-    options = {"context": context or None, "parallel": parallel, "threads": threads, **bits}
-    guesses: dict[str, Any] = {"lookup": lookup, "draft": draft, "draft_max": draft_max}
-    model = load_model(file, **options, **guesses, cache_type=cache_type, isa=isa)
+    model = load_model(file, **options)
     if not settings.api_keys and not _is_loopback(bound.getsockname()[0]):
         terminal.note("note: whoever reaches this machine can use the server; --api-key asks for a key")
     importing.join()
