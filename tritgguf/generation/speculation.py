@@ -22,7 +22,7 @@ _MOST_TOKENS = 64  # of a pass with drafts: each has a row of logits
 _WORTH_DRAFTING = 1.1  # times the tokens per second without: estimates are not exact
 
 # Time of a pass of so many generated tokens over that of one, measured with d=2: Qwen2.5-Coder-1.5B, two cores of
-# an AMD EPYC of the Zen 5 generation (docs/engine.md). With AVX2, and for SmolLM2, ratios are alike up to 8 tokens.
+# an AMD EPYC of the Zen 5 generation. docs/engine.md says what is lost with AVX2 and for SmolLM2: a part of the gain.
 _MEASURED = {1: 1.0, 2: 1.6, 4: 2.0, 8: 2.8, 16: 5.0, 32: 10.0, 64: 20.0}
 _PASS_COSTS = np.interp(range(_MOST_TOKENS + 1), list(_MEASURED), list(_MEASURED.values())).tolist()
 

@@ -77,6 +77,7 @@ def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_feature_that_is_off_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     features = {**dict.fromkeys(_AVX2, True), "fma": False}
+    monkeypatch.setattr(arm_features, "is_arm", lambda: False)
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     assert instruction_set.supported() == [PORTABLE]
 
@@ -103,10 +104,11 @@ def test_features_that_numba_may_not_use_do_not_count(
 
 def test_a_restricted_numba_computes(tmp_path: Path) -> None:
     program = "from cpu_kernels.simd import instruction_set as i; print(i.choose())"
-    restricted = {"NUMBA_ENABLE_AVX": "0", "NUMBA_CACHE_DIR": str(tmp_path), precompile.LAZY_VARIABLE: "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **restricted}, capture_output=True, text=True, check=False
-    )
+    for_arm = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+neon"}
+    restricted = for_arm if arm_features.is_arm() else {"NUMBA_ENABLE_AVX": "0"}
+    places = {"NUMBA_CACHE_DIR": str(tmp_path), precompile.LAZY_VARIABLE: "1"}
+    environment = {**os.environ, **restricted, **places}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == (f"{PORTABLE}\n", 0), done.stderr
 
 
