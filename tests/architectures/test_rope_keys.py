@@ -22,6 +22,13 @@ LLAMA3 = {
 }
 
 
+def llama3_factors_of(config: dict[str, Any]) -> np.ndarray:
+    """Return the tensor of Llama 3's scaling, the only one that its config.json makes."""
+    ((name, factors),) = hf_to_gguf.rope_factors(config).items()
+    assert name == "rope_freqs.weight"
+    return factors
+
+
 def test_keys_of_rope_scaling_stand_before_the_base() -> None:
     linear = values_of(config_of("linear-rope"))
     assert list(linear)[7:10] == [
@@ -41,7 +48,7 @@ def test_both_layouts_of_the_rope_parameters_mean_the_same() -> None:
     old = config_of("llama", rope_theta=500000.0, rope_scaling=scaling)
     new = config_of("llama", rope_parameters={**scaling, "rope_theta": 500000.0})
     assert values_of(old) == values_of(new)
-    np.testing.assert_array_equal(hf_to_gguf.rope_factors(old), hf_to_gguf.rope_factors(new))
+    np.testing.assert_array_equal(llama3_factors_of(old), llama3_factors_of(new))
 
 
 def test_llama_3_rope_factors_follow_its_formula() -> None:
@@ -65,16 +72,15 @@ def test_llama_3_rope_factors_follow_its_formula() -> None:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
             slowed = (1 - smooth) * frequency / 32.0 + smooth * frequency
             expected.append(frequency / slowed)
-    factors = hf_to_gguf.rope_factors(config)
-    assert factors is not None
+    factors = llama3_factors_of(config)
     assert factors.dtype == np.float32
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
     assert 1.0 < sorted(set(expected))[1] < 32.0  # this case has a factor between the two limits
 
 
 def test_other_models_have_no_rope_factors() -> None:
-    assert hf_to_gguf.rope_factors(config_of("llama")) is None
-    assert hf_to_gguf.rope_factors(config_of("linear-rope")) is None
+    assert hf_to_gguf.rope_factors(config_of("llama")) == {}
+    assert hf_to_gguf.rope_factors(config_of("linear-rope")) == {}
 
 
 @pytest.mark.parametrize(
@@ -92,8 +98,7 @@ def test_llama3s_scaling_is_read_back(head_dim: int, changes: dict[str, Any]) ->
     scaling = {**LLAMA3, **changes}
     config = tiny_config(head_dim=head_dim, rope_scaling=scaling)
     config["rope_theta"] = 500000.0
-    factors = hf_to_gguf.rope_factors(config)
-    assert factors is not None
+    factors = llama3_factors_of(config)
     assert rope_keys.llama3_scaling(factors, config, "here") == scaling
 
 
@@ -102,8 +107,7 @@ def test_any_unit_of_llama3s_scaling_is_as_good() -> None:
     scaling = {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16384}
     config = tiny_config(head_dim=128, rope_scaling=scaling)
     config["rope_theta"] = 500000.0
-    factors = hf_to_gguf.rope_factors(config)
-    assert factors is not None
+    factors = llama3_factors_of(config)
     assert rope_keys.llama3_scaling(factors, config, "here") == LLAMA3
 
 

@@ -51,6 +51,19 @@ def test_training_reduces_the_block_error(tmp_path: Path, variant: str, depth: i
             np.testing.assert_allclose(matrix.squared_error, error)
 
 
+def test_levels_change_on_a_short_text(tmp_path: Path) -> None:
+    """A few steps at the same rate would leave every latent weight on its side of the boundary."""
+    blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))), threads=2)
+    hidden = blocks.embed(WINDOWS[:4])
+    with blocks.block(0) as block:
+        target, (name, *_) = block.forward(hidden), block.matrices
+        originals = {name: block.get(name)}
+        quantized = {name: next(iter(quantize_searched(MatrixRows.of(originals[name]), 2, ThreadPool(1)).parts))}
+        block.set(name, quantized[name].decoded())
+        tuned = tune_block(block, hidden, target, quantized, originals, Tuning())
+    assert 0 < (tuned[name].levels != quantized[name].levels).mean() < 0.3
+
+
 def test_without_training_nothing_changes(tmp_path: Path) -> None:
     blocks = DecoderBlocks(open_source(str(write_tiny_model(tmp_path / "model"))), threads=1)
     hidden = blocks.embed(WINDOWS[:2])

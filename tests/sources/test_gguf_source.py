@@ -174,6 +174,11 @@ def test_a_trit_file_shows_its_rows_and_scales(tmp_path: Path, depth: int) -> No
             "strange.weight does not belong",
         ),
         ("llama", {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight has shape"),
+        (
+            "llama",
+            {"extra": {"rope_factors_long.weight": np.ones(16, np.float32)}},
+            r"rope_factors_long\.weight does not belong",
+        ),
         ("llama", {"keys": {"llama.expert_count": 8}}, r"llama\.expert_used_count is missing"),
         ("qwen2", {"keys": {"qwen2.expert_count": 8}}, "experts of architecture qwen2 are not supported"),
         ("llama", {"keys": {"split.count": 2}}, "one part of a split model"),

@@ -41,6 +41,12 @@ _SIZES = {
     "pad_token_id": None,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + pair / 20 for pair in range(16)],
+    "long_factor": [1.5 + 0.75 * pair for pair in range(16)],
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 _GEMMA = {"head_dim": 64, "sliding_window": 48, "query_pre_attn_scalar": 64}
 _GRANITE = {
@@ -111,6 +117,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"tie_word_embeddings": True}),
     "olmo2": ("olmo2", {}),
     "phi3, sliding window": ("phi3", {"sliding_window": 48}),
+    "phi3, short factors": (
+        "phi3",
+        {"rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 512, "max_position_embeddings": 2048},
+    ),
+    "phi3, long factors": ("phi3", {"rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 64}),
     "gemma2": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", _GEMMA),
     "lfm2": ("lfm2", {**_LFM2, "block_multiple_of": 64}),

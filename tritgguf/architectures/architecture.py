@@ -69,6 +69,8 @@ class Architecture:
     """Whether layers with a sliding window have their own rotary base."""
     truncates_yarn: bool = True
     """Whether YaRN's range of pairs is rounded to whole pairs (`truncate` of a rope scaling)."""
+    long_rope: bool = False
+    """Whether its rotation may have LongRoPE's two sets of factors."""
     sinks: bool = False
     """Whether each query head has an attention sink: a learned score in the denominator of its softmax."""
     scales_embeddings: bool = False

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tritgguf.architectures import dimensions, keys
 from tritgguf.architectures.key_rules import GgufKeys
-from tritgguf.architectures.rope import ROPE_FREQS
-from tritgguf.architectures.rope_keys import legacy_rope_entries, llama3_scaling
+from tritgguf.architectures.rope import FACTOR_TENSORS, LONG_FACTORS, ROPE_FREQS
+from tritgguf.architectures.rope_keys import legacy_rope_entries, llama3_scaling, long_rope_scaling
 from tritgguf.errors import TritGgufError
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
         config["rope_scaling"] = {"rope_type": "default"}  # null would mean the default
     if ROPE_FREQS in file.tensors:
         config["rope_scaling"] = llama3_scaling(file.read_float32(ROPE_FREQS), config, where)
+    if LONG_FACTORS in file.tensors:
+        scaling = long_rope_scaling(file.read_float32, file.metadata, config, where)
+        config["rope_scaling"] = {"type": "longrope", **scaling}
     _check_shapes(shapes, config, where)
     return config
 
@@ -74,7 +77,7 @@ def config_entries(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
 
     `shapes` are those of its tensors; they determine the vocabulary size, whether the head is tied and which matrices
     have biases. Raises TritGgufError for a key that is missing or impossible, and for a rope scaling other than linear
-    and yarn (Llama 3's is a tensor, not a key).
+    and yarn (Llama 3's and LongRoPE are tensors, not keys).
     """
     architecture = dimensions.find_gguf_architecture(metadata, where)
     vocabulary, biased = shapes["token_embd.weight"][0], dimensions.biased_matrices(shapes)
@@ -97,7 +100,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, An
     if config["tie_word_embeddings"]:
         del expected[_HEAD]
     for name in {**expected, **shapes}:
-        if name != ROPE_FREQS and shapes.get(name) != expected.get(name):
+        if name not in FACTOR_TENSORS and shapes.get(name) != expected.get(name):
             found = f"has shape {shapes[name]}" if name in shapes else "is missing"
             required = f"its keys require {expected[name]}" if name in expected else "its keys allow no such tensor"
             raise TritGgufError(f"{where}: tensor {name} {found}, but {required}; convert the model again")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import dimensions_from_config, find_architecture
 from tritgguf.architectures.key_rules import HfConfig
-from tritgguf.architectures.rope import llama3_factors
-from tritgguf.architectures.rope_keys import rope_parameters
+from tritgguf.architectures.rope_keys import factor_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,10 +44,9 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
     return metadata
 
 
-def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> np.ndarray | None:
-    """Return `rope_freqs.weight`, float32 [head_dim / 2], if the model has Llama 3's rope scaling, else None."""
-    model = _checked(config, where)
-    return llama3_factors(rope_parameters(model), model.dimensions.head_dim)
+def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> dict[str, np.ndarray]:
+    """Return the `FACTOR_TENSORS` of Llama 3's rope scaling and of LongRoPE: name -> float32 [head_dim / 2]."""
+    return factor_tensors(_checked(config, where))
 
 
 def is_tied(config: Mapping[str, Any], architecture: Architecture) -> bool:

@@ -1,7 +1,8 @@
-"""Rotary embedding: frequencies from GGUF's keys, and Llama 3's frequency factors.
+"""Rotary embedding: frequencies from GGUF's keys, and the frequency factors of Llama 3 and of LongRoPE.
 
 `rope_keys` translates between config.json and GGUF's keys. The scalings are computed as in transformers (linear: Chen
-et al., arXiv:2306.15595; YaRN: Peng et al., arXiv:2309.00071; Llama 3.1's scaling has no paper).
+et al., arXiv:2306.15595; YaRN: Peng et al., arXiv:2309.00071; LongRoPE: Ding et al., arXiv:2402.13753; Llama 3.1's
+scaling has no paper).
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.checked import positive_number
 
 ROPE_FREQS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+LONG_ROPE_TENSORS = (LONG_FACTORS, SHORT_FACTORS)
+FACTOR_TENSORS = (ROPE_FREQS, *LONG_ROPE_TENSORS)
+"""Tensors that a Hugging Face checkpoint has in its config.json: float32 [head_dim / 2], divisors of frequencies."""
 BASE_KEY = "rope.freq_base"
 SLIDING_BASE_KEY = "rope.freq_base_swa"
 DEFAULT_BASE = 10000.0
 TYPE_KEY = "rope.scaling.type"
 FACTOR_KEY = "rope.scaling.factor"
 ORIGINAL_KEY = "rope.scaling.original_context_length"
+ATTENTION_FACTOR_KEY = "rope.scaling.attn_factor"
+"""LongRoPE's; YaRN's has a name of its own."""
 YARN_KEYS = {
     "extrapolation_factor": "rope.scaling.yarn_ext_factor",
     "attention_factor": "rope.scaling.yarn_attn_factor",
@@ -39,7 +46,7 @@ class Rotation:
 
     Attributes:
         frequencies: float64 [head_dim / 2], radians per position of each pair; zeros mean no rotation.
-        attention_factor: queries and keys are also multiplied by this (YaRN).
+        attention_factor: queries and keys are also multiplied by this (YaRN, LongRoPE).
 
     """
 
@@ -64,8 +71,13 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray | None:
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
 
 
+def long_rope_attention_factor(context: float, original: int) -> float:
+    """Return what LongRoPE multiplies queries and keys with, unless a checkpoint says otherwise."""
+    return math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
+
+
 def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: str, *, truncates: bool) -> Rotation:
-    """Return the rotation from a GGUF model's keys, without the factors in `rope_freqs.weight`.
+    """Return the rotation from a GGUF model's keys, without the factors in `FACTOR_TENSORS`.
 
     `truncates` says whether YaRN's range of pairs is rounded to whole pairs, which GGUF has no key for. Raises
     TritGgufError for a scaling other than linear and YaRN, and for a value that is not a positive number.
@@ -80,7 +92,7 @@ def rotation_from_metadata(metadata: Mapping[str, Any], head_dim: int, where: st
     frequencies = _frequencies(base, head_dim)
     scaling = metadata.get(f"{arch}.{TYPE_KEY}", "none")
     if scaling == "none":
-        return Rotation(frequencies)
+        return Rotation(frequencies, number(ATTENTION_FACTOR_KEY, 1.0))
     factor = number(FACTOR_KEY)
     if scaling == "linear":
         return Rotation(frequencies / factor)

@@ -1,4 +1,4 @@
-"""Rotary embedding in config.json and in GGUF's keys: the rule `keys.ROPE`, and Llama 3's scaling, which is a tensor.
+"""Rotary embedding in config.json and in GGUF's keys: the rule `keys.ROPE`, and the scalings that are tensors.
 
 config.json has two layouts. Before transformers 5, it had the entries `rope_theta` and `rope_scaling`. Since then both
 are in `rope_parameters`, with one object per attention type if layers differ. GGUF has one key per number. `rope`
@@ -8,21 +8,25 @@ computes the frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tritgguf.architectures.rope import (
+    ATTENTION_FACTOR_KEY,
     BASE_KEY,
     DEFAULT_BASE,
     FACTOR_KEY,
+    LONG_FACTORS,
     ORIGINAL_KEY,
     ROPE_FREQS,
+    SHORT_FACTORS,
     SLIDING_BASE_KEY,
     TYPE_KEY,
     YARN_KEYS,
     llama3_factors,
+    long_rope_attention_factor,
 )
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.checked import count_of, positive_number
@@ -34,7 +38,12 @@ if TYPE_CHECKING:
 _SHARE_ENTRY, _SHARE = "partial_rotary_factor", 0.25
 _SECTIONS_ENTRY, _SECTIONS = "mrope_section", (11, 11, 10)
 _SECTIONS_KEY, _SECTION_COUNT = "rope.dimension_sections", 4
+_CONTEXT_ENTRY, _ORIGINAL_ENTRY = "max_position_embeddings", "original_max_position_embeddings"
+_ORIGINAL = 4096  # transformers' default for Phi-3
+_CONTEXT_KEY = "context_length"
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_LONG_ROPE, _LONG_ROPE_NAMES = "longrope", ("longrope", "su", "yarn")  # the names that Phi-3 has had for it
+_LONG_ROPE_ENTRIES = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
 
 
 def rope_parameters(config: HfConfig) -> dict[str, Any]:
@@ -49,21 +58,22 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
         stored = stored["full_attention"]
     if not isinstance(stored, dict):
         raise TritGgufError(f"{where}: rope_parameters is not an object")
-    context = config.get("max_position_embeddings")
+    context = config.get(_CONTEXT_ENTRY)
     defaults = {
         "rope_type": stored.get("type", "default"),
         "rope_theta": config.get("rope_theta", DEFAULT_BASE),
-        "original_max_position_embeddings": entries.get("original_max_position_embeddings", context),
+        _ORIGINAL_ENTRY: entries.get(_ORIGINAL_ENTRY, context),
     }
     parameters = {**defaults, **stored}
     rope_type = parameters["rope_type"]
+    if config.architecture.long_rope and rope_type in _LONG_ROPE_NAMES:
+        return _long_rope(parameters, config)
     # `dynamic` has no effect up to max_position_embeddings, the end of the model's context.
     if rope_type not in _TYPES:
         raise TritGgufError(
             f"{where}: rope type {rope_type} is not supported (default, linear, dynamic, yarn and llama3 are)"
         )
-    if parameters.get(_SHARE_ENTRY, entries.get(_SHARE_ENTRY, 1.0)) != 1.0 and not config.architecture.has_states:
-        raise TritGgufError(f"{where}: rotating only a part of each head ({_SHARE_ENTRY}) is not supported")
+    _check_rotates_all(parameters, config)
     if parameters.get("mscale") is not None:
         raise TritGgufError(f"{where}: a rope scaling with mscale is not supported")
     truncates = config.architecture.truncates_yarn
@@ -75,12 +85,69 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     numbers = ["rope_theta", *(("factor",) if rope_type in ("linear", "yarn") else ())]
     if rope_type == "llama3":
         parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
-        numbers += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        numbers += ["factor", "low_freq_factor", "high_freq_factor", _ORIGINAL_ENTRY]
     for key in numbers:
         positive_number(parameters.get(key), key, where)
     if rope_type == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
         raise TritGgufError(f"{where}: low_freq_factor and high_freq_factor of the rope scaling are equal")
     return parameters
+
+
+def _check_rotates_all(parameters: Mapping[str, Any], config: HfConfig) -> None:
+    share = parameters.get(_SHARE_ENTRY, config.entries.get(_SHARE_ENTRY, 1.0))
+    if share != 1.0 and not config.architecture.has_states:
+        raise TritGgufError(f"{config.where}: rotating only a part of each head ({_SHARE_ENTRY}) is not supported")
+
+
+def _long_rope(parameters: Mapping[str, Any], config: HfConfig) -> dict[str, Any]:
+    """Return the checked parameters of LongRoPE, with `attention_factor`; the factors as float32 [head_dim / 2]."""
+    where, half = config.where, config.dimensions.head_dim // 2
+    _check_rotates_all(parameters, config)
+    # transformers prefers the entry beside the scaling, which Phi-3's checkpoints have.
+    original = count_of(config.entries, _ORIGINAL_ENTRY, where, default=_ORIGINAL)
+    context = count_of(config.entries, _CONTEXT_ENTRY, where, default=config.default(_CONTEXT_ENTRY))
+    stored = parameters.get("factor")
+    scaled = context if stored is None else original * positive_number(stored, "factor", where)
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = long_rope_attention_factor(scaled, original)
+    checked = {
+        "rope_type": _LONG_ROPE,
+        "rope_theta": positive_number(parameters["rope_theta"], "rope_theta", where),
+        _ORIGINAL_ENTRY: original,
+        "attention_factor": positive_number(attention_factor, "attention_factor", where),
+    }
+    for entry in _LONG_ROPE_ENTRIES.values():
+        values = parameters.get(entry)
+        if not isinstance(values, list) or len(values) != half:
+            raise TritGgufError(f"{where}: {entry} of the rope scaling is no list of {half} numbers")
+        checked[entry] = np.array([positive_number(value, entry, where) for value in values], np.float32)
+    return checked
+
+
+def factor_tensors(config: HfConfig) -> dict[str, np.ndarray]:
+    """Return the `FACTOR_TENSORS` of a config.json by name, float32 [head_dim / 2]; none without such a scaling."""
+    parameters = rope_parameters(config)
+    if parameters["rope_type"] == _LONG_ROPE:
+        return {name: parameters[entry] for name, entry in _LONG_ROPE_ENTRIES.items()}
+    factors = llama3_factors(parameters, config.dimensions.head_dim)
+    return {} if factors is None else {ROPE_FREQS: factors}
+
+
+def long_rope_scaling(
+    read: Callable[[str], np.ndarray], metadata: Mapping[str, Any], config: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return the entries of LongRoPE's scaling; `read` returns a tensor, `config` are entries of config.json.
+
+    `attention_factor` is left out if it follows from the lengths, because older versions of transformers refuse it.
+    """
+    factors = {
+        entry: [shortest_decimal(float(number)) for number in read(name)] for name, entry in _LONG_ROPE_ENTRIES.items()
+    }
+    key = f"{metadata['general.architecture']}.{ATTENTION_FACTOR_KEY}"
+    factor = positive_number(metadata.get(key, 1.0), key, where)
+    usual = long_rope_attention_factor(config[_CONTEXT_ENTRY], config[_ORIGINAL_ENTRY])
+    return factors | ({} if np.float32(factor) == np.float32(usual) else {"attention_factor": shortest_decimal(factor)})
 
 
 def rotated_dim_from_config(entries: Mapping[str, Any], head_dim: int, where: str) -> int:
@@ -109,8 +176,10 @@ def rope_to_gguf(config: HfConfig) -> dict[str, GgufValue]:
     keys: dict[str, GgufValue] = {}
     if parameters["rope_type"] in ("linear", "yarn"):
         keys = {TYPE_KEY: parameters["rope_type"], FACTOR_KEY: float(parameters["factor"])}
+    if parameters["rope_type"] == _LONG_ROPE:
+        keys = {ORIGINAL_KEY: parameters[_ORIGINAL_ENTRY], ATTENTION_FACTOR_KEY: float(parameters["attention_factor"])}
     if parameters["rope_type"] == "yarn":
-        keys[ORIGINAL_KEY] = count_of(parameters, "original_max_position_embeddings", where)
+        keys[ORIGINAL_KEY] = count_of(parameters, _ORIGINAL_ENTRY, where)
         for entry, key in YARN_KEYS.items():
             if parameters.get(entry) is not None:
                 keys[key] = positive_number(parameters[entry], entry, where)
@@ -146,7 +215,7 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
     if rope_type != "none":
         rope["factor"] = number(FACTOR_KEY)
     if rope_type == "yarn":
-        rope["original_max_position_embeddings"] = number(ORIGINAL_KEY, whole=True)
+        rope[_ORIGINAL_ENTRY] = number(ORIGINAL_KEY, whole=True)
         rope |= {entry: number(key) for entry, key in YARN_KEYS.items() if keys.get(key) is not None}
         rope |= {} if keys.architecture.truncates_yarn else {"truncate": False}
     if keys.architecture.has_states:
@@ -154,6 +223,8 @@ def rope_to_hf(keys: GgufKeys) -> dict[str, Any]:
         rotated, head_dim = keys.dimensions.rotated_dim, keys.dimensions.head_dim
         rope[_SHARE_ENTRY] = (head_dim if rotated is None else rotated) / head_dim
         rope |= {_SECTIONS_ENTRY: sections if sections[-1] else sections[:-1], "mrope_interleaved": True}
+    if LONG_FACTORS in keys.tensors:
+        return {"rope_parameters": rope, _ORIGINAL_ENTRY: number(ORIGINAL_KEY, keys.get(_CONTEXT_KEY), whole=True)}
     if not keys.architecture.sliding_rope:
         return {"rope_parameters": rope}
     sliding = {"rope_type": "default", "rope_theta": number(SLIDING_BASE_KEY, DEFAULT_BASE)}
@@ -197,9 +268,9 @@ def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], where: str) -
         "factor": shortest_decimal(factor),
         "low_freq_factor": low,
         "high_freq_factor": high,
-        "original_max_position_embeddings": round(original) if math.isfinite(original) else 0,
+        _ORIGINAL_ENTRY: round(original) if math.isfinite(original) else 0,
     }
-    if scaling["original_max_position_embeddings"] > 0 and high > 0 and high != low:
+    if scaling[_ORIGINAL_ENTRY] > 0 and high > 0 and high != low:
         again = llama3_factors({**scaling, "rope_theta": config["rope_theta"]}, 2 * len(factors))
         if again is not None and np.allclose(again, factors, rtol=1e-4):
             return scaling

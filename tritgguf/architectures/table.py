@@ -213,6 +213,7 @@ ARCHITECTURES = {
             {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
             fused=True,
             full_attention_every=0,
+            long_rope=True,
         ),
         Architecture(
             "Gemma2ForCausalLM",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _CLIP_MARGIN = 1.0  # levels beyond the outermost one at which the gradient becomes zero
 _WARM_UP = 4  # training steps
+_FEWEST_STEPS = 64
+"""In fewer, latent weights do not reach the boundary of their level: nothing changes in 16 at the rate of .005."""
 
 
 def check_no_experts(source: str, matrices: Iterable[str]) -> None:
@@ -45,11 +47,11 @@ class Tuning:
     """How blocks are trained.
 
     Attributes:
-        epochs: passes over all windows.
+        epochs: passes over all windows; more over a text so short that there would be fewer than 64 training steps.
         learning_rate: Adam's initial learning rate, in levels; it decays linearly to zero.
         max_offset: largest distance of an initial latent weight from its level, in levels; below 0.5, so that it
             rounds to this level.
-        batch_size: windows per training step.
+        batch_size: windows per training step; fewer in a short text, for the same reason.
         seed: seed of the order of the windows.
 
     """
@@ -124,16 +126,18 @@ def _with_levels(matrix: QuantizedMatrix, levels: np.ndarray, original: np.ndarr
 def _train(block: Block, hidden: Tensor, target: Tensor, latents: list[Tensor], tuning: Tuning) -> None:
     import torch
 
-    batches_per_epoch = -(-len(hidden) // tuning.batch_size)
-    steps = tuning.epochs * batches_per_epoch
+    batch_size = min(tuning.batch_size, -(-len(hidden) * tuning.epochs // _FEWEST_STEPS))
+    batches_per_epoch = -(-len(hidden) // batch_size)
+    epochs = max(tuning.epochs, -(-_FEWEST_STEPS // batches_per_epoch))
+    steps = epochs * batches_per_epoch
     # Gradients of levels are about 1e-8; Adam's default epsilon would dominate them.
     optimizer = torch.optim.Adam(latents, lr=tuning.learning_rate, betas=(0.9, 0.95), eps=1e-20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
     )
     order = torch.Generator().manual_seed(tuning.seed)
-    for _ in range(tuning.epochs):
-        for batch in torch.randperm(len(hidden), generator=order).split(tuning.batch_size):
+    for _ in range(epochs):
+        for batch in torch.randperm(len(hidden), generator=order).split(batch_size):
             expected = target[batch]
             errors = (block.forward_with_gradients(hidden[batch]) - expected).square().sum(-1)
             optimizer.zero_grad()

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures import gguf_to_hf, tensor_names
 from tritgguf.architectures.delta_net import DeltaNet, delta_net_of
-from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.rope import FACTOR_TENSORS
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.exporters import model_card
 from tritgguf.exporters.row_blocks import RowBlocks
@@ -52,7 +52,7 @@ class HuggingFaceFolder:
         self._arch = file.metadata["general.architecture"]
         self._delta_net = delta_net_of(file.metadata, GGUF_ARCHITECTURES[self._arch], str(file.path))
         self._tensors = tensor_names.hf_tensors(
-            self._arch, {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
+            self._arch, {name: info.shape for name, info in file.tensors.items() if name not in FACTOR_TENSORS}
         )
         shapes = {hf_name: tensor.shape for hf_name, tensor in self._tensors.items()}
         self.shards = safetensors_writer.plan_shards(shapes, max_shard_bytes)

@@ -17,7 +17,8 @@ import numpy as np
 
 from tritgguf.architectures.delta_net import delta_net_of
 from tritgguf.architectures.gguf_to_hf import config_entries, model_type_of
-from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.rope import FACTOR_TENSORS, LONG_FACTORS, ROPE_FREQS
+from tritgguf.architectures.rope_keys import long_rope_scaling
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import hf_tensor_name, module_parameter, to_hf, without_unit_axis
 from tritgguf.errors import DamagedFileError, MissingExtraError
@@ -66,7 +67,7 @@ class ReferenceModel:
             return cls(_load_folder(source.folder), threads=threads)
         metadata = {key: value.value for key, value in source.metadata.items()}
         shapes = {tensor.name: tensor.shape for tensor in source.tensors}
-        model = cls(_uninitialized_module(metadata, shapes, source.name), threads=threads)
+        model = cls(_uninitialized_module(source), threads=threads)
         model.load_tensors(metadata, list(shapes), source.read, source.name)
         if ROPE_FREQS in shapes:
             apply_rope_factors(model.module, source.read(ROPE_FREQS))
@@ -88,7 +89,7 @@ class ReferenceModel:
         """Replace every weight in place by that of a GGUF model.
 
         `read` returns a tensor by its GGUF name, float32 in GGUF's row order. If there is no output.weight, the
-        embeddings are tied. rope_freqs.weight is skipped: a Hugging Face model computes the factors from its config.
+        embeddings are tied. Factors of the rotation are skipped: a Hugging Face model has them from its config.
         Raises TritGgufError if a tensor is unknown to the model, is missing, or has another shape.
         """
         arch = metadata["general.architecture"]
@@ -103,7 +104,7 @@ class ReferenceModel:
         for done, name in enumerate(names):
             if progress is not None:
                 progress(done, len(names))
-            if name == ROPE_FREQS:
+            if name in FACTOR_TENSORS:
                 continue
             hf_name, part = module_parameter(arch, name)
             weights = to_hf(arch, name, read(name), heads, kv_heads, delta_net)
@@ -196,9 +197,9 @@ def _rotation_name(module: Any) -> str:
     return "rotary_emb" if hasattr(module.model, "rotary_emb") else "pos_emb"
 
 
-def _uninitialized_module(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+def _uninitialized_module(source: Source) -> Any:
     """Return a module with uninitialized weights."""
-    config = _config(metadata, shapes, where)
+    config = _config(source)
     # The meta device skips the random initialization of weights, which would take most of the time.
     module = _on_meta(config, attn_implementation="eager").to_empty(device="cpu")
     _restore_buffers(module, config)
@@ -224,8 +225,7 @@ def meta_module(source: Source) -> Any:
                     f"{source.folder}: transformers cannot read its config ({_first_line(error)})"
                 ) from error
     else:
-        metadata = {key: value.value for key, value in source.metadata.items()}
-        config = _config(metadata, {tensor.name: tensor.shape for tensor in source.tensors}, source.name)
+        config = _config(source)
     module = _on_meta(config)
     _restore_buffers(module, config)
     if not is_text_folder and any(tensor.name == ROPE_FREQS for tensor in source.tensors):
@@ -246,14 +246,19 @@ def identity_layer(layer: Any) -> Any:
     return module
 
 
-def _config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+def _config(source: Source) -> Any:
     """Return transformers' config of a GGUF model."""
     import transformers
 
-    entries = config_entries(metadata, shapes, where)
+    metadata = {key: value.value for key, value in source.metadata.items()}
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    entries = config_entries(metadata, shapes, source.name)
+    if LONG_FACTORS in shapes:
+        scaling = long_rope_scaling(source.read, metadata, entries, source.name)
+        entries["rope_parameters"] |= {"rope_type": "longrope", **scaling}
     # The default token ids of the config class may be outside the vocabulary.
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return transformers.AutoConfig.for_model(model_type_of(metadata, where), **ids, **entries)
+    return transformers.AutoConfig.for_model(model_type_of(metadata, source.name), **ids, **entries)
 
 
 def _on_meta(config: Any, **settings: Any) -> Any:

@@ -30,7 +30,10 @@ from tritgguf.architectures.experts import Experts
 from tritgguf.architectures.key_rules import KeyRule
 from tritgguf.architectures.rope import (
     DEFAULT_BASE,
+    LONG_FACTORS,
+    ORIGINAL_KEY,
     ROPE_FREQS,
+    SHORT_FACTORS,
     SLIDING_BASE_KEY,
     Rotation,
     rotation_from_base,
@@ -54,6 +57,10 @@ class ModelConfig:
     layer_options: LayerOptions
     rotations: tuple[Rotation, ...]
     """Which `layer_options.rotations` counts from 0."""
+    long_rotations: tuple[Rotation, ...]
+    """Those of a context that is longer than `original_context`; the same without LongRoPE."""
+    original_context: int
+    """Up to how many tokens a context has `rotations`."""
     embedding_scale: float
     """What an embedding is multiplied with."""
     logit_scale: float
@@ -149,13 +156,14 @@ class ModelConfig:
         def softcap(rule: KeyRule) -> float:
             return number(rule) if f"{architecture.gguf_name}.{rule.gguf}" in file.metadata else _NO_SOFTCAP
 
-        rotations, of_layers = _rotations(file, architecture, dimensions)
+        long_rope, context_length = LONG_FACTORS in file.tensors, int(number(keys.CONTEXT))
+        rotations, of_layers = _rotations(file, architecture, dimensions, SHORT_FACTORS if long_rope else ROPE_FREQS)
         experts = dimensions.experts
         default_embedding_scale = math.sqrt(dimensions.hidden) if architecture.scales_embeddings else 1.0
         return cls(
             architecture=architecture,
             dimensions=dimensions,
-            context_length=int(number(keys.CONTEXT)),
+            context_length=context_length,
             layer_options=LayerOptions(
                 epsilon=np.float32(number(keys.EPSILON)),
                 residual_scale=np.float32(number(keys.RESIDUAL_SCALE)),
@@ -172,6 +180,8 @@ class ModelConfig:
                 sinks=_sinks(file, architecture, dimensions),
             ),
             rotations=rotations,
+            long_rotations=_rotations(file, architecture, dimensions, LONG_FACTORS)[0] if long_rope else rotations,
+            original_context=_original_context(file, architecture, context_length) if long_rope else context_length,
             embedding_scale=number(keys.EMBEDDING_SCALE, default_embedding_scale),
             logit_scale=1.0 / number(keys.LOGIT_SCALE),
             logit_softcap=softcap(keys.LOGIT_SOFTCAP),
@@ -245,19 +255,29 @@ def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndar
     return np.array([window if architecture.uses_sliding_window(layer) else 0 for layer in range(layers)], np.int64)
 
 
+def _original_context(file: GgufFile, architecture: Architecture, context_length: int) -> int:
+    """Return the length that a model with LongRoPE had before it was made longer."""
+    if SHORT_FACTORS not in file.tensors:
+        raise DamagedFileError(f"{file.path}: tensor {SHORT_FACTORS} is missing; convert the model again")
+    return count_of(file.metadata, f"{architecture.gguf_name}.{ORIGINAL_KEY}", str(file.path), default=context_length)
+
+
 def _rotations(
-    file: GgufFile, architecture: Architecture, dimensions: Dimensions
+    file: GgufFile, architecture: Architecture, dimensions: Dimensions, factor_tensor: str
 ) -> tuple[tuple[Rotation, ...], np.ndarray]:
-    """Return a model's rotations, and which each layer has: int64 [layers]."""
+    """Return a model's rotations, and which each layer has: int64 [layers].
+
+    The tensor divides the frequencies of the first one, if it is there.
+    """
     head_dim, layers = dimensions.head_dim, range(dimensions.layers)
     truncates = architecture.truncates_yarn
     rotation = rotation_from_metadata(file.metadata, _rotated_dim(dimensions), str(file.path), truncates=truncates)
     still = np.zeros(head_dim // 2 - len(rotation.frequencies))  # of the tables' columns that no head has a pair for
     rotation = Rotation(np.concatenate([rotation.frequencies, still]), rotation.attention_factor)
-    if ROPE_FREQS in file.tensors:
-        factors = read_vector(file, ROPE_FREQS, head_dim // 2).astype(np.float64)
+    if factor_tensor in file.tensors:
+        factors = read_vector(file, factor_tensor, head_dim // 2).astype(np.float64)
         if not (factors > 0).all():
-            raise DamagedFileError(f"{file.path}: tensor {ROPE_FREQS} has a factor that is not positive")
+            raise DamagedFileError(f"{file.path}: tensor {factor_tensor} has a factor that is not positive")
         rotation = Rotation(rotation.frequencies / factors, rotation.attention_factor)
     if architecture.no_rope_layer_interval:
         return (rotation, Rotation(np.zeros(head_dim // 2))), np.array(

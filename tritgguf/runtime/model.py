@@ -73,7 +73,10 @@ class Model:
         self.exact, self._decode_bits = exact, decode_bits
         self._file = file  # keeps the map open
         self._weights = ModelWeights(file, self.config)
-        self._rotations = RotationTables(self.config.rotations)
+        self._short_rotations = RotationTables(self.config.rotations)
+        self._long_rotations = self._short_rotations
+        if self.config.long_rotations is not self.config.rotations:
+            self._long_rotations = RotationTables(self.config.long_rotations)
         bits = 16 if exact else prefill_bits
         self._prompt_pass = PromptPass(self.config, self._weights, bits=bits, exact=exact)
         self._decode_pass = DecodePass(self.config, self._weights, self.thread_pool.threads, bits=decode_bits)
@@ -110,7 +113,7 @@ class Model:
         token, logits = np.zeros(1, np.int64), np.zeros((2, self.config.vocab_size), np.float32)
         hidden = np.zeros((2, self.config.dimensions.hidden), np.float32)
         with announcing_compilation(announce):
-            arrays = pool.key_values(self._rotations)
+            arrays = pool.key_values(self._rotations(pool))
             self._prompt_pass.run(compiler, token, np.array([[0, 1, 0, 0]]), arrays)
             if self._decode_bits == 16 and not self.exact:
                 self._decode_pass.run_one(compiler, 0, 0, 0, arrays, logits[0])
@@ -140,8 +143,9 @@ class Model:
         if not kv.writable(batch.sequences, batch.positions):
             raise ValueError("the positions of a batch must be reserved first")
         with self._one_at_a_time:
-            self._rotations.reserve(int(batch.positions.max()) + 1)
-            arrays = kv.key_values(self._rotations)
+            rotations = self._rotations(kv)
+            rotations.reserve(int(batch.positions.max()) + 1)
+            arrays = kv.key_values(rotations)
             if self._is_single(batch) and logits is not None and hidden is None:
                 place = (int(batch.sequences[0]), int(batch.positions[0]))
                 self._decode_pass.run_one(self.thread_pool, int(batch.tokens[0]), *place, arrays, logits[0])
@@ -159,6 +163,10 @@ class Model:
         """Raise TritGgufError when there are no tokens, int64 [n], or one that does not exist."""
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise BadRequestError(f"{self._file.path}: tokens must be from 0 to {self.config.vocab_size - 1}")
+
+    def _rotations(self, kv: KVPool) -> RotationTables:
+        """Return the rotations of a pool's sequences: all have the same, so that pages can be shared."""
+        return self._long_rotations if kv.context > self.config.original_context else self._short_rotations
 
     def _is_single(self, batch: TokenBatch) -> bool:
         """Tell whether a batch is one generated token with 16-bit activations."""

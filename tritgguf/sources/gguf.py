@@ -13,7 +13,7 @@ import numpy as np
 from tritgguf.architectures import keys
 from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT, without_further_layers
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
-from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.rope import LONG_ROPE_TENSORS, ROPE_FREQS
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import GGUF_LAYER_INDEX
 from tritgguf.errors import DamagedFileError
@@ -140,13 +140,20 @@ class GgufSource:
         biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
         dimensions = dimensions_from_gguf({**self._file.metadata, **self._changes}, vocabulary, biased, self.name)
-        factors = shapes.pop(ROPE_FREQS, None)
-        if factors not in (None, (dimensions.head_dim // 2,)):
-            raise DamagedFileError(
-                f"{self.name}: tensor {ROPE_FREQS} has shape {factors}, not ({dimensions.head_dim // 2},)"
-            )
+        self._take_rope_factors(shapes, dimensions.head_dim // 2)
         check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=self.label)
         return dimensions
+
+    def _take_rope_factors(self, shapes: dict[str, tuple[int, ...]], half: int) -> None:
+        """Remove the factors of the rotation, which may be missing, from the shapes; check theirs."""
+        architecture = GGUF_ARCHITECTURES[self._file.metadata["general.architecture"]]
+        pair = LONG_ROPE_TENSORS if architecture.long_rope else ()
+        if len(shapes.keys() & set(pair)) == 1:
+            raise DamagedFileError(f"{self.name}: has only one of the tensors {' and '.join(pair)}")
+        for name in (ROPE_FREQS, *pair):
+            factors = shapes.pop(name, None)
+            if factors not in (None, (half,)):
+                raise DamagedFileError(f"{self.name}: tensor {name} has shape {factors}, not ({half},)")
 
 
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:

@@ -15,7 +15,7 @@ import numpy as np
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
 from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT
 from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
-from tritgguf.architectures.rope import ROPE_FREQS
+from tritgguf.architectures.rope import FACTOR_TENSORS
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import check_inside, is_unicode, read_json
 from tritgguf.formats.dtypes import READABLE_DTYPES, to_float32
@@ -57,9 +57,9 @@ class HfFolderSource:
         self.architecture = dimensions.find_architecture(self.config, str(where))
         self.is_mxfp4 = self._check_quantization(where)
         self.dimensions = dimensions.dimensions_from_config(self.config, str(where))
-        self._rope_factors: MatrixRows | None = None
         self.tensors: list[SourceTensor] = []
-        self._add_rope_factors(where)
+        self._rope_factors = hf_to_gguf.rope_factors(self.config, str(where))
+        self.tensors += [SourceTensor(name, array.shape, array.nbytes) for name, array in self._rope_factors.items()]
         self._pieces = Pieces()
         self._select_pieces()
         shapes = self.dimensions.shapes()
@@ -83,8 +83,9 @@ class HfFolderSource:
 
         They are in GGUF's order, which permutes rows only within a head.
         """
-        if matrix == ROPE_FREQS and self._rope_factors is not None:
-            return self._rope_factors
+        if matrix in self._rope_factors:
+            factors = self._rope_factors[matrix]
+            return MatrixRows((1, len(factors)), factors.dtype, lambda first, last: factors[np.newaxis].copy(), 1)
         piece, index = self._pieces.matrix(matrix)
         arch, head_dim = self.architecture.gguf_name, self.dimensions.head_dim
         delta_net = self.dimensions.delta_net
@@ -109,7 +110,7 @@ class HfFolderSource:
 
     def label(self, name: str) -> str:
         """Return the Hugging Face name of a tensor or of a matrix."""
-        if name == ROPE_FREQS:
+        if name in FACTOR_TENSORS:
             return name
         return self._pieces.label(name) or tensor_names.hf_tensor_name(self.architecture.gguf_name, name)
 
@@ -124,14 +125,6 @@ class HfFolderSource:
         raise DamagedFileError(
             f"{where}: the weights are already quantized ({method}); convert the original checkpoint"
         )
-
-    def _add_rope_factors(self, where: Path) -> None:
-        factors = hf_to_gguf.rope_factors(self.config, str(where))
-        if factors is not None:
-            self.tensors.append(SourceTensor(ROPE_FREQS, factors.shape, factors.nbytes))
-            self._rope_factors = MatrixRows(
-                (1, len(factors)), factors.dtype, lambda first, last: factors[np.newaxis].copy(), 1
-            )
 
     def _select_pieces(self) -> None:
         """Find the tensors to convert; check their names, dtypes and shapes against config.json."""
