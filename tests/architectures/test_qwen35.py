@@ -121,6 +121,10 @@ def test_decays_have_the_same_bits_again() -> None:
         ({"layer_types": ["linear_attention"]}, r"layer_types is \['linear_attention'\], which is no list of 4"),
         ({"layer_types": [*TYPES[:3], "conv"]}, "layer_types is .*, which is no list of 4"),
         ({"layer_types": ["linear_attention"] * 4}, "a model without attention in any layer is not supported"),
+        (
+            {"layer_types": ["full_attention"] * 4},
+            "a model of this family without linear attention in any layer is not supported",
+        ),
         ({"linear_conv_kernel_dim": 1}, "a convolution of one tap"),
         ({"linear_conv_kernel_dim": 17}, "linear_conv_kernel_dim is 17, which is not an integer from 1 to 16"),
         ({"linear_num_key_heads": 3}, "4 value heads cannot share 3 key heads evenly"),
@@ -151,6 +155,7 @@ def test_refused_sections(sections: Any) -> None:
         ({"attention.recurrent_layers": [True]}, "recurrent_layers is .*, which is no list of 4 flags"),
         ({"attention.recurrent_layers": [1, 0, 1, 1]}, "recurrent_layers is .*, which is no list of 4 flags"),
         ({"attention.recurrent_layers": [True] * 4}, "a model without attention in any layer"),
+        ({"attention.recurrent_layers": [False] * 4}, "without linear attention in any layer"),
         ({"ssm.conv_kernel": 0}, "qwen35.ssm.conv_kernel is 0"),
         ({"ssm.inner_size": 130}, "qwen35.ssm.inner_size is 130, which is no multiple of 4 heads"),
         ({"ssm.state_size": None}, "qwen35.ssm.state_size is missing"),

@@ -138,7 +138,6 @@ def test_interrupted_generation_resumes(tmp_path: Path, monkeypatch: pytest.Monk
     assert interrupted.count(b"\n") == 3  # the job and two windows
     for other in ({"tokens": 3 * length, "seed": 6}, {"tokens": 2 * length, "seed": 5}):
         log.write_bytes(interrupted)
-        Path(f"{out}.part").touch()  # an unfinished file keeps the saved text
         with pytest.raises(TritGgufError, match=r"out\.gguf\.part\.text: the journal is of another conversion"):
             generate(**other, resume=True)
     for damaged in (b"[1, 2]\n", b'"text"\n', json.dumps([1 << 40] * length).encode() + b"\n", b"[\n"):
@@ -146,6 +145,7 @@ def test_interrupted_generation_resumes(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(TritGgufError, match=r"text: the journal is damaged; start over without --resume"):
             generate(3 * length, resume=True)
     log.write_bytes(interrupted + b"[1, 2")  # a torn line
+    Path(f"{out}.part").touch()  # an unfinished file keeps the saved text
     windows, steps = generate(3 * length, resume=True)
     assert windows == whole and 0 < steps <= length
     assert log.exists()

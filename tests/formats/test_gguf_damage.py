@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none.gguf", "cannot be read .No such file")
     assert_refused(tmp_path, "is a folder, not a GGUF file")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert_refused(tmp_path / "pipe.gguf", "is a pipe, not a file")
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 4 << 24])

@@ -218,6 +218,8 @@ def _checked(delta_net: DeltaNet, layers: int, where: str) -> DeltaNet:
     """Raise TritGgufError for sizes that are not run."""
     if len(delta_net.layers) == layers:
         raise TritGgufError(f"{where}: a model without attention in any layer is not supported")
+    if not delta_net.layers:
+        raise TritGgufError(f"{where}: a model of this family without linear attention in any layer is not supported")
     if delta_net.taps < 2:
         raise TritGgufError(f"{where}: a convolution of one tap (linear_conv_kernel_dim) is not supported")
     if delta_net.value_heads % delta_net.key_heads:

@@ -117,8 +117,10 @@ def _explained_interruption(target: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        if any(os.path.exists(f"{target}{suffix}") for suffix in (".part.journal", ".part.text")):
-            note(f"interrupted; the same command with --resume goes on ({target}.part is kept for it)")
+        for suffix, kept in ((".part.journal", ".part"), (".part.text", ".part.text")):
+            if os.path.exists(f"{target}{suffix}"):
+                note(f"interrupted; the same command with --resume goes on ({target}{kept} is kept for it)")
+                break
         raise
 
 

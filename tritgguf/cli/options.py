@@ -153,11 +153,13 @@ TextFile = Annotated[
 SelfText = Annotated[
     bool, typer.Option("--self", help="Calibrate on text that the model itself generates, without a data set.")
 ]
+_MOST_OWN_TOKENS = 10_000_000  # a small model writes them in some hours
 OwnTokens = Annotated[
     int | None,
     option(
         "--own-text",
         min=1,
+        max=_MOST_OWN_TOKENS,
         help="Beside --text, also calibrate on N tokens with which the model continues passages of it.",
         show_default=False,
     ),

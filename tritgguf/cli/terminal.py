@@ -151,7 +151,8 @@ class _PlainProgress:
         if done and seconds:
             if self._in_bytes:
                 details.append(f"{format_bytes(done / seconds)}/s")
-            details.append(f"{seconds * (total - done) / done:.0f} s left")
+            if tenth > 0:  # before, it would be a guess
+                details.append(f"{seconds * (total - done) / done:.0f} s left")
         note("  ".join(details))
 
 

@@ -341,4 +341,4 @@ def check_same_model(file: GgufFile, source: Source) -> None:
 def _dimensions(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the architecture and dimensions of a model, by their names in messages."""
     arch = metadata.get("general.architecture")
-    return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}") for key, what in _DIMENSIONS.items()}}
+    return {"architecture": arch, **{what: metadata.get(f"{arch}.{key}", "none") for key, what in _DIMENSIONS.items()}}

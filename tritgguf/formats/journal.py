@@ -111,8 +111,8 @@ class JobLog:
 class ResumableLog:
     """A log of what was calculated for an output before it is written, so that `--resume` can reuse it.
 
-    A context manager: at its end the log is deleted, unless it ends with an interruption or an unfinished output file
-    is left, because both need it again.
+    A context manager: at its end the log is deleted, unless it ends with an interruption, or with an error of a run
+    that was to resume, or an unfinished output file is left, because they need it again.
 
     Args:
         output: the output file of the conversion.
@@ -148,8 +148,8 @@ class ResumableLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        interrupted = error is not None and not isinstance(error, Exception)
-        if not interrupted and not self._output.with_name(f"{self._output.name}.part").exists():
+        is_kept = error is not None and (self._resume or not isinstance(error, Exception))
+        if not is_kept and not self._output.with_name(f"{self._output.name}.part").exists():
             self._path.unlink(missing_ok=True)
 
 
