@@ -109,6 +109,34 @@ def test_pull_list_and_rm(capsys: Capture, tmp_path: Path) -> None:
     assert location.exists()
 
 
+def cut(location: Path) -> None:
+    """Cut a file to half of its header."""
+    content = location.resolve()
+    content.write_bytes(content.read_bytes()[:1000])
+
+
+@pytest.mark.usefixtures("used_hub")
+@pytest.mark.parametrize(
+    ("damage", "fault", "freed"), [(cut, "", 1000), (lambda link: link.resolve().unlink(), "is a link to nothing", 0)]
+)
+def test_a_damaged_file_is_shown_and_can_be_removed(
+    damage: Callable[[Path], None], fault: str, freed: int, capsys: Capture
+) -> None:
+    assert app.main(["pull", "org/tiny:d3"]) == 0
+    location = Path(capsys.readouterr().out.strip())
+    damage(location)
+    assert app.main(["list"]) == 0
+    captured = capsys.readouterr()
+    assert "there is no trit file in" in captured.err and captured.out == ""
+    assert re.match(rf"warning: .*{fault}.*; to remove it: tritgguf rm org/tiny:tiny-d3.gguf\n", captured.err)
+    if freed:  # instead of what cannot be read, it would not be fetched
+        assert "; to remove it: tritgguf rm org/tiny:tiny-d3.gguf" in fails(capsys, "inspect", "org/tiny:d3")
+    assert app.main(["rm", "org/tiny:d3", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freed_bytes"] == freed
+    assert not location.is_symlink()
+    assert app.main(["pull", "org/tiny:d3"]) == 0
+
+
 @pytest.mark.usefixtures("used_hub")
 @pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("n\n", False), ("\n", False)])
 def test_rm_asks(monkeypatch: pytest.MonkeyPatch, capsys: Capture, answer: str, gone: bool) -> None:

@@ -14,9 +14,11 @@ def list_command(as_json: Json = False) -> None:
 
     Example: tritgguf list
     """
-    from tritgguf.sources.hub_cache import cache_folder, cached_files
+    from tritgguf.sources.hub_cache import cache_folder, cached_files, damaged_files
     from tritgguf.sources.hub_names import short_name
 
+    for damaged in damaged_files():
+        terminal.note(f"warning: {damaged.damage}; to remove it: tritgguf rm {damaged.repository}:{damaged.path}")
     files = cached_files()
     names = [short_name(file.repository, file, [f for f in files if f.repository == file.repository]) for file in files]
     if as_json:

@@ -24,9 +24,11 @@ def rm_command(
 
     Example: tritgguf rm ORG/NAME:d2
     """
-    from tritgguf.sources.hub_cache import find_cached, remove_from_cache
+    from tritgguf.sources.hub_cache import damaged_files, find_cached, remove_from_cache
+    from tritgguf.sources.hub_names import the_chosen
 
-    file = find_cached(hub_name(name))
+    chosen = hub_name(name)
+    file = find_cached(chosen) or the_chosen(chosen, damaged_files(chosen.repository))
     if file is None:
         raise BadRequestError(f"{name}: is no trit file in the cache; `tritgguf list` shows those that are")
     if not yes:

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tritgguf.errors import TritGgufError
+from tritgguf.errors import DamagedFileError, TritGgufError
 from tritgguf.formats.durable_output import disk_errors, sync_folder
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.scores import Score, read_score
 from tritgguf.formats.trit_types import KEY_ENCODER, TritType, is_trit_type
-from tritgguf.sources.hub_names import HubName, is_candidate, the_chosen
+from tritgguf.sources.hub_names import HubName, depth_in_name, is_candidate, the_chosen
 from tritgguf.text_format import one_line
 
 _PREFIX = "models--"
@@ -50,9 +50,23 @@ class CachedFile:
         """The open file."""
         return open_trit_file(self.location)
 
+    @cached_property
+    def damage(self) -> str:
+        """Why no GGUF file can be read there; empty if one can, of whatever kind."""
+        try:
+            GgufFile(self.location)
+        except DamagedFileError as error:
+            return str(error)
+        except (TritGgufError, OSError):
+            if not self.location.exists():
+                return f"{self.location}: is a link to nothing"
+        return ""
+
     @property
     def depth(self) -> str:
-        """The layers' trits per weight, such as `2` or `2, 3`."""
+        """The layers' trits per weight, such as `2` or `2, 3`; those that the name tells of a damaged file."""
+        if self.damage:
+            return depth_in_name(self.path)
         depths = {
             TritType(info.type_id).depth
             for name, info in self.opened.tensors.items()
@@ -72,8 +86,8 @@ class CachedFile:
 
     @property
     def n_bytes(self) -> int:
-        """Size."""
-        return self.location.stat().st_size
+        """Size; 0 of a link to nothing."""
+        return self.location.stat().st_size if self.location.exists() else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `pull --json` and `list --json` print of it."""
@@ -103,9 +117,16 @@ def model_folder(repository: str) -> Path:
 
 def cached_files(repository: str | None = None) -> list[CachedFile]:
     """Return the trit files in the cache, or those of one model, by name; what cannot be read as one is left out."""
-    everything = cache_folder().glob(f"{_PREFIX}*--*")
-    folders = sorted(everything) if repository is None else [model_folder(repository)]
-    return [file for folder in folders for file in _files_of(folder) if _is_trit_file(file)]
+    return [file for folder in _folders(repository) for file in _files_of(folder) if _is_trit_file(file)]
+
+
+def damaged_files(repository: str | None = None) -> list[CachedFile]:
+    """Return the files in the cache, or those of one model, that may be trit files and cannot be read as GGUF."""
+    return [file for folder in _folders(repository) for file in _files_of(folder) if file.damage]
+
+
+def _folders(repository: str | None) -> list[Path]:
+    return sorted(cache_folder().glob(f"{_PREFIX}*--*")) if repository is None else [model_folder(repository)]
 
 
 def find_cached(name: HubName) -> CachedFile | None:
@@ -154,11 +175,11 @@ def remove_from_cache(file: CachedFile) -> int:
     with disk_errors(file.location):
         for link in (file.location, *file.earlier):
             content = _content(link)
-            n_bytes = content.stat().st_size
+            n_bytes = content.stat().st_size if content.exists() else 0
             link.unlink()
             in_use = content.parent != folder / "blobs" or any(_content(other) == content for other in _links(folder))
             if content != link and not in_use:
-                content.unlink()
+                content.unlink(missing_ok=True)
             freed += 0 if content.exists() else n_bytes
         _remove_empty(folder)
     return freed
@@ -172,7 +193,7 @@ def _files_of(folder: Path) -> Iterator[CachedFile]:
     snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     for snapshot in sorted(snapshots, key=lambda path: (path.name != newest, -path.stat().st_mtime, path.name)):
         for location in snapshot.rglob("*.gguf"):
-            if is_candidate(path := location.relative_to(snapshot).as_posix()):
+            if is_candidate(path := location.relative_to(snapshot).as_posix()) and not location.is_dir():
                 found.setdefault(path, []).append(location)
     for path, locations in sorted(found.items()):
         depth = len(Path(path).parts)
