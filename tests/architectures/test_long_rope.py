@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,7 @@ def test_no_number_differs_after_a_round_trip(folder: Path, tmp_path: Path, atte
 
 
 def _with_factor(folder: Path, copy: Path, attention_factor: float) -> None:
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder, copy)
     parameters = json.loads((folder / "config.json").read_text("utf-8"))["rope_parameters"]
     edit_json(copy / "config.json", rope_parameters={**parameters, "attention_factor": attention_factor})
 

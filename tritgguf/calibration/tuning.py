@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 _CLIP_MARGIN = 1.0  # levels beyond the outermost one at which the gradient becomes zero
 _WARM_UP = 4  # training steps
-_FEWEST_STEPS = 64
-"""In fewer, latent weights do not reach the boundary of their level: nothing changes in 16 at the rate of .005."""
 
 
 def check_no_experts(source: str, matrices: Iterable[str]) -> None:
@@ -47,11 +45,13 @@ class Tuning:
     """How blocks are trained.
 
     Attributes:
-        epochs: passes over all windows; more over a text so short that there would be fewer than 64 training steps.
+        epochs: passes over all windows; a short text has more.
         learning_rate: Adam's initial learning rate, in levels; it decays linearly to zero.
         max_offset: largest distance of an initial latent weight from its level, in levels; below 0.5, so that it
             rounds to this level.
-        batch_size: windows per training step; fewer in a short text, for the same reason.
+        batch_size: windows per training step; a short text has fewer.
+        fewest_steps: in all epochs, however short the text is: in 16 steps at this rate no latent weight reaches the
+            boundary of its level, and nothing changes.
         seed: seed of the order of the windows.
 
     """
@@ -60,7 +60,17 @@ class Tuning:
     learning_rate: float = 5e-3
     max_offset: float = 0.45
     batch_size: int = 8
+    fewest_steps: int = 64
     seed: int = 0
+
+    def windows_of_step(self, windows: int) -> int:
+        """Return how many windows a step has, for a text of so many."""
+        return min(self.batch_size, -(-windows * self.epochs // self.fewest_steps))
+
+    def passes(self, windows: int) -> int:
+        """Return the number of epochs for a text of so many windows."""
+        steps = -(-windows // self.windows_of_step(windows))
+        return max(self.epochs, -(-self.fewest_steps // steps))
 
 
 def tune_block(
@@ -126,10 +136,8 @@ def _with_levels(matrix: QuantizedMatrix, levels: np.ndarray, original: np.ndarr
 def _train(block: Block, hidden: Tensor, target: Tensor, latents: list[Tensor], tuning: Tuning) -> None:
     import torch
 
-    batch_size = min(tuning.batch_size, -(-len(hidden) * tuning.epochs // _FEWEST_STEPS))
-    batches_per_epoch = -(-len(hidden) // batch_size)
-    epochs = max(tuning.epochs, -(-_FEWEST_STEPS // batches_per_epoch))
-    steps = epochs * batches_per_epoch
+    batch_size, epochs = tuning.windows_of_step(len(hidden)), tuning.passes(len(hidden))
+    steps = epochs * -(-len(hidden) // batch_size)
     # Gradients of levels are about 1e-8; Adam's default epsilon would dominate them.
     optimizer = torch.optim.Adam(latents, lr=tuning.learning_rate, betas=(0.9, 0.95), eps=1e-20)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -14,12 +14,13 @@ def list_command(as_json: Json = False) -> None:
 
     Example: tritgguf list
     """
-    from tritgguf.sources.hub_cache import cache_folder, cached_files, damaged_files
+    from tritgguf.sources.hub_cache import cache_folder, files_in_cache
     from tritgguf.sources.hub_names import short_name
 
-    for damaged in damaged_files():
-        terminal.note(f"warning: {damaged.damage}; to remove it: tritgguf rm {damaged.repository}:{damaged.path}")
-    files = cached_files()
+    found = files_in_cache()
+    for damage in filter(None, (file.damage for file in found)):
+        terminal.note(f"warning: {damage}")
+    files = [file for file in found if file.is_trit_file]
     names = [short_name(file.repository, file, [f for f in files if f.repository == file.repository]) for file in files]
     if as_json:
         terminal.print_json([{"name": name, **file.as_dict()} for name, file in zip(names, files, strict=True)])

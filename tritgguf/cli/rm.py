@@ -24,11 +24,12 @@ def rm_command(
 
     Example: tritgguf rm ORG/NAME:d2
     """
-    from tritgguf.sources.hub_cache import damaged_files, find_cached, remove_from_cache
+    from tritgguf.sources.hub_cache import files_in_cache, find_cached, remove_from_cache
     from tritgguf.sources.hub_names import the_chosen
 
     chosen = hub_name(name)
-    file = find_cached(chosen) or the_chosen(chosen, damaged_files(chosen.repository))
+    damaged = [file for file in files_in_cache(chosen.repository) if file.damage]
+    file = find_cached(chosen) or the_chosen(chosen, damaged)
     if file is None:
         raise BadRequestError(f"{name}: is no trit file in the cache; `tritgguf list` shows those that are")
     if not yes:

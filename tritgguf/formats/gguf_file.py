@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +63,7 @@ class GgufFile:
 
     def _open(self) -> mmap.mmap:
         try:
-            if stat.S_ISFIFO(self.path.stat().st_mode):  # opening it would wait for a writer
+            if self.path.is_fifo():  # opening it would wait for a writer
                 raise TritGgufError(f"{self.path}: is a pipe, not a file; save it to a file first")
             with self.path.open("rb") as file:
                 head = file.read(HEAD_BYTES)

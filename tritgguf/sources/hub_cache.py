@@ -46,21 +46,35 @@ class CachedFile:
     earlier: tuple[Path, ...] = ()
 
     @cached_property
-    def opened(self) -> GgufFile:
-        """The open file."""
-        return open_trit_file(self.location)
-
-    @cached_property
-    def damage(self) -> str:
-        """Why no GGUF file can be read there; empty if one can, of whatever kind."""
+    def _found(self) -> GgufFile | TritGgufError | OSError:
+        """The open file, or why there is none."""
         try:
-            GgufFile(self.location)
-        except DamagedFileError as error:
-            return str(error)
-        except (TritGgufError, OSError):
-            if not self.location.exists():
-                return f"{self.location}: is a link to nothing"
-        return ""
+            return open_trit_file(self.location)
+        except (TritGgufError, OSError) as error:
+            return error
+
+    @property
+    def is_trit_file(self) -> bool:
+        """Whether it can be opened as a trit file."""
+        return isinstance(self._found, GgufFile)
+
+    @property
+    def opened(self) -> GgufFile:
+        """The open file; raises as `open_trit_file`."""
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    @property
+    def damage(self) -> str:
+        """Why no GGUF file can be read there, and how to remove it; empty if one can, of whatever kind."""
+        if isinstance(self._found, DamagedFileError):
+            fault = str(self._found)
+        elif not self.location.exists():
+            fault = f"{self.location}: is a link to nothing"
+        else:
+            return ""
+        return f"{fault}; to remove it: tritgguf rm {self.repository}:{self.path}"
 
     @property
     def depth(self) -> str:
@@ -115,18 +129,16 @@ def model_folder(repository: str) -> Path:
     return cache_folder() / (_PREFIX + repository.replace("/", "--"))
 
 
+def files_in_cache(repository: str | None = None) -> list[CachedFile]:
+    """Return the files in the cache, or those of one model, that may be trit files by their names; in their order."""
+    everything = cache_folder().glob(f"{_PREFIX}*--*")
+    folders = sorted(everything) if repository is None else [model_folder(repository)]
+    return [file for folder in folders for file in _files_of(folder)]
+
+
 def cached_files(repository: str | None = None) -> list[CachedFile]:
     """Return the trit files in the cache, or those of one model, by name; what cannot be read as one is left out."""
-    return [file for folder in _folders(repository) for file in _files_of(folder) if _is_trit_file(file)]
-
-
-def damaged_files(repository: str | None = None) -> list[CachedFile]:
-    """Return the files in the cache, or those of one model, that may be trit files and cannot be read as GGUF."""
-    return [file for folder in _folders(repository) for file in _files_of(folder) if file.damage]
-
-
-def _folders(repository: str | None) -> list[Path]:
-    return sorted(cache_folder().glob(f"{_PREFIX}*--*")) if repository is None else [model_folder(repository)]
+    return [file for file in files_in_cache(repository) if file.is_trit_file]
 
 
 def find_cached(name: HubName) -> CachedFile | None:
@@ -198,13 +210,6 @@ def _files_of(folder: Path) -> Iterator[CachedFile]:
     for path, locations in sorted(found.items()):
         depth = len(Path(path).parts)
         yield CachedFile(repository, path, locations[0].parents[depth - 1].name, locations[0], tuple(locations[1:]))
-
-
-def _is_trit_file(file: CachedFile) -> bool:
-    try:
-        return bool(file.opened)
-    except (TritGgufError, OSError):
-        return False
 
 
 def _read(path: Path) -> str:

@@ -22,7 +22,7 @@ from tritgguf.formats.file_kinds import conversion_command
 from tritgguf.formats.gguf_header import MAGIC, head_has_key
 from tritgguf.formats.trit_types import KEY_VERSION
 from tritgguf.sources.hub import first_line, hub_errors, is_transport_error
-from tritgguf.sources.hub_cache import CachedFile, add_to_cache, damaged_files, find_cached, model_folder
+from tritgguf.sources.hub_cache import CachedFile, add_to_cache, files_in_cache, find_cached, model_folder
 from tritgguf.sources.hub_names import HubName, depth_in_name, is_candidate, the_chosen
 from tritgguf.text_format import format_bytes
 
@@ -73,9 +73,9 @@ def local_or_fetched(name: HubName, progress: Progress) -> CachedFile:
     """
     if (file := find_cached(name)) is not None:
         return file
-    damaged = the_chosen(name, [file for file in damaged_files(name.repository) if file.location.exists()])
-    if damaged is not None:
-        raise DamagedFileError(f"{damaged.damage}; to remove it: tritgguf rm {damaged.repository}:{damaged.path}")
+    damaged = [file for file in files_in_cache(name.repository) if file.damage and file.location.exists()]
+    if (file := the_chosen(name, damaged)) is not None:
+        raise DamagedFileError(file.damage)
     return pull(name, progress)
 
 
