@@ -12,8 +12,8 @@ from random_inputs import THREAD_POOL, batch_integers, batch_of, vector_integers
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import (
-    add_and_rms_norm,
-    add_and_rms_norm_batch,
+    add_and_normalize,
+    add_and_normalize_batch,
     normalize_row,
     quantize_row,
     swiglu_batch,
@@ -168,7 +168,7 @@ def test_normalize(tokens: int, columns: int) -> None:
     np.testing.assert_allclose(out, expected[0], rtol=3e-6)
     batch = Batch(tokens, columns)
     THREAD_POOL.run(
-        add_and_rms_norm_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers
+        add_and_normalize_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers
     )
     np.testing.assert_array_equal(stream, summed)
     np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
@@ -179,7 +179,7 @@ def test_normalize(tokens: int, columns: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("normalizes_output", [False, True])
 @pytest.mark.parametrize("normalizes_stream", [False, True])
-def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
+def test_add_and_normalize(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
     stream, residual = vectors(1, 96, seed=1)[0], vectors(1, 96, seed=2)[0]
     weights = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
     output_norm = weights[0] if normalizes_output else NO_NORM
@@ -190,7 +190,7 @@ def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stre
     summed = stream + scale * added
     expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
     out = np.empty(96, np.float32)
-    as_kernel(add_and_rms_norm)(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    as_kernel(add_and_normalize)(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
     largest = np.abs(summed).max()
     np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
