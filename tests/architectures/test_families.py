@@ -134,6 +134,7 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
         "lfm2-moe",
         "qwen3.5",
         "qwen3.5-moe",
+        "phimoe, short factors",
     ],
 )
 def test_calibration_follows_the_family(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:

@@ -196,6 +196,29 @@ def test_add_and_normalize(scale: float, normalizes_output: bool, normalizes_str
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("columns", [16, 96, 1000])
+def test_layer_norm(scale: float, columns: int) -> None:
+    """The mean, 30, is not near zero: it must be subtracted before the squares are added."""
+    stream, residual = vectors(7, columns, seed=1) + np.float32(30), vectors(7, columns, seed=2)
+    weight, bias = np.random.default_rng(3).standard_normal((2, columns)).astype(np.float32)
+    summed = stream + scale * residual.astype(np.float64)
+    expected = naive.layer_norm(summed, weight.astype(np.float64), bias, 1e-5)
+    norm, out = np.concatenate([weight, bias]), np.empty((7, columns), np.float32)
+    alone, batch = stream.copy(), Batch(7, columns)
+    for t in range(7):
+        as_kernel(add_and_normalize)(
+            alone[t], residual[t], NO_NORM, np.float32(scale), norm, np.float32(1e-5), out[t]
+        )  # fmt: skip
+    THREAD_POOL.run(
+        add_and_normalize_batch, stream, residual, NO_NORM, np.float32(scale), norm, np.float32(1e-5), *batch.buffers
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(alone, summed, rtol=3e-7)
+    np.testing.assert_array_equal(stream, alone)
+    np.testing.assert_array_equal(batch.x, out)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])
 def test_normalize_extreme_vectors(value: float) -> None:
     stream, out = np.full(64, value, np.float32), np.empty(64, np.float32)
