@@ -183,7 +183,7 @@ def test_the_instruction_set_can_be_forced(
 ) -> None:
     monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # few kernels are needed
     arguments = ["bench", str(tiny_file), "-p", "1", "-n", "0", "-r", "1", "--no-kernels", "--json"]
-    arguments += ["--cache-type", "f32"]  # the kernels of other tests
+    arguments += ["--cache-type", "f32", "--prefill-bits", "16"]  # the kernels of runtime/test_model.py
     assert app.main([*arguments, "--isa", "portable"]) == 0
     assert json.loads(capsys.readouterr().out)["instruction_set"] == "portable"
     for command in (arguments, ["run", str(tiny_file), "-p", "a"], ["verify", str(tiny_file), str(tiny_file)]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from paged_layers import NO_STATES
 from pool_config import pool_config
 from sequences import open_sequence
 
+from cpu_kernels.compilation.kernel import Kernel
 from cpu_kernels.transformer.kv_pages import PAGE, KeyValues, store_head
 from tritgguf.cli import app
 from tritgguf.errors import TritGgufError
@@ -38,6 +40,27 @@ def test_types(tiny_trit_file: Files, cache_type: str, bound: float) -> None:
     assert (
         model.pool.element.itemsize == CACHE_TYPES[cache_type].itemsize == {"f32": 4, "f16": 2, "q8_0": 1}[cache_type]
     )
+
+
+def test_the_kernels_of_a_type_are_made_ready_before_the_first_token(
+    tiny_trit_file: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = open_sequence(tiny_trit_file("qwen2"), context=32, cache_type="q8_0")
+    needed, find = set[tuple[str, Any]](), Kernel._version
+
+    def note(kernel: Kernel, types: tuple[Any, ...]) -> Any:
+        if "int8" in str(types):
+            needed.add((kernel.__name__, types))
+        return find(kernel, types)
+
+    monkeypatch.setattr(Kernel, "_version", note)
+    sequence.model.compile(lambda: None, cache_type="q8_0")
+    ready = needed.copy()
+    needed.clear()
+    sequence.forward(TOKENS[:9])
+    sequence.forward(TOKENS[9:10])
+    assert {name for name, _ in needed} >= {"attend", "decode"}
+    assert needed <= ready
 
 
 def as_floats(pool: KVPool, page: np.ndarray) -> np.ndarray:

@@ -89,13 +89,13 @@ def test_logits_as_run_computes_them(tiny_trit_file: Files, variant: str, option
 
 def test_generated_tokens_of_fewer_bits(tiny_trit_file: Files) -> None:
     """A generated token has 8 bits like one of a prompt, whose sums have another order; the head has 16 for both."""
-    model = open_sequence(tiny_trit_file(), context=32, cache_type="f32", decode_bits=8)
+    model = open_sequence(tiny_trit_file(), context=32, decode_bits=8)
     found = {}
     for generated in (True, False):
         model.truncate(0)
         found[generated] = model.forward(TOKENS[:1], generated=generated)
     assert np.abs(found[True] - found[False]).max() < 1e-4 * np.abs(found[False]).max()
-    wide = open_sequence(tiny_trit_file(), context=32, cache_type="f32").forward(TOKENS[:1])
+    wide = open_sequence(tiny_trit_file(), context=32).forward(TOKENS[:1])
     assert np.abs(found[True] - wide).max() > 1e-4 * np.abs(wide).max()
 
 

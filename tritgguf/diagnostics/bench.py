@@ -200,7 +200,7 @@ def bench(
     model = Model(file, threads=threads, prefill_bits=prefill_bits, isa=isa)
     sequence = SingleSequence(model, context, cache_type=cache_type)
     check_cache_fits(model.config, context, cache_type, str(file.path))
-    tokens = _warm_up(sequence, on_compilation or (lambda: None))
+    tokens = _warm_up(sequence, cache_type, on_compilation or (lambda: None))
     before, prompt, generated = tokens[:depth], tokens[depth:][:prompt_tokens], tokens[depth:][:generated_tokens]
     prefill = _time_prefill(sequence, before, prompt, repetitions) if prompt else None
     decode = _time_decode(sequence, before, generated, repetitions) if generated else None
@@ -232,7 +232,8 @@ def generation_speed(path: str | Path, threads: int | None, isa: str | None = No
     """
     model = Model(open_trit_file(path), threads=threads, isa=isa)
     sequence = SingleSequence(model, COMPARED_TOKENS, cache_type=DEFAULT_CACHE_TYPE)
-    return _time_decode(sequence, [], _warm_up(sequence, lambda: None), COMPARED_REPETITIONS).mean
+    tokens = _warm_up(sequence, DEFAULT_CACHE_TYPE, lambda: None)
+    return _time_decode(sequence, [], tokens, COMPARED_REPETITIONS).mean
 
 
 def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
@@ -252,13 +253,13 @@ def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
     }
 
 
-def _warm_up(sequence: SingleSequence, on_compilation: Callable[[], None]) -> list[int]:
+def _warm_up(sequence: SingleSequence, cache_type: str, on_compilation: Callable[[], None]) -> list[int]:
     """Run a sequence until its context is full, and return the random tokens in it.
 
     Nothing is left to compile, read or allocate then, and cut at any depth, the cache holds what stands before.
     """
     model, context = sequence.model, sequence.context
-    model.compile(on_compilation)
+    model.compile(on_compilation, cache_type=cache_type, batches=False)
     tokens: list[int] = np.random.default_rng(0).integers(0, model.config.vocab_size, context).tolist()
     sequence.forward(tokens)
     _cut(sequence, tokens[:-1])

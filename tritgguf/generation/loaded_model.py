@@ -209,7 +209,8 @@ def load(
     draft_model = None if draft is None else Model(_draft_file(draft, file, on_download), threads=threads, isa=isa)
     speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
     engine = _make_engine(model, context, parallel, cache_type, speculation)
-    start += _compile(model, draft_model, on_compilation, batches=parallel > 1 or speculation is not None)
+    batches = parallel > 1 or speculation is not None
+    start += _compile(model, draft_model, cache_type, on_compilation, batches=batches)
     return LoadedModel(file.path, tokenizer, template, time.perf_counter() - start, engine)
 
 
@@ -317,7 +318,12 @@ def _make_engine(
 
 
 def _compile(
-    model: Model, draft_model: Model | None, on_compilation: Callable[[], None] | None, *, batches: bool
+    model: Model,
+    draft_model: Model | None,
+    cache_type: str,
+    on_compilation: Callable[[], None] | None,
+    *,
+    batches: bool,
 ) -> float:
     """Make the kernels ready; return the seconds that it took if some had to be compiled, else 0."""
     start, compiled = time.perf_counter(), list[bool]()
@@ -327,7 +333,7 @@ def _compile(
             on_compilation()
         compiled.append(True)
 
-    model.compile(announce, batches=batches)
+    model.compile(announce, cache_type=cache_type, batches=batches)
     if draft_model is not None:
         draft_model.compile(announce)
     return time.perf_counter() - start if compiled else 0.0

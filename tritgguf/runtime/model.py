@@ -102,14 +102,17 @@ class Model:
         """What keys and values are kept in unless the caller chooses: float16, or float32 with `exact`."""
         return "f32" if self.exact else DEFAULT_CACHE_TYPE
 
-    def compile(self, announce: Callable[[], None], *, batches: bool = True) -> None:
+    def compile(
+        self, announce: Callable[[], None], *, cache_type: str | None = None, batches: bool = True
+    ) -> None:
         """Compile every kernel that the model needs, or load it from the cache.
 
         Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
-        compiled, which happens on a machine's first run and takes about half a minute. Without `batches`, what only
-        several outputs of a forward pass need is left out.
+        compiled, which happens on a machine's first run and takes about half a minute. `cache_type` is that of the
+        pools, as in `new_kv_pool`. Without `batches`, what only several outputs of a forward pass need is left out.
         """
-        compiler, pool = CompilingThreadPool(1, isa=self.thread_pool.isa_name), self.new_kv_pool(context=1)
+        compiler = CompilingThreadPool(1, isa=self.thread_pool.isa_name)
+        pool = self.new_kv_pool(context=1, cache_type=cache_type)
         token, logits = np.zeros(1, np.int64), np.zeros((2, self.config.vocab_size), np.float32)
         hidden = np.zeros((2, self.config.dimensions.hidden), np.float32)
         with announcing_compilation(announce):
