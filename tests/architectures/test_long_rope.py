@@ -18,6 +18,7 @@ from tiny_models import edit_json, tiny_config
 
 from tritgguf.architectures import hf_to_gguf
 from tritgguf.architectures.rope import LONG_FACTORS, SHORT_FACTORS
+from tritgguf.cli import app
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.sources.gguf import GgufSource
@@ -125,6 +126,13 @@ def test_the_edge_is_the_original_length(file: GgufFile) -> None:
     np.testing.assert_array_equal(most, few)
     np.testing.assert_array_equal(all_of_it, more)
     assert np.abs(more - most).max() > 0.01 * np.abs(most).max()
+
+
+def test_run_says_that_it_takes_the_long_factors(file: GgufFile, capsys: pytest.CaptureFixture[str]) -> None:
+    for context in (ORIGINAL, ORIGINAL + 1):
+        assert app.main(["run", str(file.path), "--raw", "-p", "a", "-n", "1", "-c", str(context)]) == 0
+        is_said = f"a context of {context} tokens takes this model's frequencies for long" in capsys.readouterr().err
+        assert is_said == (context > ORIGINAL)
 
 
 @pytest.mark.parametrize("attention_factor", [None, 1.25])

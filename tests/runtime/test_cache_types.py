@@ -50,7 +50,7 @@ def test_the_kernels_of_a_type_are_made_ready_before_the_first_token(
 
     def note(kernel: Kernel, types: tuple[Any, ...]) -> Any:
         if "int8" in str(types):
-            needed.add((kernel.__name__, types))
+            needed.add((kernel.py_func.__name__, types))
         return find(kernel, types)
 
     monkeypatch.setattr(Kernel, "_version", note)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_model(file: Path, **settings: Any) -> LoadedModel:
-    """Load a model, with settings as `load` takes them; a context longer than the model was trained for is noted."""
+    """Load a model, with settings as `load` takes them, and note what its context and its size mean."""
     from tritgguf.generation.loaded_model import load
 
     if settings.get("draft") is not None:
@@ -29,8 +29,19 @@ def load_model(file: Path, **settings: Any) -> LoadedModel:
             f"warning: the model was trained for {model.trained_context} tokens, the context has {model.context};"
             " beyond the former its answers get worse"
         )
+    _note_long_rope(model)
     _note_what_fits(model)
     return model
+
+
+def _note_long_rope(model: LoadedModel) -> None:
+    """Note that LongRoPE's frequencies are those for long texts, because the context is long."""
+    config = model.engine.model.config
+    if config.long_rotations is not config.rotations and model.context > config.original_context:
+        terminal.note(
+            f"note: a context of {model.context} tokens takes this model's frequencies for long texts; for texts of at"
+            f" most {config.original_context}, --ctx-size {config.original_context} takes those that fit them better"
+        )
 
 
 def _note_what_fits(model: LoadedModel) -> None:

@@ -102,9 +102,7 @@ class Model:
         """What keys and values are kept in unless the caller chooses: float16, or float32 with `exact`."""
         return "f32" if self.exact else DEFAULT_CACHE_TYPE
 
-    def compile(
-        self, announce: Callable[[], None], *, cache_type: str | None = None, batches: bool = True
-    ) -> None:
+    def compile(self, announce: Callable[[], None], *, cache_type: str | None = None, batches: bool = True) -> None:
         """Compile every kernel that the model needs, or load it from the cache.
 
         Otherwise the first tokens would have to wait for it. `announce` is called once if something is really
