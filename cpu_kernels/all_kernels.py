@@ -172,7 +172,7 @@ def _prompts(isa: Type) -> Signatures:
             (isa, halves, *sizes, _floats(1), *_batch(bits), _floats(2), _INTEGER, *_SHARE) for bits in (8, 16)
         ],
         gemm.half_gemm: [(isa, halves, _INTEGER, _floats(2), _floats(2), _INTEGER, *_SHARE)],
-        activations.add_and_rms_norm_batch: [(*kept, *_batch(bits), *_SHARE) for bits in (8, 16)],
+        activations.add_and_normalize_batch: [(*kept, *_batch(bits), *_SHARE) for bits in (8, 16)],
         activations.quantize_batch: [(_floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)],
         activations.swiglu_batch: [
             (_floats(2), _INTEGER, _BOOLEAN, _floats(2), *_batch(bits), *_SHARE) for bits in (8, 16)
@@ -252,7 +252,7 @@ def _shared(isa: Type) -> Signatures:
             (row, _any_strides(f"int{bits}", 3), _any_strides("int32", 2), _any_strides("float32", 1))
             for bits in (16, 8)
         ],
-        activations.add_and_rms_norm: [
+        activations.add_and_normalize: [
             (row, row, row, _FLOAT, _floats(1, readonly=readonly), _FLOAT, row) for readonly in (False, True)
         ],
         swiglu.swiglu: [(row, row, _INTEGER, row)],

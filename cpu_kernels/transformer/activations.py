@@ -172,20 +172,42 @@ def normalize_row(x, residual, weight, epsilon, out):
         out[k] = weight[k] * (x[k] * factor)
 
 
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+def _layer_norm(x, residual, scale, weight, epsilon, out):
+    """Add scale * `residual` to `x` in place, then compute the LayerNorm of `x`; see `add_and_normalize`."""
+    columns = len(x)
+    total = np.float32(0.0)
+    for k in range(columns):
+        x[k] += residual[k] * scale
+        total += x[k]
+    mean = total / np.float32(columns)
+    total = np.float32(0.0)
+    for k in range(columns):
+        out[k] = x[k] - mean
+        total += out[k] * out[k]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(columns) + epsilon)
+    for k in range(columns):
+        out[k] = weight[k] * (out[k] * factor) + weight[columns + k]
+
+
 @numba.njit(cache=True, nogil=True, shared=True, fastmath={"contract", "reassoc"})
-def add_and_rms_norm(x, residual, output_norm, scale, weight, epsilon, out):
-    """Add a layer's output to the residual stream, then apply the RMS norm; all float32.
+def add_and_normalize(x, residual, output_norm, scale, weight, epsilon, out):
+    """Add a layer's output to the residual stream, then apply the stream's norm; all float32.
 
     Args:
         x: [columns], the residual stream; modified.
         residual: [columns], the layer's output.
-        output_norm: [columns], weights of a norm of the output; [0] for none.
+        output_norm: [columns], weights of an RMS norm of the output; [0] for none.
         scale: factor of the output.
-        weight: [columns], weights of the stream's norm; [0] for none, then the stream is copied.
+        weight: [columns], weights of the stream's RMS norm; [0] for none, then the stream is copied. [2 * columns],
+            weights and biases of a LayerNorm; then `output_norm` has no effect.
         epsilon: of the norms.
         out: [columns], the normalized stream.
 
     """
+    if len(weight) > len(x):
+        _layer_norm(x, residual, scale, weight, epsilon, out)
+        return
     if len(output_norm) == 0 and scale == 1 and len(weight) > 0:
         normalize_row(x, residual, weight, epsilon, out)
         return
@@ -268,22 +290,22 @@ def quantization_error_of_batch(x, integers, scales, out, thread, threads):
 
 
 @numba.njit(cache=True, nogil=True)
-def add_and_rms_norm_batch(
+def add_and_normalize_batch(
     stream, residual, output_norm, scale, weight, epsilon, x, integers, offsets, scales, thread, threads
 ):
-    """Add a layer's output, normalize and quantize a thread's share of a batch; see `add_and_rms_norm`.
+    """Add a layer's output, normalize and quantize a thread's share of a batch; see `add_and_normalize`.
 
     Args:
         stream: float32 [tokens, columns], the residual stream; modified.
         residual: float32 [tokens, columns], the layer's output.
-        output_norm, scale, weight, epsilon: as in `add_and_rms_norm`.
+        output_norm, scale, weight, epsilon: as in `add_and_normalize`.
         x, integers, offsets, scales: as in `quantize_batch`, all out.
         thread, threads: as in `quantize_batch`.
 
     """
     for block in _share(len(scales), thread, threads):
         for t in _tokens(block, x):
-            add_and_rms_norm(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
+            add_and_normalize(stream[t], residual[t], output_norm, scale, weight, epsilon, x[t])
         _quantize_tokens(block, x, integers, offsets, scales)
 
 

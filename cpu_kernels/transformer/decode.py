@@ -13,7 +13,7 @@ import numpy as np
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_normalize, quantize_row
 from cpu_kernels.transformer.attend_token import attend_token, merge_splits
 from cpu_kernels.transformer.delta_net import DeltaNet, mix_one
 from cpu_kernels.transformer.experts import (
@@ -46,10 +46,10 @@ class Weights(NamedTuple):
     rows: np.ndarray  # int64 [layers, 7]
     depths: np.ndarray  # int64 [layers, 7]
     steps: np.ndarray  # float32 [layers, 7, 32]
-    attention_norms: np.ndarray  # float32 [layers, hidden], of the attention's input
+    attention_norms: np.ndarray  # float32 [layers, hidden], of the attention's input; twice as long for LayerNorms
     query_key_norms: np.ndarray  # float32 [layers, rows of Q and K]
     attention_output_norms: np.ndarray  # float32 [layers, hidden]
-    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the feed-forward's input
+    feed_forward_norms: np.ndarray  # float32 [layers, hidden], of the feed-forward's input; see `attention_norms`
     feed_forward_output_norms: np.ndarray  # float32 [layers, hidden]
     qkv_biases: np.ndarray  # float32 [layers, rows of Q, K and V], zeros if there are none
     output_biases: np.ndarray  # float32 [layers, hidden]
@@ -64,7 +64,7 @@ class Weights(NamedTuple):
 class OutputHead(NamedTuple):
     """The final norm and the output matrix (LM head)."""
 
-    norm: np.ndarray  # float32 [hidden]
+    norm: np.ndarray  # float32 [hidden]; twice as long for a LayerNorm, see `add_and_normalize`
     addresses: np.ndarray  # int64 [1]
     rows: np.ndarray  # int64 [1]
     depths: np.ndarray  # int64 [1]
@@ -240,7 +240,7 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
     attended = row_of(buffers.own_attended, thread)
     output_norm = weights.feed_forward_output_norms[0]  # no effect: before the first layer, the residual is zero
     for layer in range(len(weights.addresses)):
-        add_and_rms_norm(
+        add_and_normalize(
             stream, buffers.residual, output_norm, options.residual_scale, weights.attention_norms[layer],
             options.epsilon, hidden[0],
         )  # fmt: skip
@@ -260,14 +260,14 @@ def decode(isa, weights, head, kv, scratch, buffers, options, sequence, position
                 thread, threads,
             )  # fmt: skip
         output_norm = weights.attention_output_norms[layer]
-        add_and_rms_norm(
+        add_and_normalize(
             stream, buffers.residual, output_norm, options.residual_scale, weights.feed_forward_norms[layer],
             options.epsilon, hidden[0],
         )  # fmt: skip
         quantize_row(*hidden)
         _feed_forward(isa, weights, options, layer, hidden, buffers, counter, thread, threads)
         output_norm = weights.feed_forward_output_norms[layer]
-    add_and_rms_norm(
+    add_and_normalize(
         stream, buffers.residual, output_norm, options.residual_scale, head.norm, options.epsilon, hidden[0]
     )
     quantize_row(*hidden)

@@ -15,7 +15,7 @@ import numpy as np
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.barrier import wait_for_all
-from cpu_kernels.transformer.activations import VectorBuffers, add_and_rms_norm, quantize_row
+from cpu_kernels.transformer.activations import VectorBuffers, add_and_normalize, quantize_row
 from cpu_kernels.transformer.attend_token import attend_units, merge_splits, store_key_value, units_of
 from cpu_kernels.transformer.decode import DOWN, GATE, OUTPUT, QKV, UP, add_bias, row_of
 from cpu_kernels.transformer.delta_net import mix_tokens, prepare_tokens
@@ -58,7 +58,7 @@ def _add_normalize_quantize(buffers, output_norm, norm, options, thread, threads
     tokens = len(buffers.stream)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         x, integers, offsets, scales = row_of(buffers.hidden, t)
-        add_and_rms_norm(
+        add_and_normalize(
             buffers.stream[t], buffers.residual[t], output_norm, options.residual_scale, norm, options.epsilon, x
         )
         quantize_row(x, integers, offsets, scales)
@@ -197,7 +197,7 @@ def decode_batch(
     Args:
         isa: the instruction set.
         weights: see `Weights`.
-        final_norm: float32 [hidden]; its output in `buffers.hidden` is the input of the output head.
+        final_norm: see `OutputHead`; its output in `buffers.hidden` is the input of the output head.
         kv, scratch: see `KeyValues` and `Scratch`; the scratch must have room for all tokens.
         buffers: see `BatchBuffers`; `stream` must be the tokens' embeddings, and `residual` zeros.
         options: see `LayerOptions`.

@@ -14,7 +14,7 @@ class LayerOptions(NamedTuple):
     """Options of a model's layers; they are the same for every token."""
 
     epsilon: np.float32
-    """Epsilon of the RMS norms."""
+    """Epsilon of the norms."""
     residual_scale: np.float32
     """Factor of the outputs of attention and feed-forward before they are added to the residual stream."""
     activation: int

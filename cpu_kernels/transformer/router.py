@@ -13,6 +13,8 @@ from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.simd.float_dot import float_dot
 
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # GGUF's numbers of `expert_gating_func`
+SPARSE_MIXER = 256  # GGUF has no number for it
+_MARGIN = np.float32(0.02)  # SparseMixer's, twice Phi-3.5-MoE's `router_jitter_noise`
 _TOKENS = 16  # whose hidden states stay in the second-level cache while all rows of the router pass
 
 
@@ -22,7 +24,8 @@ class Routing(NamedTuple):
     chosen: int
     """How many experts a token goes to; 0 for a model without experts."""
     gating: int
-    """SOFTMAX over all experts, SIGMOID, or SOFTMAX_OF_CHOSEN: over those that were chosen by their scores."""
+    """SOFTMAX over all experts; SIGMOID; SOFTMAX_OF_CHOSEN, over those that were chosen by their scores; or
+    SPARSE_MIXER, a softmax for each chosen expert, over those behind it whose scores are nearly its own."""
     normalizes: bool
     """Whether the weights of the chosen experts are divided by their sum."""
     scale: np.float32
@@ -99,6 +102,9 @@ def choose_experts(routing, scores, biases, selection_biases, own, chosen, weigh
         total += weights[rank]
     if routing.gating == SOFTMAX_OF_CHOSEN:
         _softmax(weights)
+    elif routing.gating == SPARSE_MIXER:
+        for rank in range(len(chosen)):
+            weights[rank] = _share_of_near(own_scores, chosen[: rank + 1])
     elif routing.normalizes:
         for rank in range(len(chosen)):
             weights[rank] /= total
@@ -108,16 +114,36 @@ def choose_experts(routing, scores, biases, selection_biases, own, chosen, weigh
 
 
 @numba.njit(cache=True)
+def _share_of_near(scores, chosen):
+    """Return the last chosen expert's share of a softmax, which is SparseMixer's without training (arXiv:2409.12136).
+
+    It is over the experts that were not chosen before it and whose score is not more than a margin below its own. The
+    margin is relative to the larger magnitude of the two.
+    """
+    best, total = scores[chosen[-1]], np.float32(0.0)
+    for e in range(len(scores)):
+        is_far = best - scores[e] > _MARGIN * max(abs(scores[e]), best)
+        if not is_far and not _is_among(e, chosen[:-1]):
+            total += np.exp(scores[e] - best)
+    return np.float32(1.0) / total
+
+
+@numba.njit(cache=True)
 def _best_of_rest(ranks, taken):
     """Return the first index of the largest of float32 [n], of those that are not taken; some index for no numbers."""
     best = -1
     for e in range(len(ranks)):
         if best >= 0 and not ranks[e] > ranks[best] and ranks[best] == ranks[best]:
             continue
-        free = True
-        for other in taken:
-            if other == e:
-                free = False
-        if free:
+        if not _is_among(e, taken):
             best = e
     return best
+
+
+@numba.njit(cache=True)
+def _is_among(index, taken):
+    """Tell whether an index is one of int64 [n]."""
+    found = False
+    for other in taken:
+        found = found or other == index
+    return found

@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "granite": gguf.MODEL_ARCH.GRANITE_MOE,
     "gpt-oss": gguf.MODEL_ARCH.GPT_OSS,
+    "phimoe": gguf.MODEL_ARCH.PHIMOE,
 }
 
 
@@ -89,6 +90,7 @@ def test_packed_and_unpacked_tensors(kind: str) -> None:
         ("granite", {"shared_intermediate_size": 0}),
         ("mixtral", {"sliding_window": 64}),
         ("gpt-oss", {"sliding_window": 64}),
+        ("phimoe", {"sliding_window": 64, "lm_head_bias": False, "attention_bias": False}),
     ],
 )
 def test_keys_lead_back(kind: str, entries: dict[str, Any]) -> None:
@@ -130,3 +132,23 @@ def test_older_files_lack_the_widths() -> None:
     experts = dimensions.dimensions_from_gguf(keys, 448, frozenset(), "model.gguf").experts
     assert experts is not None
     assert (experts.width, experts.shared_width) == (96, 192)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "message"),
+    [
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3, but SparseMixer chooses 2"),
+        ("phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, but only 0.01 is supported"),
+        ("phimoe", {"mlp_bias": True}, r"biases \(mlp_bias\) of a PhiMoEForCausalLM are not supported"),
+        ("mixtral", {"lm_head_bias": True}, r"biases \(lm_head_bias\) of a MixtralForCausalLM are not supported"),
+    ],
+)
+def test_what_other_models_of_a_family_have_is_refused(kind: str, entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(TritGgufError, match=message):
+        dimensions.dimensions_from_config(mixture_config(kind, **entries))
+
+
+def test_a_file_for_sparse_mixer_has_two_experts_of_a_token() -> None:
+    keys = {**values_of(mixture_config("phimoe")), "phimoe.expert_used_count": 1}
+    with pytest.raises(TritGgufError, match=r"phimoe\.expert_used_count is 1, but SparseMixer chooses 2"):
+        dimensions.dimensions_from_gguf(keys, 448, frozenset(), "model.gguf")

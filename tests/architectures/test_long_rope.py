@@ -13,6 +13,7 @@ import pytest
 from converted_models import as_stock_gguf, assert_no_number_differs
 from model_keys import values_of
 from sequences import open_sequence
+from tiny_mixtures import mixture_config, write_tiny_mixture
 from tiny_models import edit_json, tiny_config
 
 from tritgguf.architectures import hf_to_gguf
@@ -32,6 +33,12 @@ def phi3_config(**scaling: Any) -> dict[str, Any]:
     scaling = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG, **scaling}
     lengths = {"original_max_position_embeddings": 64, "max_position_embeddings": 256}
     return tiny_config("Phi3ForCausalLM", rope_scaling=scaling, **lengths)
+
+
+def phimoe_scaling(**scaling: Any) -> dict[str, Any]:
+    """Return entries of config.json in the layout of Phi-3.5-MoE's checkpoint: four times as long as at first."""
+    of_phi3 = phi3_config(short_mscale=1.25, long_mscale=1.25, original_max_position_embeddings=64, **scaling)
+    return {name: of_phi3[name] for name in ("rope_scaling", "original_max_position_embeddings")}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,33 @@ def test_no_number_differs_after_a_round_trip(folder: Path, tmp_path: Path, atte
     scaling = {name: stored["rope_parameters"][name] for name in ("long_factor", "short_factor")}
     scaling |= {} if attention_factor is None else {"attention_factor": attention_factor}
     assert [exported[key] for key in keys] == [ORIGINAL, 4 * ORIGINAL, {"type": "longrope", **scaling}]
+
+
+def test_scales_of_phimoe_lead_back(tmp_path: Path) -> None:
+    model = write_tiny_mixture(tmp_path / "model", "phimoe", **phimoe_scaling())
+    assert_no_number_differs(model, tmp_path)
+    keys = values_of(json.loads((model / "config.json").read_text("utf-8")))
+    scaling = {key: value for key, value in keys.items() if "scaling" in key}
+    assert scaling == {"phimoe.rope.scaling.original_context_length": 64, "phimoe.rope.scaling.attn_factor": 1.25}
+    exported = json.loads((tmp_path / "hf/config.json").read_text("utf-8"))
+    stored = phimoe_scaling()
+    del stored["rope_scaling"]["original_max_position_embeddings"]  # it is beside the scaling too
+    assert {name: exported[name] for name in stored} == stored
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"long_mscale": 1.5}, "another long_mscale than short_mscale"),
+        ({"short_mscale": None}, "short_mscale is None, which is not a positive number"),
+        ({"long_mscale": [1.25]}, "long_mscale is "),
+    ],
+)
+def test_bad_scales_of_phimoe_are_refused(scaling: dict[str, Any], message: str) -> None:
+    entries = phimoe_scaling()
+    entries["rope_scaling"] |= scaling
+    with pytest.raises(TritGgufError, match=message):
+        values_of(mixture_config("phimoe", **entries))
 
 
 def _with_factor(folder: Path, copy: Path, attention_factor: float) -> None:

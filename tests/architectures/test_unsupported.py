@@ -15,8 +15,6 @@ CASES = [
     ("Qwen3NextForCausalLM", "qwen3next", "Gated DeltaNet"),
     ("Llama4ForConditionalGeneration", "llama4", "its text model has chunked attention"),
     ("Llama4ForCausalLM", "llama4", "its text model has chunked attention"),
-    ("PhimoeForCausalLM", "phimoe", "SparseMixer"),
-    ("PhiMoEForCausalLM", "phimoe", "SparseMixer"),
 ]
 
 

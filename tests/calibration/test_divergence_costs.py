@@ -49,10 +49,10 @@ def divergence(source: Source, file: Path) -> float:
     return compare_windows(WINDOWS, expected, map(model.logits, WINDOWS)).kl_mean
 
 
-@pytest.mark.parametrize("family", ["granite", "gemma2", "qwen2"])
+@pytest.mark.parametrize("family", ["granite", "gemma2", "qwen2", "phimoe"])
 @pytest.mark.parametrize("head_depth", [0, 2])
 def test_divergence_is_that_of_the_logits(tmp_path: Path, family: str, head_depth: int) -> None:
-    """Granite has a scale of logits, Gemma 2 a softcap and tied embeddings."""
+    """Granite has a scale of logits, Gemma 2 a softcap and tied embeddings, Phi-3.5-MoE a LayerNorm and a bias."""
     source = open_source(families.write_random_family(tmp_path / "model", family))
     out = tmp_path / "out.gguf"
     convert(tmp_path / "model", out, depth=1, recipe="published")

@@ -234,13 +234,13 @@ def runner_logits(file: GgufFile, tokens: list[int], *, exact: bool) -> np.ndarr
 
 
 # llama.cpp ignores the windows of Mistral and Phi-3 and another scale of Gemma's than the head's; its GELU is a table.
-# It rounds the range of pairs of every YaRN, also that of gpt-oss.
+# It rounds the range of pairs of every YaRN, also that of gpt-oss. Phi-3.5-MoE has other norms and weights there.
 @pytest.mark.parametrize(
     ("name", "most"),
     [
         (name, 2e-3 if name.startswith("gemma") else 1e-5)
         for name in families.FAMILIES
-        if "window" not in name and "scale" not in name and name != "gpt-oss, YaRN"
+        if "window" not in name and "scale" not in name and name != "gpt-oss, YaRN" and "phimoe" not in name
     ],
 )
 def test_logits_of_every_family(referee_library: Path, tmp_path: Path, name: str, most: float) -> None:

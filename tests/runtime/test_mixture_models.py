@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +121,25 @@ def test_damaged_keys(folder: Path, change: dict[str, object], message: str) -> 
     file.metadata = {**dict(file.metadata), **{f"{arch}.{key}": value for key, value in change.items()}}
     with pytest.raises(TritGgufError, match=message):
         Model(file)
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_norm.bias", "output_norm.bias"])
+def test_a_layer_norm_without_a_bias_is_refused(folder: Path, name: str) -> None:
+    file = GgufFile(converted(folder, "phimoe"))
+    del file.tensors[name]
+    with pytest.raises(TritGgufError, match=f"tensor {re.escape(name)} is missing; convert the model again"):
+        Model(file)
+
+
+def test_the_bias_of_the_head_is_added_to_every_logit(folder: Path) -> None:
+    """To those of prompts and of generated tokens, alone and together."""
+    file, without = (GgufFile(converted(folder, "phimoe")) for _ in range(2))
+    bias = file.read_float32("output.bias")
+    del without.tensors["output.bias"]
+    for generated_ones in (False, True):
+        for tokens in (TOKENS[:1], TOKENS[:5]):
+            logits, others = (
+                open_sequence(opened, context=8).forward(tokens, all_logits=True, generated=generated_ones)
+                for opened in (file, without)
+            )
+            np.testing.assert_array_equal(logits, others + bias)

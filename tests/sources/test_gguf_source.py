@@ -173,6 +173,8 @@ def test_a_trit_file_shows_its_rows_and_scales(tmp_path: Path, depth: int) -> No
             {"extra": {"blk.0.strange.weight": np.ones(4, np.float32)}},
             "strange.weight does not belong",
         ),
+        ("llama", {"extra": {"output.bias": np.ones(448, np.float32)}}, r"output\.bias does not belong"),
+        ("llama", {"extra": {"blk.0.attn_norm.bias": np.ones(128, np.float32)}}, r"attn_norm\.bias does not belong"),
         ("llama", {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight has shape"),
         (
             "llama",

@@ -165,6 +165,12 @@ def root_mean_square_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> 
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weight
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+    """Return the LayerNorm of vectors [..., columns]."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return root_mean_square_norm(centred, weight, epsilon) + bias
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Return the softmax of scores."""
     powers = np.exp(x - x.max())

@@ -35,6 +35,9 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phimoe": (
+        "PhiMoEForCausalLM", {"num_local_experts": EXPERTS, "attention_bias": True, "lm_head_bias": True}
+    ),
 }  # fmt: skip
 MODEL_TYPES = {
     "qwen3": "qwen3_moe",
@@ -42,6 +45,7 @@ MODEL_TYPES = {
     "mixtral": "mixtral",
     "granite": "granitemoeshared",
     "gpt-oss": "gpt_oss",
+    "phimoe": "phimoe",
 }
 KINDS = tuple(_CLASSES)
 
@@ -75,6 +79,10 @@ def mixture_weights(kind: str, config: Mapping[str, Any], *, fused: bool = False
     weights = {name: value for name, value in random_weights(config).items() if ".mlp." not in name}
     generator = np.random.default_rng(1)
     hidden = config["hidden_size"]
+    if kind == "phimoe":
+        names = [name.replace(".weight", ".bias") for name in weights if "norm" in name]
+        weights |= {name: generator.standard_normal(hidden).astype(np.float32) for name in names}
+        weights["lm_head.bias"] = generator.standard_normal(config["vocab_size"]).astype(np.float32)
     for layer in range(config["num_hidden_layers"]):
         prefix, experts = f"model.layers.{layer}.", random_experts(config, layer)
         if kind == "qwen2":
@@ -121,11 +129,11 @@ def _biases_of_gpt_oss(
 
 
 def _router_name(kind: str, *, fused: bool) -> str:
-    if kind == "gpt-oss":
+    if kind == "gpt-oss" or (kind == "phimoe" and fused):
         return "mlp.router.weight"
     if kind == "granite":
         return "block_sparse_moe.router.weight" if fused else "block_sparse_moe.router.layer.weight"
-    return "block_sparse_moe.gate.weight" if kind == "mixtral" and not fused else "mlp.gate.weight"
+    return "block_sparse_moe.gate.weight" if kind in ("mixtral", "phimoe") and not fused else "mlp.gate.weight"
 
 
 def _stored_experts(kind: str, experts: Mapping[str, np.ndarray], *, fused: bool) -> dict[str, np.ndarray]:
@@ -143,7 +151,7 @@ def _stored_experts(kind: str, experts: Mapping[str, np.ndarray], *, fused: bool
         block = "block_sparse_moe" if kind == "granite" else "mlp"
         return {f"{block}.experts.gate_up_proj": gate_up, f"{block}.experts.down_proj": down}
     pattern, names = "mlp.experts.{}.{}_proj.weight", ("gate", "up", "down")
-    if kind == "mixtral":
+    if kind in ("mixtral", "phimoe"):
         pattern, names = "block_sparse_moe.experts.{}.{}.weight", ("w1", "w3", "w2")
     return {
         pattern.format(expert, name): stack[expert]

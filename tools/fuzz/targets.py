@@ -39,7 +39,7 @@ from tritgguf.sources.open import open_source
 from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.tokenizer import Tokenizer
 
-_FAMILIES = ("qwen3", "qwen3-moe")
+_FAMILIES = ("qwen3", "qwen3-moe", "phimoe")
 _OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
 Target = Callable[[random.Random], None]
 _HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
@@ -273,7 +273,9 @@ def _short_header(model: Path) -> MarkedBytes:
     from tritgguf.formats.gguf_writer import PlannedTensor, StreamingWriter
 
     sound = GgufFile(model)
-    names = ["token_embd.weight", "output_norm.weight", *(name for name in sound.tensors if name.startswith("blk.0."))]
+    in_layers = [name for name in sound.tensors if name.startswith("blk.")]
+    vectors = [name for name, info in sound.tensors.items() if len(info.shape) == 1 and name not in in_layers]
+    names = ["token_embd.weight", *vectors, *(name for name in in_layers if name.startswith("blk.0."))]
     others = tuple(codebook_key(name) for name in sound.tensors if name not in names)
     metadata = {key: sound.value(key) for key in sound.metadata if _HEADER_KEYS.match(key) and key not in others}
     metadata[f"{sound.metadata['general.architecture']}.block_count"] = GGUFValue(1, GGUFValueType.UINT32)

@@ -77,6 +77,17 @@ _GPT_OSS = {
     "head_dim": 64,
     "sliding_window": 48,
 }
+_PHIMOE = {
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "intermediate_size": 64,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "sliding_window": 48,
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": 512,
+    "rope_parameters": {**_LONG_ROPE, "short_mscale": 1.25, "long_mscale": 1.25},
+}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"head_dim": 32, **_EXPERTS, "num_local_experts": 8}),
     "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 128}),
@@ -88,6 +99,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_EXPERTS, **_GRANITE, "num_local_experts": 8, "shared_intermediate_size": 128},
     ),
     "gpt-oss": ("gpt_oss", {**_GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "phimoe": ("phimoe", _PHIMOE),
     "lfm2-moe": ("lfm2_moe", {**_LFM2, **_EXPERTS, "num_experts": 8, "num_dense_layers": 2}),
     "qwen3.5-moe": (
         "qwen3_5_moe_text",
@@ -174,6 +186,9 @@ def _draw(name: str, parameter: Any, architecture: Architecture) -> None:
             # Some families multiply embeddings with the root of their width; the others need embeddings near 1.
             if "embed_tokens" in name and not architecture.scales_embeddings:
                 parameter.mul_(parameter.shape[1] ** 0.5)
+            if architecture.has_layer_norms and name.endswith("router.weight"):
+                common = torch.randn_like(parameter[0])
+                parameter.add_(8 * common * parameter.shape[-1] ** -0.5)  # so that some scores are within the margin
             if architecture.clamped_swiglu and name.endswith("experts.gate_up_proj"):
                 parameter.mul_(2.5)  # so that some are clamped
             if architecture.clamped_swiglu and name.endswith("experts.down_proj"):

@@ -31,8 +31,8 @@ class Architecture:
     """Whether GGUF interleaves the halves of each head's rows in Q and K, because llama.cpp rotates adjacent pairs."""
     biased: frozenset[str] = frozenset()
     """GGUF names of matrices that always have a bias."""
-    may_be_biased: bool = False
-    """Whether `attention_bias` and `mlp_bias` of config.json add biases."""
+    bias_entries: frozenset[str] = frozenset()
+    """Entries of config.json that say whether some matrices have biases; see `keys.BIASES`."""
     named_matrices: Mapping[str, str] | None = None
     """GGUF name -> Hugging Face name of the matrices of all kinds of layers; None for those of Llama."""
     norms: Mapping[str, str] | None = None
@@ -46,6 +46,8 @@ class Architecture:
     head, a gate follows each query head, and checkpoints may have layers that predict further tokens (MTP)."""
     feed_forward_norm: str = "ffn_norm"
     """GGUF name of the norm before the feed-forward."""
+    has_layer_norms: bool = False
+    """Whether all norms are LayerNorms, which subtract the mean and have a bias, instead of RMS norms."""
     normalizes_together: bool = False
     """Whether the query and key norms run over all heads of a token together instead of each head."""
     norm_offset: int = 0
@@ -71,6 +73,8 @@ class Architecture:
     """Whether YaRN's range of pairs is rounded to whole pairs (`truncate` of a rope scaling)."""
     long_rope: bool = False
     """Whether its rotation may have LongRoPE's two sets of factors."""
+    has_mscales: bool = False
+    """Whether LongRoPE's scale of queries and keys is `short_mscale` and `long_mscale` of config.json."""
     sinks: bool = False
     """Whether each query head has an attention sink: a learned score in the denominator of its softmax."""
     scales_embeddings: bool = False

@@ -74,13 +74,19 @@ class Dimensions:
             f"{entry.final_norm[0]}.weight": (self.hidden,),
             "output.weight": (self.vocabulary, self.hidden),
         }
+        if "output" in self.biased and keys.HEAD_BIAS_ENTRY in entry.bias_entries:
+            shapes["output.bias"] = (self.vocabulary,)
+        if entry.has_layer_norms:
+            shapes[f"{entry.final_norm[0]}.bias"] = (self.hidden,)
         for index in range(self.layers):
             matrices, norms = self._layer_matrices(index), self._layer_norms(index)
             biased = {name for name in self.biased if name in matrices or name in entry.biased}
             experts = self.experts.shapes(self.hidden) if self.experts and self.is_mixture(index) else {}
             for name, shape in {**norms, **matrices, **experts}.items():
                 shapes[f"blk.{index}.{with_suffix(name)}"] = shape
-                if name in biased and name not in norms:
+                if name in norms and entry.has_layer_norms:
+                    shapes[f"blk.{index}.{name}.bias"] = shape
+                elif name in biased and name not in norms:
                     shapes[f"blk.{index}.{name}.bias"] = shape[:-1]
             if entry.sinks:
                 shapes[f"blk.{index}.attn_sinks.weight"] = (self.heads,)
@@ -138,9 +144,11 @@ class Dimensions:
 
 def biased_matrices(names: Iterable[str]) -> frozenset[str]:
     """Return the matrices that have a bias among these GGUF tensor names, as names without layer."""
-    layers = (GGUF_LAYER.fullmatch(name) for name in names)
+    stored = list(names)
+    layers = (GGUF_LAYER.fullmatch(name) for name in stored)
     biased = {f"{layer[2]}.bias": layer[2] for layer in layers if layer is not None and layer[3] == "bias"}
-    return frozenset(matrix for name, matrix in biased.items() if name != DELTA_BIAS)
+    head = {"output"} if "output.bias" in stored else set()
+    return frozenset(matrix for name, matrix in biased.items() if name != DELTA_BIAS) | head
 
 
 def find_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -204,7 +212,7 @@ def _biased(config: Mapping[str, Any], architecture: Architecture, where: str) -
     biased = set(architecture.biased)
     for entry, names in keys.BIASES.items():
         always = architecture.biased.issuperset(names)
-        if config.get(entry) and not architecture.may_be_biased and not always:
+        if config.get(entry) and entry not in architecture.bias_entries and not always:
             raise TritGgufError(f"{where}: biases ({entry}) of a {architecture.hf_class} are not supported")
         if config.get(entry) is False and always:
             raise TritGgufError(f"{where}: a {architecture.hf_class} without biases ({entry}) is not supported")

@@ -65,16 +65,22 @@ QWEN35_MOE = ExpertFamily(
     normalizes=True,
 )
 OLMOE = ExpertFamily(_SINGLE, _FUSED, may_normalize=True)
-MIXTRAL = ExpertFamily(
+_MIXTRAL = {
+    "block_sparse_moe.gate.weight": (ROUTER,),
+    "block_sparse_moe.experts.{}.w1.weight": (_GATE,),
+    "block_sparse_moe.experts.{}.w3.weight": (_UP,),
+    "block_sparse_moe.experts.{}.w2.weight": (_DOWN,),
+}
+MIXTRAL = ExpertFamily(_MIXTRAL, _FUSED, count_entry="num_local_experts", normalizes=True)
+PHIMOE = ExpertFamily(
+    _MIXTRAL,
     {
-        "block_sparse_moe.gate.weight": (ROUTER,),
-        "block_sparse_moe.experts.{}.w1.weight": (_GATE,),
-        "block_sparse_moe.experts.{}.w3.weight": (_UP,),
-        "block_sparse_moe.experts.{}.w2.weight": (_DOWN,),
+        "mlp.router.weight": (ROUTER,),
+        "mlp.experts.gate_up_proj": (_GATE, _UP),
+        "mlp.experts.down_proj": (_DOWN,),
     },
-    _FUSED,
     count_entry="num_local_experts",
-    normalizes=True,
+    sparse_mixer=True,
 )
 GRANITE_MOE = ExpertFamily(_GRANITE, _GRANITE_MODULE, count_entry="num_local_experts", normalizes=True)
 GRANITE_MOE_SHARED = ExpertFamily(

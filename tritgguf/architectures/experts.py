@@ -24,6 +24,8 @@ _MAX_DENSE_LAYERS = 1000
 _COUNT_ENTRIES = ("num_experts", "num_local_experts")
 _USED_ENTRY = "num_experts_per_tok"
 _NORM_ENTRY = "norm_topk_prob"
+_JITTER_ENTRY, _JITTER = "router_jitter_noise", 0.01  # half of SparseMixer's margin; no GGUF key has it
+_USED_OF_SPARSE_MIXER = 2  # whatever config.json says, in transformers
 _CLAMPED_SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # no GGUF key has them; llama.cpp assumes them too
 
 COUNT_KEY = "expert_count"
@@ -69,6 +71,8 @@ class ExpertFamily:
         may_be_mxfp4: whether checkpoints may have their stacks in MXFP4.
         sigmoid: whether the weights are sigmoids of the scores instead of a softmax, and the experts are chosen by
             these plus a bias for each (`SELECTION_BIAS`).
+        sparse_mixer: whether the weight of a chosen expert is SparseMixer's, for two experts of a token; see
+            `router.SPARSE_MIXER`.
         dense_layers_entry: entry of config.json with the number of layers, from the first on, that have a dense
             feed-forward; None if the family has none.
 
@@ -88,6 +92,7 @@ class ExpertFamily:
     transposes: bool = False
     may_be_mxfp4: bool = False
     sigmoid: bool = False
+    sparse_mixer: bool = False
     dense_layers_entry: str | None = None
 
     def part(self, names: tuple[str, ...], index: int) -> TensorPart:
@@ -149,6 +154,10 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
     if family is None:
         return None
     _check_supported(entries, where)
+    if family.sparse_mixer and entries.get(_JITTER_ENTRY, _JITTER) != _JITTER:
+        raise TritGgufError(
+            f"{where}: {_JITTER_ENTRY} is {entries[_JITTER_ENTRY]!r:.40}, but only {_JITTER} is supported"
+        )
 
     def count(entry: str, most: int) -> int:
         return count_of(entries, entry, where, default=architecture.defaults.get(entry), most=most)
@@ -169,7 +178,7 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
         dense_layers=_dense_layers(entries, family.dense_layers_entry, architecture, where),
         has_selection_bias=family.sigmoid,
     )
-    _check_used(experts, _USED_ENTRY, where)
+    _check_used(experts, family, _USED_ENTRY, where)
     return experts
 
 
@@ -204,7 +213,7 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         dense_layers=_dense_layers(metadata, family.dense_layers_entry and prefix + DENSE_LAYERS_KEY, None, where),
         has_selection_bias=family.sigmoid,
     )
-    _check_used(experts, prefix + USED_KEY, where)
+    _check_used(experts, family, prefix + USED_KEY, where)
     return experts
 
 
@@ -216,9 +225,11 @@ def _dense_layers(entries: Mapping[str, Any], name: str | None, architecture: Ar
     return value
 
 
-def _check_used(experts: Experts, name: str, where: str) -> None:
+def _check_used(experts: Experts, family: ExpertFamily, name: str, where: str) -> None:
     if experts.used > experts.count:
         raise DamagedFileError(f"{where}: {name} is {experts.used}, but there are only {experts.count} experts")
+    if family.sparse_mixer and experts.used != _USED_OF_SPARSE_MIXER:
+        raise TritGgufError(f"{where}: {name} is {experts.used}, but SparseMixer chooses {_USED_OF_SPARSE_MIXER}")
 
 
 def _check_supported(entries: Mapping[str, Any], where: str) -> None:
@@ -272,6 +283,8 @@ def _to_hf(keys: GgufKeys) -> dict[str, Any]:
         entries[family.dense_layers_entry] = experts.dense_layers
     if family.sigmoid:
         entries["use_expert_bias"] = True
+    if family.sparse_mixer:
+        entries[_JITTER_ENTRY] = _JITTER
     return entries
 
 

@@ -66,7 +66,8 @@ def model_config(file: GgufFile, special_ids: Mapping[str, int]) -> dict[str, An
     if ROPE_FREQS in file.tensors:
         config["rope_scaling"] = llama3_scaling(file.read_float32(ROPE_FREQS), config, where)
     if LONG_FACTORS in file.tensors:
-        scaling = long_rope_scaling(file.read_float32, file.metadata, config, where)
+        has_mscales = architecture.has_mscales
+        scaling = long_rope_scaling(file.read_float32, file.metadata, config, where, has_mscales=has_mscales)
         config["rope_scaling"] = {"type": "longrope", **scaling}
     _check_shapes(shapes, config, where)
     return config

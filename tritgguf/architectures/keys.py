@@ -17,9 +17,11 @@ from tritgguf.formats.checked import count_of
 
 _MAX_LAYERS = 1000
 
+HEAD_BIAS_ENTRY = "lm_head_bias"
 BIASES = {
     "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
     "mlp_bias": ("ffn_up", "ffn_gate", "ffn_down"),
+    HEAD_BIAS_ENTRY: ("output",),
 }
 """Entry of config.json -> the matrices that it gives a bias."""
 
@@ -47,9 +49,11 @@ def _head_is_tied(keys: GgufKeys) -> dict[str, Any]:
 
 
 def _biases(keys: GgufKeys) -> dict[str, Any]:
-    if not keys.architecture.may_be_biased:
-        return {}
-    return {entry: f"blk.0.{names[0]}.bias" in keys.tensors for entry, names in BIASES.items()}
+    def has_bias(matrix: str) -> bool:
+        return (f"{matrix}.bias" if matrix == "output" else f"blk.0.{matrix}.bias") in keys.tensors
+
+    entries = keys.architecture.bias_entries
+    return {entry: has_bias(matrices[0]) for entry, matrices in BIASES.items() if entry in entries}
 
 
 def _window_to_gguf(config: HfConfig) -> dict[str, int | float | str]:

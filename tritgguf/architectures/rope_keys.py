@@ -43,6 +43,7 @@ _ORIGINAL = 4096  # transformers' default for Phi-3
 _CONTEXT_KEY = "context_length"
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _LONG_ROPE, _LONG_ROPE_NAMES = "longrope", ("longrope", "su", "yarn")  # the names that Phi-3 has had for it
+_MSCALES = ("short_mscale", "long_mscale")
 _LONG_ROPE_ENTRIES = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
 
 
@@ -103,12 +104,15 @@ def _long_rope(parameters: Mapping[str, Any], config: HfConfig) -> dict[str, Any
     """Return the checked parameters of LongRoPE, with `attention_factor`; the factors as float32 [head_dim / 2]."""
     where, half = config.where, config.dimensions.head_dim // 2
     _check_rotates_all(parameters, config)
-    # transformers prefers the entry beside the scaling, which Phi-3's checkpoints have.
-    original = count_of(config.entries, _ORIGINAL_ENTRY, where, default=_ORIGINAL)
+    # transformers prefers the entry beside the scaling, which Phi's checkpoints have.
+    inside = parameters[_ORIGINAL_ENTRY] if config.architecture.has_mscales else _ORIGINAL
+    original = count_of(config.entries, _ORIGINAL_ENTRY, where, default=inside)
     context = count_of(config.entries, _CONTEXT_ENTRY, where, default=config.default(_CONTEXT_ENTRY))
     stored = parameters.get("factor")
     scaled = context if stored is None else original * positive_number(stored, "factor", where)
     attention_factor = parameters.get("attention_factor")
+    if config.architecture.has_mscales:
+        attention_factor = _mscale(parameters, where)
     if attention_factor is None:
         attention_factor = long_rope_attention_factor(scaled, original)
     checked = {
@@ -125,6 +129,14 @@ def _long_rope(parameters: Mapping[str, Any], config: HfConfig) -> dict[str, Any
     return checked
 
 
+def _mscale(parameters: Mapping[str, Any], where: str) -> float:
+    """Return what short and long texts both multiply queries and keys with; GGUF has one key for it."""
+    short, long = (positive_number(parameters.get(entry), entry, where) for entry in _MSCALES)
+    if short != long:
+        raise TritGgufError(f"{where}: a rope scaling with another long_mscale than short_mscale is not supported")
+    return short
+
+
 def factor_tensors(config: HfConfig) -> dict[str, np.ndarray]:
     """Return the `FACTOR_TENSORS` of a config.json by name, float32 [head_dim / 2]; none without such a scaling."""
     parameters = rope_parameters(config)
@@ -135,17 +147,25 @@ def factor_tensors(config: HfConfig) -> dict[str, np.ndarray]:
 
 
 def long_rope_scaling(
-    read: Callable[[str], np.ndarray], metadata: Mapping[str, Any], config: Mapping[str, Any], where: str
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    has_mscales: bool,
 ) -> dict[str, Any]:
     """Return the entries of LongRoPE's scaling; `read` returns a tensor, `config` are entries of config.json.
 
     `attention_factor` is left out if it follows from the lengths, because older versions of transformers refuse it.
+    `has_mscales` is as in `Architecture`.
     """
     factors = {
         entry: [shortest_decimal(float(number)) for number in read(name)] for name, entry in _LONG_ROPE_ENTRIES.items()
     }
     key = f"{metadata['general.architecture']}.{ATTENTION_FACTOR_KEY}"
     factor = positive_number(metadata.get(key, 1.0), key, where)
+    if has_mscales:
+        return factors | dict.fromkeys(_MSCALES, shortest_decimal(factor))
     usual = long_rope_attention_factor(config[_CONTEXT_ENTRY], config[_ORIGINAL_ENTRY])
     return factors | ({} if np.float32(factor) == np.float32(usual) else {"attention_factor": shortest_decimal(factor)})
 

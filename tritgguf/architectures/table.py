@@ -66,6 +66,23 @@ _QWEN35: dict[str, Any] = {
     "feed_forward_norm": "post_attention_norm",
     "has_states": True,
 }
+_PHIMOE: dict[str, Any] = {
+    "model_type": "phimoe",
+    "bias_entries": frozenset({"attention_bias", "lm_head_bias"}),
+    "has_layer_norms": True,
+    "experts": expert_families.PHIMOE,
+    "full_attention_every": 0,
+    "long_rope": True,
+    "has_mscales": True,
+}
+_PHIMOE_DEFAULTS = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+}
 ARCHITECTURES = {
     architecture.hf_class: architecture
     for architecture in (
@@ -74,7 +91,7 @@ ARCHITECTURES = {
             "llama",
             {"max_position_embeddings": 2048},
             permutes_rotary_rows=True,
-            may_be_biased=True,
+            bias_entries=frozenset({"attention_bias", "mlp_bias"}),
             always_writes_head_dim=True,
             writes_space_prefix=True,
         ),
@@ -215,6 +232,8 @@ ARCHITECTURES = {
             full_attention_every=0,
             long_rope=True,
         ),
+        Architecture("PhimoeForCausalLM", "phimoe", _PHIMOE_DEFAULTS, **_PHIMOE),
+        Architecture("PhiMoEForCausalLM", "phimoe", _PHIMOE_DEFAULTS, **_PHIMOE),  # the published checkpoint's name
         Architecture(
             "Gemma2ForCausalLM",
             "gemma2",

@@ -27,6 +27,7 @@ from tritgguf.architectures.delta_net import (
     decay_to_hf,
 )
 from tritgguf.architectures.experts import ROUTER, SHARED_MATRICES, SHARED_ROUTER, STACKS, HfNames
+from tritgguf.architectures.keys import HEAD_BIAS_ENTRY
 from tritgguf.architectures.layer_names import FUSED_MATRICES, MATRICES
 from tritgguf.architectures.short_convolutions import CONVOLUTION_INPUT, CONVOLUTION_KERNEL, CONVOLUTION_OUTPUT
 from tritgguf.architectures.table import ARCHITECTURES, GGUF_ARCHITECTURES
@@ -35,8 +36,8 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.dtypes import to_float32
 from tritgguf.formats.stacks import matrix_names, split_matrix_name
 
-EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
-"""GGUF names; a model without the second one uses its embeddings as the head, too."""
+EMBEDDINGS, HEAD, HEAD_BIAS = "token_embd.weight", "output.weight", "output.bias"
+"""GGUF names; a model without the second one uses its embeddings as the head, too. Few have the third."""
 
 _SINKS: HfNames = {"self_attn.sinks": ("attn_sinks",)}
 # GGUF name -> Hugging Face name, both without their `.weight` or `.bias`.
@@ -162,9 +163,7 @@ def gguf_tensor_name(arch: str, hf_name: str) -> str | None:
         index, hf_stem, suffix = layer.groups()
         names = (name for name, hf in _layer_names(arch).items() if hf == hf_stem)
         return next((f"blk.{index}.{name}.{suffix}" for name in names), None)
-    stem, _, suffix = hf_name.rpartition(".")
-    names = (name for name, hf in _model_names(arch).items() if hf == stem and suffix == "weight")
-    return next((f"{name}.weight" for name in names), None)
+    return next((name for name, hf in _model_tensors(arch).items() if hf == hf_name), None)
 
 
 def hf_tensor_name(arch: str, gguf_name: str) -> str:
@@ -185,9 +184,8 @@ def _stored_name(arch: str, gguf_name: str) -> tuple[str, TensorPart]:
             return f"model.layers.{index}.{_layer_names(arch)[name]}.{suffix}", WHOLE
     if (layer := _LAYER_TENSOR.fullmatch(gguf_name)) and (found := _other_tensor(arch, layer[2], in_module=False)):
         return f"model.layers.{layer[1]}.{found[0]}", found[1]
-    stem, _, suffix = gguf_name.rpartition(".")
-    if suffix == "weight" and stem in _model_names(arch):
-        return f"{_model_names(arch)[stem]}.weight", WHOLE
+    if gguf_name in _model_tensors(arch):
+        return _model_tensors(arch)[gguf_name], WHOLE
     raise TritGgufError(f"tensor {gguf_name} has no counterpart in a Hugging Face checkpoint of architecture {arch}")
 
 
@@ -204,10 +202,16 @@ def without_unit_axis(gguf_name: str, stored: tuple[int, ...]) -> tuple[int, ...
     return shorter if _with_unit_axis(gguf_name, shorter) == stored else stored
 
 
-def _model_names(arch: str) -> dict[str, str]:
-    """Return GGUF name -> Hugging Face name of the tensors outside of layers, both without `.weight`."""
-    norm, hf_norm = GGUF_ARCHITECTURES[arch].final_norm
-    return {**_MODEL_NAMES, norm: hf_norm}
+@functools.cache
+def _model_tensors(arch: str) -> dict[str, str]:
+    """Return GGUF name -> Hugging Face name of the tensors outside of layers."""
+    entry = GGUF_ARCHITECTURES[arch]
+    norm, hf_norm = entry.final_norm
+    names = {**_MODEL_NAMES, norm: hf_norm}
+    biased = [norm] if entry.has_layer_norms else []
+    biased += ["output"] if HEAD_BIAS_ENTRY in entry.bias_entries else []
+    tensors = {f"{name}.weight": f"{hf}.weight" for name, hf in names.items()}
+    return {**tensors, **{f"{name}.bias": f"{names[name]}.bias" for name in biased}}
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 _REASONS = {
     "qwen3next": "the matrices of its linear attention (Gated DeltaNet) are laid out in another way than Qwen3.5's",
     "llama4": "its text model has chunked attention and experts beside dense layers, which are not supported",
-    "phimoe": "its router (SparseMixer), norms with means and biases, and output head with a bias are missing",
 }
 """Beginning of a family's name, in lower case without underscores -> reason."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from tritgguf.architectures import keys
 from tritgguf.architectures.key_rules import KeyRule
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
-from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD
+from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, HEAD_BIAS
 from tritgguf.formats.dtypes import to_float32
 
 if TYPE_CHECKING:
@@ -44,26 +44,38 @@ def final_norm(source: Source) -> Callable[[Tensor], Tensor]:
     """Return the function that applies the model's last norm and joins windows: float32 [positions, width]."""
     import torch
 
-    norm, _ = GGUF_ARCHITECTURES[source.metadata["general.architecture"].value].final_norm
-    weight = torch.tensor(to_float32(source.read(f"{norm}.weight")))
-    epsilon = _number(source, keys.EPSILON)
+    entry = GGUF_ARCHITECTURES[source.metadata["general.architecture"].value]
+    norm = entry.final_norm[0]
+    weight, epsilon = _vector(source, f"{norm}.weight"), _number(source, keys.EPSILON)
+    bias = _vector(source, f"{norm}.bias") if entry.has_layer_norms else None
 
     def normalize(hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
+        if bias is not None:
+            return torch.nn.functional.layer_norm(rows, weight.shape, weight, bias, epsilon)
         return rows * (rows.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
 
     return normalize
 
 
 def logit_function(source: Source) -> Callable[[Tensor], Tensor]:
-    """Return the function that applies the model's scale and softcap of logits."""
+    """Return the function that adds the head's bias and applies the model's scale and softcap of logits."""
+    has_bias = any(tensor.name == HEAD_BIAS for tensor in source.tensors)
+    bias = _vector(source, HEAD_BIAS) if has_bias else None
     scale, softcap = _number(source, keys.LOGIT_SCALE), _number(source, keys.LOGIT_SOFTCAP)
 
     def finish(logits: Tensor) -> Tensor:
+        logits = logits if bias is None else logits + bias
         logits = logits / scale if scale else logits
         return softcap * (logits / softcap).tanh() if softcap else logits
 
     return finish
+
+
+def _vector(source: Source, name: str) -> Tensor:
+    import torch
+
+    return torch.tensor(to_float32(source.read(name)))
 
 
 def _number(source: Source, rule: KeyRule) -> float:

@@ -209,8 +209,7 @@ def load(
     draft_model = None if draft is None else Model(_draft_file(draft, file, on_download), threads=threads, isa=isa)
     speculation = _make_speculation(model, draft_model, lookup=lookup, draft_max=draft_max, parallel=parallel)
     engine = _make_engine(model, context, parallel, cache_type, speculation)
-    batches = parallel > 1 or speculation is not None
-    start += _compile(model, draft_model, cache_type, on_compilation, batches=batches)
+    start += _compile(model, draft_model, cache_type, on_compilation, batches=parallel > 1 or speculation is not None)
     return LoadedModel(file.path, tokenizer, template, time.perf_counter() - start, engine)
 
 

@@ -254,7 +254,8 @@ def _config(source: Source) -> Any:
     shapes = {tensor.name: tensor.shape for tensor in source.tensors}
     entries = config_entries(metadata, shapes, source.name)
     if LONG_FACTORS in shapes:
-        scaling = long_rope_scaling(source.read, metadata, entries, source.name)
+        has_mscales = GGUF_ARCHITECTURES[metadata["general.architecture"]].has_mscales
+        scaling = long_rope_scaling(source.read, metadata, entries, source.name, has_mscales=has_mscales)
         entries["rope_parameters"] |= {"rope_type": "longrope", **scaling}
     # The default token ids of the config class may be outside the vocabulary.
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -17,7 +17,7 @@ from cpu_kernels.transformer.layer_options import (
     SILU,
     LayerOptions,
 )
-from cpu_kernels.transformer.router import SIGMOID, SOFTMAX, SOFTMAX_OF_CHOSEN, Routing
+from cpu_kernels.transformer.router import SIGMOID, SOFTMAX, SOFTMAX_OF_CHOSEN, SPARSE_MIXER, Routing
 from tritgguf.architectures import keys
 from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import (
@@ -207,13 +207,23 @@ def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None
             f"{file.path}: experts of {experts.width} rows are not supported, only multiples of {GROUP_SIZE}"
         )
     key = f"{architecture.gguf_name}.expert_gating_func"
-    family = architecture.experts
-    default = SOFTMAX
-    if family is not None and (family.sigmoid or family.softmax_of_chosen):
-        default = SIGMOID if family.sigmoid else SOFTMAX_OF_CHOSEN
-    gating = count_of(file.metadata, key, str(file.path), default=default, most=SOFTMAX_OF_CHOSEN)
+    gating = _gating(architecture)
+    if key in file.metadata:
+        gating = count_of(file.metadata, key, str(file.path), most=SOFTMAX_OF_CHOSEN)
     scale = _number(file, f"{architecture.gguf_name}.expert_weights_scale", 1.0)
     return Routing(experts.used, gating, experts.normalizes, np.float32(scale))
+
+
+def _gating(architecture: Architecture) -> int:
+    """Return how the router of a family makes weights of scores."""
+    family = architecture.experts
+    if family is None:
+        return SOFTMAX
+    if family.sigmoid:
+        return SIGMOID
+    if family.softmax_of_chosen:
+        return SOFTMAX_OF_CHOSEN
+    return SPARSE_MIXER if family.sparse_mixer else SOFTMAX
 
 
 def _dense_width(dimensions: Dimensions) -> int:

@@ -153,6 +153,8 @@ class Model:
             else:
                 self._run(batch, arrays, logits, hidden)
             if logits is not None:
+                if len(self._weights.head_bias):
+                    logits += self._weights.head_bias
                 apply_softcap(self.config, logits)
 
     @property

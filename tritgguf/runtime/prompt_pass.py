@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
-from cpu_kernels.transformer.activations import add_and_rms_norm_batch, swiglu_batch
+from cpu_kernels.transformer.activations import add_and_normalize_batch, swiglu_batch
 from cpu_kernels.transformer.attention import attend
 from cpu_kernels.transformer.delta_net import mix_tokens, prepare_tokens
 from cpu_kernels.transformer.kv_pages import KeyValues
@@ -90,7 +90,7 @@ class PromptPass:
         """Add a layer's output to the residual stream, then normalize and quantize the stream."""
         options = self._config.layer_options
         thread_pool.run(
-            add_and_rms_norm_batch, space.stream, space.residual, output_norm, options.residual_scale, norm,
+            add_and_normalize_batch, space.stream, space.residual, output_norm, options.residual_scale, norm,
             options.epsilon, *space.hidden.buffers,
         )  # fmt: skip
 

@@ -41,10 +41,9 @@ class LayerWeights:
             return read_vector(file, f"blk.{index}.{name}.bias", length)
 
         def norm(name: str) -> np.ndarray:
-            full_name = f"blk.{index}.{name}.weight"
-            if full_name not in shapes:
+            if f"blk.{index}.{name}.weight" not in shapes:
                 return np.zeros(0, np.float32)
-            return read_vector(file, full_name, shapes[full_name][0])
+            return _read_norm(file, f"blk.{index}.{name}", config)
 
         kind = config.layer_options.kinds[index]
         if kind == SHORT_CONVOLUTION:
@@ -173,9 +172,21 @@ class ModelWeights:
         reads_ahead = not fits_in_memory(file.path.stat().st_size)
         self.delta_net = _read_delta_net(file, config)
         self.experts = gather_experts(config.routing, experts, sizes.hidden, reads_ahead=reads_ahead)
-        self.final_norm = read_vector(file, f"{config.architecture.final_norm[0]}.weight", sizes.hidden)
+        self.final_norm = _read_norm(file, config.architecture.final_norm[0], config)
         head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         self.head = Projection([_read_matrix(file, head)])
+        has_bias = "output.bias" in sizes.shapes()
+        self.head_bias = read_vector(file, "output.bias", sizes.vocabulary) if has_bias else np.zeros(0, np.float32)
+
+
+def _read_norm(file: GgufFile, name: str, config: ModelConfig) -> np.ndarray:
+    """Return a norm's weights, float32 [columns], with the biases of a LayerNorm behind them; read-only."""
+    (length,) = file.tensors[f"{name}.weight"].shape
+    weights = read_vector(file, f"{name}.weight", length)
+    if config.architecture.has_layer_norms:
+        weights = np.concatenate([weights, read_vector(file, f"{name}.bias", length)])
+        weights.flags.writeable = False
+    return weights
 
 
 def _read_matrix(file: GgufFile, name: str) -> Matrix:

@@ -137,7 +137,7 @@ class GgufSource:
 
     def _check_tensors(self) -> Dimensions:
         shapes = {info.name: info.shape for info in self._infos()}
-        biased = biased_matrices(name for name in shapes if name.startswith("blk.0."))
+        biased = biased_matrices(name for name in shapes if name.startswith(("blk.0.", "output.")))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
         dimensions = dimensions_from_gguf({**self._file.metadata, **self._changes}, vocabulary, biased, self.name)
         self._take_rope_factors(shapes, dimensions.head_dim // 2)

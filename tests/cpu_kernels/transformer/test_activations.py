@@ -12,8 +12,8 @@ from random_inputs import THREAD_POOL, batch_integers, batch_of, vector_integers
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from cpu_kernels.transformer.activations import (
-    add_and_rms_norm,
-    add_and_rms_norm_batch,
+    add_and_normalize,
+    add_and_normalize_batch,
     normalize_row,
     quantize_row,
     swiglu_batch,
@@ -168,7 +168,7 @@ def test_normalize(tokens: int, columns: int) -> None:
     np.testing.assert_allclose(out, expected[0], rtol=3e-6)
     batch = Batch(tokens, columns)
     THREAD_POOL.run(
-        add_and_rms_norm_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers
+        add_and_normalize_batch, stream, residual, NO_NORM, np.float32(1), weight, np.float32(1e-5), *batch.buffers
     )
     np.testing.assert_array_equal(stream, summed)
     np.testing.assert_allclose(batch.x, expected, rtol=3e-6)
@@ -179,7 +179,7 @@ def test_normalize(tokens: int, columns: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("normalizes_output", [False, True])
 @pytest.mark.parametrize("normalizes_stream", [False, True])
-def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
+def test_add_and_normalize(scale: float, normalizes_output: bool, normalizes_stream: bool) -> None:
     stream, residual = vectors(1, 96, seed=1)[0], vectors(1, 96, seed=2)[0]
     weights = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
     output_norm = weights[0] if normalizes_output else NO_NORM
@@ -190,10 +190,33 @@ def test_add_and_rms_norm(scale: float, normalizes_output: bool, normalizes_stre
     summed = stream + scale * added
     expected = naive.root_mean_square_norm(summed, weights[1].astype(np.float64), 1e-5) if normalizes_stream else summed
     out = np.empty(96, np.float32)
-    as_kernel(add_and_rms_norm)(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
+    as_kernel(add_and_normalize)(stream, residual, output_norm, np.float32(scale), stream_norm, np.float32(1e-5), out)
     largest = np.abs(summed).max()
     np.testing.assert_allclose(stream, summed, rtol=3e-6, atol=1e-6 * largest)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("columns", [16, 96, 1000])
+def test_layer_norm(scale: float, columns: int) -> None:
+    """The mean, 30, is not near zero: it must be subtracted before the squares are added."""
+    stream, residual = vectors(7, columns, seed=1) + np.float32(30), vectors(7, columns, seed=2)
+    weight, bias = np.random.default_rng(3).standard_normal((2, columns)).astype(np.float32)
+    summed = stream + scale * residual.astype(np.float64)
+    expected = naive.layer_norm(summed, weight.astype(np.float64), bias, 1e-5)
+    norm, out = np.concatenate([weight, bias]), np.empty((7, columns), np.float32)
+    alone, batch = stream.copy(), Batch(7, columns)
+    for t in range(7):
+        as_kernel(add_and_normalize)(
+            alone[t], residual[t], NO_NORM, np.float32(scale), norm, np.float32(1e-5), out[t]
+        )  # fmt: skip
+    THREAD_POOL.run(
+        add_and_normalize_batch, stream, residual, NO_NORM, np.float32(scale), norm, np.float32(1e-5), *batch.buffers
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(alone, summed, rtol=3e-7)
+    np.testing.assert_array_equal(stream, alone)
+    np.testing.assert_array_equal(batch.x, out)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e18, 1e30])

@@ -11,6 +11,7 @@ from cpu_kernels.transformer.router import (
     SIGMOID,
     SOFTMAX,
     SOFTMAX_OF_CHOSEN,
+    SPARSE_MIXER,
     Routing,
     choose_experts,
     router_scores,
@@ -69,13 +70,37 @@ def test_sigmoid_with_a_bias_of_the_choice() -> None:
     np.testing.assert_allclose(weights, 2.5 * probabilities[best] / probabilities[best].sum(), rtol=1e-6)
 
 
+def test_sparse_mixer_weights_each_expert_among_those_near_it() -> None:
+    """Scores of 100, 99, 98.1, 97 and 50: the first three are within 2 % of the first, the fourth of the second."""
+    scores = np.array([50, 98.1, 100, 97.1, 99], np.float32)
+    chosen, weights = choose(routing(2, SPARSE_MIXER), scores)
+    assert chosen.tolist() == [2, 4]
+    np.testing.assert_allclose(weights, [softmax(scores[[2, 4, 1]])[0], softmax(scores[[4, 1, 3]])[0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([1, 2, 3, 4], [1, 1]),
+        ([-4, -1, -3, -1.01], [softmax(np.array([-1, -1.01]))[0], 1]),
+        ([-1, -1.03, -2, -1.04], [1, softmax(np.array([-1.03, -1.04]))[0]]),  # a margin of the lower one's magnitude
+        ([0, 0, -1, -2], [0.5, 1]),
+        ([0, 0, 0, 0], [1 / 4, 1 / 3]),
+        ([1, -1, -1, -1], [1, 1 / 3]),
+    ],
+)
+def test_the_margin_is_relative(scores: list[float], expected: list[float]) -> None:
+    _, weights = choose(routing(2, SPARSE_MIXER), np.array(scores, np.float32))
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
 def test_of_equal_experts_the_first() -> None:
     scores = np.array([0, 1, 0, 1, 1, 0], np.float32)
     assert choose(routing(2), scores)[0].tolist() == [1, 3]
     assert choose(routing(5), scores)[0].tolist() == [1, 3, 4, 0, 2]
 
 
-@pytest.mark.parametrize("gating", [SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN])
+@pytest.mark.parametrize("gating", [SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN, SPARSE_MIXER])
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [slice(None), slice(0, 1), slice(3, 6)])
 def test_no_numbers_choose_experts_that_exist(gating: int, odd: float, where: slice) -> None:
