@@ -165,6 +165,8 @@ def test_scales_of_phimoe_lead_back(tmp_path: Path) -> None:
         ({"long_mscale": 1.5}, "another long_mscale than short_mscale"),
         ({"short_mscale": None}, "short_mscale is None, which is not a positive number"),
         ({"long_mscale": [1.25]}, "long_mscale is "),
+        ({"type": "linear", "factor": 2.0}, "rope type linear is not supported \\(default and longrope are\\)"),
+        ({"type": "yarn", "factor": 2.0}, "rope type yarn is not supported"),
     ],
 )
 def test_bad_scales_of_phimoe_are_refused(scaling: dict[str, Any], message: str) -> None:
@@ -189,5 +191,9 @@ def test_a_file_with_one_set_of_factors_is_refused(folder: Path, file: GgufFile,
         GgufSource(as_stock_gguf(source, tmp_path / "stock.gguf"))
     damaged = GgufFile(file.path)
     del damaged.tensors[SHORT_FACTORS]
-    with pytest.raises(TritGgufError, match=r"rope_factors_short\.weight is missing"):
+    with pytest.raises(TritGgufError, match="has only one of the tensors"):
+        ModelConfig.from_file(damaged)
+    damaged = GgufFile(file.path)
+    del damaged.tensors[LONG_FACTORS]
+    with pytest.raises(TritGgufError, match="has only one of the tensors"):
         ModelConfig.from_file(damaged)

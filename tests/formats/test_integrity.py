@@ -69,6 +69,17 @@ def test_what_is_no_number(tmp_path: Path, whole: Path, name: str, dtype: type) 
         check(damaged)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_changed_name_is_found(tmp_path: Path, whole: Path, place: int) -> None:
+    """A name is in the list of tensors, and in the key of its checksum, which is before it."""
+    name = b"blk.1.attn_k.weight"
+    data = whole.read_bytes()
+    found = [match.start() for match in re.finditer(re.escape(name), data)]
+    damaged = changed(whole, tmp_path / "bad.gguf", found[place], b"blk.1.attn_k.weighs")
+    with pytest.raises(TritGgufError, match=r"bad.gguf: .*blk\.1\.attn_k\.weigh"):
+        check(damaged)
+
+
 @given(data=st.data())
 def test_any_changed_byte_of_a_tensor_is_found(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, data: st.DataObject

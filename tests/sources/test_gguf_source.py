@@ -167,6 +167,11 @@ def test_a_trit_file_shows_its_rows_and_scales(tmp_path: Path, depth: int) -> No
         ("llama", {"leave_out": ("blk.1.ffn_up.weight",)}, r"tensor blk\.1\.ffn_up\.weight is missing"),
         ("llama", {"leave_out": ("token_embd.weight",)}, r"tensor token_embd\.weight"),
         ("llama", {"leave_out": ("llama.block_count",)}, r"llama\.block_count is missing"),
+        (
+            "llama",
+            {"leave_out": ("llama.attention.layer_norm_rms_epsilon",)},
+            r"llama\.attention\.layer_norm_rms_epsilon is missing",
+        ),
         ("qwen2", {"leave_out": ("blk.1.attn_q.bias",)}, r"tensor blk\.1\.attn_q\.bias is missing"),
         (
             "llama",

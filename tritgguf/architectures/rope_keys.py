@@ -67,13 +67,15 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     }
     parameters = {**defaults, **stored}
     rope_type = parameters["rope_type"]
-    if config.architecture.long_rope and rope_type in _LONG_ROPE_NAMES:
+    has_mscales = config.architecture.has_mscales  # these change what every other type means
+    long_rope_names = (_LONG_ROPE,) if has_mscales else _LONG_ROPE_NAMES
+    if config.architecture.long_rope and rope_type in long_rope_names:
         return _long_rope(parameters, config)
     # `dynamic` has no effect up to max_position_embeddings, the end of the model's context.
-    if rope_type not in _TYPES:
-        raise TritGgufError(
-            f"{where}: rope type {rope_type} is not supported (default, linear, dynamic, yarn and llama3 are)"
-        )
+    types = ("default",) if has_mscales else _TYPES
+    if rope_type not in types:
+        *others, last = (*types, _LONG_ROPE) if config.architecture.long_rope else types
+        raise TritGgufError(f"{where}: rope type {rope_type} is not supported ({', '.join(others)} and {last} are)")
     _check_rotates_all(parameters, config)
     if parameters.get("mscale") is not None:
         raise TritGgufError(f"{where}: a rope scaling with mscale is not supported")

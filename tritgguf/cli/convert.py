@@ -176,7 +176,7 @@ def convert_command(
     """
     from tritgguf.conversion.convert import convert
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
-    from tritgguf.conversion.encoders import parse_encoder, with_tuning
+    from tritgguf.conversion.encoders import parse_encoder, quantizer_of, with_tuning
     from tritgguf.conversion.own_text import SavedText
     from tritgguf.conversion.recipes import parse_recipe
     from tritgguf.formats.durable_output import check_output
@@ -193,6 +193,8 @@ def convert_command(
     if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
+    # Refuses what does not go together before a text is read or written.
+    quantizer_of(chosen, settings["importance"], () if needs_text else None, text_has_other_use=choice.needs_text)
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
         _announce_training(source, chosen, settings["windows"], threads)

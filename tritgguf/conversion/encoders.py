@@ -297,10 +297,14 @@ def quantizer_of(
         quantizer = ImportanceSearch() if importance is not None else Calibrated() if windows is not None else V2()
     needs_importance = isinstance(quantizer, ImportanceSearch) and quantizer.importance is None
     if needs_importance != (importance is not None):
-        raise TritGgufError("encoder imatrix and an importance matrix go together; give --imatrix FILE")
+        raise TritGgufError(
+            "encoder imatrix and an importance matrix go together; give both (--encoder, --imatrix) or neither"
+        )
     text_is_optional = text_has_other_use and not isinstance(quantizer, Calibrated)
     if quantizer.needs_text != (windows is not None) and not text_is_optional:
-        raise TritGgufError("encoder calibrated and a calibration text go together; give --encoder calibrated")
+        raise TritGgufError(
+            "encoder calibrated and a calibration text go together; give both (--encoder, --text or --self) or neither"
+        )
     if needs_importance:
         return ImportanceSearch(importance)
     if isinstance(quantizer, Calibrated) and quantizer.needs_text:

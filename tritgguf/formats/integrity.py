@@ -67,6 +67,7 @@ def check(
     started = time.perf_counter()
     file = GgufFile(path)
     tensors = sorted(file.tensors.values(), key=lambda info: info.n_bytes, reverse=True)
+    _check_names(file)
     total, done = sum(info.n_bytes for info in tensors), 0
     for info in tensors:
         if trit_types.is_trit_type(info.type_id):
@@ -91,6 +92,18 @@ def check(
         seconds=ended - started,
         bytes_per_second=total / (ended - opened),
     )
+
+
+def _check_names(file: GgufFile) -> None:
+    """Check that a file with checksums has one for each tensor, and no other: names may be damaged, too."""
+    prefix = trit_types.CHECKSUM_PREFIX
+    summed = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
+    if not summed:
+        return
+    for name in sorted(summed - file.tensors.keys()):
+        raise DamagedFileError(f"{file.path}: has a checksum of tensor {name}, but no such tensor; {_REMEDY}")
+    for name in sorted(file.tensors.keys() - summed):
+        raise DamagedFileError(f"{file.path}: tensor {name} has no checksum, unlike others; {_REMEDY}")
 
 
 def _check_codebooks(file: GgufFile, name: str) -> None:

@@ -18,6 +18,7 @@ SCALE_DEPTH = 3
 FORMAT_VERSION = 1
 
 KEY_VERSION = "trit.version"
+CHECKSUM_PREFIX = "trit.xxh3."
 KEY_CODEC = "trit.codec"
 KEY_ENCODER = "trit.encoder"
 KEY_DEPTHS = "trit.depths"
@@ -65,7 +66,7 @@ def row_bytes(depth: int, columns: int) -> int:
 
 def checksum_key(tensor_name: str) -> str:
     """Return the metadata key of a tensor's checksum: 64-bit XXH3 of its bytes in the file."""
-    return f"trit.xxh3.{tensor_name}"
+    return f"{CHECKSUM_PREFIX}{tensor_name}"
 
 
 def codebook_key(tensor_name: str) -> str:

@@ -31,6 +31,7 @@ from tritgguf.architectures.key_rules import KeyRule
 from tritgguf.architectures.rope import (
     DEFAULT_BASE,
     LONG_FACTORS,
+    LONG_ROPE_TENSORS,
     ORIGINAL_KEY,
     ROPE_FREQS,
     SHORT_FACTORS,
@@ -156,7 +157,7 @@ class ModelConfig:
         def softcap(rule: KeyRule) -> float:
             return number(rule) if f"{architecture.gguf_name}.{rule.gguf}" in file.metadata else _NO_SOFTCAP
 
-        long_rope, context_length = LONG_FACTORS in file.tensors, int(number(keys.CONTEXT))
+        long_rope, context_length = _has_long_rope(file), int(number(keys.CONTEXT))
         rotations, of_layers = _rotations(file, architecture, dimensions, SHORT_FACTORS if long_rope else ROPE_FREQS)
         experts = dimensions.experts
         default_embedding_scale = math.sqrt(dimensions.hidden) if architecture.scales_embeddings else 1.0
@@ -265,10 +266,16 @@ def _windows(file: GgufFile, architecture: Architecture, layers: int) -> np.ndar
     return np.array([window if architecture.uses_sliding_window(layer) else 0 for layer in range(layers)], np.int64)
 
 
+def _has_long_rope(file: GgufFile) -> bool:
+    found = [name for name in LONG_ROPE_TENSORS if name in file.tensors]
+    if len(found) == 1:
+        names = " and ".join(LONG_ROPE_TENSORS)
+        raise DamagedFileError(f"{file.path}: has only one of the tensors {names}; convert the model again")
+    return bool(found)
+
+
 def _original_context(file: GgufFile, architecture: Architecture, context_length: int) -> int:
     """Return the length that a model with LongRoPE had before it was made longer."""
-    if SHORT_FACTORS not in file.tensors:
-        raise DamagedFileError(f"{file.path}: tensor {SHORT_FACTORS} is missing; convert the model again")
     return count_of(file.metadata, f"{architecture.gguf_name}.{ORIGINAL_KEY}", str(file.path), default=context_length)
 
 

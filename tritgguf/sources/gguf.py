@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ import numpy as np
 from tritgguf.architectures import keys
 from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT, without_further_layers
 from tritgguf.architectures.dimensions import Dimensions, biased_matrices, dimensions_from_gguf
-from tritgguf.architectures.rope import LONG_ROPE_TENSORS, ROPE_FREQS
+from tritgguf.architectures.key_rules import GgufKeys
+from tritgguf.architectures.rope import ATTENTION_FACTOR_KEY, LONG_ROPE_TENSORS, ROPE_FREQS
 from tritgguf.architectures.table import GGUF_ARCHITECTURES
 from tritgguf.architectures.tensor_names import GGUF_LAYER_INDEX
 from tritgguf.errors import DamagedFileError
@@ -140,9 +142,19 @@ class GgufSource:
         biased = biased_matrices(name for name in shapes if name.startswith(("blk.0.", "output.")))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
         dimensions = dimensions_from_gguf({**self._file.metadata, **self._changes}, vocabulary, biased, self.name)
+        self._check_keys(shapes, dimensions)
         self._take_rope_factors(shapes, dimensions.head_dim // 2)
         check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=self.label)
         return dimensions
+
+    def _check_keys(self, shapes: Collection[str], dimensions: Dimensions) -> None:
+        """Raise TritGgufError for values that a converted file could not be run with."""
+        metadata = {**self._file.metadata, **self._changes}
+        architecture = GGUF_ARCHITECTURES[metadata["general.architecture"]]
+        known = GgufKeys(metadata, shapes, architecture, dimensions, self.name)
+        for rule in (keys.CONTEXT, keys.EPSILON, keys.ROPE, keys.WINDOW):
+            rule.to_hf(known)
+        known.number(ATTENTION_FACTOR_KEY, 1.0)
 
     def _take_rope_factors(self, shapes: dict[str, tuple[int, ...]], half: int) -> None:
         """Remove the factors of the rotation, which may be missing, from the shapes; check theirs."""
