@@ -35,6 +35,7 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.gguf_writer import ALIGNMENT, PlannedTensor, planned_file_bytes
+from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.formats.trit_types import TritType
 from tritgguf.sources.source import Source
 from tritgguf.version import __version__
@@ -105,9 +106,11 @@ class ConversionPlan:
         missing = [name for name in in_layers if name not in known]
         if not missing:
             return []
+        only_experts = all(split_matrix_name(name)[1] is not None for name in missing)
+        reason = "its text reached none of these experts" if only_experts else "is it of this model?"
         return [
             f"the importance matrix has nothing for {len(missing)} of {len(in_layers)} matrices ({named(missing)}),"
-            " which are quantized without it; is it of this model?"
+            f" which are quantized without it; {reason}"
         ]
 
     def job(self, threads: int) -> dict[str, Any]:
