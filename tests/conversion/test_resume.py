@@ -121,6 +121,10 @@ def test_damaged_journals(tmp_path: Path) -> None:
     with pytest.raises(TritGgufError, match="does not match its journal"):
         convert(source, out, resume=True)
     journal.write_text("".join(lines))
+    end = json.loads(lines[2])["end"]  # of the second matrix
+    part.write_bytes(content[: end - 40] + bytes([content[end - 40] ^ 1]) + content[end - 39 :])
+    with pytest.raises(TritGgufError, match="does not match its journal"):
+        convert(source, out, resume=True)
     part.write_bytes(content[:4000])
     with pytest.raises(TritGgufError, match="does not match its journal"):
         convert(source, out, resume=True)

@@ -30,6 +30,7 @@ ALIGNMENT = 32
 """Every tensor begins at a multiple of this many bytes."""
 _SYNC_BYTES = 1 << 26
 _SYNC_SECONDS = 0.5
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class StreamingWriter:
         names = [name for tensor in self.tensors for name in tensor.matrices][: len(self.resumed)]
         end = self.resumed[-1].end if self.resumed else self._header_end
         if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
-            raise DamagedFileError(f"{self._part}: does not match its journal; start over without --resume")
+            raise self._misfit()
         self._continue_tensor()
         if not self.resumed:
             self._file.truncate(0)
@@ -199,19 +200,33 @@ class StreamingWriter:
             self._journal.begin()
 
     def _continue_tensor(self) -> None:
-        """Find the next tensor after the matrices that exist, or the current one if only some of its matrices do."""
-        count = len(self.resumed)
-        while self._next < len(self.tensors) and count:
+        """Find the next tensor after the matrices that exist, or the current one if only some of its matrices do.
+
+        Raises DamagedFileError if they are not as they were when they were written.
+        """
+        index = 0
+        while self._next < len(self.tensors) and index < len(self.resumed):
             tensor = self.tensors[self._next]
-            matrices = tensor.matrices
-            done = min(count, len(matrices))
-            count -= done
             self._next += 1
-            if done < len(matrices):
-                self._matrices = matrices[done:]
-                self._remaining = len(self._matrices) * tensor.matrix_bytes
-                for index in range(len(self.resumed) - done, len(self.resumed)):
-                    self._hash.update(self.read_back(index, tensor.matrix_bytes).data)
+            end = min(index + len(tensor.matrices), len(self.resumed))
+            self._matrices = tensor.matrices[end - index :]
+            self._remaining = len(self._matrices) * tensor.matrix_bytes
+            self._hash.reset()
+            for place in range(index, end):
+                self._hash_again(place, tensor.matrix_bytes)
+                if self._hash.intdigest() != self.resumed[place].checksum:
+                    raise self._misfit()
+            index = end
+
+    def _hash_again(self, index: int, n_bytes: int) -> None:
+        """Hash a matrix that an earlier run wrote, in pieces, as it was hashed then."""
+        with disk_errors(self.output), self._part.open("rb") as file:
+            file.seek(self._header_end if index == 0 else self.resumed[index - 1].end)
+            for start in range(0, n_bytes, _READ_BYTES):
+                self._hash.update(file.read(min(_READ_BYTES, n_bytes - start)))
+
+    def _misfit(self) -> DamagedFileError:
+        return DamagedFileError(f"{self._part}: does not match its journal; start over without --resume")
 
     def _header(self) -> bytes:
         """Return the encoded header with the current metadata."""
