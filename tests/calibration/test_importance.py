@@ -181,6 +181,8 @@ def test_the_command_and_convert_with_its_file(tmp_path: Path, capsys: pytest.Ca
     assert (report["tokens"], report["text"]) == (512, "text.txt")
     assert app.main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
+    assert app.main([*arguments[:-2], "700", "--overwrite"]) == 0
+    assert "note: 512 tokens are used instead of 700, which is 2 windows of 256" in capsys.readouterr().err
     assert app.main(["convert", source, out, "--imatrix", imatrix]) == 0
     assert GgufFile(out).metadata["trit.encoder"] == "imatrix"
 

@@ -58,7 +58,7 @@ def read_windows(
     opened = open_source(source)
     require_torch()
     with terminal.progress(in_bytes=False) as report:
-        return calibration_windows(
+        windows, name = calibration_windows(
             opened,
             options.file,
             options.tokens,
@@ -68,3 +68,8 @@ def read_windows(
             saved=saved,
             progress=lambda done, total: report("generating text", done, total),
         )
+    used = sum(map(len, windows))
+    if options.own_tokens is None and used != (options.tokens or used):
+        windows_of = f"{len(windows)} windows of {len(windows[0])}"
+        terminal.note(f"note: {used} tokens are used instead of {options.tokens}, which is {windows_of}")
+    return windows, name
