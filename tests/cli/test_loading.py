@@ -25,6 +25,16 @@ def test_a_file_that_fits_is_not_mentioned(
     assert "memory" not in capsys.readouterr().err
 
 
+def test_a_draft_model_that_cannot_help_is_told(
+    tiny_trit_file: Callable[..., GgufFile], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny_trit_file().path
+    load_model(file, draft=file)
+    assert "note: nothing will be drafted, because it would not save time" in capsys.readouterr().err
+    load_model(file, lookup=True)
+    assert "drafted" not in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("little_memory")
 def test_a_file_larger_than_memory(tiny_trit_file: Callable[..., GgufFile], capsys: pytest.CaptureFixture[str]) -> None:
     load_model(tiny_trit_file().path)

@@ -29,6 +29,7 @@ from tritgguf.diagnostics.bench import (
 from tritgguf.diagnostics.kernel_times import REST
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
+from tritgguf.runtime.config import ModelConfig
 from tritgguf.runtime.single_sequence import SingleSequence
 
 MATRIX_WEIGHTS = 2 * (128 * 128 + 2 * 64 * 128 + 128 * 128 + 3 * 128 * 192)
@@ -111,7 +112,12 @@ def test_bench(tiny_file: Path) -> None:
     assert report.grammar_seconds is None or report.grammar_seconds > 0
     assert report.as_dict()["grammar_seconds"] == report.grammar_seconds
     assert rates["weights_per_second"] == pytest.approx(MATRIX_WEIGHTS * report.decode.mean)
-    assert rates["bytes_per_second"] == pytest.approx(report.bytes_per_token * report.decode.mean)
+    sizes = ModelConfig.from_file(GgufFile(tiny_file)).dimensions
+    positions, number_bytes = 3 + 2, 2  # at the middle, of float16
+    of_a_position = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * number_bytes
+    assert report.cache_bytes_per_token == positions * of_a_position
+    read = report.bytes_per_token + report.cache_bytes_per_token
+    assert rates["bytes_per_second"] == pytest.approx(read * report.decode.mean)
     assert rates["share_of_read_bandwidth"] == pytest.approx(rates["bytes_per_second"] / report.read_bandwidth)
     assert {kernel.kernel for kernel in report.decode_kernels} == {
         "q, k, v", "attention", "attention output", "gate, up", "down", "head", REST,

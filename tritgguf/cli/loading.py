@@ -29,6 +29,11 @@ def load_model(file: Path, **settings: Any) -> LoadedModel:
             f"warning: the model was trained for {model.trained_context} tokens, the context has {model.context};"
             " beyond the former its answers get worse"
         )
+    if model.engine.speculation is not None and not model.engine.speculation.can_pay:
+        terminal.note(
+            "note: nothing will be drafted, because it would not save time: the draft model is too large beside this"
+            " one, or --draft-max too small"
+        )
     _note_long_rope(model)
     _note_what_fits(model)
     return model

@@ -14,6 +14,8 @@ import numpy as np
 
 from cpu_kernels.simd import variants
 from cpu_kernels.threads.bandwidth import read_bandwidth
+from cpu_kernels.transformer.kv_pages import PAGE
+from cpu_kernels.transformer.layer_options import ATTENTION
 from tritgguf.architectures.experts import USED_KEY
 from tritgguf.diagnostics.grammar_times import grammar_seconds
 from tritgguf.diagnostics.kernel_times import KernelTime, decode_launch_seconds, decode_seconds, prefill_times, shares
@@ -21,7 +23,8 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.gguf_header import TensorInfo
 from tritgguf.formats.trit_types import TritType, is_trit_type
-from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits
+from tritgguf.runtime.config import ModelConfig
+from tritgguf.runtime.kv_pool import DEFAULT_CACHE_TYPE, check_cache_fits, page_bytes
 from tritgguf.runtime.model import Model
 from tritgguf.runtime.single_sequence import SingleSequence
 from tritgguf.runtime.weights import ModelWeights
@@ -73,6 +76,8 @@ class BenchReport:
     """Weights of the trit matrices; a token multiplies each of them once."""
     bytes_per_token: int
     """What decode reads of the file for a token, see `bytes_read_per_token`."""
+    cache_bytes_per_token: int
+    """What it reads of keys and values, at the middle of the test."""
     read_bandwidth: float
     """Bytes per second that the same threads merely read."""
     prefill_kernels: list[KernelTime]
@@ -92,13 +97,14 @@ class BenchReport:
 
     @property
     def decode_rates(self) -> dict[str, float] | None:
-        """Decode's trit weights and bytes per second, and the bytes over the read bandwidth."""
+        """Decode's trit weights and bytes per second, with keys and values, and the bytes over the read bandwidth."""
         if self.decode is None:
             return None
-        bytes_per_second = self.bytes_per_token * self.decode.mean
+        bytes_per_second = (self.bytes_per_token + self.cache_bytes_per_token) * self.decode.mean
         return {
             "weights_per_second": self.trit_weights * self.decode.mean,
             "bytes_per_token": self.bytes_per_token,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
             "bytes_per_second": bytes_per_second,
             "share_of_read_bandwidth": bytes_per_second / self.read_bandwidth,
         }
@@ -146,7 +152,8 @@ class BenchReport:
         if (rates := self.decode_rates) is not None:
             rows = [
                 ("trit weights", f"{rates['weights_per_second'] / 1e9:.1f} G/s"),
-                ("read for a token", f"{rates['bytes_per_token'] / 1e6:.1f} MB"),
+                ("weights read for a token", f"{rates['bytes_per_token'] / 1e6:.1f} MB"),
+                ("keys and values read for a token", f"{rates['cache_bytes_per_token'] / 1e6:.1f} MB"),
                 ("read", f"{rates['bytes_per_second'] / 1e9:.1f} GB/s"),
                 ("read bandwidth of these threads", f"{self.read_bandwidth / 1e9:.1f} GB/s"),
                 ("share of the read bandwidth", f"{rates['share_of_read_bandwidth']:.0%}"),
@@ -205,15 +212,15 @@ def bench(
     prefill = _time_prefill(sequence, before, prompt, repetitions) if prompt else None
     decode = _time_decode(sequence, before, generated, repetitions) if generated else None
     config, weights, thread_pool = model.config, ModelWeights(file, model.config), model.thread_pool
-    prompt_times, decode_kernels = None, list[KernelTime]()
+    prompt_times, decode_kernels, positions = None, list[KernelTime](), depth + (generated_tokens + 1) // 2
     if prefill is not None and by_kernel:
         prompt_times = prefill_times(config, weights, thread_pool, prompt, depth, repetitions, prefill_bits, cache_type)
     if decode is not None and by_kernel:
-        positions = depth + (generated_tokens + 1) // 2
         seconds = decode_seconds(config, weights, thread_pool, positions, repetitions, cache_type)
         decode_kernels = shares(seconds, 1 / decode.mean)
     return BenchReport(
         **_facts(file, model),
+        cache_bytes_per_token=_cache_bytes_read(config, positions, cache_type),
         prefill=prefill,
         decode=decode,
         read_bandwidth=read_bandwidth(model.thread_pool, repetitions),
@@ -251,6 +258,13 @@ def _facts(file: GgufFile, model: Model) -> dict[str, Any]:
         "instruction_set": variants.name_of(len(model.thread_pool.isa)),
         "threads": model.thread_pool.threads,
     }
+
+
+def _cache_bytes_read(config: ModelConfig, positions: int, cache_type: str) -> int:
+    """Return what attention reads of keys and values for a token that sees so many positions."""
+    windows = config.layer_options.windows[config.layer_options.kinds == ATTENTION]
+    seen = np.where(windows > 0, np.minimum(windows, positions), positions)
+    return int(seen.mean() * page_bytes(config, cache_type) / PAGE)
 
 
 def _warm_up(sequence: SingleSequence, cache_type: str, on_compilation: Callable[[], None]) -> list[int]:

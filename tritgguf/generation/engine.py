@@ -33,6 +33,7 @@ class Engine:
         context: tokens that a request's prompt and answer may have together.
         parallel: how many requests run at once; others wait.
         pool: keys and values.
+        speculation: what drafts tokens; None for nothing.
 
     """
 
@@ -55,6 +56,7 @@ class Engine:
             raise ValueError("the pool is smaller than a single request may become")
         self.model, self.context, self.parallel = model, context, parallel
         self.pool = model.new_kv_pool(context=context, sequences=parallel, pages=pages, cache_type=cache_type)
+        self.speculation = speculation
         self._core = EngineCore(model, self.pool, budget or Budget(), speculation)
         self._submitted: deque[RunningRequest] = deque()
         self._stepping = threading.Lock()  # held by the thread that owns the core, the model and the pool

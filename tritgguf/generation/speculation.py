@@ -57,6 +57,11 @@ class Speculation:
         """Use a drafter; `draft_max` is the largest number of tokens of a draft."""
         self._drafter, self._draft_max = drafter, draft_max
 
+    @property
+    def can_pay(self) -> bool:
+        """Whether it saves time if everything in the draft of a single sequence is accepted."""
+        return any(draft_lengths([[1.0] * self._draft_max], 1, self._drafter.step_cost))
+
     def with_drafts(self, chunks: list[Chunk], context: int) -> list[Chunk]:
         """Return chunks of which some have drafts; a sequence has at most `context` tokens."""
         chosen = [chunk for chunk in chunks if _may_be_drafted(chunk)]
