@@ -27,8 +27,7 @@ def test_a_file_from_trits_is_not_calibrated_on_them() -> None:
 def test_an_uncalibrated_small_file_should_be_calibrated() -> None:
     advice = next_steps(report(2, "v2"))[1]
     assert "about 3 min" in advice
-    command = "tritgguf convert models/SmolLM2 'my model.gguf' --depth 2 --encoder calibrated --overwrite"
-    assert advice.splitlines()[-1].strip() == command
+    assert advice.endswith("the same command with --encoder calibrated --overwrite does it")
     assert "6 times" in next_steps(report(3, "best"))[1]
     assert "about 25 min" in next_steps(report(1, "best", 1_543_714_304))[1]
     mixture = dataclasses.replace(report(2, "best", 30_500_000_000), used_weights=3_300_000_000)

@@ -153,8 +153,8 @@ def train_end_to_end(
         result = training.run(np.asarray(windows), np.asarray(held_out), progress)
     if result.after >= result.before:
         warnings.append(
-            f"training did not lower the divergence on the windows held out ({result.before:.4f} nats): the file is as"
-            " before training"
+            "training through the whole model did not lower the divergence on the windows held out"
+            f" ({result.before:.4f} nats): the file is as before it"
         )
     return replace(result, matrices=_with_errors(source, result.matrices), warnings=warnings)
 

@@ -22,8 +22,7 @@ def next_steps(report: ConvertReport) -> list[str]:
         seconds = calibration_seconds(report.weights, DEFAULT_GENERATED_TOKENS, 2, used=report.used_weights)
         steps.append(
             f"come closer to the original: calibrating made the divergence {_GAINS[report.depth]};"
-            f" it takes {about(seconds)} on two cores, and PyTorch (pip install torch transformers accelerate):\n"
-            f"  tritgguf convert {shlex.quote(report.source)} {file} --depth {report.depth} --encoder calibrated"
-            " --overwrite"
+            f" it takes {about(seconds)} on two cores, and PyTorch (pip install torch transformers accelerate);"
+            " the same command with --encoder calibrated --overwrite does it"
         )
     return steps
