@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.simd import instruction_set
@@ -67,9 +68,9 @@ def precompile(isa: str | None, display: Display) -> bool:
     if mark.exists():
         return False
     try:
-        with locked(mark.with_suffix(".lock")):
-            if mark.exists():  # another process was faster
-                return False
+        with locked(mark.with_suffix(".lock"), display):
+            if mark.exists():  # another process has done it meanwhile
+                return True
             kernel_cache.remove_old()
             with display() as progress:
                 if _run_workers(name_of(number), progress):
@@ -80,13 +81,17 @@ def precompile(isa: str | None, display: Display) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block; on systems without file locks, all."""
+def locked(path: Path, waiting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> Iterator[None]:
+    """Let one process at a time into the block, others meanwhile into `waiting`; on systems without file locks, all."""
     with path.open("w") as file:
         with contextlib.suppress(ImportError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with waiting():
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

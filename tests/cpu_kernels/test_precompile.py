@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from cpu_kernels.all_kernels import all_kernels
 from cpu_kernels.compilation import kernel_cache, loader
 from cpu_kernels.compilation.kernel import Kernel
 from cpu_kernels.simd import instruction_set
-from cpu_kernels.simd.variants import PORTABLE, as_type
+from cpu_kernels.simd.variants import PORTABLE, as_type, name_of
 
 # Runs commands in one process and prints the kernels that were compiled there.
 _PROGRAM = """
@@ -92,6 +94,24 @@ def test_a_lazy_process_compiles_nothing_up_front(monkeypatch: pytest.MonkeyPatc
         raise AssertionError("the compilation is shown, although there is none")
 
     assert not precompile.precompile(None, fail)  # type: ignore[arg-type]
+
+
+def test_a_process_that_waits_for_another_one_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)
+    monkeypatch.delenv(precompile.LAZY_VARIABLE, raising=False)
+    other = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def display() -> Iterator[precompile.Progress]:
+        (lock,) = tmp_path.glob("all-*.lock")
+        lock.with_suffix(".complete").touch()
+        other.close()
+        yield lambda done, total: None
+
+    name = kernel_cache.file_name("all", name_of(instruction_set.choose(None)))
+    other.enter_context(precompile.locked((tmp_path / name).with_suffix(".lock")))
+    assert precompile.precompile(None, display)
+    assert not precompile.precompile(None, display)
 
 
 def test_an_unknown_instruction_set_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
