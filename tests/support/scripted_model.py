@@ -33,7 +33,8 @@ class ScriptedModel:
     """
 
     def __init__(self, script: Sequence[int]) -> None:
-        self.config = pool_config(2, hidden=4, vocab_size=VOCABULARY, context_length=4096)
+        rotations = {"rotations": (), "long_rotations": ()}  # those of a model without LongRoPE
+        self.config = pool_config(2, hidden=4, vocab_size=VOCABULARY, context_length=4096, **rotations)
         self.config.dimensions.vocabulary = VOCABULARY
         self.file_bytes = 0
         self.script = list(script)
