@@ -33,7 +33,7 @@ class ScriptedModel:
     """
 
     def __init__(self, script: Sequence[int]) -> None:
-        rotations = {"rotations": (), "long_rotations": ()}  # those of a model without LongRoPE
+        rotations: dict[str, Any] = {"rotations": (), "long_rotations": ()}  # those of a model without LongRoPE
         self.config = pool_config(2, hidden=4, vocab_size=VOCABULARY, context_length=4096, **rotations)
         self.config.dimensions.vocabulary = VOCABULARY
         self.file_bytes = 0
