@@ -42,7 +42,7 @@ def test_a_command_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     program = tmp_path / "program"
     code = """import sys, time
 if sys.argv[1:] == ["fail"]: sys.exit("no room")
-x = bytearray(bytes(60_000_000)); time.sleep(1)"""
+x = bytearray(bytes(60_000_000)); sum(range(10_000_000)); time.sleep(1)"""
     program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{code}' ${{3:-}}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
