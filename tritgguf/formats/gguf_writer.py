@@ -165,8 +165,12 @@ class StreamingWriter:
     def read_back(self, index: int, n_bytes: int) -> np.ndarray:
         """Return the bytes of a matrix that an earlier run wrote, by its index in `resumed`: uint8 [n_bytes]."""
         with disk_errors(self.output), self._part.open("rb") as file:
-            file.seek(self._header_end if index == 0 else self.resumed[index - 1].end)
+            file.seek(self._start_of(index))
             return np.frombuffer(file.read(n_bytes), np.uint8)
+
+    def _start_of(self, index: int) -> int:
+        """Return the file offset of what follows so many matrices of an earlier run."""
+        return self.resumed[index - 1].end if index else self._header_end
 
     def set_metadata(self, key: str, value: GGUFValue) -> None:
         """Replace a metadata value of the header; the new value must have the same encoded size."""
@@ -184,7 +188,7 @@ class StreamingWriter:
         if self._journal is not None and self._resume:
             self.resumed = self._journal.read()
         names = [name for tensor in self.tensors for name in tensor.matrices][: len(self.resumed)]
-        end = self.resumed[-1].end if self.resumed else self._header_end
+        end = self._start_of(len(self.resumed))
         if self.resumed and ([t.name for t in self.resumed] != names or self._file.seek(0, os.SEEK_END) < end):
             raise self._misfit()
         self._continue_tensor()
@@ -221,7 +225,7 @@ class StreamingWriter:
     def _hash_again(self, index: int, n_bytes: int) -> None:
         """Hash a matrix that an earlier run wrote, in pieces, as it was hashed then."""
         with disk_errors(self.output), self._part.open("rb") as file:
-            file.seek(self._header_end if index == 0 else self.resumed[index - 1].end)
+            file.seek(self._start_of(index))
             for start in range(0, n_bytes, _READ_BYTES):
                 self._hash.update(file.read(min(_READ_BYTES, n_bytes - start)))
 

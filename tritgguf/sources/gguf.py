@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
 if TYPE_CHECKING:
     from gguf import GGUFValue
 
+    from tritgguf.architectures.architecture import Architecture
     from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.formats.gguf_header import TensorInfo
 
@@ -141,24 +141,16 @@ class GgufSource:
         shapes = {info.name: info.shape for info in self._infos()}
         biased = biased_matrices(name for name in shapes if name.startswith(("blk.0.", "output.")))
         vocabulary = shapes.get("token_embd.weight", (1,))[0]
-        dimensions = dimensions_from_gguf({**self._file.metadata, **self._changes}, vocabulary, biased, self.name)
-        self._check_keys(shapes, dimensions)
-        self._take_rope_factors(shapes, dimensions.head_dim // 2)
+        metadata = {**self._file.metadata, **self._changes}
+        dimensions = dimensions_from_gguf(metadata, vocabulary, biased, self.name)
+        architecture = GGUF_ARCHITECTURES[metadata["general.architecture"]]
+        _check_keys(GgufKeys(metadata, shapes, architecture, dimensions, self.name))
+        self._take_rope_factors(shapes, architecture, dimensions.head_dim // 2)
         check_shapes(shapes, dimensions, tied="output.weight" not in shapes, where=self.name, label=self.label)
         return dimensions
 
-    def _check_keys(self, shapes: Collection[str], dimensions: Dimensions) -> None:
-        """Raise TritGgufError for values that a converted file could not be run with."""
-        metadata = {**self._file.metadata, **self._changes}
-        architecture = GGUF_ARCHITECTURES[metadata["general.architecture"]]
-        known = GgufKeys(metadata, shapes, architecture, dimensions, self.name)
-        for rule in (keys.CONTEXT, keys.EPSILON, keys.ROPE, keys.WINDOW):
-            rule.to_hf(known)
-        known.number(ATTENTION_FACTOR_KEY, 1.0)
-
-    def _take_rope_factors(self, shapes: dict[str, tuple[int, ...]], half: int) -> None:
+    def _take_rope_factors(self, shapes: dict[str, tuple[int, ...]], architecture: Architecture, half: int) -> None:
         """Remove the factors of the rotation, which may be missing, from the shapes; check theirs."""
-        architecture = GGUF_ARCHITECTURES[self._file.metadata["general.architecture"]]
         pair = LONG_ROPE_TENSORS if architecture.long_rope else ()
         if len(shapes.keys() & set(pair)) == 1:
             raise DamagedFileError(f"{self.name}: has only one of the tensors {' and '.join(pair)}")
@@ -166,6 +158,13 @@ class GgufSource:
             factors = shapes.pop(name, None)
             if factors not in (None, (half,)):
                 raise DamagedFileError(f"{self.name}: tensor {name} has shape {factors}, not ({half},)")
+
+
+def _check_keys(known: GgufKeys) -> None:
+    """Raise TritGgufError for values that a converted file could not be run with."""
+    for rule in (keys.CONTEXT, keys.EPSILON, keys.ROPE, keys.WINDOW):
+        rule.to_hf(known)
+    known.number(ATTENTION_FACTOR_KEY, 1.0)
 
 
 def _gguf_metadata(file: GgufFile) -> dict[str, GGUFValue]:
