@@ -211,6 +211,9 @@ def test_the_reported_time_is_the_clock_s(
         (("--text", "empty.txt"), "empty.txt: has no text"),
         (("--imatrix", "nosuch.gguf"), "nosuch.gguf"),
         (("--recipe", "nosuch"), "recipe nosuch does not exist"),
+        (("--target-size", "50kB", "--self"), "but the least depths take"),
+        (("--keep", "*=4", "--target-bpw", "3"), "the target leaves 0 B for the matrices"),
+        (("--sensitivity", "0.1", "--depth", "1"), "depth 1 has no trit to remove"),
     ],
 )
 def test_options_are_checked_before_kernels_are_compiled(

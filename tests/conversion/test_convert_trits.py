@@ -11,6 +11,7 @@ from tiny_models import write_tiny_model
 
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.conversion.convert import convert
+from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.quantization import v2
@@ -53,6 +54,17 @@ def test_another_depth(tmp_path: Path, deep: Path) -> None:
     [warning] = report.warnings
     assert re.fullmatch(r".*deep\.gguf: 14 tensors are packed already \(depth 4\); storing them otherwise .*", warning)
     assert 0.05 < report.relative_error < 0.3
+
+
+def test_a_copy_keeps_the_name_of_the_encoder(tmp_path: Path, deep: Path) -> None:
+    choice = DepthChoice(keep=(KeepRule("blk.0.*", 3),))
+    convert(deep.parent / "model", tmp_path / "best.gguf", depth=2, encoder="best", choice=choice)
+    convert(tmp_path / "best.gguf", tmp_path / "copy.gguf", depth=2, choice=choice)
+    assert (tmp_path / "copy.gguf").read_bytes() == (tmp_path / "best.gguf").read_bytes()
+    report = convert(tmp_path / "best.gguf", tmp_path / "head.gguf", depth=2, output_depth=3, choice=choice)
+    assert report.encoder == "best"
+    # Of layers that are encoded again, only the last encoder is named.
+    assert convert(tmp_path / "best.gguf", tmp_path / "again.gguf", depth=2).encoder == "v2"
 
 
 def test_the_same_depth_is_a_copy(tmp_path: Path, deep: Path) -> None:

@@ -15,9 +15,15 @@ from tiny_models import write_tiny_model
 from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.cli import app
 from tritgguf.conversion.convert import convert
-from tritgguf.conversion.default_encoder import about, calibration_seconds, default_encoder, training_seconds
+from tritgguf.conversion.default_encoder import (
+    about,
+    calibration_note,
+    calibration_seconds,
+    default_encoder,
+    training_seconds,
+)
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
+from tritgguf.conversion.encoders import TUNED, V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
@@ -120,11 +126,35 @@ def test_the_estimate_of_training_counts_the_passes() -> None:
     assert training_seconds(10**9, tokens, EndToEnd(most_steps=28), 2) == pytest.approx(short)
 
 
+def test_the_estimate_counts_everything_that_is_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tokens = open_source(str(model)), 64 * 512
+    found: list[float] = []
+
+    def remembered(seconds: float) -> str:
+        found.append(seconds)
+        return ""
+
+    monkeypatch.setattr(default_encoder_module, "about", remembered)
+    calibration_note(source, Calibrated(), tokens, 2)
+    calibration_note(source, Calibrated(), tokens, 2, measures=True)
+    words = [calibration_note(source, encoder, tokens, 2).partition(" on ")[0] for encoder in TUNED.values()]
+    assert words == [
+        "calibrating and training blocks",
+        "calibrating and training end to end",
+        "calibrating, training blocks and training end to end",
+    ]
+    plain, measuring, blocks, end_to_end, both = found
+    assert plain < measuring < blocks
+    assert both - plain == pytest.approx(blocks - plain + end_to_end - plain)
+
+
 def test_the_command_calibrates_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "out.gguf"
     assert app.main(["convert", str(model), str(out), "--tokens", "256"]) == 0
-    assert "calibrating on 256 tokens" in " ".join(capsys.readouterr().err.split())
+    assert " ".join(capsys.readouterr().err.split()).count("calibrating on 256 tokens") == 1
     assert GgufFile(out).metadata["trit.encoder"] == "calibrated"
     assert app.main(["convert", str(model), str(out), "--depth", "3", "--overwrite"]) == 0
     assert GgufFile(out).metadata["trit.encoder"] == "best"
+    assert app.main(["convert", str(model), str(out), "--target-bpw", "3", "--tokens", "256", "--overwrite"]) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("calibrating on 256 tokens: less than a minute") == 1

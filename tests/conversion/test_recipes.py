@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_a_target_chooses_every_depth(tmp_path: Path, variant: str, size: int) -
     assert 0.97 * size < report.file_bytes == out.stat().st_size <= size
     assert GgufFile(out).metadata["trit.depths"] == f"target {size} bytes"
     assert any(name != "F16" for name in types(out))
+
+
+def test_measuring_costs_is_a_part_of_the_progress(tmp_path: Path, llama: Path) -> None:
+    pytest.importorskip("torch")
+    steps: list[ConvertProgress] = []
+    choice = DepthChoice(target_bytes=170_000)
+    convert(llama, tmp_path / "out.gguf", encoder="v2", windows=WINDOWS, choice=choice, progress=steps.append)
+    blocks = open_source(llama).metadata["llama.block_count"].value
+    assert [step.tensor for step in steps[: blocks + 1]].count("choosing depths") == blocks
+    assert len({step.bytes_total for step in steps}) == 1
+    assert all(0 < first.bytes_done < second.bytes_done for first, second in pairwise(steps))
+    assert steps[-1].bytes_done == steps[-1].bytes_total
 
 
 def test_a_target_leaves_what_the_recipe_sets(tmp_path: Path, llama: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ from tritgguf.errors import TritGgufError
 from tritgguf.text_format import format_bytes
 
 if TYPE_CHECKING:
-    from tritgguf.conversion.depths import DepthOptions
-    from tritgguf.conversion.encoders import Encoder, Windows
+    from tritgguf.conversion.depths import DepthChoice, DepthOptions
+    from tritgguf.conversion.encoders import Encoder, Quantizer
     from tritgguf.conversion.report import ConvertReport
 
 _TRAINED = ("blocks", "end-to-end", "both")  # keys of `encoders.TUNED`, without the time that importing it takes
@@ -136,14 +137,14 @@ def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, thre
     return default.encoder
 
 
-def _announce_training(source: str, encoder: Encoder, windows: Windows | None, threads: int | None) -> None:
-    """Say how long end-to-end training will take, if the encoder does that."""
-    from tritgguf.conversion.default_encoder import training_note
+def _announce(source: str, quantizer: Quantizer | None, threads: int | None, choice: DepthChoice, tokens: int) -> None:
+    """Say how long calibrating on a text of some tokens takes, if the quantizer does that."""
+    from tritgguf.conversion.default_encoder import calibration_note
     from tritgguf.conversion.encoders import Calibrated
     from tritgguf.sources.open import open_source
 
-    if isinstance(encoder, Calibrated) and encoder.end_to_end is not None:
-        note(training_note(open_source(source), encoder.end_to_end, windows or (), threads))
+    if isinstance(quantizer, Calibrated):
+        note(calibration_note(open_source(source), quantizer, tokens, threads, measures=choice.needs_text))
 
 
 def convert_command(
@@ -188,19 +189,21 @@ def convert_command(
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
     settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
     text_options = TextOptions(text, self_text, tokens, seed, own_text)
-    settings["importance"], warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
+    importance, warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
     started = time.perf_counter()
-    if encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text):
+    is_default = encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text)
+    if is_default:
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     # Refuses what does not go together before a text is read or written.
-    quantizer_of(chosen, settings["importance"], () if needs_text else None, text_has_other_use=choice.needs_text)
+    quantizer = quantizer_of(chosen, importance, () if needs_text else None, text_has_other_use=choice.needs_text)
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
-        settings["windows"] = read_windows(source, text_options, threads, saved)[0] if needs_text else None
-        _announce_training(source, chosen, settings["windows"], threads)
+        if needs_text:
+            announce = partial(_announce, source, None if is_default else quantizer, threads, choice)
+            settings["windows"], _ = read_windows(source, text_options, threads, saved, announce)
         with terminal.progress(in_bytes=True) as report:
             settings["progress"] = lambda state: report(state.tensor, state.bytes_done, state.bytes_total)
-            result = convert(source, output, **depths, encoder=chosen, **settings)
+            result = convert(source, output, **depths, encoder=chosen, importance=importance, **settings)
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(result.as_dict()) if as_json else print_conversion(result)

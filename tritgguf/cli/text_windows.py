@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,18 +46,26 @@ class TextOptions:
 
 
 def read_windows(
-    source: str, options: TextOptions, threads: int | None, saved: SavedText | None = None
+    source: str,
+    options: TextOptions,
+    threads: int | None,
+    saved: SavedText | None = None,
+    announce: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[list[int]], str]:
     """Return the selected text as windows of tokens, and its name.
 
-    The source and the packages that calibrating needs are looked at first: generating a text takes minutes.
+    The source and the packages that calibrating needs are looked at first: generating a text takes minutes. `announce`
+    is called with the number of tokens, before a text is generated that is the model's alone.
     """
+    from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
     from tritgguf.conversion.own_text import calibration_windows
     from tritgguf.reference.model import require_torch
     from tritgguf.sources.open import open_source
 
     opened = open_source(source)
     require_torch()
+    if options.file is None:
+        announce(options.tokens or DEFAULT_GENERATED_TOKENS)
     with terminal.progress(in_bytes=False) as report:
         windows, name = calibration_windows(
             opened,
@@ -69,6 +78,8 @@ def read_windows(
             progress=lambda done, total: report("generating text", done, total),
         )
     used = sum(map(len, windows))
+    if options.file is not None:
+        announce(used)
     if options.own_tokens is None and used != (options.tokens or used):
         windows_of = f"{len(windows)} windows of {len(windows[0])}"
         terminal.note(f"note: {used} tokens are used instead of {options.tokens}, which is {windows_of}")

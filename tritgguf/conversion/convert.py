@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tritgguf.conversion.default_encoder import MEASURING_PASSES
 from tritgguf.conversion.depths import NO_CHOICE, DepthChoice, DepthOptions
 from tritgguf.conversion.encoders import (
     Automatic,
@@ -142,7 +143,16 @@ def convert_together(
     started += prepare_kernels()
     counter = _ProgressCounter(opened, len(conversions), progress)
     plans = [
-        plan_conversion(opened, one.options, one.encoder, one.importance, one.windows, thread_pool, counter.searched)
+        plan_conversion(
+            opened,
+            one.options,
+            one.encoder,
+            one.importance,
+            one.windows,
+            thread_pool,
+            counter.searched,
+            counter.measured,
+        )
         for one in conversions
     ]
     with ExitStack() as opened_files:
@@ -216,9 +226,15 @@ class _ProgressCounter:
         self._pass, self._share = sum(self._bytes.values()), 0.0
         self._done, self._total = 0, files * self._pass
 
-    def expect(self, passes: int) -> None:
+    def expect(self, passes: float) -> None:
         """Count passes over all matrices that come before the first one is written."""
-        self._total += passes * self._pass
+        self._total += round(passes * self._pass)
+
+    def measured(self, done: int, total: int) -> None:
+        """Count a block for which costs of depths were measured."""
+        if done == 1:
+            self.expect(MEASURING_PASSES)
+        self.prepared("choosing depths", MEASURING_PASSES / total)
 
     def prepared(self, label: str, share: float) -> None:
         """Count a share of such a pass."""

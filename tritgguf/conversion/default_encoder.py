@@ -15,9 +15,10 @@ from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import EndToEnd
-from tritgguf.calibration.text import WINDOW_TOKENS
+from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, WINDOW_TOKENS
+from tritgguf.calibration.tuning import Tuning
 from tritgguf.conversion.depths import DepthOptions
-from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch, Windows
+from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.conversion.recovery import holds_trits
 from tritgguf.conversion.requested_depths import requested_depths
 from tritgguf.errors import TritGgufError
@@ -34,6 +35,10 @@ _SECONDS_PER_WEIGHT = 2e-7
 """For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
 _TRAINING_SECONDS = 8e-11
 """For each weight, token and epoch of end-to-end training, likewise."""
+_BLOCK_TRAINING_SECONDS = 4e-11
+"""The same of training of blocks."""
+MEASURING_PASSES = 0.3
+"""What measuring the costs of depths takes, as a part of calibrating on the default number of tokens."""
 _MEASURED_THREADS = 2
 
 
@@ -93,17 +98,34 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
 
 
+def block_training_seconds(weights: int, tokens: int, tuning: Tuning, threads: int | None = None) -> float:
+    """Estimate how long training of blocks takes; `threads` None means all processor cores."""
+    passes = tuning.passes(max(1, tokens // WINDOW_TOKENS))
+    return weights * tokens * passes * _BLOCK_TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
+
+
 def training_seconds(weights: int, tokens: int, settings: EndToEnd, threads: int | None = None) -> float:
     """Estimate how long end-to-end training takes; `threads` None means all processor cores."""
     passes = settings.passes(max(1, tokens // WINDOW_TOKENS))
     return weights * tokens * passes * _TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
 
 
-def training_note(source: Source, settings: EndToEnd, windows: Windows, threads: int | None) -> str:
-    """Return a line that says how long calibration on windows and end-to-end training take."""
-    tokens, weights = sum(map(len, windows)), weights_of(source)
-    seconds = calibration_seconds(weights, tokens, threads) + training_seconds(weights, tokens, settings, threads)
-    return f"calibrating and training end to end on {tokens} tokens: {about(seconds)}"
+def calibration_note(
+    source: Source, encoder: Calibrated, tokens: int, threads: int | None, *, measures: bool = False
+) -> str:
+    """Return a line that says how long calibration takes, with all training, and with measuring the costs of depths."""
+    weights, used = weights_of(source), weights_of_a_token(source)
+    calibrating = calibration_seconds(weights, tokens, threads, used=used)
+    seconds, what = calibrating, "calibrating"
+    if measures:
+        seconds += MEASURING_PASSES * calibration_seconds(weights, DEFAULT_GENERATED_TOKENS, threads, used=used)
+    if encoder.tuning is not None:
+        seconds += block_training_seconds(weights, tokens, encoder.tuning, threads)
+        what += " and training blocks" if encoder.end_to_end is None else ", training blocks"
+    if encoder.end_to_end is not None:
+        seconds += training_seconds(weights, tokens, encoder.end_to_end, threads)
+        what += " and training end to end"
+    return f"{what} on {tokens} tokens: {about(seconds)}"
 
 
 def about(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -144,6 +144,7 @@ def plan_conversion(
     windows: Windows | None,
     thread_pool: ThreadPool,
     searched: Callable[[str], None] = lambda name: None,
+    measured: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionPlan:
     """Plan what a conversion writes.
 
@@ -155,6 +156,7 @@ def plan_conversion(
         windows: a text for the encoder and for measuring sensitivities; None if there is none or the encoder has one.
         thread_pool: the threads to use.
         searched: called with the name of each matrix that was searched for dequantized trits, except for the probes.
+        measured: called while costs of depths are measured, with the number of blocks done and their total.
 
     Raises:
         TritGgufError: options contradict each other or the source.
@@ -168,12 +170,7 @@ def plan_conversion(
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
     kept = apply_rules(packable, options.choice.keep)
-    unpacked = [
-        matrix
-        for tensor in source.tensors
-        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
-        for matrix in tensor.matrices
-    ]
+    unpacked = _unpacked(source, packable, kept)
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(kept)
     free = free_tables(source, options)
@@ -185,7 +182,7 @@ def plan_conversion(
     to_choose = packable | free if options.choice.has_target else packable
     to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.depths}
     choice_text = options.choice.describe(options.layer_depth)
-    measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool)
+    measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool, measured)
     other_bytes = partial(_other_bytes, source, depths, to_choose, recovery.encoder, choice_text)
     depths |= options.choice.depths(to_choose, kept, options.layer_depth, measure, other_bytes)
     tensors = [planned_tensor(tensor.name, tensor.shape, depths[tensor.name]) for tensor in source.tensors]
@@ -194,6 +191,9 @@ def plan_conversion(
         last = HEAD if HEAD in depths else EMBEDDINGS
         tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
+    if not options.choice.has_target and _copies_all_layers(source, tensors):
+        recovery = replace(recovery, encoder=source.encoding.get(trit_types.KEY_ENCODER, recovery.encoder))
+        choice_text = choice_text or source.encoding.get(trit_types.KEY_DEPTHS, "")
     metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
@@ -202,10 +202,40 @@ def check_conversion(source: Source, options: DepthOptions, encoder: Encoder) ->
     """Raise TritGgufError for depths, rules and an encoder that do not fit the source, as `convert` does, at once."""
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
-    depths |= apply_rules(packable, options.choice.keep)
+    kept = apply_rules(packable, options.choice.keep)
+    _check_choice(source, options, encoder, depths, packable, kept)
+    depths |= kept
     if isinstance(encoder, Calibrated) and (encoder.tuning or encoder.end_to_end):
         packed = [tensor for tensor in source.tensors if tensor.name in packable and depths[tensor.name]]
         check_no_experts(source.name, [matrix for tensor in packed for matrix in tensor.matrices])
+
+
+def _check_choice(
+    source: Source,
+    options: DepthOptions,
+    encoder: Encoder,
+    depths: Mapping[str, int],
+    packable: dict[str, int],
+    kept: Mapping[str, int],
+) -> None:
+    """Raise TritGgufError if depths cannot be chosen as the options ask, whatever their costs turn out to be."""
+    choice = options.choice
+    to_choose = packable | free_tables(source, options) if choice.has_target else packable
+
+    def no_costs(names: list[str], some_depths: Sequence[int]) -> Costs:
+        return {name: dict.fromkeys([*some_depths, *[F16_DEPTH] * (name in TABLES)], 0.0) for name in names}
+
+    text = choice.describe(options.layer_depth)
+    other_bytes = partial(_other_bytes, source, depths, to_choose, encoder.name, text)
+    choice.depths(to_choose, kept, options.layer_depth, no_costs, other_bytes)
+
+
+def _copies_all_layers(source: Source, tensors: Sequence[PlannedTensor]) -> bool:
+    """Return whether all packed matrices of the layers, and at least one, are in the source as they will be."""
+    packed = [t for t in tensors if quantized_tensor(t.name) and trit_types.is_trit_type(t.type_id)]
+    return bool(packed) and all(
+        (depth := source.packed_depth(tensor.name)) and TritType.of_depth(depth) == tensor.type_id for tensor in packed
+    )
 
 
 def _check_columns(source: Source, importance: Importance) -> None:
@@ -226,6 +256,16 @@ def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
         for tensor in source.tensors
         if quantized_tensor(tensor.name) and depths[tensor.name] and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
     }
+
+
+def _unpacked(source: Source, packable: Collection[str], kept: Mapping[str, int]) -> list[str]:
+    """Return the matrices to pack that are not packed in the source."""
+    return [
+        matrix
+        for tensor in source.tensors
+        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
+        for matrix in tensor.matrices
+    ]
 
 
 def _other_bytes(
@@ -249,6 +289,7 @@ def _measure_costs(
     quantizer: Quantizer,
     windows: Windows | None,
     thread_pool: ThreadPool,
+    progress: Callable[[int, int], None],
     names: list[str],
     some_depths: Sequence[int],
 ) -> Costs:
@@ -262,12 +303,14 @@ def _measure_costs(
     def sensitivities(names: list[str], some_depths: Sequence[int]) -> Costs:
         from tritgguf.calibration.sensitivity import measure_sensitivities
 
-        return measure_sensitivities(source, names, some_depths, some, thread_pool, thresholds=known.thresholds)
+        return measure_sensitivities(
+            source, names, some_depths, some, thread_pool, progress, thresholds=known.thresholds
+        )
 
     def divergences(names: list[str], some_depths: Sequence[int]) -> Costs:
         from tritgguf.calibration.divergence_costs import measure_divergence_costs
 
-        return measure_divergence_costs(source, names, some_depths, some, thread_pool)
+        return measure_divergence_costs(source, names, some_depths, some, thread_pool, progress)
 
     if not choice.has_target:
         return known.of(f"sensitivity, for {known.thresholds}", names, some_depths, sensitivities)

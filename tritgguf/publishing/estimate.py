@@ -12,7 +12,7 @@ from typing import Any
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import training_bytes
-from tritgguf.conversion.default_encoder import calibration_seconds, training_seconds
+from tritgguf.conversion.default_encoder import block_training_seconds, calibration_seconds, training_seconds
 from tritgguf.conversion.depths import apply_rules
 from tritgguf.conversion.encoders import Calibrated, encoder_of_the_rest
 from tritgguf.conversion.file_metadata import file_metadata
@@ -35,7 +35,6 @@ _SECONDS_PER_WEIGHT_EXPORTED = 1.5e-8
 _SECONDS_PER_WEIGHT_LOADED = 3e-8  # by transformers: the source, and the decoded weights of one of its files
 _SECONDS_PER_WEIGHT_AND_TOKEN_VERIFIED = 2e-11
 _SECONDS_PER_WEIGHT_AND_TOKEN_OF_DEPTHS = 3e-11  # a text is written, and depths are chosen on it
-_TIMES_AS_LONG_WITH_TUNING = 5  # calibration, with training of each block (docs/calibration.md)
 _BENCHED_TOKENS = 5 * WINDOW_TOKENS // 8
 _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 2.5e-11
 
@@ -157,7 +156,7 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
         return seconds + weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_OF_DEPTHS / speedup
     of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
     if isinstance(inner, Calibrated) and inner.tuning is not None:
-        of_text *= _TIMES_AS_LONG_WITH_TUNING
+        of_text += block_training_seconds(weights, tokens, inner.tuning, threads)
     if isinstance(inner, Calibrated) and inner.end_to_end is not None:
         of_text += training_seconds(weights, tokens, inner.end_to_end, threads)
     return seconds + of_text

@@ -21,7 +21,7 @@ from tritgguf.errors import DamagedFileError
 from tritgguf.formats.dtypes import READABLE_DTYPES
 from tritgguf.formats.matrix_rows import MatrixRows
 from tritgguf.formats.stacks import split_matrix_name
-from tritgguf.formats.trit_types import TritType, is_trit_type
+from tritgguf.formats.trit_types import KEY_DEPTHS, KEY_ENCODER, TritType, is_trit_type
 from tritgguf.sources.source import PackedMatrix, SourceTensor, check_shapes
 from tritgguf.tokenization.gguf_to_hf import DEFAULT_PRE, tokenizer_json_from_gguf
 from tritgguf.tokenization.hf_to_gguf import HUGGINGFACE_JSON_KEY
@@ -68,6 +68,9 @@ class GgufSource:
         self.dimensions = self._check_tensors()
         self.tensors = [SourceTensor(info.name, info.shape, info.n_bytes) for info in self._infos()]
         self.metadata = self._changed(_gguf_metadata(self._file))
+        self.encoding: dict[str, str] = {
+            key: str(self._file.metadata[key]) for key in (KEY_ENCODER, KEY_DEPTHS) if key in self._file.metadata
+        }
         if HUGGINGFACE_JSON_KEY not in self._file.metadata and self._file.metadata.get(_PRE_KEY) == DEFAULT_PRE:
             self.warnings.append(
                 f"{path}: {_PRE_KEY} is {DEFAULT_PRE}, so text is split as llama.cpp does, which may differ from the"

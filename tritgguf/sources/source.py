@@ -66,6 +66,8 @@ class Source(Protocol):
     """Warnings for the user, one line each."""
     files: list[Path]
     """The files that are read; resuming checks that they are unchanged."""
+    encoding: dict[str, str]
+    """Of a packed file, the keys that tell how its levels and depths were chosen; empty for others."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor by its GGUF name: float32, contiguous, rows in GGUF's order; not cached."""
