@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from converted_models import as_stock_gguf, assert_no_number_differs
 from dequantized_trits import dequantized
+from gguf import GGUFValue, GGUFValueType
 from reference_decoding import decode
 from tiny_mixtures import EXPERTS, KINDS, mixture_config, mixture_weights, random_experts, write_tiny_mixture
 from tiny_models import write_shards
@@ -23,6 +24,7 @@ from tritgguf.conversion.encoders import parse_encoder
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.conversion.plan import check_conversion
 from tritgguf.errors import TritGgufError
+from tritgguf.exporters.export import export
 from tritgguf.formats.gguf_file import GgufFile
 from tritgguf.formats.gguf_writer import StreamingWriter
 from tritgguf.formats.imatrix import write_importance
@@ -85,6 +87,42 @@ def test_every_layout_gives_the_same_file(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_number_differs_after_a_round_trip(tmp_path: Path, kind: str) -> None:
     assert_no_number_differs(write_tiny_mixture(tmp_path / "model", kind), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_refused"),
+    [
+        ("expert_weights_scale", GGUFValue(2.5, GGUFValueType.FLOAT32), True),
+        ("expert_weights_scale", GGUFValue(1.0, GGUFValueType.FLOAT32), False),
+        ("expert_gating_func", GGUFValue(2, GGUFValueType.UINT32), True),
+        ("expert_gating_func", GGUFValue(1, GGUFValueType.UINT32), False),
+    ],
+)
+def test_weights_of_experts_that_transformers_lacks(
+    tmp_path: Path, key: str, value: GGUFValue, is_refused: bool
+) -> None:
+    """What a stock file says of the weights of experts is run, and refused where it would be lost."""
+    keys = {f"qwen3moe.{key}": value}
+    stock = as_stock_gguf(open_source(write_tiny_mixture(tmp_path / "model")), tmp_path / "stock.gguf", keys)
+    convert(stock, tmp_path / "out.gguf")
+    export(tmp_path / "out.gguf", tmp_path / "f16.gguf", to="f16")
+    assert GgufFile(tmp_path / "f16.gguf").metadata[f"qwen3moe.{key}"] == value.value
+    if is_refused:
+        message = f"qwen3moe.{key} is {value.value}, which transformers' Qwen3MoeForCausalLM does not have"
+        with pytest.raises(TritGgufError, match=message):
+            export(tmp_path / "out.gguf", tmp_path / "hf", to="hf")
+    else:
+        export(tmp_path / "out.gguf", tmp_path / "hf", to="hf")
+    assert (tmp_path / "hf").exists() == (not is_refused)
+
+
+@pytest.mark.parametrize("entry", [("expert_weights_scale", 0), ("expert_gating_func", 4), ("expert_used_count", 5)])
+def test_keys_that_cannot_be_run_are_not_converted(tmp_path: Path, entry: tuple[str, int]) -> None:
+    keys = {f"qwen3moe.{entry[0]}": GGUFValue(entry[1], GGUFValueType.UINT32)}
+    stock = as_stock_gguf(open_source(write_tiny_mixture(tmp_path / "model")), tmp_path / "stock.gguf", keys)
+    with pytest.raises(TritGgufError, match=rf"stock\.gguf: qwen3moe\.{entry[0]} is "):
+        convert(stock, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_experts_of_one_stack_have_one_depth(tmp_path: Path) -> None:

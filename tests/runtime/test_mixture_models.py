@@ -110,8 +110,11 @@ def test_a_file_larger_than_memory_gives_the_same(mixture: Path, monkeypatch: py
         ({"expert_count": 0}, "expert_count"),
         ({"expert_count": 5}, r"has the shape \(4, .*, not \(5, "),
         ({"expert_gating_func": 4}, "expert_gating_func"),
-        ({"expert_weights_scale": 0.0}, "expert_weights_scale is 0.0, which is no positive number"),
-        ({"expert_weights_scale": float("nan")}, "which is no positive number"),
+        ({"expert_weights_scale": 0.0}, "expert_weights_scale is 0.0, which is not a positive number"),
+        ({"expert_weights_scale": float("nan")}, "which is not a positive number"),
+        ({"expert_weights_scale": "1" * 1000}, r"expert_weights_scale is '1{39}, which"),
+        ({"expert_used_count": [2] * 1000}, r"expert_used_count is .{40}, which"),
+        ({"expert_weights_norm": [0.5] * 1000}, r"expert_weights_norm is .{40}, which"),
         ({"expert_feed_forward_length": 24}, r"has the shape \(4, 64, 128\), not \(4, 24, 128\)"),
     ],
 )

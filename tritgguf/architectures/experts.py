@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tritgguf.architectures.key_rules import GgufKeys, HfConfig, SpecialRule
 from tritgguf.architectures.tensor_part import TensorPart
 from tritgguf.errors import DamagedFileError, TritGgufError
-from tritgguf.formats.checked import count_of
+from tritgguf.formats.checked import count_of, positive_number
 
 if TYPE_CHECKING:
     from tritgguf.architectures.architecture import Architecture
@@ -35,7 +35,8 @@ SHARED_WIDTH_KEY = "expert_shared_feed_forward_length"
 NORM_KEY = "expert_weights_norm"
 DENSE_LAYERS_KEY = "leading_dense_block_count"
 GATING_KEY = "expert_gating_func"
-_SIGMOID = 2  # GGUF's number
+SCALE_KEY = "expert_weights_scale"
+_SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3  # GGUF's numbers
 _FEED_FORWARD_KEY, FEED_FORWARD_ENTRY = "feed_forward_length", "intermediate_size"
 
 ROUTER = "ffn_gate_inp"
@@ -95,6 +96,15 @@ class ExpertFamily:
     sparse_mixer: bool = False
     dense_layers_entry: str | None = None
 
+    @property
+    def gating(self) -> int | None:
+        """GGUF's number of how the router's scores become weights; None for SparseMixer, which has none."""
+        if self.sparse_mixer:
+            return None
+        if self.sigmoid:
+            return _SIGMOID
+        return _SOFTMAX_OF_CHOSEN if self.softmax_of_chosen else _SOFTMAX
+
     def part(self, names: tuple[str, ...], index: int) -> TensorPart:
         """Return how the `index`th of some GGUF tensors lies in the Hugging Face tensor of all of them."""
         stack, _, suffix = names[index].partition(".")
@@ -119,6 +129,8 @@ class Experts:
         normalizes: whether the weights of the chosen experts are divided by their sum.
         dense_layers: number of layers, from the first on, that have a dense feed-forward instead.
         has_selection_bias: whether the experts are chosen by their weight plus a bias.
+        gating: what a GGUF file says in place of the family's `gating`; None if it says nothing.
+        scale: factor of the weights.
 
     """
 
@@ -130,6 +142,8 @@ class Experts:
     normalizes: bool = False
     dense_layers: int = 0
     has_selection_bias: bool = False
+    gating: int | None = None
+    scale: float = 1.0
 
     def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Return GGUF name without layer -> shape in NumPy order of a layer's expert tensors."""
@@ -202,7 +216,7 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         shared_width = count_of(metadata, prefix + SHARED_WIDTH_KEY, where, default=feed_forward, most=_MAX_WIDTH)
     normalizes = metadata.get(prefix + NORM_KEY, family.normalizes)
     if not isinstance(normalizes, bool):
-        raise DamagedFileError(f"{where}: {prefix}{NORM_KEY} is {normalizes!r}, which is neither true nor false")
+        raise DamagedFileError(f"{where}: {prefix}{NORM_KEY} is {normalizes!r:.40}, which is neither true nor false")
     experts = Experts(
         count=count_of(metadata, prefix + COUNT_KEY, where, most=_MAX_EXPERTS),
         used=used,
@@ -212,9 +226,15 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         normalizes=normalizes,
         dense_layers=_dense_layers(metadata, family.dense_layers_entry and prefix + DENSE_LAYERS_KEY, None, where),
         has_selection_bias=family.sigmoid,
+        gating=_gating(metadata, prefix + GATING_KEY, where),
+        scale=positive_number(metadata.get(prefix + SCALE_KEY, 1.0), prefix + SCALE_KEY, where),
     )
     _check_used(experts, family, prefix + USED_KEY, where)
     return experts
+
+
+def _gating(metadata: Mapping[str, Any], key: str, where: str) -> int | None:
+    return count_of(metadata, key, where, most=_SOFTMAX_OF_CHOSEN) if key in metadata else None
 
 
 def _dense_layers(entries: Mapping[str, Any], name: str | None, architecture: Architecture | None, where: str) -> int:
@@ -268,10 +288,23 @@ def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
     return keys
 
 
+def _check_has_entries(keys: GgufKeys, family: ExpertFamily, experts: Experts) -> None:
+    """Raise TritGgufError for weights of experts that `run` computes, but that no entry of config.json asks for."""
+    if experts.gating not in (None, family.gating):
+        key, value = GATING_KEY, float(experts.gating or 0)
+    elif experts.scale != 1:
+        key, value = SCALE_KEY, experts.scale
+    else:
+        return
+    name, hf_class = f"{keys.architecture.gguf_name}.{key}", keys.architecture.hf_class
+    raise TritGgufError(f"{keys.where}: {name} is {value:g}, which transformers' {hf_class} does not have")
+
+
 def _to_hf(keys: GgufKeys) -> dict[str, Any]:
     family, experts = keys.architecture.experts, keys.dimensions.experts
     if family is None or experts is None:
         return {}
+    _check_has_entries(keys, family, experts)
     entries: dict[str, Any] = {family.count_entry: experts.count, _USED_ENTRY: experts.used}
     if family.width_entry != FEED_FORWARD_ENTRY:
         entries[family.width_entry] = experts.width

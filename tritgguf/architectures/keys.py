@@ -114,7 +114,7 @@ def _scalar_of_scale(scale: Any, keys: GgufKeys) -> int:
         return keys.dimensions.head_dim
     if not 1e-6 < scale < 1e6:
         name = f"{keys.architecture.gguf_name}.{QUERY_SCALAR.gguf}"
-        raise TritGgufError(f"{keys.where}: {name} is {scale!r}, which is not a valid scale")
+        raise TritGgufError(f"{keys.where}: {name} is {scale!r:.40}, which is not a valid scale")
     return round(scale**-2)
 
 

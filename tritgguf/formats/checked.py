@@ -70,12 +70,12 @@ def count_of(
     if value is None:
         raise DamagedFileError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise DamagedFileError(f"{where}: {key} is {value!r}, which is not an integer from 1 to {most}")
+        raise DamagedFileError(f"{where}: {key} is {value!r:.40}, which is not an integer from 1 to {most}")
     return value
 
 
 def positive_number(value: Any, key: str, where: str) -> float:
     """Return a value of a configuration as a float; TritGgufError unless it is a positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise DamagedFileError(f"{where}: {key} is {value!r}, which is not a positive number")
+        raise DamagedFileError(f"{where}: {key} is {value!r:.40}, which is not a positive number")
     return float(value)

@@ -17,7 +17,7 @@ from cpu_kernels.transformer.layer_options import (
     SILU,
     LayerOptions,
 )
-from cpu_kernels.transformer.router import SIGMOID, SOFTMAX, SOFTMAX_OF_CHOSEN, SPARSE_MIXER, Routing
+from cpu_kernels.transformer.router import SOFTMAX, SPARSE_MIXER, Routing
 from tritgguf.architectures import keys
 from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import (
@@ -138,16 +138,7 @@ class ModelConfig:
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         biased = biased_matrices(file.tensors)
         dimensions = dimensions_from_gguf(file.metadata, vocabulary, biased, str(file.path))
-        for name, shape in dimensions.shapes().items():
-            if name not in file.tensors:
-                if name == "output.weight":
-                    continue
-                raise DamagedFileError(f"{file.path}: tensor {name} is missing; convert the model again")
-            if file.tensors[name].shape != shape:
-                found = file.tensors[name].shape
-                raise DamagedFileError(
-                    f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
-                )
+        _check_shapes(file, dimensions)
         architecture = find_gguf_architecture(file.metadata, str(file.path))
 
         def number(rule: KeyRule, default: float | None = None) -> float:
@@ -192,10 +183,27 @@ class ModelConfig:
         )
 
 
+def _check_shapes(file: GgufFile, dimensions: Dimensions) -> None:
+    """Check that every tensor of the model is there in the right shape."""
+    shapes = dimensions.shapes()
+    for name, shape in shapes.items():
+        if name not in file.tensors:
+            if name == "output.weight":
+                continue
+            raise DamagedFileError(f"{file.path}: tensor {name} is missing; convert the model again")
+        if file.tensors[name].shape != shape:
+            found = file.tensors[name].shape
+            raise DamagedFileError(
+                f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
+            )
+
+
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
-        raise DamagedFileError(f"{file.path}: {key} is {value!r}, which is no positive number; convert the model again")
+        raise DamagedFileError(
+            f"{file.path}: {key} is {value!r:.40}, which is no positive number; convert the model again"
+        )
     return value
 
 
@@ -207,24 +215,9 @@ def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None
         raise DamagedFileError(
             f"{file.path}: experts of {experts.width} rows are not supported, only multiples of {GROUP_SIZE}"
         )
-    key = f"{architecture.gguf_name}.expert_gating_func"
-    gating = _gating(architecture)
-    if key in file.metadata:
-        gating = count_of(file.metadata, key, str(file.path), most=SOFTMAX_OF_CHOSEN)
-    scale = _number(file, f"{architecture.gguf_name}.expert_weights_scale", 1.0)
-    return Routing(experts.used, gating, experts.normalizes, np.float32(scale))
-
-
-def _gating(architecture: Architecture) -> int:
-    """Return how the router of a family makes weights of scores."""
-    family = architecture.experts
-    if family is None:
-        return SOFTMAX
-    if family.sigmoid:
-        return SIGMOID
-    if family.softmax_of_chosen:
-        return SOFTMAX_OF_CHOSEN
-    return SPARSE_MIXER if family.sparse_mixer else SOFTMAX
+    gating = experts.gating or (None if architecture.experts is None else architecture.experts.gating)
+    gating = SPARSE_MIXER if gating is None else gating
+    return Routing(experts.used, gating, experts.normalizes, np.float32(experts.scale))
 
 
 def _dense_width(dimensions: Dimensions) -> int:
