@@ -167,3 +167,9 @@ def test_refused_keys(changes: dict[str, Any], message: str) -> None:
     keys = {**keys_of(), **{f"qwen35.{key}": value for key, value in changes.items()}}
     with pytest.raises(TritGgufError, match=f"model.gguf: .*{message}"):
         dimensions_from_gguf(keys, 448, frozenset(), "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["attn_q", "attn_qkv", "attn_gate", "ssm_out"])
+def test_biases_of_matrices_that_some_layers_have_are_refused(name: str) -> None:
+    with pytest.raises(TritGgufError, match=f"model.gguf: biases of {name} are not supported beside layers of another"):
+        dimensions_from_gguf(keys_of(), 448, frozenset({name}), "model.gguf")

@@ -101,3 +101,10 @@ def test_refused_entries(entries: dict[str, Any], message: str) -> None:
 def test_refused_keys(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TritGgufError, match=f"model.gguf: {message}"):
         dimensions_from_gguf({**keys_of(), **changes}, 448, frozenset(), "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["attn_q", "attn_output", "shortconv.in_proj", "shortconv.out_proj"])
+def test_biases_of_matrices_that_some_layers_have_are_refused(name: str) -> None:
+    with pytest.raises(TritGgufError, match=f"model.gguf: biases of {name} are not supported beside layers of another"):
+        dimensions_from_gguf(keys_of(), 448, frozenset({name}), "model.gguf")
+    assert "ffn_up" in dimensions_from_gguf(keys_of(), 448, frozenset({"ffn_up"}), "model.gguf").biased

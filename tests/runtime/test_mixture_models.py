@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,30 @@ def test_damaged_keys(folder: Path, change: dict[str, object], message: str) -> 
     file = GgufFile(converted(folder, "qwen3"))
     arch = file.metadata["general.architecture"]
     file.metadata = {**dict(file.metadata), **{f"{arch}.{key}": value for key, value in change.items()}}
+    with pytest.raises(TritGgufError, match=message):
+        Model(file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ffn_gate_inp.bias",
+        "exp_probs_b.bias",
+        "ffn_gate_exps.bias",
+        "ffn_up_exps.bias",
+        "ffn_down_exps.bias",
+        "ffn_gate_inp_shexp.weight",
+        "ffn_sub_norm.weight",
+    ],
+)
+@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+def test_a_tensor_that_the_family_has_not_is_refused(folder: Path, name: str, layers: tuple[int, ...]) -> None:
+    """Its shape is that of a norm: the kernels would read beyond the end, or add what does not belong there."""
+    file = GgufFile(converted(folder, "qwen3"))
+    for layer in layers:
+        tensor = f"blk.{layer}.{name}"
+        file.tensors[tensor] = replace(file.tensors[f"blk.{layer}.attn_norm.weight"], name=tensor)
+    message = f"tensor {re.escape(f'blk.{layers[0]}.{name}')} does not belong to a model with these keys"
     with pytest.raises(TritGgufError, match=message):
         Model(file)
 

@@ -38,6 +38,9 @@ from tritgguf.architectures.tensor_names import GGUF_LAYER, with_suffix
 from tritgguf.architectures.unsupported import why_not
 from tritgguf.errors import TritGgufError
 
+_BIASED_MATRICES = (*ATTENTION_MATRICES, "ffn_gate", "ffn_up", "ffn_down")
+"""The matrices that may have biases, if every layer has them."""
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -79,7 +82,7 @@ class Dimensions:
         if entry.has_layer_norms:
             shapes[f"{entry.final_norm[0]}.bias"] = (self.hidden,)
         for index in range(self.layers):
-            matrices, norms = self._layer_matrices(index), self._layer_norms(index)
+            matrices, norms = self.layer_matrices(index), self._layer_norms(index)
             biased = {name for name in self.biased if name in matrices or name in entry.biased}
             experts = self.experts.shapes(self.hidden) if self.experts and self.is_mixture(index) else {}
             for name, shape in {**norms, **matrices, **experts}.items():
@@ -109,7 +112,8 @@ class Dimensions:
         """Rows of the matrix of queries, the gates behind them included."""
         return self.heads * self.head_dim * (2 if GGUF_ARCHITECTURES[self.architecture].has_states else 1)
 
-    def _layer_matrices(self, layer: int) -> dict[str, tuple[int, ...]]:
+    def layer_matrices(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return GGUF name without layer -> shape of a layer's matrices, those of experts aside."""
         rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         fused = GGUF_ARCHITECTURES[self.architecture].fused
         sizes = {
@@ -292,7 +296,17 @@ def dimensions_from_gguf(
         rotated_dim=rotated_dim if architecture.has_states else None,
     )
     check_heads(dimensions, where)
+    _check_biases(dimensions, where)
     return dimensions
+
+
+def _check_biases(dimensions: Dimensions, where: str) -> None:
+    """Raise TritGgufError for the bias of a matrix that only some layers have, or of none that is computed with it."""
+    matrices = [dimensions.layer_matrices(layer) for layer in range(dimensions.layers)]
+    for name in sorted(dimensions.biased):
+        has_it = [name in of_layer for of_layer in matrices]
+        if any(has_it) and not (all(has_it) and name in _BIASED_MATRICES):
+            raise TritGgufError(f"{where}: biases of {name} are not supported beside layers of another kind")
 
 
 def check_heads(dimensions: Dimensions, where: str) -> None:

@@ -30,6 +30,7 @@ from tritgguf.architectures.experts import Experts
 from tritgguf.architectures.key_rules import KeyRule
 from tritgguf.architectures.rope import (
     DEFAULT_BASE,
+    FACTOR_TENSORS,
     LONG_FACTORS,
     LONG_ROPE_TENSORS,
     ORIGINAL_KEY,
@@ -184,7 +185,7 @@ class ModelConfig:
 
 
 def _check_shapes(file: GgufFile, dimensions: Dimensions) -> None:
-    """Check that every tensor of the model is there in the right shape."""
+    """Check that every tensor of the model is there in the right shape, and no other, whose shape would be unknown."""
     shapes = dimensions.shapes()
     for name, shape in shapes.items():
         if name not in file.tensors:
@@ -195,6 +196,11 @@ def _check_shapes(file: GgufFile, dimensions: Dimensions) -> None:
             found = file.tensors[name].shape
             raise DamagedFileError(
                 f"{file.path}: tensor {name} has the shape {found}, not {shape}; convert the model again"
+            )
+    for name in file.tensors:
+        if name not in shapes and name not in FACTOR_TENSORS:
+            raise DamagedFileError(
+                f"{file.path}: tensor {name} does not belong to a model with these keys; convert the model again"
             )
 
 
