@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_bytes import trit_bytes
+from gguf_bytes import UINT32, trit_bytes
 from tiny_models import write_tiny_model
 
 from tritgguf import convert, export
@@ -104,6 +105,32 @@ def test_a_missing_codebook(tiny_trit_file: Callable[..., GgufFile], empty: Path
     assert content.count(key) == 1
     (tmp_path / "bad.gguf").write_bytes(content.replace(key, key.replace(b"book", b"hook")))
     assert_refused(empty, r"tensor blk\.1\.ffn_down\.weight has no codebook", tmp_path / "bad.gguf", to)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("llama.block_count", (2, 3), r"tensor blk\.2\.attn_norm\.weight is missing"),
+        ("llama.block_count", (2, 1), r"tensor blk\.1\..* does not belong"),
+        ("llama.embedding_length", (128, 64), r"tensor .* has the shape .*, not"),
+    ],
+)
+def test_keys_that_contradict_the_tensors(
+    tiny_trit_file: Callable[..., GgufFile],
+    empty: Path,
+    tmp_path: Path,
+    key: str,
+    values: tuple[int, int],
+    message: str,
+    to: str,
+) -> None:
+    """A model that cannot be run is not written for other programs either."""
+    content = tiny_trit_file().path.read_bytes()
+    old, new = (key.encode() + struct.pack("<II", UINT32, value) for value in values)
+    assert content.count(old) == 1
+    (tmp_path / "bad.gguf").write_bytes(content.replace(old, new))
+    assert_refused(empty, message, tmp_path / "bad.gguf", to)
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -18,6 +18,7 @@ from tritgguf.formats.gguf_file import GgufFile, open_trit_file
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.machine import peak_memory_bytes
 from tritgguf.runtime.compiler import prepare_kernels
+from tritgguf.runtime.config import ModelConfig
 from tritgguf.text_format import parse_bytes
 
 FORMATS = ("hf", *STOCK_TYPES)
@@ -124,11 +125,13 @@ def _progress_counter(file: GgufFile, progress: Callable[[str, int, int], None] 
 
 
 def _open_trit_file(path: str | Path) -> GgufFile:
-    """Open a trit file and check that each packed tensor has a codebook."""
+    """Open a trit file; check that each packed tensor has a codebook, and that a model is one that can be run."""
     file = open_trit_file(path)
     for name, info in file.tensors.items():
         if trit_types.is_trit_type(info.type_id):
             file.stored_codebooks(name)
+    if "token_embd.weight" in file.tensors:
+        ModelConfig.from_file(file)
     return file
 
 
