@@ -22,6 +22,7 @@ from tiny_models import write_tiny_model
 
 from cpu_kernels import precompile
 from cpu_kernels.simd import instruction_set, variants
+from cpu_kernels.threads import thread_pool
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.formats.gguf_file import GgufFile
 
@@ -147,11 +148,19 @@ VARIANTS = [name for name, isa in variants.NAMES.items() if isa in instruction_s
 
 
 @pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test once with each instruction-set variant that this processor has."""
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run the test once with each instruction-set variant that this processor has, also in pools of earlier tests."""
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, request.param)
     monkeypatch.setenv(precompile.LAZY_VARIABLE, "1")  # a test needs few kernels of each variant
-    return str(request.param)
+    _let_pools_choose_again()
+    yield str(request.param)
+    _let_pools_choose_again()
+
+
+def _let_pools_choose_again() -> None:
+    """Let thread pools forget the instruction set that they chose, which the environment may have named."""
+    for pool in list(thread_pool._POOLS):
+        vars(pool).pop("isa", None)
 
 
 @pytest.fixture(scope="session")

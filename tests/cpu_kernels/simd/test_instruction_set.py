@@ -21,7 +21,7 @@ from cpu_kernels.packed_rows.group_lanes import GroupLanes
 from cpu_kernels.simd import arm_features, instruction_set, self_test, variants
 from cpu_kernels.simd.variants import AVX2, AVX2_VNNI, AVX512, AVX512_NO_VNNI, NAMES, NEON_DOTPROD, PORTABLE
 from cpu_kernels.simd.vectors import I8, I32, Vectors
-from cpu_kernels.threads.thread_pool import ThreadPool
+from cpu_kernels.threads.thread_pool import ThreadPool, default_thread_pool
 from tritgguf.formats.trit_types import DEPTHS
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -160,7 +160,8 @@ def test_every_variant_is_a_type_of_its_own() -> None:
 
 
 def test_threads_take_the_chosen_variant(variant: str) -> None:
-    assert ThreadPool(1).isa == variants.as_type(variants.NAMES[variant])
+    for pool in (ThreadPool(1), default_thread_pool()):  # the latter has run with the variant before
+        assert pool.isa == variants.as_type(variants.NAMES[variant])
     assert ThreadPool(1, isa="portable").isa == variants.as_type(PORTABLE)
 
 
