@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpu_kernels.compilation import kernel_cache
 from cpu_kernels.compilation import lazy_numba as numba
 from cpu_kernels.threads.barrier import wait_for_all
 from cpu_kernels.threads.cores import cpu_quota, physical_cores
@@ -157,7 +158,8 @@ def test_barrier(threads: int) -> None:
         assert thread_pool.run(_exchange, counter, np.zeros(threads, np.int64), 200) == [0] * threads
 
 
-def test_compiling_without_running() -> None:
+def test_compiling_without_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)  # earlier runs have left the kernel in the real one
     calls = []
 
     @numba.njit(nogil=True)
