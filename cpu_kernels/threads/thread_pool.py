@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -54,9 +54,10 @@ class ThreadPool:
         """Call kernel(*arguments, thread, threads) on every thread; return the results in the threads' order.
 
         Ctrl-C takes effect after all threads have returned: if one were not started, the others would wait at the
-        barrier forever.
+        barrier forever. Nobody waits for a single thread, and deferring takes longer than a small kernel.
         """
-        with interrupts_deferred(), self._lock:
+        deferred = interrupts_deferred() if self.threads > 1 else nullcontext()
+        with deferred, self._lock:
             if isinstance(kernel, Kernel):
                 call = kernel.bind((*arguments, 0, self.threads), self._memo).run
             else:

@@ -193,6 +193,13 @@ def test_an_interrupt_waits_for_all_threads() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupt_of_a_single_thread_leaves_a_pool_that_runs() -> None:
+    thread_pool = ThreadPool(1)
+    with pytest.raises(KeyboardInterrupt):
+        thread_pool.run(lambda thread, threads: signal.raise_signal(signal.SIGINT))
+    assert thread_pool.run(lambda thread, threads: (thread, threads)) == [(0, 1)]
+
+
 def test_an_interrupt_ends_compiling_at_once() -> None:
     reached = []
 
