@@ -146,7 +146,7 @@ def main(
         def make(name: str) -> Target:
             from tools.fuzz.targets import Targets
 
-            return Targets(Path(folder)).by_name[name]
+            return Targets(Path(folder)).prepared(name)
 
         for name in names:
             result = Result(name)

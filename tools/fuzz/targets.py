@@ -40,6 +40,7 @@ from tritgguf.tokenization import chat_template
 from tritgguf.tokenization.tokenizer import Tokenizer
 
 _FAMILIES = ("qwen3", "qwen3-moe", "phimoe")
+_WITH_KERNELS = ("gguf-file", "command", "trit-rows")
 _OUTPUTS = ("out.gguf", "out.gguf.part", "out.gguf.part.journal")
 Target = Callable[[random.Random], None]
 _HEADER_KEYS = re.compile(r"^(?!tokenizer\.|trit\.xxh3)")
@@ -76,7 +77,6 @@ class Targets:
         folder.mkdir(exist_ok=True)
         self._seeds = [_Seed.make(folder, family) for family in _FAMILIES]
         self._damaged = folder / "damaged.gguf"
-        self._compile_kernels()
         self.by_name: dict[str, Target] = {
             "gguf-header": self.gguf_header,
             "gguf-file": self.gguf_file,
@@ -88,8 +88,14 @@ class Targets:
             "trit-rows": self.trit_rows,
         }
 
+    def prepared(self, name: str) -> Target:
+        """Return a target whose kernels are compiled: a case has only ten seconds."""
+        if name in _WITH_KERNELS:
+            self._compile_kernels()
+        return self.by_name[name]
+
     def _compile_kernels(self) -> None:
-        """Compile the kernels of the targets, or load them from the cache: a case has only ten seconds."""
+        """Compile the kernels of all targets, or load them from the cache."""
         for seed in self._seeds:
             for command in self._commands(seed.path):
                 self._call(command)
@@ -256,6 +262,7 @@ def _guarded(data: np.ndarray):  # type: ignore[no-untyped-def]
     end = (pages - 1) * mmap.PAGESIZE
     placed = whole[end - len(data) : end]
     placed[:] = data
+    placed.flags.writeable = False  # as files are, so the kernels are those that a model runs
     libc = ctypes.CDLL(None, use_errno=True)
     guard = ctypes.c_void_p(whole.ctypes.data + end)
     if libc.mprotect(guard, mmap.PAGESIZE, 0):
