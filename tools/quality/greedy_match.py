@@ -123,11 +123,21 @@ def open_reference(source: str, file: GgufFile, threads: int | None) -> Iterator
     yield reference
 
 
+def _is_greedy(
+    reference: Reference, prompt: Sequence[int], answer: Sequence[int], count: int, stop_tokens: Collection[int]
+) -> bool:
+    """Tell whether an answer of up to `count` tokens is the other program's: one pass is faster than a pass a token."""
+    likeliest = reference.logits([*prompt, *answer])[len(prompt) - 1 :].argmax(axis=1).tolist()
+    return likeliest[: len(answer)] == answer and (len(answer) == count or likeliest[-1] in stop_tokens)
+
+
 def compare_prompt(model: LoadedModel, reference: Reference, prompt: str, tokens: int) -> Match:
     """Let both answer one prompt with the chat template."""
     answer = generate(model, prompt, max_tokens=tokens, sampling=SamplingOptions(temperature=0.0))
     ours, prompt_tokens = answer.tokens, answer.prompt_tokens
-    theirs = reference.greedy(prompt_tokens, tokens, model.tokenizer.stop_tokens)
+    stop_tokens = model.tokenizer.stop_tokens
+    is_theirs = _is_greedy(reference, prompt_tokens, ours, tokens, stop_tokens)
+    theirs = ours if is_theirs else reference.greedy(prompt_tokens, tokens, stop_tokens)
     match = Match(prompt, len(ours), answer.text, model.tokenizer.decode(theirs))
     if ours == theirs:
         return match
