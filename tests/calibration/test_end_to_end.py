@@ -93,7 +93,7 @@ def test_a_state_that_is_not_better_is_not_kept(tmp_path: Path) -> None:
 def test_without_memory_levels_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(end_to_end, "fits_in_memory", lambda n_bytes: asked.append(n_bytes))
-    start, result = trained(write_tiny_model(tmp_path / "model"), 1)
+    start, result = trained(write_tiny_model(tmp_path / "model"), 1, replace(SETTINGS, epochs=1))
     weights = sum(matrix.levels.size for matrix in start.values())
     assert asked[0] > 14 * weights
     assert "only the scales, norms and biases were trained" in result.warnings[0]

@@ -58,7 +58,7 @@ def test_nothing_is_compiled_after_the_first_use(tmp_path: Path) -> None:
     source, text = write_tiny_model(tmp_path / "source", "llama"), tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     file = tmp_path / "d2.gguf"
-    run_commands(f"convert {source} {file} --depth 2")
+    run_commands(f"convert {source} {file} --depth 2 --encoder v2")
     printed, errors = run_commands(
         *(f"convert {source} {tmp_path}/{depth}.gguf --depth {depth}" for depth in (1, 3, 4)),
         f"convert {source} {tmp_path}/best.gguf --depth 2 --encoder best",

@@ -114,7 +114,7 @@ def test_whole_texts_have_the_perplexity_of_verify(tmp_path: Path) -> None:
     convert(source, tmp_path / "tiny.gguf", depth=2)
     text = CONTEXT * 2
     report = verify(source, tmp_path / "tiny.gguf", text=text)
-    lm = TritGgufLM(tmp_path / "tiny.gguf", cache_type="f32")
+    lm = TritGgufLM(tmp_path / "tiny.gguf", exact=True)
     tokens = len(lm.tok_encode(text, add_special_tokens=False))
     assert (report.windows, report.tokens) == (1, tokens + 1)  # BOS stands before the text in both
     [log_likelihood] = lm.loglikelihood_rolling([Asked(text)])

@@ -45,7 +45,7 @@ def test_lm_evals_likelihoods_are_those_of_score(
         model="local-completions",
         model_args=f"model=tiny,base_url={url},tokenizer_backend=remote,num_concurrent=2,max_length=600",
         tasks=["tiny_questions"],
-        task_manager=tasks.TaskManager(include_path=str(tmp_path)),
+        task_manager=tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
         log_samples=True,
         bootstrap_iters=0,
     )
