@@ -12,7 +12,8 @@ from sequences import open_sequence
 pytest.importorskip("torch")
 
 from tools.models.families import write_byte_tokenizer
-from tritgguf.architectures.multimodal import text_tensor_name
+from tritgguf.architectures.multimodal import text_entries, text_tensor_name
+from tritgguf.architectures.table import ARCHITECTURES
 from tritgguf.conversion.convert import convert
 from tritgguf.evaluation.verify import verify
 from tritgguf.formats.gguf_file import GgufFile
@@ -64,6 +65,22 @@ _KINDS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
         "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **_TEXT,
+            "moe_intermediate_size": 48,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+        },
+        "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
+    },
+}
+_CLASSES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 TOKENS = np.random.default_rng(0).integers(0, 256, 100).tolist()
 
@@ -94,7 +111,7 @@ def load_text_weights(model: Any, file: GgufFile) -> None:
     """Replace the weights of the whole model's text part by those of a trit file."""
     from tritgguf.architectures.delta_net import delta_net_of
     from tritgguf.architectures.table import GGUF_ARCHITECTURES
-    from tritgguf.architectures.tensor_names import hf_tensor_name, to_hf
+    from tritgguf.architectures.tensor_names import module_parameter, to_hf
     from tritgguf.reference.model import head_counts
 
     arch, heads = file.metadata["general.architecture"], head_counts(file.metadata)
@@ -102,7 +119,8 @@ def load_text_weights(model: Any, file: GgufFile) -> None:
     parameters = {text_tensor_name(name): parameter for name, parameter in model.named_parameters()}
     for name in file.tensors:
         weights = to_hf(arch, name, file.read_float32(name), *heads, delta_net)
-        place = parameters[hf_tensor_name(arch, name)].detach().numpy()
+        parameter, part = module_parameter(arch, name)
+        place = part.view(parameters[parameter].detach().numpy())
         np.copyto(place, weights.reshape(place.shape))
 
 
@@ -121,6 +139,44 @@ def test_a_text_has_the_logits_of_the_whole_model(tmp_path: Path, kind: str) -> 
     found = sequence.forward(TOKENS, all_logits=True)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert verify(tmp_path / "model", file.path, tokens=100).max_rel_logit_diff < 1e-5
+
+
+def test_stacks_of_experts_may_be_stored_transposed(tmp_path: Path) -> None:
+    """As published checkpoints have them; transformers 5 writes them the other way and reads both."""
+    from safetensors.numpy import load_file, save_file
+
+    write_random(tmp_path / "model", "qwen3_vl_moe")
+    convert(tmp_path / "model", tmp_path / "saved.gguf", depth=2, encoder="v2")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    stacks = [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    for name in stacks:
+        weights[name] = np.ascontiguousarray(weights[name].swapaxes(1, 2))
+    save_file(weights, path)
+    convert(tmp_path / "model", tmp_path / "published.gguf", depth=2, encoder="v2")
+    saved, published = GgufFile(tmp_path / "saved.gguf"), GgufFile(tmp_path / "published.gguf")
+    assert len(stacks) == 4
+    for name in saved.tensors:
+        np.testing.assert_array_equal(published.read_float32(name), saved.read_float32(name))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_what_the_config_of_a_text_model_may_leave_out(kind: str) -> None:
+    """A saved checkpoint lacks entries of nested configs that have the default of their class."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind, text_config={}).get_text_config()
+    entries = text_entries({"architectures": [_CLASSES[kind]], "text_config": {}}, "config.json")
+    assert entries is not None
+    architecture = ARCHITECTURES[entries["architectures"][0]]
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    expected = {**vars(config), "rope_theta": rope["rope_theta"]}
+    if kind == "qwen3_vl_moe":
+        expected["norm_topk_prob"] = True  # whatever config.json says
+    names = {"rope_theta", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "norm_topk_prob"}
+    general = {"rope_theta": 1e4, "rms_norm_eps": 1e-6}
+    for name in names & expected.keys():
+        assert entries.get(name, architecture.defaults.get(name, general.get(name))) == expected[name], name
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ class _TextModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keeps_sections: bool = False
     """Whether GGUF has the sections of the rotation of images, which do not matter for text."""
+    may_transpose_stacks: bool = False
+    """Whether the matrices of stacks of experts may be stored transposed, which their shape tells."""
 
 
 _GEMMA3_DEFAULTS = {
@@ -27,15 +29,27 @@ _GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
     "query_pre_attn_scalar": 256,
 }
+_QWEN3_VL_DEFAULTS = {"rope_theta": 5e5, "max_position_embeddings": 128000}
+_QWEN3_VL_MOE_DEFAULTS = {
+    **_QWEN3_VL_DEFAULTS,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
 _TEXT_MODELS = {
     "Gemma3ForConditionalGeneration": _TextModel("Gemma3ForCausalLM", _GEMMA3_DEFAULTS),
     "Lfm2VlForConditionalGeneration": _TextModel("Lfm2ForCausalLM"),
     "Mistral3ForConditionalGeneration": _TextModel("MistralForCausalLM"),
-    "Qwen2_5_VLForConditionalGeneration": _TextModel("Qwen2ForCausalLM"),
+    "Qwen2_5_VLForConditionalGeneration": _TextModel(
+        "Qwen2ForCausalLM", {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
+    ),
     "Qwen3_5ForConditionalGeneration": _TextModel("Qwen3_5ForCausalLM", keeps_sections=True),
     "Qwen3_5MoeForConditionalGeneration": _TextModel("Qwen3_5MoeForCausalLM", keeps_sections=True),
-    "Qwen3VLForConditionalGeneration": _TextModel("Qwen3ForCausalLM"),
-    "Qwen3VLMoeForConditionalGeneration": _TextModel("Qwen3MoeForCausalLM"),
+    "Qwen3VLForConditionalGeneration": _TextModel("Qwen3ForCausalLM", _QWEN3_VL_DEFAULTS),
+    "Qwen3VLMoeForConditionalGeneration": _TextModel(
+        "Qwen3MoeForCausalLM", _QWEN3_VL_MOE_DEFAULTS, may_transpose_stacks=True
+    ),
 }
 _TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 _OTHER_PREFIXES = tuple(
@@ -51,9 +65,7 @@ def text_entries(config: Mapping[str, Any], where: str) -> Mapping[str, Any] | N
 
     Raises TritGgufError if the text model has no entries.
     """
-    classes = config.get("architectures")
-    name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
-    text_model = _TEXT_MODELS.get(name)
+    text_model = _text_model(config)
     if text_model is None:
         return None
     inner = config.get("text_config", config)  # older checkpoints have the entries of the text model beside the others
@@ -64,11 +76,19 @@ def text_entries(config: Mapping[str, Any], where: str) -> Mapping[str, Any] | N
     for entry in _ROPE_ENTRIES:
         if isinstance(entries.get(entry), Mapping) and not text_model.keeps_sections:
             entries[entry] = _without_sections(entries[entry])
-    if text_model.hf_class == "Gemma3ForCausalLM" and not any(
-        entries.get(entry) for entry in ("rope_theta", _ROPE_ENTRIES[0])
-    ):
-        entries["rope_theta"] = 1e6
     return entries
+
+
+def may_transpose_stacks(config: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint with this config.json may have the matrices of its stacks of experts transposed."""
+    text_model = _text_model(config)
+    return text_model is not None and text_model.may_transpose_stacks
+
+
+def _text_model(config: Mapping[str, Any]) -> _TextModel | None:
+    classes = config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+    return _TEXT_MODELS.get(name)
 
 
 def text_tensor_name(name: str) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tritgguf.architectures import dimensions, hf_to_gguf, tensor_names
 from tritgguf.architectures.delta_net import FURTHER_LEFT_OUT
-from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, text_entries, text_tensor_name
+from tritgguf.architectures.multimodal import IMAGES_LEFT_OUT, may_transpose_stacks, text_entries, text_tensor_name
 from tritgguf.architectures.rope import FACTOR_TENSORS
 from tritgguf.errors import DamagedFileError
 from tritgguf.formats.checked import check_inside, is_unicode, read_json
@@ -52,6 +52,7 @@ class HfFolderSource:
         text = text_entries(stored_config, str(where))
         self.is_multimodal = text is not None
         self.config = stored_config if text is None else text
+        self._may_transpose_stacks = may_transpose_stacks(stored_config)
         if self.is_multimodal:
             self.warnings.append(f"{self.name}: {IMAGES_LEFT_OUT}")
         self.architecture = dimensions.find_architecture(self.config, str(where))
@@ -129,7 +130,7 @@ class HfFolderSource:
 
     def _select_pieces(self) -> None:
         """Find the tensors to convert; check their names, dtypes and shapes against config.json."""
-        pieces, in_folder = self._pieces, open_shards(self.folder)
+        pieces, in_folder, expected = self._pieces, open_shards(self.folder), self.dimensions.shapes()
         stored_tensors = with_mxfp4(in_folder) if self.is_mxfp4 else dict(in_folder)
         # A checkpoint of the model without its head lacks the prefix; transformers loads it all the same.
         prefix = "" if any(name.startswith(_PREFIX) for name in stored_tensors) else _PREFIX
@@ -155,7 +156,10 @@ class HfFolderSource:
                     f"{stored.path}: tensor {hf_name} has dtype {stored.dtype}; F32, F16 or BF16 is needed"
                 )
             for place in places:
-                pieces.add(place.name, _piece(place, stored))
+                piece = _piece(place, stored)
+                if self._may_transpose_stacks and piece.shape != expected.get(place.name):
+                    piece = piece.transposed_stack()
+                pieces.add(place.name, piece)
         tied = hf_to_gguf.is_tied(self.config, self.architecture)
         head, embedding = pieces.get("output.weight"), pieces.get("token_embd.weight")
         if tied and head is not None and embedding is not None:
@@ -164,7 +168,7 @@ class HfFolderSource:
             tied = both[0].equals(both[1])
             if tied:
                 pieces.drop("output.weight")
-        pieces.check_experts(self.dimensions.shapes(), self.name, self.label)
+        pieces.check_experts(expected, self.name, self.label)
         shapes = {name: pieces.shape(name) for name in pieces.tensors}
         check_shapes(shapes, self.dimensions, tied=tied, where=self.name, label=self.label)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,11 @@ class Piece:
     def n_bytes(self) -> int:
         """Bytes in the checkpoint."""
         return self.stored.n_bytes * math.prod(self.shape) // math.prod(self.stored.shape)
+
+    def transposed_stack(self) -> Piece:
+        """Return the same weights of a stack whose matrices are stored transposed; other pieces as they are."""
+        is_stack = len(self.stored.shape) == len(("matrices", "rows", "columns"))
+        return replace(self, part=replace(self.part, transposed=True)) if is_stack else self
 
     def rows(
         self, matrix: int, multiple: int, convert: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
