@@ -140,6 +140,7 @@ def test_older_files_lack_the_widths() -> None:
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3, but SparseMixer chooses 2"),
         ("phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, but only 0.01 is supported"),
         ("phimoe", {"mlp_bias": True}, r"biases \(mlp_bias\) of a PhiMoEForCausalLM are not supported"),
+        ("mixtral", {"intermediate_size": 40}, "experts of 40 rows are not supported, only multiples of 16"),
         ("mixtral", {"lm_head_bias": True}, r"biases \(lm_head_bias\) of a MixtralForCausalLM are not supported"),
     ],
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MAX_EXPERTS = 1024
 _MAX_WIDTH = 1 << 20
 _MAX_DENSE_LAYERS = 1000
+_LANES = 16  # the kernels want experts with a multiple of so many rows
 _COUNT_ENTRIES = ("num_experts", "num_local_experts")
 _USED_ENTRY = "num_experts_per_tok"
 _NORM_ENTRY = "norm_topk_prob"
@@ -192,7 +193,7 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
         dense_layers=_dense_layers(entries, family.dense_layers_entry, architecture, where),
         has_selection_bias=family.sigmoid,
     )
-    _check_used(experts, family, _USED_ENTRY, where)
+    _check_sizes(experts, family, _USED_ENTRY, where)
     return experts
 
 
@@ -229,7 +230,7 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         gating=_gating(metadata, prefix + GATING_KEY, where),
         scale=positive_number(metadata.get(prefix + SCALE_KEY, 1.0), prefix + SCALE_KEY, where),
     )
-    _check_used(experts, family, prefix + USED_KEY, where)
+    _check_sizes(experts, family, prefix + USED_KEY, where)
     return experts
 
 
@@ -245,7 +246,10 @@ def _dense_layers(entries: Mapping[str, Any], name: str | None, architecture: Ar
     return value
 
 
-def _check_used(experts: Experts, family: ExpertFamily, name: str, where: str) -> None:
+def _check_sizes(experts: Experts, family: ExpertFamily, name: str, where: str) -> None:
+    """Raise TritGgufError for sizes that are impossible or not run; `name` is that of the number of experts used."""
+    if experts.width % _LANES:
+        raise TritGgufError(f"{where}: experts of {experts.width} rows are not supported, only multiples of {_LANES}")
     if experts.used > experts.count:
         raise DamagedFileError(f"{where}: {name} is {experts.used}, but there are only {experts.count} experts")
     if family.sparse_mixer and experts.used != _USED_OF_SPARSE_MIXER:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.transformer.layer_options import (
     ATTENTION,
     CLAMPED_SILU,
@@ -217,10 +216,6 @@ def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None
     """Return how the router's scores become weights; no expert is chosen in a model without them."""
     if experts is None:
         return Routing(chosen=0, gating=SOFTMAX, normalizes=False, scale=np.float32(1.0))
-    if experts.width % GROUP_SIZE:
-        raise DamagedFileError(
-            f"{file.path}: experts of {experts.width} rows are not supported, only multiples of {GROUP_SIZE}"
-        )
     gating = experts.gating or (None if architecture.experts is None else architecture.experts.gating)
     gating = SPARSE_MIXER if gating is None else gating
     return Routing(experts.used, gating, experts.normalizes, np.float32(experts.scale))
