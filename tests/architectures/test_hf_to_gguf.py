@@ -29,6 +29,10 @@ _LLAMA_KEYS = {
     "llama.rope.dimension_count": 32,
 }
 
+_ROPE = {"rope_type": "default", "rope_theta": 500.0}
+_GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+_QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 64, "num_experts": 8}
+
 
 def test_keys_of_llama_in_order_and_with_their_types() -> None:
     metadata = hf_to_gguf.gguf_metadata(config_of("llama"))
@@ -63,6 +67,37 @@ def test_what_config_json_may_leave_out() -> None:
     values = values_of(config)
     assert (values["llama.attention.head_count_kv"], values["llama.context_length"]) == (4, 2048)
     assert (values["llama.rope.freq_base"], values["llama.attention.layer_norm_rms_epsilon"]) == (1e4, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "base"), [("MixtralForCausalLM", 1e6), ("SmolLM3ForCausalLM", 2e6), ("Gemma3ForCausalLM", 1e6)]
+)
+def test_the_base_that_a_family_has_without_an_entry(hf_class: str, base: float) -> None:
+    activation = "gelu_pytorch_tanh" if hf_class.startswith("Gemma") else "silu"
+    config = config_of("llama", architectures=[hf_class], hidden_act=activation)
+    del config["rope_theta"]
+    values = values_of(config)
+    assert values[f"{values['general.architecture']}.rope.freq_base"] == base
+
+
+def test_only_the_architecture_tells_whether_a_window_is_used() -> None:
+    """The Mistral of transformers has no switch for it."""
+    config = config_of("mistral", sliding_window=64, use_sliding_window=False)
+    assert values_of(config)["llama.attention.sliding_window"] == 64
+
+
+def test_layers_without_a_window_need_no_switch() -> None:
+    """Qwen's published checkpoints have a window that is switched off, or begins behind the last layer."""
+    expected = values_of(config_of("qwen2"))
+    for switch, first in ((False, 1), (True, 2)):
+        entries = {"sliding_window": 64, "use_sliding_window": switch, "max_window_layers": first}
+        assert values_of(config_of("qwen2", **entries)) == expected
+
+
+def test_two_layouts_of_the_rope_parameters_that_agree() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = config_of("llama", rope_scaling=linear, rope_parameters={**linear, "rope_theta": 10000.0})
+    assert values_of(both) == values_of(config_of("llama", rope_scaling=linear))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +138,24 @@ def test_what_config_json_may_leave_out() -> None:
             },
             "a sliding window of a Qwen2ForCausalLM",
         ),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "sliding window"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "num_hidden_layers": 29},
+            "sliding window",
+        ),
+        ({**_QWEN3_MOE, "use_sliding_window": True, "max_window_layers": 48}, "sliding window of a Qwen3Moe"),
+        (
+            {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "max_window_layers": 28,
+            },
+            "a sliding window of a SmolLM3ForCausalLM",
+        ),
+        ({**_GEMMA3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping of a Gemma3ForCausalLM"),
+        ({**_GEMMA3, "sliding_window_pattern": 3}, "sliding_window_pattern is not 6"),
+        ({**_GEMMA3, "sliding_window": None, "layer_types": ["full_attention"] * 2}, "layer_types are not those"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
         ({"architectures": ["GraniteForCausalLM"], "logits_scaling": 0}, "logits_scaling is 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale"),
@@ -115,6 +168,21 @@ def test_what_config_json_may_leave_out() -> None:
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0}}, "are equal"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": _ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict each other"),
+        (
+            {"rope_parameters": _ROPE, "rope_scaling": {"rope_type": "default"}, "rope_theta": 1e4},
+            "contradict each other",
+        ),
+        ({"rope_parameters": {"full_attention": _ROPE}}, "LlamaForCausalLM cannot have rope_parameters for each type"),
+        ({**_GEMMA3, "rope_parameters": _ROPE}, "Gemma3ForCausalLM needs rope_parameters for each type of attention"),
+        ({**_GEMMA3, "rope_parameters": {"full_attention": 1}}, "is not an object"),
+        (
+            {
+                "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+                "original_max_position_embeddings": 128,
+            },
+            "original_max_position_embeddings of the rope scaling is another",
+        ),
     ],
 )
 def test_a_bad_config_names_the_entry(changes: dict[str, Any], message: str) -> None:

@@ -52,6 +52,7 @@ def test_defaults_lead_back(hf_class: str) -> None:
     stated = {"num_key_value_heads", "tie_word_embeddings"}  # by the config and by the tensors
     defaults = {name: value for name, value in ARCHITECTURES[hf_class].defaults.items() if name not in stated}
     rope = entries["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     assert defaults.pop("rope_scaling", {}).items() <= rope.items()
     assert defaults.items() <= {**standard(hf_class, entries), **rope}.items()
 

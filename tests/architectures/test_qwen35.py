@@ -143,6 +143,13 @@ def test_refused_entries(entries: dict[str, Any], message: str) -> None:
         dimensions_from_config(qwen35_config(**entries))
 
 
+def test_llama_3s_rope_scaling_is_refused() -> None:
+    """Its factors would be those of the part of a head that rotates, which no file has."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    with pytest.raises(TritGgufError, match="rope type llama3 is not supported"):
+        keys_of(rope_parameters=scaling)
+
+
 @pytest.mark.parametrize("sections", ["11", [11, "11"], [1] * 5, [-1]])
 def test_refused_sections(sections: Any) -> None:
     with pytest.raises(TritGgufError, match=r"config.json: mrope_section is .*, which is no list of up to four counts"):

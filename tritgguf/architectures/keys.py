@@ -16,6 +16,8 @@ from tritgguf.errors import TritGgufError
 from tritgguf.formats.checked import count_of
 
 _MAX_LAYERS = 1000
+_QWEN_WINDOW, _QWEN_FIRST = 4096, 28  # transformers' defaults of sliding_window and max_window_layers
+_PATTERN_ENTRY = "sliding_window_pattern"  # older checkpoints of Gemma 3 have it in place of layer_types
 
 HEAD_BIAS_ENTRY = "lm_head_bias"
 BIASES = {
@@ -58,26 +60,45 @@ def _biases(keys: GgufKeys) -> dict[str, Any]:
 
 def _window_to_gguf(config: HfConfig) -> dict[str, int | float | str]:
     """Return the sliding window in tokens; TritGgufError if its layers differ from the family's."""
-    architecture, layers, where = config.architecture, config.dimensions.layers, config.where
-    stored, switch = config.get("sliding_window"), config.entries.get("use_sliding_window")
-    layer_types = config.entries.get("layer_types")
-    if stored is None:
-        return {}
+    architecture, where = config.architecture, config.where
+    stored = config.get("sliding_window")
     if architecture.full_attention_every is None:
-        # Qwen enables its window with a switch; in transformers, the other families have none.
-        first = config.entries.get("max_window_layers", layers)
-        slides = "sliding_attention" in layer_types if isinstance(layer_types, list) else first != layers
-        if switch and slides:
-            raise TritGgufError(f"{where}: a sliding window of a {architecture.hf_class} is not supported")
+        if _switches_window_on(config):
+            raise TritGgufError(
+                f"{where}: a sliding window of a {architecture.hf_class} (use_sliding_window) is not supported"
+            )
         return {}
-    if "use_sliding_window" in config.entries and not switch:
-        return {}
+    if stored is not None or architecture.sliding_rope:
+        _check_sliding_layers(config)
+    return {} if stored is None else {WINDOW_KEY: count_of({"sliding_window": stored}, "sliding_window", where)}
+
+
+def _switches_window_on(config: HfConfig) -> bool:
+    """Tell whether layers may have a window in a family that has none here; Qwen and SmolLM3 have a switch for it."""
+    entries, architecture = config.entries, config.architecture
+    if not entries.get("use_sliding_window") or entries.get("sliding_window", _QWEN_WINDOW) is None:
+        return False
+    if architecture.experts is not None or architecture.no_rope_layer_interval:
+        return True  # Qwen's mixtures and SmolLM3 have other rules for the layers
+    if isinstance(layer_types := entries.get("layer_types"), list):
+        return "sliding_attention" in layer_types
+    return count_of(entries, "max_window_layers", config.where, default=_QWEN_FIRST) < config.dimensions.layers
+
+
+def _check_sliding_layers(config: HfConfig) -> None:
+    """Raise TritGgufError if other layers have the window, and the rotation that goes with it, than the family's."""
+    architecture, layer_types = config.architecture, config.entries.get("layer_types")
+    every = architecture.full_attention_every
+    if layer_types is None and architecture.sliding_rope and config.entries.get(_PATTERN_ENTRY, every) != every:
+        raise TritGgufError(f"{config.where}: {_PATTERN_ENTRY} is not {every}, which is supported")
     expected = [
-        "sliding_attention" if architecture.uses_sliding_window(layer) else "full_attention" for layer in range(layers)
+        "sliding_attention" if architecture.uses_sliding_window(layer) else "full_attention"
+        for layer in range(config.dimensions.layers)
     ]
     if layer_types is not None and layer_types != expected:
-        raise TritGgufError(f"{where}: layer_types are not those of a {architecture.hf_class}, which are supported")
-    return {WINDOW_KEY: count_of({"sliding_window": stored}, "sliding_window", where)}
+        raise TritGgufError(
+            f"{config.where}: layer_types are not those of a {architecture.hf_class}, which are supported"
+        )
 
 
 def _window_to_hf(keys: GgufKeys) -> dict[str, Any]:
@@ -95,6 +116,15 @@ def _check_no_rope_layers(config: HfConfig) -> dict[str, int | float | str]:
     if stored != [int(config.architecture.uses_rope(layer)) for layer in range(config.dimensions.layers)]:
         raise TritGgufError(
             f"{config.where}: other layers without rotation (no_rope_layers) than every {every}th are not supported"
+        )
+    return {}
+
+
+def _check_no_attention_softcap(config: HfConfig) -> dict[str, int | float | str]:
+    if config.entries.get("attn_logit_softcapping") is not None:
+        raise TritGgufError(
+            f"{config.where}: attn_logit_softcapping of a {config.architecture.hf_class} is not supported:"
+            " transformers does not apply it"
         )
     return {}
 
@@ -166,4 +196,6 @@ QUERY_SCALAR = KeyRule(
 ATTENTION_SOFTCAP = KeyRule("attn_logit_softcapping", "attn_logit_softcapping", nullable=True)
 LOGIT_SOFTCAP = KeyRule("final_logit_softcapping", "final_logit_softcapping", nullable=True)
 CAUSAL = SpecialRule(_check_causal)
-SCALAR_AND_SOFTCAPS: tuple[Rule, ...] = (QUERY_SCALAR, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, CAUSAL)
+NO_ATTENTION_SOFTCAP = SpecialRule(_check_no_attention_softcap)
+GEMMA2_KEYS: tuple[Rule, ...] = (QUERY_SCALAR, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, CAUSAL)
+GEMMA3_KEYS: tuple[Rule, ...] = (QUERY_SCALAR, NO_ATTENTION_SOFTCAP, LOGIT_SOFTCAP, CAUSAL)

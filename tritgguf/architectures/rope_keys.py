@@ -42,6 +42,7 @@ _CONTEXT_ENTRY, _ORIGINAL_ENTRY = "max_position_embeddings", "original_max_posit
 _ORIGINAL = 4096  # transformers' default for Phi-3
 _CONTEXT_KEY = "context_length"
 _TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _LONG_ROPE, _LONG_ROPE_NAMES = "longrope", ("longrope", "su", "yarn")  # the names that Phi-3 has had for it
 _MSCALES = ("short_mscale", "long_mscale")
 _LONG_ROPE_ENTRIES = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
@@ -53,12 +54,7 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     If layers differ, these are the parameters of full attention. Raises TritGgufError for unsupported or invalid
     parameters.
     """
-    entries, where = config.entries, config.where
-    stored = entries.get("rope_parameters") or entries.get("rope_scaling") or config.default("rope_scaling") or {}
-    if isinstance(stored, dict) and isinstance(stored.get("full_attention"), dict):
-        stored = stored["full_attention"]
-    if not isinstance(stored, dict):
-        raise TritGgufError(f"{where}: rope_parameters is not an object")
+    entries, where, stored = config.entries, config.where, _stored_parameters(config)
     context = config.get(_CONTEXT_ENTRY)
     defaults = {
         "rope_type": stored.get("type", "default"),
@@ -72,11 +68,15 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     if config.architecture.long_rope and rope_type in long_rope_names:
         return _long_rope(parameters, config)
     # `dynamic` has no effect up to max_position_embeddings, the end of the model's context.
-    types = ("default",) if has_mscales else _TYPES
+    types: tuple[str, ...] = ("default",) if has_mscales else _TYPES
+    if config.architecture.has_states:
+        types = tuple(kind for kind in _TYPES if kind != "llama3")  # its factors would be those of a part of each head
     if rope_type not in types:
         *others, last = (*types, _LONG_ROPE) if config.architecture.long_rope else types
         raise TritGgufError(f"{where}: rope type {rope_type} is not supported ({', '.join(others)} and {last} are)")
     _check_rotates_all(parameters, config)
+    if rope_type in ("yarn", "llama3") and entries.get(_ORIGINAL_ENTRY) not in (None, parameters[_ORIGINAL_ENTRY]):
+        raise TritGgufError(f"{where}: {_ORIGINAL_ENTRY} of the rope scaling is another than the one beside it")
     if parameters.get("mscale") is not None:
         raise TritGgufError(f"{where}: a rope scaling with mscale is not supported")
     truncates = config.architecture.truncates_yarn
@@ -94,6 +94,32 @@ def rope_parameters(config: HfConfig) -> dict[str, Any]:
     if rope_type == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
         raise TritGgufError(f"{where}: low_freq_factor and high_freq_factor of the rope scaling are equal")
     return parameters
+
+
+def _stored_parameters(config: HfConfig) -> dict[str, Any]:
+    """Return what config.json has of full attention's parameters; TritGgufError if its layouts contradict each other.
+
+    Of two layouts, transformers takes `rope_scaling` alone, and the default base if that has none; Gemma 3 mixes them.
+    """
+    where, base = config.where, config.get("rope_theta", DEFAULT_BASE)
+    new, old = (config.entries.get(entry) or {} for entry in ("rope_parameters", "rope_scaling"))
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise TritGgufError(f"{where}: rope_parameters is not an object")
+    if new and config.architecture.sliding_rope is not any(kind in new for kind in _ATTENTION_TYPES):
+        has = "needs" if config.architecture.sliding_rope else "cannot have"
+        raise TritGgufError(
+            f"{where}: a {config.architecture.hf_class} {has} rope_parameters for each type of attention"
+        )
+    if config.architecture.sliding_rope:
+        new = new.get(_ATTENTION_TYPES[0]) or {}
+        if not isinstance(new, dict):
+            raise TritGgufError(f"{where}: rope_parameters is not an object")
+    plain = [{"rope_type": rope.get("type", "default"), "rope_theta": base, **rope} for rope in (new, old)]
+    for rope in plain:
+        rope.pop("type", None)
+    if new and old and plain[0] != plain[1]:
+        raise TritGgufError(f"{where}: rope_parameters and rope_scaling contradict each other; keep the right one")
+    return new or old or config.default("rope_scaling") or {}
 
 
 def _check_rotates_all(parameters: Mapping[str, Any], config: HfConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tritgguf.architectures import expert_families
 from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.experts import ROUTER, STACKS
-from tritgguf.architectures.keys import MULTIPLIERS, SCALAR_AND_SOFTCAPS
+from tritgguf.architectures.keys import GEMMA2_KEYS, GEMMA3_KEYS, MULTIPLIERS
 from tritgguf.architectures.layer_names import (
     ATTENTION_MATRICES,
     DELTA_MATRICES,
@@ -108,7 +108,10 @@ ARCHITECTURES = {
             "Qwen2ForCausalLM", "qwen2", {"max_position_embeddings": 32768, "num_key_value_heads": 32}, biased=QKV
         ),
         Architecture(
-            "Qwen3ForCausalLM", "qwen3", {"max_position_embeddings": 32768, "head_dim": 128}, norms=_WITH_HEAD_NORMS
+            "Qwen3ForCausalLM",
+            "qwen3",
+            {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+            norms=_WITH_HEAD_NORMS,
         ),
         Architecture(
             "MixtralForCausalLM",
@@ -117,6 +120,7 @@ ARCHITECTURES = {
                 "max_position_embeddings": 131072,
                 "num_key_value_heads": 8,
                 "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
                 "num_local_experts": 8,
                 "num_experts_per_tok": 2,
             },
@@ -213,7 +217,12 @@ ARCHITECTURES = {
         Architecture(
             "SmolLM3ForCausalLM",
             "smollm3",
-            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+            {
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 4,
+                "rope_theta": 2e6,
+                "tie_word_embeddings": True,
+            },
             permutes_rotary_rows=True,
             no_rope_layer_interval=4,
         ),
@@ -246,7 +255,7 @@ ARCHITECTURES = {
                 "attn_logit_softcapping": 50.0,
                 "final_logit_softcapping": 30.0,
             },
-            keys=SCALAR_AND_SOFTCAPS,
+            keys=GEMMA2_KEYS,
             norms=FOUR_NORMS,
             norm_offset=1,
             gelu=True,
@@ -261,10 +270,11 @@ ARCHITECTURES = {
                 "max_position_embeddings": 131072,
                 "num_key_value_heads": 4,
                 "head_dim": 256,
+                "rope_theta": 1e6,
                 "tie_word_embeddings": True,
                 "sliding_window": 4096,
             },
-            keys=SCALAR_AND_SOFTCAPS,
+            keys=GEMMA3_KEYS,
             model_type="gemma3_text",
             norms={**FOUR_NORMS, **QUERY_KEY_NORMS},
             norm_offset=1,
