@@ -230,6 +230,12 @@ def test_a_sliding_window_is_a_key(tmp_path: Path) -> None:
         assert not any("sliding" in name for name in open_source(other).metadata)
 
 
+def test_dynamic_rope_scaling_is_said_to_be_left_out(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", rope_scaling={"type": "dynamic", "factor": 2.0})
+    (warning,) = open_source(folder).warnings
+    assert warning.endswith("its dynamic rope scaling is left out; it changes texts of more than 256 tokens")
+
+
 # ---- locations and the hub ----
 
 

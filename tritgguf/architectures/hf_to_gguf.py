@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tritgguf.architectures.architecture import Architecture
 from tritgguf.architectures.dimensions import dimensions_from_config, find_architecture
 from tritgguf.architectures.key_rules import HfConfig
-from tritgguf.architectures.rope_keys import factor_tensors
+from tritgguf.architectures.rope_keys import factor_tensors, rope_parameters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,15 @@ def gguf_metadata(config: Mapping[str, Any], where: str = "config.json") -> dict
 def rope_factors(config: Mapping[str, Any], where: str = "config.json") -> dict[str, np.ndarray]:
     """Return the `FACTOR_TENSORS` of Llama 3's rope scaling and of LongRoPE: name -> float32 [head_dim / 2]."""
     return factor_tensors(_checked(config, where))
+
+
+def left_out(config: Mapping[str, Any], where: str = "config.json") -> list[str]:
+    """Return what a config.json has that no GGUF key has, as sentences for warnings."""
+    model = _checked(config, where)
+    if rope_parameters(model)["rope_type"] != "dynamic":
+        return []
+    context = model.get("max_position_embeddings")
+    return [f"its dynamic rope scaling is left out; it changes texts of more than {context} tokens"]
 
 
 def is_tied(config: Mapping[str, Any], architecture: Architecture) -> bool:

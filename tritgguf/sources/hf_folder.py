@@ -67,6 +67,7 @@ class HfFolderSource:
         for name in self._pieces.tensors:
             self.tensors.append(SourceTensor(name, shapes[name], self._pieces.n_bytes(name)))
         self.metadata = self._make_metadata(where, hub_id)
+        self.warnings += [f"{self.name}: {sentence}" for sentence in hf_to_gguf.left_out(self.config, str(where))]
         self.encoding: dict[str, str] = {}
         if (folder / "adapter_config.json").is_file():
             self.warnings.append(f"{folder}: its LoRA adapter (adapter_config.json) is not applied; merge it first")
