@@ -5,6 +5,9 @@ ships with `tritgguf verify`, which has mixed subjects, and on exam questions, w
 
     python -m tools.quality.feedback_constants models/SmolLM2-135M-Instruct --depth 2 damping=0.05 windows=96
 
+`windows` is the length of the calibration text, `tune=1` also trains each block, `whole_stream=0` leaves the stream's
+error alone; all others are constants of `ErrorFeedback`.
+
 Without settings, it measures the default constants and each of them changed.
 """
 
@@ -27,6 +30,7 @@ from tools.quality.three_texts import HEADER, ThreeTexts, columns
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.calibration.error_feedback import ErrorFeedback
+from tritgguf.calibration.tuning import Tuning
 from tritgguf.conversion.plan import block_index
 from tritgguf.reference.model import ReferenceModel
 from tritgguf.sources.open import open_source
@@ -81,9 +85,10 @@ def quantize(
     source: Source, depths: dict[str, int], windows: list[list[int]], settings: dict[str, Any], model: ReferenceModel
 ) -> None:
     """Load the model with matrices quantized with these settings of `ErrorFeedback`, and the others as they are."""
-    whole_stream = bool(settings.pop("whole_stream", True))
-    feedback = partial(ErrorFeedback, **settings)
-    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), feedback=feedback, whole_stream=whole_stream)
+    options: dict[str, Any] = {"whole_stream": bool(settings.pop("whole_stream", True))}
+    options["tuning"] = Tuning() if settings.pop("tune", False) else None
+    options["feedback"] = partial(ErrorFeedback, **settings)
+    quantizer = BlockQuantizer(source, depths, windows, ThreadPool(None), **options)
     decoded = {name: quantizer.quantize(name).decoded() for name in depths}
 
     def read(name: str) -> np.ndarray:
