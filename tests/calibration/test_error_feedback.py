@@ -173,6 +173,28 @@ def test_the_correction_factor_is_fitted_to_held_out_inputs(alone: bool) -> None
     assert factor == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_inputs_that_the_caller_keeps_are_not_copied(copy: bool) -> None:
+    inputs, original = (torch.from_numpy(side) for side in noisy_inputs(256, 300, 1))
+    moments = InputMoments(256)
+    moments.add(inputs, original, copy=copy)
+    expected = moments.mean_second_moments().clone()
+    inputs.zero_()
+    assert torch.equal(moments.mean_second_moments(), expected) == copy
+
+
+def test_a_factor_that_is_no_longer_needed_is_forgotten() -> None:
+    weights = np.random.default_rng(4).standard_normal((32, 128)).astype(np.float32)
+    quantized = {}
+    for alone in (False, True):
+        moments, _, _ = random_moments(128, 3, drift=3.0, matrix=weights if alone else None)
+        feedback = ErrorFeedback(moments)
+        quantized[alone] = feedback.quantize(weights, 2, THREAD_POOL)
+        assert ("factor" in vars(feedback._inputs)) != alone
+    again = feedback.quantize(weights, 2, THREAD_POOL)
+    np.testing.assert_array_equal(again.levels, quantized[True].levels)
+
+
 def test_the_error_of_the_stream_is_corrected_as_far_as_the_inputs_tell() -> None:
     generator = np.random.default_rng(5)
     weights, of_inputs = (generator.standard_normal((96, 256)).astype(np.float32) for _ in range(2))

@@ -56,8 +56,10 @@ def test_row_buffer() -> None:
     buffer = RowBuffer(3)
     with pytest.raises(ValueError, match="0 of 3 rows"):
         _ = buffer.rows
-    buffer.add(INPUTS[:2])
+    stored = buffer.add(INPUTS[:2])
+    assert torch.equal(stored, INPUTS[:2])
     with pytest.raises(ValueError, match="2 of 3 rows"):
         _ = buffer.rows
     buffer.add(INPUTS[2:])
     assert torch.equal(buffer.rows, INPUTS)
+    assert stored.data_ptr() == buffer.rows.data_ptr()

@@ -193,9 +193,9 @@ class BlockQuantizer:
 
         def observe(inputs: Tensor) -> None:
             stream_error = None if stream is None else stream.next_error()
-            moments.add(inputs, original_inputs.pop(0).float(), stream_error)
-            if inputs.dim() == self._hidden.dim():
-                buffer.add(inputs)
+            is_kept = inputs.dim() == self._hidden.dim()
+            rows = buffer.add(inputs) if is_kept else inputs
+            moments.add(rows, original_inputs.pop(0).float(), stream_error, copy=not is_kept)
 
         observers: dict[str, Observer] = {names[0]: observe}
         if stream is not None and stream.norm is not None:

@@ -112,6 +112,8 @@ class ErrorFeedback:
             levels[:, first:last] = block_levels
             indices[:, first // GROUP_SIZE : last // GROUP_SIZE] = block_indices
             remaining[:, last:].addmm_(torch.from_numpy(errors), inputs.factor[first:last, last:], alpha=-1)
+        if self._moments.of_one_matrix:
+            inputs.forget_factor()
         if self._sweeps:
             ordered = target[:, inputs.order]
             refine(ordered, inputs.second_moments, levels, indices, steps, offset, self._sweeps, thread_pool)
@@ -149,9 +151,10 @@ class ErrorFeedback:
         if not moments.held_out_count:
             return 1.0
         rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
+        factor = self._factor_without_held_out()  # before the inputs that are held out are copied
         inputs, expected = moments.held_out(weights, rows)
         fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
-        corrections = inputs @ torch.cholesky_solve(fitted.T, self._factor_without_held_out())
+        corrections = inputs @ torch.cholesky_solve(fitted.T, factor)
         size = float(corrections.square().sum())
         return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
 
@@ -199,7 +202,13 @@ class _OrderedInputs:
 
     @cached_property
     def factor(self) -> Tensor:
+        return_freed_memory()
         return _inverse_cholesky(self.second_moments)
+
+    def forget_factor(self) -> None:
+        """Free the factor's memory, which is as much as that of the moments."""
+        del self.factor
+        return_freed_memory()
 
 
 def _damped(second: Tensor, damping: float) -> Tensor:

@@ -51,10 +51,11 @@ class InputMoments:
         self._held_out: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
-    def add(self, inputs: Tensor, original: Tensor, stream_error: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, original: Tensor, stream_error: Tensor | None = None, *, copy: bool = True) -> None:
         """Add inputs, and the original model's inputs at the same positions, both float32 [..., columns].
 
-        `stream_error` is float32 [..., rows], the original model's stream minus that of the quantized model.
+        `stream_error` is float32 [..., rows], the original model's stream minus that of the quantized model. Without
+        `copy`, the inputs that are held out are not copied: the caller keeps and does not change them.
         """
         x, x_original = inputs.reshape(-1, self.columns), original.reshape(-1, self.columns)
         difference = x_original - x
@@ -66,7 +67,7 @@ class InputMoments:
         self.count += len(x)
         fitted = len(x) - len(x) // _HELD_OUT_FRACTION
         _add_products(self._second_moments, x[:fitted])
-        self._held_out.append((x[fitted:].clone(), difference[fitted:].clone()))
+        self._held_out.append((x[fitted:].clone() if copy else x[fitted:], difference[fitted:].clone()))
 
     @property
     def columns(self) -> int:

@@ -28,12 +28,14 @@ class RowBuffer:
         self._count, self._filled = count, 0
         self._buffer: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Append rows, [rows, ...]."""
+    def add(self, rows: Tensor) -> Tensor:
+        """Append rows, [rows, ...], and return them as they are in the buffer."""
         if self._buffer is None:
             self._buffer = rows.new_empty(self._count, *rows.shape[1:])
-        self._buffer[self._filled : self._filled + len(rows)] = rows
+        stored = self._buffer[self._filled : self._filled + len(rows)]
+        stored.copy_(rows)
         self._filled += len(rows)
+        return stored
 
     @property
     def is_used(self) -> bool:
