@@ -69,6 +69,21 @@ def test_what_is_no_number(tmp_path: Path, whole: Path, name: str, dtype: type) 
         check(damaged)
 
 
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [("block_count", "tensor blk.2.attn_norm.weight is missing"), ("embedding_length", "tensor token_embd.weight has the shape")],
+)
+def test_keys_that_do_not_fit_the_tensors(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], key: str, line: str
+) -> None:
+    """No checksum covers a key, and each tensor is whole."""
+    place = whole.read_bytes().index(name := f"llama.{key}".encode()) + len(name) + 4  # behind the type
+    damaged = changed(whole, tmp_path / "bad.gguf", place, bytes([GgufFile(whole).metadata[name.decode()] + 1]))
+    assert check(damaged).tensors
+    assert app.main(["check", str(damaged)]) == 1
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_changed_name_is_found(tmp_path: Path, whole: Path, place: int) -> None:
     """A name is in the list of tensors, and in the key of its checksum, which is before it."""

@@ -42,10 +42,15 @@ def check_command(file: TritFile, threads: Threads = None, as_json: Json = False
 
 
 def check_file(file: Path, threads: int | None) -> CheckReport:
-    """Check a file, with progress on stderr."""
+    """Check a file, with progress on stderr; of a trit file also that its keys and tensors make a model."""
+    from tritgguf.formats.gguf_file import GgufFile
     from tritgguf.formats.integrity import check
     from tritgguf.runtime.compiler import require_compiler
+    from tritgguf.runtime.config import ModelConfig
 
     require_compiler()
     with terminal.progress(in_bytes=True) as report:
-        return check(file, threads=threads, progress=lambda done, total: report("checking", done, total))
+        found = check(file, threads=threads, progress=lambda done, total: report("checking", done, total))
+    if not found.stock:
+        ModelConfig.from_file(GgufFile(file))
+    return found
