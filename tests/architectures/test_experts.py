@@ -149,7 +149,14 @@ def test_what_other_models_of_a_family_have_is_refused(kind: str, entries: dict[
         dimensions.dimensions_from_config(mixture_config(kind, **entries))
 
 
-def test_a_file_for_sparse_mixer_has_two_experts_of_a_token() -> None:
-    keys = {**values_of(mixture_config("phimoe")), "phimoe.expert_used_count": 1}
-    with pytest.raises(TritGgufError, match=r"phimoe\.expert_used_count is 1, but SparseMixer chooses 2"):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("expert_used_count", r"phimoe\.expert_used_count is 1, but SparseMixer chooses 2"),
+        ("expert_gating_func", r"phimoe\.expert_gating_func is 1, but SparseMixer has weights of its own"),
+    ],
+)
+def test_a_file_for_sparse_mixer_has_two_experts_of_a_token_and_its_weights(key: str, message: str) -> None:
+    keys = {**values_of(mixture_config("phimoe")), f"phimoe.{key}": 1}
+    with pytest.raises(TritGgufError, match=message):
         dimensions.dimensions_from_gguf(keys, 448, frozenset(), "model.gguf")

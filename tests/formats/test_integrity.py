@@ -71,7 +71,10 @@ def test_what_is_no_number(tmp_path: Path, whole: Path, name: str, dtype: type) 
 
 @pytest.mark.parametrize(
     ("key", "line"),
-    [("block_count", "tensor blk.2.attn_norm.weight is missing"), ("embedding_length", "tensor token_embd.weight has the shape")],
+    [
+        ("block_count", "tensor blk.2.attn_norm.weight is missing"),
+        ("embedding_length", "tensor token_embd.weight has the shape"),
+    ],
 )
 def test_keys_that_do_not_fit_the_tensors(
     tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], key: str, line: str

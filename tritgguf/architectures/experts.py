@@ -227,15 +227,20 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
         normalizes=normalizes,
         dense_layers=_dense_layers(metadata, family.dense_layers_entry and prefix + DENSE_LAYERS_KEY, None, where),
         has_selection_bias=family.sigmoid,
-        gating=_gating(metadata, prefix + GATING_KEY, where),
+        gating=_gating(metadata, prefix + GATING_KEY, family, where),
         scale=positive_number(metadata.get(prefix + SCALE_KEY, 1.0), prefix + SCALE_KEY, where),
     )
     _check_sizes(experts, family, prefix + USED_KEY, where)
     return experts
 
 
-def _gating(metadata: Mapping[str, Any], key: str, where: str) -> int | None:
-    return count_of(metadata, key, where, most=_SOFTMAX_OF_CHOSEN) if key in metadata else None
+def _gating(metadata: Mapping[str, Any], key: str, family: ExpertFamily, where: str) -> int | None:
+    if key not in metadata:
+        return None
+    gating = count_of(metadata, key, where, most=_SOFTMAX_OF_CHOSEN)
+    if family.gating is None:
+        raise TritGgufError(f"{where}: {key} is {gating}, but SparseMixer has weights of its own")
+    return gating
 
 
 def _dense_layers(entries: Mapping[str, Any], name: str | None, architecture: Architecture | None, where: str) -> int:
