@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,7 +181,12 @@ def test_settings_that_numba_does_not_survive(
 def test_threads_of_0_and_less_are_the_default(monkeypatch: pytest.MonkeyPatch, capsys: Capture, threads: str) -> None:
     seen: list[Any] = []
     integrity = importlib.import_module("tritgguf.formats.integrity")
-    monkeypatch.setattr(integrity, "check", lambda file, *, threads, progress: seen.append(threads))
+
+    def check(file: Path, *, threads: int | None, progress: Any) -> Any:
+        seen.append(threads)
+        return SimpleNamespace(stock=True)
+
+    monkeypatch.setattr(integrity, "check", check)
     monkeypatch.setattr("tritgguf.cli.check.print_check", lambda report: None)
     assert app.main(["check", "x.gguf", "-t", threads]) == 0
     assert seen == [None]

@@ -187,7 +187,7 @@ def convert_command(
     chosen = parse_encoder(encoder) if tune is None else with_tuning(parse_encoder(encoder), tune)
     depths: dict[str, Any] = {"depth": depth, "output_depth": output_depth, "embedding_depth": embedding_depth}
     depths |= {"choice": choice, "recipe": recipe and parse_recipe(recipe)}
-    settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume}
+    settings: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "resume": resume, "windows": None}
     text_options = TextOptions(text, self_text, tokens, seed, own_text)
     importance, warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
     started = time.perf_counter()
