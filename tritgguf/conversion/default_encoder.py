@@ -35,7 +35,7 @@ _SECONDS_PER_WEIGHT = 2e-7
 """For writing a text and calibrating on it, with two threads on AVX2; weights of the whole model (docs/quality.md)."""
 _TRAINING_SECONDS = 8e-11
 """For each weight, token and epoch of end-to-end training, likewise."""
-_BLOCK_TRAINING_SECONDS = 4e-11
+_BLOCK_TRAINING_SECONDS = 7e-11
 """The same of training of blocks."""
 MEASURING_PASSES = 0.3
 """What measuring the costs of depths takes, as a part of calibrating on the default number of tokens."""
