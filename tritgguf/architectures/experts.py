@@ -130,7 +130,7 @@ class Experts:
         normalizes: whether the weights of the chosen experts are divided by their sum.
         dense_layers: number of layers, from the first on, that have a dense feed-forward instead.
         has_selection_bias: whether the experts are chosen by their weight plus a bias.
-        gating: what a GGUF file says in place of the family's `gating`; None if it says nothing.
+        gating: that of the family, or what a GGUF file says in its place.
         scale: factor of the weights.
 
     """
@@ -192,6 +192,7 @@ def experts_from_config(entries: Mapping[str, Any], architecture: Architecture, 
         normalizes=normalizes,
         dense_layers=_dense_layers(entries, family.dense_layers_entry, architecture, where),
         has_selection_bias=family.sigmoid,
+        gating=family.gating,
     )
     _check_sizes(experts, family, _USED_ENTRY, where)
     return experts
@@ -236,7 +237,7 @@ def experts_from_gguf(metadata: Mapping[str, Any], architecture: Architecture, w
 
 def _gating(metadata: Mapping[str, Any], key: str, family: ExpertFamily, where: str) -> int | None:
     if key not in metadata:
-        return None
+        return family.gating
     gating = count_of(metadata, key, where, most=_SOFTMAX_OF_CHOSEN)
     if family.gating is None:
         raise TritGgufError(f"{where}: {key} is {gating}, but SparseMixer has weights of its own")
@@ -299,7 +300,7 @@ def _to_gguf(config: HfConfig) -> dict[str, int | float | str]:
 
 def _check_has_entries(keys: GgufKeys, family: ExpertFamily, experts: Experts) -> None:
     """Raise TritGgufError for weights of experts that `run` computes, but that no entry of config.json asks for."""
-    if experts.gating not in (None, family.gating):
+    if experts.gating != family.gating:
         key, value = GATING_KEY, float(experts.gating or 0)
     elif experts.scale != 1:
         key, value = SCALE_KEY, experts.scale

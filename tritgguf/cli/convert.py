@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tritgguf.conversion.depths import DepthChoice, DepthOptions
     from tritgguf.conversion.encoders import Encoder, Quantizer
     from tritgguf.conversion.report import ConvertReport
+    from tritgguf.sources.source import Source
 
 _TRAINED = ("blocks", "end-to-end", "both")  # keys of `encoders.TUNED`, without the time that importing it takes
 
@@ -137,14 +138,15 @@ def _default_encoder(source: str, depths: DepthOptions, tokens: int | None, thre
     return default.encoder
 
 
-def _announce(source: str, quantizer: Quantizer | None, threads: int | None, choice: DepthChoice, tokens: int) -> None:
+def _announce(
+    quantizer: Quantizer | None, threads: int | None, choice: DepthChoice, source: Source, tokens: int
+) -> None:
     """Say how long calibrating on a text of some tokens takes, if the quantizer does that."""
     from tritgguf.conversion.default_encoder import calibration_note
     from tritgguf.conversion.encoders import Calibrated
-    from tritgguf.sources.open import open_source
 
     if isinstance(quantizer, Calibrated):
-        note(calibration_note(open_source(source), quantizer, tokens, threads, measures=choice.needs_text))
+        note(calibration_note(source, quantizer, tokens, threads, measures=choice.needs_text))
 
 
 def convert_command(
@@ -199,7 +201,7 @@ def convert_command(
     quantizer = quantizer_of(chosen, importance, () if needs_text else None, text_has_other_use=choice.needs_text)
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         if needs_text:
-            announce = partial(_announce, source, None if is_default else quantizer, threads, choice)
+            announce = partial(_announce, None if is_default else quantizer, threads, choice)
             settings["windows"], _ = read_windows(source, text_options, threads, saved, announce)
         with terminal.progress(in_bytes=True) as report:
             settings["progress"] = lambda state: report(state.tensor, state.bytes_done, state.bytes_total)

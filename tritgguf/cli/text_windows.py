@@ -12,6 +12,7 @@ from tritgguf.cli.options import UsageError
 
 if TYPE_CHECKING:
     from tritgguf.conversion.own_text import SavedText
+    from tritgguf.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ def read_windows(
     options: TextOptions,
     threads: int | None,
     saved: SavedText | None = None,
-    announce: Callable[[int], None] = lambda tokens: None,
+    announce: Callable[[Source, int], None] = lambda source, tokens: None,
 ) -> tuple[list[list[int]], str]:
     """Return the selected text as windows of tokens, and its name.
 
     The source and the packages that calibrating needs are looked at first: generating a text takes minutes. `announce`
-    is called with the number of tokens, before a text is generated that is the model's alone.
+    is called with the source and the number of tokens, before a text is generated that is the model's alone.
     """
     from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
     from tritgguf.conversion.own_text import calibration_windows
@@ -65,7 +66,7 @@ def read_windows(
     opened = open_source(source)
     require_torch()
     if options.file is None:
-        announce(options.tokens or DEFAULT_GENERATED_TOKENS)
+        announce(opened, options.tokens or DEFAULT_GENERATED_TOKENS)
     with terminal.progress(in_bytes=False) as report:
         windows, name = calibration_windows(
             opened,
@@ -79,7 +80,7 @@ def read_windows(
         )
     used = sum(map(len, windows))
     if options.file is not None:
-        announce(used)
+        announce(opened, used)
     if options.own_tokens is None and used != (options.tokens or used):
         windows_of = f"{len(windows)} windows of {len(windows[0])}"
         terminal.note(f"note: {used} tokens are used instead of {options.tokens}, which is {windows_of}")

@@ -98,32 +98,31 @@ def calibration_seconds(weights: int, tokens: int, threads: int | None = None, *
     return seconds * _MEASURED_THREADS / (threads or physical_cores())
 
 
-def block_training_seconds(weights: int, tokens: int, tuning: Tuning, threads: int | None = None) -> float:
-    """Estimate how long training of blocks takes; `threads` None means all processor cores."""
-    passes = tuning.passes(max(1, tokens // WINDOW_TOKENS))
-    return weights * tokens * passes * _BLOCK_TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
-
-
-def training_seconds(weights: int, tokens: int, settings: EndToEnd, threads: int | None = None) -> float:
-    """Estimate how long end-to-end training takes; `threads` None means all processor cores."""
+def training_seconds(weights: int, tokens: int, settings: Tuning | EndToEnd, threads: int | None = None) -> float:
+    """Estimate how long training of blocks or end to end takes; `threads` None means all processor cores."""
+    each = _TRAINING_SECONDS if isinstance(settings, EndToEnd) else _BLOCK_TRAINING_SECONDS
     passes = settings.passes(max(1, tokens // WINDOW_TOKENS))
-    return weights * tokens * passes * _TRAINING_SECONDS * _MEASURED_THREADS / (threads or physical_cores())
+    return weights * tokens * passes * each * _MEASURED_THREADS / (threads or physical_cores())
+
+
+def seconds_on_text(source: Source, encoder: Calibrated, tokens: int, threads: int | None = None) -> float:
+    """Estimate how long calibration on a text takes, with all training; `threads` None means all processor cores."""
+    weights = weights_of(source)
+    seconds = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(source))
+    trained = [settings for settings in (encoder.tuning, encoder.end_to_end) if settings is not None]
+    return seconds + sum(training_seconds(weights, tokens, settings, threads) for settings in trained)
 
 
 def calibration_note(
     source: Source, encoder: Calibrated, tokens: int, threads: int | None, *, measures: bool = False
 ) -> str:
     """Return a line that says how long calibration takes, with all training, and with measuring the costs of depths."""
-    weights, used = weights_of(source), weights_of_a_token(source)
-    calibrating = calibration_seconds(weights, tokens, threads, used=used)
-    seconds, what = calibrating, "calibrating"
+    seconds, what = seconds_on_text(source, encoder, tokens, threads), "calibrating"
     if measures:
-        seconds += MEASURING_PASSES * calibration_seconds(weights, DEFAULT_GENERATED_TOKENS, threads, used=used)
+        seconds += MEASURING_PASSES * seconds_on_text(source, Calibrated(), DEFAULT_GENERATED_TOKENS, threads)
     if encoder.tuning is not None:
-        seconds += block_training_seconds(weights, tokens, encoder.tuning, threads)
         what += " and training blocks" if encoder.end_to_end is None else ", training blocks"
     if encoder.end_to_end is not None:
-        seconds += training_seconds(weights, tokens, encoder.end_to_end, threads)
         what += " and training end to end"
     return f"{what} on {tokens} tokens: {about(seconds)}"
 

@@ -191,7 +191,7 @@ def plan_conversion(
         last = HEAD if HEAD in depths else EMBEDDINGS
         tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    if not options.choice.has_target and _copies_all_layers(source, tensors):
+    if not options.choice.has_target and _copies_all_layers(source, tensors, depths):
         recovery = replace(recovery, encoder=source.encoding.get(trit_types.KEY_ENCODER, recovery.encoder))
         choice_text = choice_text or source.encoding.get(trit_types.KEY_DEPTHS, "")
     metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
@@ -203,39 +203,26 @@ def check_conversion(source: Source, options: DepthOptions, encoder: Encoder) ->
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
     kept = apply_rules(packable, options.choice.keep)
-    _check_choice(source, options, encoder, depths, packable, kept)
+    choice = options.choice
+    to_choose = packable | free_tables(source, options) if choice.has_target else packable
+    # Whatever the costs turn out to be, some depths must do what the options ask.
+    other_bytes = partial(_other_bytes, source, depths, to_choose, encoder.name, choice.describe(options.layer_depth))
+    choice.depths(to_choose, kept, options.layer_depth, _no_costs, other_bytes)
     depths |= kept
     if isinstance(encoder, Calibrated) and (encoder.tuning or encoder.end_to_end):
         packed = [tensor for tensor in source.tensors if tensor.name in packable and depths[tensor.name]]
         check_no_experts(source.name, [matrix for tensor in packed for matrix in tensor.matrices])
 
 
-def _check_choice(
-    source: Source,
-    options: DepthOptions,
-    encoder: Encoder,
-    depths: Mapping[str, int],
-    packable: dict[str, int],
-    kept: Mapping[str, int],
-) -> None:
-    """Raise TritGgufError if depths cannot be chosen as the options ask, whatever their costs turn out to be."""
-    choice = options.choice
-    to_choose = packable | free_tables(source, options) if choice.has_target else packable
-
-    def no_costs(names: list[str], some_depths: Sequence[int]) -> Costs:
-        return {name: dict.fromkeys([*some_depths, *[F16_DEPTH] * (name in TABLES)], 0.0) for name in names}
-
-    text = choice.describe(options.layer_depth)
-    other_bytes = partial(_other_bytes, source, depths, to_choose, encoder.name, text)
-    choice.depths(to_choose, kept, options.layer_depth, no_costs, other_bytes)
+def _no_costs(names: list[str], some_depths: Sequence[int]) -> Costs:
+    """Return the costs of matrices before anything is measured; embeddings and head may also stay in F16."""
+    return {name: dict.fromkeys([*some_depths, *[F16_DEPTH] * (name in TABLES)], 0.0) for name in names}
 
 
-def _copies_all_layers(source: Source, tensors: Sequence[PlannedTensor]) -> bool:
+def _copies_all_layers(source: Source, tensors: Sequence[PlannedTensor], depths: Mapping[str, int]) -> bool:
     """Return whether all packed matrices of the layers, and at least one, are in the source as they will be."""
-    packed = [t for t in tensors if quantized_tensor(t.name) and trit_types.is_trit_type(t.type_id)]
-    return bool(packed) and all(
-        (depth := source.packed_depth(tensor.name)) and TritType.of_depth(depth) == tensor.type_id for tensor in packed
-    )
+    packed = [t.name for t in tensors if quantized_tensor(t.name) and trit_types.is_trit_type(t.type_id)]
+    return bool(packed) and all(source.packed_depth(name) == depths[name] for name in packed)
 
 
 def _check_columns(source: Source, importance: Importance) -> None:

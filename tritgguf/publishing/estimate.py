@@ -12,7 +12,7 @@ from typing import Any
 from cpu_kernels.threads.cores import physical_cores
 from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import training_bytes
-from tritgguf.conversion.default_encoder import block_training_seconds, calibration_seconds, training_seconds
+from tritgguf.conversion.default_encoder import seconds_on_text
 from tritgguf.conversion.depths import apply_rules
 from tritgguf.conversion.encoders import Calibrated, encoder_of_the_rest
 from tritgguf.conversion.file_metadata import file_metadata
@@ -25,7 +25,7 @@ from tritgguf.publishing.inputs import SourceInputs
 from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import PublishPlan
 from tritgguf.publishing.publish import check_options
-from tritgguf.sources.source import Source, weights_of, weights_of_a_token
+from tritgguf.sources.source import Source, weights_of
 
 _BYTES_OF_EXPORT = {"hf": 2.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # With two threads on AVX2, from what AVX-512 takes (docs/publishing.md): only the order of magnitude is meant.
@@ -154,12 +154,8 @@ def _seconds(plan: PublishPlan, inputs: SourceInputs, configuration: Configurati
     tokens, threads, inner = inputs.tokens_of(configuration), inputs.threads, encoder_of_the_rest(encoder)
     if not encoder.needs_text:
         return seconds + weights * tokens * _SECONDS_PER_WEIGHT_AND_TOKEN_OF_DEPTHS / speedup
-    of_text = calibration_seconds(weights, tokens, threads, used=weights_of_a_token(inputs.source))
-    if isinstance(inner, Calibrated) and inner.tuning is not None:
-        of_text += block_training_seconds(weights, tokens, inner.tuning, threads)
-    if isinstance(inner, Calibrated) and inner.end_to_end is not None:
-        of_text += training_seconds(weights, tokens, inner.end_to_end, threads)
-    return seconds + of_text
+    calibrated = inner if isinstance(inner, Calibrated) else Calibrated()
+    return seconds + seconds_on_text(inputs.source, calibrated, tokens, threads)
 
 
 def _is_here(location: str) -> bool:

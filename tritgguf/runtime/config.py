@@ -177,7 +177,7 @@ class ModelConfig:
             embedding_scale=number(keys.EMBEDDING_SCALE, default_embedding_scale),
             logit_scale=1.0 / number(keys.LOGIT_SCALE),
             logit_softcap=softcap(keys.LOGIT_SOFTCAP),
-            routing=_routing(file, architecture, experts),
+            routing=_routing(experts),
             feed_forward=_dense_width(dimensions),
             expert_feed_forward=0 if experts is None else experts.width,
         )
@@ -212,12 +212,11 @@ def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     return value
 
 
-def _routing(file: GgufFile, architecture: Architecture, experts: Experts | None) -> Routing:
+def _routing(experts: Experts | None) -> Routing:
     """Return how the router's scores become weights; no expert is chosen in a model without them."""
     if experts is None:
         return Routing(chosen=0, gating=SOFTMAX, normalizes=False, scale=np.float32(1.0))
-    gating = experts.gating or (None if architecture.experts is None else architecture.experts.gating)
-    gating = SPARSE_MIXER if gating is None else gating
+    gating = SPARSE_MIXER if experts.gating is None else experts.gating
     return Routing(experts.used, gating, experts.normalizes, np.float32(experts.scale))
 
 
