@@ -54,7 +54,7 @@ def test_the_kernels_of_a_type_are_made_ready_before_the_first_token(
         return find(kernel, types)
 
     monkeypatch.setattr(Kernel, "_version", note)
-    sequence.model.compile(lambda: None, cache_type="q8_0")
+    sequence.model.compile(lambda: None, cache_type="q8_0", batches=False)
     ready = needed.copy()
     needed.clear()
     sequence.forward(TOKENS[:9])
