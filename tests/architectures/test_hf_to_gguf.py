@@ -174,6 +174,7 @@ def test_two_layouts_of_the_rope_parameters_that_agree() -> None:
             "contradict each other",
         ),
         ({"rope_parameters": {"full_attention": _ROPE}}, "LlamaForCausalLM cannot have rope_parameters for each type"),
+        ({**_GEMMA3, "rope_scaling": {"type": "linear", "factor": 8.0}}, "has to be named rope_type"),
         ({**_GEMMA3, "rope_parameters": _ROPE}, "Gemma3ForCausalLM needs rope_parameters for each type of attention"),
         ({**_GEMMA3, "rope_parameters": {"full_attention": 1}}, "is not an object"),
         (

@@ -114,6 +114,8 @@ def _stored_parameters(config: HfConfig) -> dict[str, Any]:
         new = new.get(_ATTENTION_TYPES[0]) or {}
         if not isinstance(new, dict):
             raise TritGgufError(f"{where}: rope_parameters is not an object")
+    if config.architecture.sliding_rope and "rope_type" not in old and old.get("type", "default") != "default":
+        raise TritGgufError(f"{where}: type of rope_scaling has to be named rope_type, or transformers ignores it here")
     plain = [{"rope_type": rope.get("type", "default"), "rope_theta": base, **rope} for rope in (new, old)]
     for rope in plain:
         rope.pop("type", None)
