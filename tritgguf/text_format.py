@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?")
+_SIZE_PATTERN = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([kKMGT]?)(i?)B?")
 _CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 

@@ -20,6 +20,7 @@ from tritgguf.calibration.trained_parameters import Rates
 from tritgguf.calibration.training_text import mixed_windows
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.encoders import Calibrated
+from tritgguf.errors import TritGgufError
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.decoder_blocks import Block
 from tritgguf.sources.open import open_source
@@ -133,13 +134,20 @@ def test_an_interrupted_training_can_be_repeated(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "model"]
 
 
+def test_one_window_is_too_short(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    for encoder in ("tuned-end-to-end", "tuned-both"):
+        with pytest.raises(TritGgufError, match=r"needs 2 windows of text, .* and there is 1; give a longer text"):
+            convert(source, tmp_path / "out.gguf", encoder=encoder, windows=[[1, 2, 3]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_windows_held_out_are_not_trained_on() -> None:
     windows = [[index] for index in range(20)]
     used, held_out = split_windows(windows, EndToEnd(held_out=8))
     assert held_out == [[7], [15]]
     assert used == [window for window in windows if window not in held_out]
     assert split_windows(windows[:2], EndToEnd()) == ([[0]], [[1]])
-    assert split_windows(windows[:1], EndToEnd()) == ([[0]], [[0]])
 
 
 def test_a_longer_text_has_larger_steps_and_then_fewer_passes() -> None:

@@ -16,6 +16,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.calibration.importance import measure_importance, summed_squares
 from tritgguf.calibration.sensitivity import measure_sensitivities
 from tritgguf.conversion.convert import convert
+from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.importance_file import importance_of
 from tritgguf.errors import TritGgufError
 from tritgguf.evaluation.layer_errors import layer_errors
@@ -93,6 +94,12 @@ def test_an_expert_without_tokens_falls_back_and_is_counted(model: Path, tmp_pat
             np.testing.assert_array_equal(
                 GgufFile(tmp_path / "out.gguf").raw(tensor), GgufFile(tmp_path / "best.gguf").raw(tensor)
             )
+
+
+def test_experts_that_stay_in_f16_are_not_counted(model: Path, tmp_path: Path) -> None:
+    rules = DepthChoice((KeepRule("*_exps*", 0),))
+    settings: dict[str, Any] = {"encoder": "calibrated", "windows": WINDOWS[:1], "threads": 1, "choice": rules}
+    assert convert(model, tmp_path / "out.gguf", **settings).warnings == []
 
 
 @pytest.mark.parametrize("encoder", ["tuned", "tuned-end-to-end"])

@@ -116,6 +116,7 @@ def test_convert_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     ("arguments", "message"),
     [
         (["--recipe", "large"], "recipe large does not exist; choose from published, balanced, small"),
+        (["--target-size", "9" * 400], "is not a size; write it like 900MB or 1.2GB"),
         (["--target-size", "big"], "big is not a size; write it like 900MB or 1.2GB"),
         (["--target-size", "1GB", "--target-bpw", "3"], "--target-bpw and --target-size both choose depths"),
     ],

@@ -161,6 +161,16 @@ def test_an_encoder_without_use_for_a_text_is_refused_before_one_is_generated(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_without_use_are_named(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["convert", str(folder), str(tmp_path / "out.gguf"), "--depth", "3"]
+    assert app.main([*command, "--tokens", "512"]) == 0
+    assert "note: --tokens and --seed have no use here" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 200)
+    command += ["--text", str(tmp_path / "text.txt"), "--tokens", "64", "--overwrite", "--encoder", "best"]
+    assert app.main([*command, "--target-bpw", "3"]) == 0
+    assert "note: --depth has no use here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_prompt_that_is_too_long_is_refused_before_loading(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tiny_trit_file: Files, raw: bool
@@ -211,8 +221,8 @@ def test_the_reported_time_is_the_clock_s(
         (("--text", "empty.txt"), "empty.txt: has no text"),
         (("--imatrix", "nosuch.gguf"), "nosuch.gguf"),
         (("--recipe", "nosuch"), "recipe nosuch does not exist"),
-        (("--target-size", "50kB", "--self"), "but the least depths take"),
-        (("--keep", "*=4", "--target-bpw", "3"), "the target leaves 0 B for the matrices"),
+        (("--target-size", "50kB", "--self"), "with these options the file has"),
+        (("--keep", "*=4", "--target-bpw", "3"), "with these options it is 5.239 bits per weight at least"),
         (("--sensitivity", "0.1", "--depth", "1"), "depth 1 has no trit to remove"),
     ],
 )

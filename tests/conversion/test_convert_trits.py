@@ -63,8 +63,10 @@ def test_a_copy_keeps_the_name_of_the_encoder(tmp_path: Path, deep: Path) -> Non
     assert (tmp_path / "copy.gguf").read_bytes() == (tmp_path / "best.gguf").read_bytes()
     report = convert(tmp_path / "best.gguf", tmp_path / "head.gguf", depth=2, output_depth=3, choice=choice)
     assert report.encoder == "best"
-    # Of layers that are encoded again, only the last encoder is named.
-    assert convert(tmp_path / "best.gguf", tmp_path / "again.gguf", depth=2).encoder == "v2"
+    # Half of the layers are copied; of those that are encoded again, only the last encoder is named.
+    assert convert(tmp_path / "best.gguf", tmp_path / "half.gguf", depth=2).encoder == "best+v2"
+    assert "trit.depths" not in GgufFile(tmp_path / "half.gguf").metadata
+    assert convert(tmp_path / "best.gguf", tmp_path / "again.gguf", depth=1).encoder == "v2"
 
 
 def test_the_same_depth_is_a_copy(tmp_path: Path, deep: Path) -> None:

@@ -22,7 +22,7 @@ from tritgguf.conversion.default_encoder import (
     default_encoder,
     training_seconds,
 )
-from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
 from tritgguf.conversion.encoders import TUNED, V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.errors import TritGgufError
 from tritgguf.exporters.export import export
@@ -105,6 +105,25 @@ def test_sources_of_trits_need_no_text(model: Path, tmp_path: Path) -> None:
     export(tmp_path / "packed.gguf", tmp_path / "dequantized.gguf", to="f16")
     for name in ("packed.gguf", "dequantized.gguf"):
         assert chosen(tmp_path / name, depth=2) == (Automatic(), [])
+
+
+def test_trits_of_which_fewer_are_asked_for_are_calibrated(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    convert(model, tmp_path / "packed.gguf", depth=3)
+    export(tmp_path / "packed.gguf", tmp_path / "dequantized.gguf", to="f16")
+    for name in ("packed.gguf", "dequantized.gguf"):
+        assert chosen(tmp_path / name, depth=2)[0] == Calibrated()
+        assert chosen(tmp_path / name, depth=3)[0] in (Automatic(), Automatic(ScaleSearch()))
+
+
+@pytest.mark.parametrize(
+    ("depth", "rule", "encoder"),
+    [(3, "*=2", Calibrated()), (3, "blk.0.ffn_down=2", Automatic(ScaleSearch())), (2, "*=4", Automatic(ScaleSearch()))],
+)
+def test_rules_count(model: Path, depth: int, rule: str, encoder: Encoder) -> None:
+    pytest.importorskip("torch")
+    assert chosen(model, depth=depth, choice=DepthChoice(tuple(parse_rules(rule))))[0] == encoder
+    assert chosen(model, depth=depth, choice=DepthChoice(tuple(parse_rules("*=0"))))[0] == Automatic()
 
 
 def test_depths_that_contradict_the_source_are_refused_before_a_text_is_written(tmp_path: Path) -> None:

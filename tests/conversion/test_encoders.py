@@ -118,7 +118,7 @@ def test_inputs_reach_the_quantizer(encoder: Encoder, inputs: dict[str, Any], qu
         (Calibrated(), {"text_has_other_use": True}, "calibration text go together"),
         (Calibrated(WINDOWS), {"windows": WINDOWS}, "calibration text go together"),
         (Recover(ScaleSearch()), {"windows": WINDOWS}, "calibration text go together"),
-        (Automatic(), {"importance": IMPORTANCE, "windows": WINDOWS}, "calibration text go together"),
+        (Automatic(), {"importance": IMPORTANCE, "windows": WINDOWS}, "give one of them"),
     ],
 )
 def test_inputs_that_do_not_fit(encoder: Encoder, inputs: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,13 @@ def test_own_text_is_resumed_only_for_the_same_text(tmp_path: Path, text: Path) 
     assert (tmp_path / "out.gguf.part.text").exists()
     with pytest.raises(TritGgufError, match="the journal is of another conversion"):
         windows(other, resume=True)
+    saved = (tmp_path / "out.gguf.part.text").read_bytes()
     assert windows(text, resume=True) == whole
+    (tmp_path / "out.gguf.part.text").write_bytes(saved)
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    os.utime(weights, (1, 1))  # as if another model had come into the folder
+    with pytest.raises(TritGgufError, match="the journal is of another conversion"):
+        windows(text, resume=True)
 
 
 def test_the_command_takes_both_texts(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,11 +108,11 @@ def training_bytes(weights: int) -> int:
 def split_windows(
     windows: Sequence[Sequence[int]], settings: EndToEnd
 ) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """Return the windows to train on and those held out, evenly spaced; one window is both."""
+    """Return the windows to train on and those held out, evenly spaced, of `FEWEST_WINDOWS` at least."""
     step = min(settings.held_out, len(windows))
     held_out = range(step - 1, len(windows), step)
     trained = [window for index, window in enumerate(windows) if index not in held_out]
-    return trained or list(windows), [windows[index] for index in held_out]
+    return trained, [windows[index] for index in held_out]
 
 
 def train_end_to_end(

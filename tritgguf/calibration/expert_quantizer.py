@@ -81,8 +81,9 @@ class ExpertQuantizer:
             inner_original = block.experts.inner(expert, x_original)
             quantized |= self._quantize(block, (gate, up), x, x_original)
             quantized |= self._quantize(block, (down,), block.experts.inner(expert, x), inner_original)
-            self.experts += 1
-            self.without_text += len(tokens) < FEWEST_TOKENS
+            if any(name in quantized for name in (gate, up, down)):
+                self.experts += 1
+                self.without_text += len(tokens) < FEWEST_TOKENS
         return quantized
 
     def _quantize(

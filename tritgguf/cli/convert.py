@@ -149,6 +149,16 @@ def _announce(
         note(calibration_note(source, quantizer, tokens, threads, measures=choice.needs_text))
 
 
+def _say_what_has_no_use(options: DepthOptions, text: TextOptions | None) -> None:
+    """Say which options change nothing: a depth beside a target; those of a text that nothing needs (None: needed)."""
+    if options.choice.has_target and options.depth is not None and options.recipe is None:
+        note("note: --depth has no use here, except for dequantized trits: the target chooses the depths")
+    if text is not None and (text.tokens is not None or text.seed):
+        note(
+            "note: --tokens and --seed have no use here: nothing is calibrated; give --self, --text or another encoder"
+        )
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -197,6 +207,7 @@ def convert_command(
     if is_default:
         chosen = _default_encoder(source, options, tokens, threads)
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
+    _say_what_has_no_use(options, None if needs_text else text_options)
     # Refuses what does not go together before a text is read or written.
     quantizer = quantizer_of(chosen, importance, () if needs_text else None, text_has_other_use=choice.needs_text)
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:

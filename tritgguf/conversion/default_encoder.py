@@ -2,8 +2,8 @@
 
 At one or two trits a small model needs calibration: without it, it talks nonsense. A model that would take longer than
 `LONGEST_SECONDS` is calibrated only if the user asks for it: large models lose less, and nobody expects a command to
-take a night. Sources of trits need none: those that hold dequantized trits are recovered, and those that are packed
-keep what they have.
+take a night. Trits need none: dequantized ones are recovered, and packed ones are copied, unless another depth is asked
+for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, WINDOW_TOKENS
 from tritgguf.calibration.tuning import Tuning
-from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.depths import DepthOptions, apply_rules
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.conversion.recovery import holds_trits
 from tritgguf.conversion.requested_depths import requested_depths
@@ -53,7 +53,7 @@ class DefaultEncoder:
 def default_encoder(
     source: Source, options: DepthOptions, tokens: int, threads: int | None, longest: float | None = None
 ) -> DefaultEncoder:
-    """Choose the encoder for a source: calibration on text of its own if it has a depth of 1 or 2.
+    """Choose the encoder for a source: calibration on text of its own if most of it is packed at a depth of 1 or 2.
 
     Args:
         source: the model.
@@ -65,14 +65,19 @@ def default_encoder(
     Raises TritGgufError if the depths contradict the source, before a text is written.
 
     """
-    requested_depths(source, options)
+    depths = requested_depths(source, options)
+    depths |= apply_rules((name for name in depths if quantized_tensor(name) and depths[name]), options.choice.keep)
     tensors = [tensor for tensor in source.tensors if quantized_tensor(tensor.name)]
-    if any(source.packed(tensor.name) for tensor in tensors):
+    changed = [tensor for tensor in tensors if depths[tensor.name] not in (0, source.packed_depth(tensor.name))]
+    unpacked = [tensor for tensor in changed if source.packed_depth(tensor.name) is None]
+    names = [name for tensor in unpacked for name in matrix_names(tensor.name, tensor.shape)]
+    weights = {tensor.name: math.prod(tensor.shape) for tensor in changed}
+    of_few_trits = sum(weights[name] for name in weights if depths[name] <= DEEPEST_TO_CALIBRATE)
+    if not changed:
         return DefaultEncoder(Automatic())
-    if options.layer_depth > DEEPEST_TO_CALIBRATE:
+    if 2 * of_few_trits <= sum(weights.values()):
         return DefaultEncoder(Automatic(ScaleSearch()))
-    names = [name for tensor in tensors for name in matrix_names(tensor.name, tensor.shape)]
-    if holds_trits(source, names, ThreadPool(threads)):
+    if holds_trits(source, names, options.max_recovered_depth, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
     # Not `Automatic` from here on: it would search the same matrices for trits again.
     try:

@@ -8,6 +8,7 @@ how it is measured.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,6 @@ import numpy as np
 from tritgguf.conversion.recipes import Recipe
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
-from tritgguf.text_format import format_bytes
 
 Costs = Mapping[str, Mapping[int, float]]
 """GGUF name -> depth -> cost of the matrix's error at this depth."""
@@ -26,6 +26,7 @@ Measure = Callable[[list[str], Sequence[int]], Costs]
 F16_DEPTH = 0
 _DEFAULT_DEPTH = 2
 _BISECTION_STEPS = 200
+_ROUNDING = 1e-9  # of a budget, relative
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,8 @@ class DepthChoice:
         """
         kept = {name: kept[name] for name in weights if name in kept}
         free = [name for name in weights if name not in kept]
-        if self.target_bpw is not None:
-            kept_packed = {name: kept_depth for name, kept_depth in kept.items() if kept_depth != F16_DEPTH}
-            budget = self.target_bpw * sum(weights[name] for name in [*free, *kept_packed])
-            budget -= _bits(kept_packed, weights)
-            chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, budget)
-        elif self.target_bytes is not None:
-            budget = 8.0 * (self.target_bytes - other_bytes()) - _bits(kept, weights)
+        if self.has_target:
+            budget = self._budget(free, kept, weights, other_bytes)
             chosen = depths_within_budget(measure(free, trit_types.DEPTHS), weights, budget)
         elif self.sensitivity is not None:
             if depth == 1:
@@ -157,6 +153,31 @@ class DepthChoice:
         else:
             chosen = dict.fromkeys(free, depth)
         return {name: chosen[name] if name in chosen else kept[name] for name in weights}
+
+    def _budget(
+        self,
+        free: Sequence[str],
+        kept: Mapping[str, int],
+        weights: Mapping[str, int],
+        other_bytes: Callable[[], int],
+    ) -> float:
+        """Return the bits that the target leaves for matrices without a rule; TritGgufError if they need more."""
+        least = _bits(dict.fromkeys(free, min(trit_types.DEPTHS)), weights)
+        if self.target_bpw is not None:
+            packed = {name: depth for name, depth in kept.items() if depth != F16_DEPTH}
+            fixed, total = _bits(packed, weights), sum(weights[name] for name in [*free, *packed])
+            budget = self.target_bpw * total - fixed
+            if least > budget * (1 + _ROUNDING):
+                needed = f"{(fixed + least) / total:.3f} bits per weight"
+                raise TritGgufError(f"--target-bpw {self.target_bpw}: with these options it is {needed} at least")
+            return budget
+        assert self.target_bytes is not None
+        fixed = 8.0 * other_bytes() + _bits(kept, weights)
+        budget = 8.0 * self.target_bytes - fixed
+        if least > budget * (1 + _ROUNDING):
+            needed = f"{math.ceil((fixed + least) / 8)} bytes"
+            raise TritGgufError(f"--target-size {self.target_bytes}: with these options the file has {needed} at least")
+        return budget
 
 
 NO_CHOICE = DepthChoice()
@@ -247,10 +268,7 @@ def depths_within_budget(costs_of: Costs, weights: Mapping[str, int], budget: fl
     Args:
         costs_of: costs of the matrices; their depths are those that may be chosen.
         weights: GGUF name -> number of weights, of these matrices at least.
-        budget: bits of all of them in the file.
-
-    Raises:
-        TritGgufError: the budget is too low even for the smallest depths.
+        budget: bits of all of them in the file, enough for their smallest depths.
 
     """
 
@@ -260,12 +278,10 @@ def depths_within_budget(costs_of: Costs, weights: Mapping[str, int], budget: fl
             for name, costs in costs_of.items()
         }
 
-    least = _bits({name: min(costs, key=bits_per_weight) for name, costs in costs_of.items()}, weights)
-    if least > budget * (1 + 1e-9):
-        left, needed = format_bytes(max(budget, 0) / 8), format_bytes(least / 8)
-        raise TritGgufError(f"the target leaves {left} for the matrices, but the least depths take {needed}; raise it")
+    smallest = {name: min(costs, key=bits_per_weight) for name, costs in costs_of.items()}
+    assert _bits(smallest, weights) <= budget * (1 + _ROUNDING)
     low, high = 0.0, 1.0
-    while _bits(depths_at_price(high), weights) > budget * (1 + 1e-9):
+    while _bits(depths_at_price(high), weights) > budget * (1 + _ROUNDING):
         high *= 2
     if _bits(depths_at_price(low), weights) > budget:
         for _ in range(_BISECTION_STEPS):

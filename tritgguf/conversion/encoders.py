@@ -295,6 +295,11 @@ def quantizer_of(
     quantizer = encoder.fallback if isinstance(encoder, Recover | Automatic) else encoder
     if quantizer is None:
         quantizer = ImportanceSearch() if importance is not None else Calibrated() if windows is not None else V2()
+    if importance is not None and windows is not None and not text_has_other_use:
+        raise TritGgufError(
+            "an importance matrix is for the encoder imatrix, and a calibration text for calibrated; give one of them"
+            " (--imatrix, or --text or --self)"
+        )
     needs_importance = isinstance(quantizer, ImportanceSearch) and quantizer.importance is None
     if needs_importance != (importance is not None):
         raise TritGgufError(

@@ -38,6 +38,7 @@ from tritgguf.generation.request import Request
 from tritgguf.generation.sampling import Sampler, SamplingOptions
 from tritgguf.runtime.kv_pool import page_bytes, pages_of
 from tritgguf.runtime.model import Model
+from tritgguf.sources.source import file_states
 
 if TYPE_CHECKING:
     from tritgguf.sources.source import Source
@@ -112,7 +113,7 @@ def self_generated_windows(
     """
     length = window_length(source, window)
     count = max(1, tokens // length)
-    job = {"text": source.name, "seed": seed, "windows": count, "length": length}
+    job = {"text": source.name, "seed": seed, "windows": count, "length": length, "source": file_states(source)}
     if continued:
         job["continued"] = sha256(np.array(continued, np.int64).tobytes()).hexdigest()
     windows = [] if saved is None else saved.windows(job, vocabulary_size(source))

@@ -15,9 +15,10 @@ from gguf import GGUFValue
 
 from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, kept_in_float32, quantized_tensor
+from tritgguf.calibration.end_to_end import FEWEST_WINDOWS
 from tritgguf.calibration.text import WINDOW_TOKENS
 from tritgguf.calibration.tuning import check_no_experts
-from tritgguf.conversion.depths import F16_DEPTH, Costs, DepthOptions, MeasuredCosts, apply_rules
+from tritgguf.conversion.depths import F16_DEPTH, NO_CHOICE, Costs, DepthOptions, MeasuredCosts, apply_rules
 from tritgguf.conversion.encoders import (
     Calibrated,
     Encoder,
@@ -37,7 +38,7 @@ from tritgguf.formats.gguf_header import F16, F32
 from tritgguf.formats.gguf_writer import ALIGNMENT, PlannedTensor, planned_file_bytes
 from tritgguf.formats.stacks import split_matrix_name
 from tritgguf.formats.trit_types import TritType
-from tritgguf.sources.source import Source
+from tritgguf.sources.source import Source, file_states
 from tritgguf.version import __version__
 
 MEASURED_TOKENS = 4 * WINDOW_TOKENS
@@ -124,10 +125,9 @@ class ConversionPlan:
             digest.update(np.array(window, np.int64).data)
         for key, value in self.metadata.items():
             digest.update(f"{key}={value.type}:{value.value!r}".encode("utf-8", "surrogatepass"))
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.files]
         return {
             "version": __version__,
-            "source": sorted(files),
+            "source": file_states(self.source),
             "tensors": [(tensor.name, tensor.type_id, tensor.n_bytes) for tensor in self.tensors],
             "settings": digest.hexdigest(),
             "threads": threads
@@ -165,6 +165,7 @@ def plan_conversion(
     quantizer = quantizer_of(encoder, importance, windows, text_has_other_use=options.choice.needs_text)
     if isinstance(quantizer, Calibrated):
         windows = quantizer.windows
+        _check_windows_of_training(quantizer)
     if isinstance(quantizer, ImportanceSearch):
         _check_columns(source, quantizer.importance or {})
     depths = requested_depths(source, options)
@@ -172,7 +173,7 @@ def plan_conversion(
     kept = apply_rules(packable, options.choice.keep)
     unpacked = _unpacked(source, packable, kept)
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
-    recovery = recovery.limited(kept)
+    recovery = recovery.limited(source.name, kept, encoder, quantizer)
     free = free_tables(source, options)
     if recovery.fits or isinstance(encoder, Recover):
         limits = {name: max(trit_types.DEPTHS) if name in free else depths[name] for name in TABLES if name in depths}
@@ -181,7 +182,7 @@ def plan_conversion(
     depths |= recovery.depths
     to_choose = packable | free if options.choice.has_target else packable
     to_choose = {name: weights for name, weights in to_choose.items() if name not in recovery.depths}
-    choice_text = options.choice.describe(options.layer_depth)
+    choice_text = _choice_text(options, to_choose, recovery)
     measure = partial(_measure_costs, source, options, quantizer, windows, thread_pool, measured)
     other_bytes = partial(_other_bytes, source, depths, to_choose, recovery.encoder, choice_text)
     depths |= options.choice.depths(to_choose, kept, options.layer_depth, measure, other_bytes)
@@ -191,9 +192,11 @@ def plan_conversion(
         last = HEAD if HEAD in depths else EMBEDDINGS
         tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    if not options.choice.has_target and _copies_all_layers(source, tensors, depths):
-        recovery = replace(recovery, encoder=source.encoding.get(trit_types.KEY_ENCODER, recovery.encoder))
-        choice_text = choice_text or source.encoding.get(trit_types.KEY_DEPTHS, "")
+    copied, encoded = _copied_and_encoded_layers(source, tensors, depths)
+    if copied and not options.choice.has_target:
+        names = [source.encoding.get(trit_types.KEY_ENCODER, ""), *([recovery.encoder] if encoded else [])]
+        recovery = replace(recovery, encoder="+".join(dict.fromkeys(filter(None, names))) or recovery.encoder)
+        choice_text = choice_text or ("" if encoded else source.encoding.get(trit_types.KEY_DEPTHS, ""))
     metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
@@ -214,15 +217,39 @@ def check_conversion(source: Source, options: DepthOptions, encoder: Encoder) ->
         check_no_experts(source.name, [matrix for tensor in packed for matrix in tensor.matrices])
 
 
+def _choice_text(options: DepthOptions, to_choose: Collection[str], recovery: RecoveryPlan) -> str:
+    """Describe the choice for the file's metadata, without what it does not decide: recovered matrices' depths."""
+    if not recovery.fits:
+        return options.choice.describe(options.layer_depth)
+    rules = tuple(rule for rule in options.choice.keep if any(map(rule.matches, to_choose)))
+    choice = replace(options.choice, keep=rules)
+    if not to_choose or choice == NO_CHOICE:
+        return ""
+    return f"{choice.describe(options.layer_depth)}, recovered trits as they are"
+
+
 def _no_costs(names: list[str], some_depths: Sequence[int]) -> Costs:
     """Return the costs of matrices before anything is measured; embeddings and head may also stay in F16."""
     return {name: dict.fromkeys([*some_depths, *[F16_DEPTH] * (name in TABLES)], 0.0) for name in names}
 
 
-def _copies_all_layers(source: Source, tensors: Sequence[PlannedTensor], depths: Mapping[str, int]) -> bool:
-    """Return whether all packed matrices of the layers, and at least one, are in the source as they will be."""
+def _copied_and_encoded_layers(
+    source: Source, tensors: Sequence[PlannedTensor], depths: Mapping[str, int]
+) -> tuple[list[str], list[str]]:
+    """Return the packed matrices of the layers that are in the source as they will be, and the others."""
     packed = [t.name for t in tensors if quantized_tensor(t.name) and trit_types.is_trit_type(t.type_id)]
-    return bool(packed) and all(source.packed_depth(name) == depths[name] for name in packed)
+    copied = [name for name in packed if source.packed_depth(name) == depths[name]]
+    return copied, [name for name in packed if name not in copied]
+
+
+def _check_windows_of_training(calibrated: Calibrated) -> None:
+    """Raise TritGgufError if a text is too short to train on one part of it and to stop by another."""
+    windows = calibrated.windows or ()
+    if calibrated.end_to_end is not None and len(windows) < FEWEST_WINDOWS:
+        raise TritGgufError(
+            f"training end to end needs {FEWEST_WINDOWS} windows of text, one to train on and one to stop by, and there"
+            f" is {len(windows)}; give a longer text or more --tokens"
+        )
 
 
 def _check_columns(source: Source, importance: Importance) -> None:

@@ -12,7 +12,7 @@ from cpu_kernels.threads.thread_pool import ThreadPool
 from tritgguf.conversion.encoders import Automatic, Encoder, Quantizer, Recover
 from tritgguf.errors import TritGgufError
 from tritgguf.formats.stacks import matrix_shape, split_matrix_name
-from tritgguf.formats.trit_types import BLOCK_SIZE, DEPTHS
+from tritgguf.formats.trit_types import BLOCK_SIZE
 from tritgguf.quantization.recover import Fit, NoFit, find_fit
 from tritgguf.sources.source import Source
 
@@ -27,7 +27,7 @@ class RecoveryPlan:
     Attributes:
         encoder: name of the encoder that is actually used, for the report and the file's metadata.
         fits: name of a matrix -> exact fit, of the recovered matrices. All those of a stack have the same depth.
-        warnings: one line for the user if recovery was requested and some matrices have no exact fit.
+        warnings: lines for the user, about matrices without an exact fit and about rules for others.
 
     """
 
@@ -40,13 +40,33 @@ class RecoveryPlan:
         """GGUF name of a tensor with recovered matrices -> their trits per weight."""
         return {split_matrix_name(name)[0]: fit.depth for name, fit in self.fits.items()}
 
-    def limited(self, depths: Mapping[str, int]) -> RecoveryPlan:
-        """Return the plan without the fits that need more trits than the depth of their tensor, by GGUF name."""
+    def limited(self, source: str, kept: Mapping[str, int], encoder: Encoder, quantizer: Quantizer) -> RecoveryPlan:
+        """Return the plan without the fits that need more trits than rules allow.
 
-        def is_allowed(name: str, fit: Fit) -> bool:
-            return fit.depth <= depths.get(split_matrix_name(name)[0], fit.depth)
+        Args:
+            source: name of the checkpoint.
+            kept: GGUF name of a tensor -> the depth that a rule sets.
+            encoder, quantizer: as in `plan_recovery`.
 
-        return replace(self, fits={name: fit for name, fit in self.fits.items() if is_allowed(name, fit)})
+        Raises:
+            TritGgufError: there are such fits, and the encoder has no fallback.
+
+        """
+        allowed = {name: kept.get(split_matrix_name(name)[0], fit.depth) for name, fit in self.fits.items()}
+        lost = [name for name, fit in self.fits.items() if allowed[name] < fit.depth]
+        warnings, encoder_name = list(self.warnings), self.encoder
+        if smaller := [name for name, fit in self.fits.items() if allowed[name] > fit.depth]:
+            exact = "which are exact; those stay"
+            warnings.append(f"--keep gives more trits than {named(smaller)} were dequantized from, {exact}")
+        if lost:
+            message = f"{source}: --keep gives fewer trits than {named(lost)} were dequantized from"
+            if isinstance(encoder, Recover) and encoder.fallback is None:
+                both = f"--encoder {Recover(quantizer).name} quantizes those again"
+                raise TritGgufError(f"{message}, so they cannot be recovered; omit the rule, or {both}")
+            warnings.append(f"{message}; quantized by {quantizer.name}")
+            encoder_name = Recover(quantizer).name if len(lost) < len(self.fits) else quantizer.name
+        fits = {name: fit for name, fit in self.fits.items() if name not in lost}
+        return RecoveryPlan(encoder_name, fits, warnings)
 
 
 def plan_recovery(
@@ -141,10 +161,10 @@ def recover_tables(
     return replace(recovery, fits=fits)
 
 
-def holds_trits(source: Source, names: Sequence[str], thread_pool: ThreadPool) -> bool:
+def holds_trits(source: Source, names: Sequence[str], deepest: int, thread_pool: ThreadPool) -> bool:
     """Return whether one of a few matrices holds dequantized trits, so that `Automatic` searches them all."""
     probes = ((name, source.rows(name).held()) for name in _probes(names))
-    fits = {name: find_fit(rows, deepest=max(DEPTHS), thread_pool=thread_pool) for name, rows in probes}
+    fits = {name: find_fit(rows, deepest=deepest, thread_pool=thread_pool) for name, rows in probes}
     return any(map(_is_recovered, fits.values()))
 
 

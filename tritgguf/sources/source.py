@@ -92,6 +92,12 @@ class Source(Protocol):
         """Return the source's own name of a tensor or of a matrix, for messages."""
 
 
+def file_states(source: Source) -> list[list[str | int]]:
+    """Return name, size and time of change of the source's files, by which resuming knows that they are unchanged."""
+    states = [(path.name, path.stat()) for path in source.files]
+    return sorted([name, state.st_size, state.st_mtime_ns] for name, state in states)
+
+
 def weights_of(source: Source) -> int:
     """Return the number of weights in all tensors."""
     return sum(math.prod(tensor.shape) for tensor in source.tensors)
