@@ -195,7 +195,7 @@ RecipeName = Annotated[
     option(
         "--recipe",
         metavar="NAME",
-        help="Output head and embeddings: balanced: packed for at most 2 % more loss; small: packed more; published:"
+        help="Output head and embeddings: balanced: packed for about 2 % more loss; small: packed more; published:"
         " F16.",
         show_default="balanced",
         callback=_check_recipe,

@@ -29,7 +29,7 @@ def print_estimate(estimate: Estimate) -> None:
     """Print what a plan makes and needs."""
     print_table(
         "Plan",
-        ("source", "configuration", ">file at most", ">exports", ">time, about"),
+        ("source", "configuration", ">file, about", ">exports", ">time, about"),
         [
             (
                 file.source,

@@ -41,7 +41,7 @@ _SECONDS_PER_WEIGHT_AND_TOKEN_BENCHED = 2.5e-11
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file that is to be made: size at most, and the seconds for all its stages."""
+    """A file that is to be made: its size without the scores in it, and the seconds for all its stages."""
 
     source: str
     configuration: str
