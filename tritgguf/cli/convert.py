@@ -204,8 +204,7 @@ def convert_command(
     importance, warnings = _prepare(source, options := DepthOptions(**depths), chosen, text, imatrix)
     started = time.perf_counter()
     is_default = encoder == "auto" and not (tune or imatrix or text_options.is_given or choice.needs_text)
-    if is_default:
-        chosen = _default_encoder(source, options, tokens, threads)
+    chosen = _default_encoder(source, options, tokens, threads) if is_default else chosen
     needs_text = text_options.is_given or chosen.needs_text or choice.needs_text
     _say_what_has_no_use(options, None if needs_text else text_options)
     # Refuses what does not go together before a text is read or written.

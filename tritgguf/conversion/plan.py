@@ -163,11 +163,8 @@ def plan_conversion(
 
     """
     quantizer = quantizer_of(encoder, importance, windows, text_has_other_use=options.choice.needs_text)
-    if isinstance(quantizer, Calibrated):
-        windows = quantizer.windows
-        _check_windows_of_training(quantizer)
-    if isinstance(quantizer, ImportanceSearch):
-        _check_columns(source, quantizer.importance or {})
+    windows = quantizer.windows if isinstance(quantizer, Calibrated) else windows
+    _check_inputs(source, quantizer)
     depths = requested_depths(source, options)
     packable = _packable(source, depths)
     kept = apply_rules(packable, options.choice.keep)
@@ -192,11 +189,9 @@ def plan_conversion(
         last = HEAD if HEAD in depths else EMBEDDINGS
         tensors.sort(key=lambda t: math.inf if t.name == last and depths[last] else block_index(t.name))
     depth = max((depths[name] for name in depths if quantized_tensor(name)), default=options.layer_depth)
-    copied, encoded = _copied_and_encoded_layers(source, tensors, depths)
-    if copied and not options.choice.has_target:
-        names = [source.encoding.get(trit_types.KEY_ENCODER, ""), *([recovery.encoder] if encoded else [])]
-        recovery = replace(recovery, encoder="+".join(dict.fromkeys(filter(None, names))) or recovery.encoder)
-        choice_text = choice_text or ("" if encoded else source.encoding.get(trit_types.KEY_DEPTHS, ""))
+    if not options.choice.has_target:
+        encoder_name, choice_text = _names_of_copies(source, tensors, depths, recovery.encoder, choice_text)
+        recovery = replace(recovery, encoder=encoder_name)
     metadata = file_metadata(source.metadata, tensors, recovery.encoder, choice_text)
     return ConversionPlan(source, tensors, depths, depth, recovery, quantizer, metadata, windows)
 
@@ -233,27 +228,29 @@ def _no_costs(names: list[str], some_depths: Sequence[int]) -> Costs:
     return {name: dict.fromkeys([*some_depths, *[F16_DEPTH] * (name in TABLES)], 0.0) for name in names}
 
 
-def _copied_and_encoded_layers(
-    source: Source, tensors: Sequence[PlannedTensor], depths: Mapping[str, int]
-) -> tuple[list[str], list[str]]:
-    """Return the packed matrices of the layers that are in the source as they will be, and the others."""
+def _names_of_copies(
+    source: Source, tensors: Sequence[PlannedTensor], depths: Mapping[str, int], encoder: str, choice_text: str
+) -> tuple[str, str]:
+    """Return the encoder and the choice of depths to name in the file: the source's of what is copied, and the new."""
     packed = [t.name for t in tensors if quantized_tensor(t.name) and trit_types.is_trit_type(t.type_id)]
     copied = [name for name in packed if source.packed_depth(name) == depths[name]]
-    return copied, [name for name in packed if name not in copied]
+    old = source.encoding.get(trit_types.KEY_ENCODER, encoder)
+    if not copied:
+        return encoder, choice_text
+    if len(copied) == len(packed):
+        return old, choice_text or source.encoding.get(trit_types.KEY_DEPTHS, "")
+    return "+".join(dict.fromkeys((old, encoder))), choice_text
 
 
-def _check_windows_of_training(calibrated: Calibrated) -> None:
-    """Raise TritGgufError if a text is too short to train on one part of it and to stop by another."""
-    windows = calibrated.windows or ()
-    if calibrated.end_to_end is not None and len(windows) < FEWEST_WINDOWS:
+def _check_inputs(source: Source, quantizer: Quantizer) -> None:
+    """Raise TritGgufError for a text that is too short to train on, or an importance of matrices of another shape."""
+    windows = (quantizer.windows or ()) if isinstance(quantizer, Calibrated) and quantizer.end_to_end else None
+    if windows is not None and len(windows) < FEWEST_WINDOWS:
         raise TritGgufError(
             f"training end to end needs {FEWEST_WINDOWS} windows of text, one to train on and one to stop by, and there"
             f" is {len(windows)}; give a longer text or more --tokens"
         )
-
-
-def _check_columns(source: Source, importance: Importance) -> None:
-    """Raise TritGgufError if an importance does not have one value per column of its matrix."""
+    importance = (quantizer.importance or {}) if isinstance(quantizer, ImportanceSearch) else {}
     columns = {matrix: tensor.shape[-1] for tensor in source.tensors for matrix in tensor.matrices}
     for matrix, given in importance.items():
         if matrix in columns and given.shape != (columns[matrix],):
