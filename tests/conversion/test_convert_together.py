@@ -95,7 +95,7 @@ def test_what_is_encoded_alike_is_encoded_once(source: Path, tmp_path: Path, mon
     each = [Conversion(tmp_path / f"{number}.gguf", one, V2()) for number, one in enumerate(options)]
     convert_together(source, each)
 
-    assert Counter(encoded) == {2: 15, 3: 14, 4: 2}, "the layers and the head of the first two files are encoded once"
+    assert Counter(encoded) == {2: 15, 3: 15, 4: 1}, "the layers and the head of the first two files are encoded once"
 
 
 def test_files_that_were_interrupted_at_different_places_resume(

@@ -45,8 +45,10 @@ def test_the_recipe_sets_embeddings_and_head(tmp_path: Path, recipe: Any, varian
     source = write_tiny_model(tmp_path / "model", variant)
     for depth in DEPTHS:
         convert(source, tmp_path / "out.gguf", depth=depth, recipe=recipe.name, overwrite=True)
-        tables = 2 if variant == "llama" else 1
-        assert types(tmp_path / "out.gguf") == [type_name(recipe.tables[depth])] * tables
+        if variant == "llama":
+            assert types(tmp_path / "out.gguf") == [type_name(recipe.embeddings[depth]), type_name(recipe.head[depth])]
+        else:
+            assert types(tmp_path / "out.gguf") == [type_name(recipe.head[depth])]
         assert GgufFile(tmp_path / "out.gguf").tensors["blk.1.ffn_up.weight"].type_name == f"TRIT{depth}"
 
 
@@ -54,10 +56,11 @@ def test_each_recipe_packs_at_least_as_much_as_the_one_before() -> None:
     def bits(depth: int) -> int:
         return depth or 5
 
-    assert [*PUBLISHED.tables.values()] == [0] * 4
+    assert [*PUBLISHED.embeddings.values(), *PUBLISHED.head.values()] == [0] * 8
     for depth in DEPTHS:
         for smaller, larger in ((SMALL, BALANCED), (BALANCED, PUBLISHED)):
-            assert bits(smaller.tables[depth]) <= bits(larger.tables[depth])
+            assert bits(smaller.embeddings[depth]) <= bits(larger.embeddings[depth])
+            assert bits(smaller.head[depth]) <= bits(larger.head[depth])
 
 
 def test_balanced_is_the_default(tmp_path: Path, llama: Path) -> None:
@@ -109,7 +112,7 @@ def test_recovery_leaves_other_embeddings_as_they_are(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "exact.gguf")
     convert(tmp_path / "hf", tmp_path / "balanced.gguf", recipe="balanced")
     assert types(tmp_path / "exact.gguf") == ["F16", "F16"]
-    assert types(tmp_path / "balanced.gguf") == [type_name(BALANCED.tables[2])] * 2
+    assert types(tmp_path / "balanced.gguf") == [type_name(BALANCED.embeddings[2]), type_name(BALANCED.head[2])]
     source = open_source(tmp_path / "hf")
     for name in (EMBEDDINGS, HEAD):
         np.testing.assert_array_equal(GgufFile(tmp_path / "exact.gguf").read_float32(name), source.read(name))
@@ -143,7 +146,7 @@ def test_a_target_leaves_what_the_recipe_sets(tmp_path: Path, llama: Path) -> No
     report = convert(
         llama, tmp_path / "out.gguf", encoder="v2", windows=WINDOWS, choice=choice, recipe="small", output_depth=4
     )
-    assert types(tmp_path / "out.gguf") == [type_name(SMALL.tables[2]), "TRIT4"]
+    assert types(tmp_path / "out.gguf") == [type_name(SMALL.embeddings[2]), "TRIT4"]
     assert report.file_bytes <= 200_000
 
 
