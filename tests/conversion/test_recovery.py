@@ -232,14 +232,14 @@ def test_a_rule_is_the_maximum_of_a_recovered_matrix(tmp_path: Path, published: 
 def test_what_a_rule_does_to_recovered_matrices_is_said(tmp_path: Path, published: Path) -> None:
     convert(published, tmp_path / "any.gguf")
     name = next(name for name, (kind, _, _) in matrices(tmp_path / "any.gguf").items() if kind == TritType.TRIT3)
-    assert "cannot be recovered" in refused(published, tmp_path, encoder="recover", choice=kept(f"{name}=2"))
+    assert "sets fewer trits than these matrices hold" in refused(published, tmp_path, encoder="recover", choice=kept(f"{name}=2"))
     report = convert(published, tmp_path / "less.gguf", choice=kept(f"{name}=2"))
     assert report.encoder == "recover+v2"
-    assert f"--keep gives fewer trits than {name} were dequantized from; quantized by v2" in report.warnings[0]
+    assert f"--keep sets fewer trits than these matrices hold: {name}; quantized by v2" in report.warnings[0]
     assert depths_key(tmp_path / "less.gguf") == f"{name}=2, depth 2, recovered trits as they are"
     report = convert(published, tmp_path / "more.gguf", choice=kept(f"{name}=4"))
     assert report.encoder == "recover"
-    assert "which are exact; those stay" in report.warnings[0]
+    assert report.warnings == [f"fewer trits than --keep sets are exact, and stay: {name}"]
     assert depths_key(tmp_path / "more.gguf") is None
     assert convert(published, tmp_path / "none.gguf", choice=kept("*=1"), encoder="recover+best").encoder != "recover"
 

@@ -56,13 +56,12 @@ class RecoveryPlan:
         lost = [name for name, fit in self.fits.items() if allowed[name] < fit.depth]
         warnings, encoder_name = list(self.warnings), self.encoder
         if smaller := [name for name, fit in self.fits.items() if allowed[name] > fit.depth]:
-            exact = "which are exact; those stay"
-            warnings.append(f"--keep gives more trits than {named(smaller)} were dequantized from, {exact}")
+            warnings.append(f"fewer trits than --keep sets are exact, and stay: {named(smaller)}")
         if lost:
-            message = f"{source}: --keep gives fewer trits than {named(lost)} were dequantized from"
+            message = f"{source}: --keep sets fewer trits than these matrices hold: {named(lost)}"
             if isinstance(encoder, Recover) and encoder.fallback is None:
                 both = f"--encoder {Recover(quantizer).name} quantizes those again"
-                raise TritGgufError(f"{message}, so they cannot be recovered; omit the rule, or {both}")
+                raise TritGgufError(f"{message}; omit the rule, or {both}")
             warnings.append(f"{message}; quantized by {quantizer.name}")
             encoder_name = Recover(quantizer).name if len(lost) < len(self.fits) else quantizer.name
         fits = {name: fit for name, fit in self.fits.items() if name not in lost}
