@@ -232,7 +232,9 @@ def test_a_rule_is_the_maximum_of_a_recovered_matrix(tmp_path: Path, published: 
 def test_what_a_rule_does_to_recovered_matrices_is_said(tmp_path: Path, published: Path) -> None:
     convert(published, tmp_path / "any.gguf")
     name = next(name for name, (kind, _, _) in matrices(tmp_path / "any.gguf").items() if kind == TritType.TRIT3)
-    assert "sets fewer trits than these matrices hold" in refused(published, tmp_path, encoder="recover", choice=kept(f"{name}=2"))
+    assert "sets fewer trits than these matrices hold" in refused(
+        published, tmp_path, encoder="recover", choice=kept(f"{name}=2")
+    )
     report = convert(published, tmp_path / "less.gguf", choice=kept(f"{name}=2"))
     assert report.encoder == "recover+v2"
     assert f"--keep sets fewer trits than these matrices hold: {name}; quantized by v2" in report.warnings[0]
