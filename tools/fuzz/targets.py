@@ -146,7 +146,7 @@ class Targets:
             ["inspect", path],
             ["check", path, "-t", "1"],
             ["run", path, "--raw", "-p", "a", "-n", "1", "-c", "8", "-t", "1", "--temp", "0"],
-            ["convert", path, out, "--depth", "1", "-t", "1", "--overwrite"],
+            ["convert", path, out, "--depth", "1", "--encoder", "v2", "-t", "1", "--overwrite"],
         )
 
     def _call(self, arguments: list[str]) -> None:
