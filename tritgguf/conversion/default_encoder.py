@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 
 from cpu_kernels.threads.cores import physical_cores
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.architectures.tensor_names import quantized_tensor
 from tritgguf.calibration.end_to_end import EndToEnd
 from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS, WINDOW_TOKENS
 from tritgguf.calibration.tuning import Tuning
-from tritgguf.conversion.depths import DepthOptions, apply_rules
+from tritgguf.conversion.depths import F16_DEPTH, DepthOptions, apply_rules
 from tritgguf.conversion.encoders import V2, Automatic, Calibrated, Encoder, ScaleSearch
 from tritgguf.conversion.recovery import holds_trits
-from tritgguf.conversion.requested_depths import requested_depths
+from tritgguf.conversion.requested_depths import packable_matrices, requested_depths, unpacked_matrices
 from tritgguf.errors import TritGgufError
-from tritgguf.formats.stacks import matrix_names
 from tritgguf.reference.model import require_torch
 from tritgguf.sources.source import Source, weights_of, weights_of_a_token
 
@@ -66,18 +64,16 @@ def default_encoder(
 
     """
     depths = requested_depths(source, options)
-    depths |= apply_rules((name for name in depths if quantized_tensor(name) and depths[name]), options.choice.keep)
-    tensors = [tensor for tensor in source.tensors if quantized_tensor(tensor.name)]
-    changed = [tensor for tensor in tensors if depths[tensor.name] not in (0, source.packed_depth(tensor.name))]
-    unpacked = [tensor for tensor in changed if source.packed_depth(tensor.name) is None]
-    names = [name for tensor in unpacked for name in matrix_names(tensor.name, tensor.shape)]
-    weights = {tensor.name: math.prod(tensor.shape) for tensor in changed}
-    of_few_trits = sum(weights[name] for name in weights if depths[name] <= DEEPEST_TO_CALIBRATE)
-    if not changed:
+    packable = packable_matrices(source, depths)
+    kept = apply_rules(packable, options.choice.keep)
+    depths |= kept
+    encoded = [name for name in packable if depths[name] not in (F16_DEPTH, source.packed_depth(name))]
+    of_few_trits = [name for name in encoded if depths[name] <= DEEPEST_TO_CALIBRATE]
+    if not encoded:
         return DefaultEncoder(Automatic())
-    if 2 * of_few_trits <= sum(weights.values()):
+    if 2 * sum(packable[name] for name in of_few_trits) <= sum(packable[name] for name in encoded):
         return DefaultEncoder(Automatic(ScaleSearch()))
-    if holds_trits(source, names, options.max_recovered_depth, ThreadPool(threads)):
+    if holds_trits(source, unpacked_matrices(source, packable, kept), options.max_recovered_depth, ThreadPool(threads)):
         return DefaultEncoder(Automatic())
     # Not `Automatic` from here on: it would search the same matrices for trits again.
     try:

@@ -31,7 +31,13 @@ from tritgguf.conversion.encoders import (
 )
 from tritgguf.conversion.file_metadata import file_metadata
 from tritgguf.conversion.recovery import RecoveryPlan, named, plan_recovery, recover_tables
-from tritgguf.conversion.requested_depths import TABLES, free_tables, requested_depths
+from tritgguf.conversion.requested_depths import (
+    TABLES,
+    free_tables,
+    packable_matrices,
+    requested_depths,
+    unpacked_matrices,
+)
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
 from tritgguf.formats.gguf_header import F16, F32
@@ -166,9 +172,9 @@ def plan_conversion(
     windows = quantizer.windows if isinstance(quantizer, Calibrated) else windows
     _check_inputs(source, quantizer)
     depths = requested_depths(source, options)
-    packable = _packable(source, depths)
+    packable = packable_matrices(source, depths)
     kept = apply_rules(packable, options.choice.keep)
-    unpacked = _unpacked(source, packable, kept)
+    unpacked = unpacked_matrices(source, packable, kept)
     recovery = plan_recovery(source, unpacked, encoder, quantizer, options.max_recovered_depth, thread_pool, searched)
     recovery = recovery.limited(source.name, kept, encoder, quantizer)
     free = free_tables(source, options)
@@ -199,7 +205,7 @@ def plan_conversion(
 def check_conversion(source: Source, options: DepthOptions, encoder: Encoder) -> None:
     """Raise TritGgufError for depths, rules and an encoder that do not fit the source, as `convert` does, at once."""
     depths = requested_depths(source, options)
-    packable = _packable(source, depths)
+    packable = packable_matrices(source, depths)
     kept = apply_rules(packable, options.choice.keep)
     choice = options.choice
     to_choose = packable | free_tables(source, options) if choice.has_target else packable
@@ -244,12 +250,13 @@ def _names_of_copies(
 
 def _check_inputs(source: Source, quantizer: Quantizer) -> None:
     """Raise TritGgufError for a text that is too short to train on, or an importance of matrices of another shape."""
-    windows = (quantizer.windows or ()) if isinstance(quantizer, Calibrated) and quantizer.end_to_end else None
-    if windows is not None and len(windows) < FEWEST_WINDOWS:
-        raise TritGgufError(
-            f"training end to end needs {FEWEST_WINDOWS} windows of text, one to train on and one to stop by, and there"
-            f" is {len(windows)}; give a longer text or more --tokens"
-        )
+    if isinstance(quantizer, Calibrated) and quantizer.end_to_end is not None:
+        count = len(quantizer.windows or ())
+        if count < FEWEST_WINDOWS:
+            raise TritGgufError(
+                f"training end to end needs {FEWEST_WINDOWS} windows of text, one to train on and one to stop by, and"
+                f" there is {count}; give a longer text or more --tokens"
+            )
     importance = (quantizer.importance or {}) if isinstance(quantizer, ImportanceSearch) else {}
     columns = {matrix: tensor.shape[-1] for tensor in source.tensors for matrix in tensor.matrices}
     for matrix, given in importance.items():
@@ -258,25 +265,6 @@ def _check_inputs(source: Source, quantizer: Quantizer) -> None:
                 f"{source.name}: tensor {matrix} has {columns[matrix]} columns, its importance the shape"
                 f" {given.shape}; measure the importance of this model"
             )
-
-
-def _packable(source: Source, depths: dict[str, int]) -> dict[str, int]:
-    """Return GGUF name -> number of weights, of the layers' matrices that are packed."""
-    return {
-        tensor.name: math.prod(tensor.shape)
-        for tensor in source.tensors
-        if quantized_tensor(tensor.name) and depths[tensor.name] and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
-    }
-
-
-def _unpacked(source: Source, packable: Collection[str], kept: Mapping[str, int]) -> list[str]:
-    """Return the matrices to pack that are not packed in the source."""
-    return [
-        matrix
-        for tensor in source.tensors
-        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
-        for matrix in tensor.matrices
-    ]
 
 
 def _other_bytes(

@@ -64,7 +64,7 @@ class RecoveryPlan:
                 raise TritGgufError(f"{message}; omit the rule, or {both}")
             warnings.append(f"{message}; quantized by {quantizer.name}")
             encoder_name = Recover(quantizer).name if len(lost) < len(self.fits) else quantizer.name
-        fits = {name: fit for name, fit in self.fits.items() if name not in lost}
+        fits = {name: fit for name, fit in self.fits.items() if allowed[name] >= fit.depth}
         return RecoveryPlan(encoder_name, fits, warnings)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 from tritgguf.architectures.tensor_names import EMBEDDINGS, HEAD, quantized_tensor
-from tritgguf.conversion.depths import DepthOptions
+from tritgguf.conversion.depths import F16_DEPTH, DepthOptions
 from tritgguf.conversion.recipes import DEFAULT
 from tritgguf.errors import TritGgufError
 from tritgguf.formats import trit_types
@@ -32,6 +33,25 @@ def requested_depths(source: Source, options: DepthOptions) -> dict[str, int]:
         else:
             depths[name] = already or 0
     return depths
+
+
+def packable_matrices(source: Source, depths: Mapping[str, int]) -> dict[str, int]:
+    """Return GGUF name -> number of weights, of the layers' matrices that are packed."""
+    return {
+        tensor.name: math.prod(tensor.shape)
+        for tensor in source.tensors
+        if quantized_tensor(tensor.name) and depths[tensor.name] and tensor.shape[-1] % trit_types.BLOCK_SIZE == 0
+    }
+
+
+def unpacked_matrices(source: Source, packable: Collection[str], kept: Mapping[str, int]) -> list[str]:
+    """Return the matrices to pack that are not packed in the source."""
+    return [
+        matrix
+        for tensor in source.tensors
+        if tensor.name in packable and source.packed_depth(tensor.name) is None and kept.get(tensor.name) != F16_DEPTH
+        for matrix in tensor.matrices
+    ]
 
 
 def _given_table_depths(source: Source, options: DepthOptions) -> dict[str, int]:

@@ -26,7 +26,7 @@ from tritgguf.publishing.plan_file import PlannedSource, PublishPlan
 from tritgguf.publishing.state import WORK_FOLDER, digest
 from tritgguf.reference.model import require_torch
 from tritgguf.sources.open import open_source
-from tritgguf.sources.source import Source, weights_of
+from tritgguf.sources.source import Source, file_states, weights_of
 from tritgguf.version import __version__
 
 _PROGRAM_BYTES = 600_000_000  # Python, torch and transformers
@@ -110,8 +110,7 @@ class SourceInputs:
 
     def _costs_settings(self, length: _TextLength) -> Any:
         """Return what costs that are measured on a text of this length depend on."""
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.files]
-        return [__version__, sorted(files), self._text(length), self.threads]
+        return [__version__, file_states(self.source), self._text(length), self.threads]
 
     @cached_property
     def importance(self) -> Importance:

@@ -28,6 +28,7 @@ from tritgguf.publishing.jobs import Job, jobs_of
 from tritgguf.publishing.state import State
 from tritgguf.publishing.tasks import Executor, Task
 from tritgguf.sources.hub_cache import revision_of
+from tritgguf.sources.source import file_states
 from tritgguf.version import __version__
 
 CONVERT, VERIFY, BENCH, EXPORT, CARD = "convert", "verify", "bench", "export", "card"
@@ -237,18 +238,14 @@ class _Measurement:
 
 def _conversion_settings(job: Job, inputs: SourceInputs) -> dict[str, Any]:
     """Return what determines the bytes of a packed file."""
-    source, calibration = inputs.source, job.plan.calibration
-    files = []
-    for path in source.files:
-        status = path.stat()
-        files.append([path.name, status.st_size, status.st_mtime_ns])
+    calibration = job.plan.calibration
     with_text = inputs.needs_text(job.configuration)
     text = asdict(calibration) | {
         "text": None if calibration.text is None else text_fingerprint(read_text(calibration.text))
     }
     return {
         "version": __version__,
-        "source": sorted(files),
+        "source": file_states(inputs.source),
         "configuration": job.configuration.settings(),
         "encoder": inputs.encoder(job.configuration).name,
         "calibration": text if with_text else None,
