@@ -336,6 +336,18 @@ def test_tokens_are_drawn_as_often_as_they_should() -> None:
     assert (np.abs(counts - 8000 * probabilities) < 4 * np.sqrt(8000 * probabilities * (1 - probabilities))).all()
 
 
+@given(size=st.integers(1, 1500), share=st.floats(0, 1), seed=st.integers(0, 999))
+def test_equal_tokens_are_drawn_by_equal_parts_of_the_random_number(size: int, share: float, seed: int) -> None:
+    allowed = np.flatnonzero(np.random.default_rng(seed).random(size) < share)
+    if not len(allowed):
+        allowed = np.array([size - 1])
+    logits = np.full(size, -np.inf, np.float32)
+    logits[allowed] = 1.5
+    sampler = Sampler(SamplingOptions(**ALL, seed=seed))  # type: ignore[arg-type]
+    numbers = np.random.Generator(np.random.PCG64(seed)).random(20)
+    assert [sampler.sample(logits) for _ in numbers] == [allowed[int(number * len(allowed))] for number in numbers]
+
+
 @given(logits=logit_arrays, seed=st.integers(0, 99))
 def test_what_is_drawn_was_kept(logits: np.ndarray, seed: int) -> None:
     sampler = Sampler(SamplingOptions(top_k=5, seed=seed))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tritgguf.generation.grammar import TokenConstraint
 
 _SET = 64  # logits whose maximum is taken at once
+_SUMMED = 256  # weights whose sum is taken at once: adding them one after the other takes five times as long
 _BANNED = -100  # a logit bias of this bans its token, as in OpenAI's API
 _LOWEST = np.finfo(np.float32).min
 _LARGEST = 1e30  # of penalized logits, so that their differences are numbers
@@ -228,9 +229,13 @@ class Sampler:
 
     def _draw(self, weights: np.ndarray) -> int:
         """Return a place, each as probable as its weight says."""
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(min(drawn, np.searchsorted(cumulative, cumulative[-1])))  # rounding may reach the whole sum
+        whole = len(weights) // _SUMMED * _SUMMED
+        sums = [weights[:whole].reshape(-1, _SUMMED).sum(1), weights[whole:].sum(keepdims=True)]
+        cumulative = np.cumsum(np.concatenate(sums), dtype=np.float64)
+        drawn = self._random.random() * cumulative[-1]
+        part = _place(cumulative, drawn)
+        first, before = part * _SUMMED, cumulative[part - 1] if part else 0.0
+        return first + _place(np.cumsum(weights[first : first + _SUMMED], dtype=np.float64), drawn - before)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens that may be drawn, likeliest first, and their probabilities (float64, sum 1).
@@ -287,6 +292,11 @@ def token_logprobs(logits: np.ndarray, token: int, top: int) -> TokenLogprobs:
 def _finite(values: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Return penalized logits within bounds; what was banned before stays banned."""
     return np.where(before < _LOWEST, before, np.clip(values, -_LARGEST, _LARGEST))
+
+
+def _place(cumulative: np.ndarray, drawn: float) -> int:
+    """Return where a number falls between growing sums; never where nothing was added, even if rounding says so."""
+    return int(min(np.searchsorted(cumulative, drawn, side="right"), np.searchsorted(cumulative, cumulative[-1])))
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
