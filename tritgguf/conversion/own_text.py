@@ -50,12 +50,13 @@ _MAX_CACHE_BYTES = 1 << 30
 _PASSAGE_TOKENS = 8
 """Length of the passages of a user's text that the model continues."""
 _OPENINGS = (
-    *("The ", "In ", '"', "Once upon a time", "Dear ", "To whom it may concern", "Chapter 1\n\n", "For example, "),
-    *("Abstract\n\n", "Theorem", "Let ", "How to ", "What is ", "Question: ", "Answer: ", "User: ", "A: "),
-    *("# ", "## Installation\n\n", "Usage: ", "Features\n\n", "Changelog\n\n", "Note that ", "License"),
-    *("1. ", "- ", "| ", "Ingredients:\n", "<html>", '{"', "SELECT ", "#include <", "function "),
-    *("def ", "import ", "class ", '"""', "Returns ", "This module ", "Parameters\n"),
+    *("The", "In", '"', "Once upon a time", "Dear", "To whom it may concern", "Chapter 1\n\n", "For example,"),
+    *("Abstract\n\n", "Theorem", "Let", "How to", "What is", "Question:", "Answer:", "User:", "A:"),
+    *("#", "## Installation\n\n", "Usage:", "Features\n\n", "Changelog\n\n", "Note that", "License"),
+    *("1.", "-", "|", "Ingredients:\n", "<html>", '{"', "SELECT", "#include <", "function"),
+    *("def", "import", "class", '"""', "Returns", "This module", "Parameters\n"),
 )
+"""None ends with a space: most tokens of words begin with one, and after a space alone models go on with digits."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of tokens generated and their total."""
