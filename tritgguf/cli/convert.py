@@ -209,12 +209,13 @@ def convert_command(
     _say_what_has_no_use(options, None if needs_text else text_options)
     # Refuses what does not go together before a text is read or written.
     quantizer = quantizer_of(chosen, importance, () if needs_text else None, text_has_other_use=choice.needs_text)
+    steps = ("1/2 ", "2/2 ") if needs_text and (text is None or own_text) else ("", "")  # each with its own progress
     with _explained_interruption(target), SavedText(target, resume=resume) as saved:
         if needs_text:
             announce = partial(_announce, None if is_default else quantizer, threads, choice)
-            settings["windows"], _ = read_windows(source, text_options, threads, saved, announce)
+            settings["windows"], _ = read_windows(source, text_options, threads, saved, announce, steps[0])
         with terminal.progress(in_bytes=True) as report:
-            settings["progress"] = lambda state: report(state.tensor, state.bytes_done, state.bytes_total)
+            settings["progress"] = lambda state: report(steps[1] + state.tensor, state.bytes_done, state.bytes_total)
             result = convert(source, output, **depths, encoder=chosen, importance=importance, **settings)
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took

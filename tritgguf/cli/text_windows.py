@@ -52,11 +52,13 @@ def read_windows(
     threads: int | None,
     saved: SavedText | None = None,
     announce: Callable[[Source, int], None] = lambda source, tokens: None,
+    step: str = "",
 ) -> tuple[list[list[int]], str]:
     """Return the selected text as windows of tokens, and its name.
 
     The source and the packages that calibrating needs are looked at first: generating a text takes minutes. `announce`
-    is called with the source and the number of tokens, before a text is generated that is the model's alone.
+    is called with the source and the number of tokens, before a text is generated that is the model's alone. `step` is
+    shown before the progress.
     """
     from tritgguf.calibration.text import DEFAULT_GENERATED_TOKENS
     from tritgguf.conversion.own_text import calibration_windows
@@ -76,7 +78,7 @@ def read_windows(
             seed=options.seed,
             threads=threads,
             saved=saved,
-            progress=lambda done, total: report("generating text", done, total),
+            progress=lambda done, total: report(f"{step}generating text", done, total),
         )
     used = sum(map(len, windows))
     if options.file is not None:
