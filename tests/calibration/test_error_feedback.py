@@ -161,14 +161,14 @@ def test_the_correction_factor_is_fitted_to_held_out_inputs(alone: bool) -> None
     second = x.T @ x / len(x)
     fitted = x[~held_out].T @ x[~held_out] / (~held_out).sum()
     for all_inputs, mean in ((True, second), (False, fitted)):
-        np.testing.assert_allclose(moments.mean_second_moments(held_out=all_inputs).numpy(), mean, atol=1e-4)
+        np.testing.assert_allclose(moments.mean(held_out=all_inputs).take_second(), mean, atol=1e-4)
     fitted += 0.2 * fitted.diagonal().mean() * np.eye(256)
     shift = (x_original - x)[~held_out].T @ x[~held_out] / (~held_out).sum()
     wanted, found = ((x_original - x) @ weights.T)[held_out], x[held_out] @ (weights @ shift @ np.linalg.inv(fitted)).T
     expected = (wanted * found).sum() / np.square(found).sum()
     target = torch.from_numpy(weights)
     feedback = ErrorFeedback(moments, damping=0.2, few_inputs_damping=0.0)
-    factor = feedback._correction_factor(target, moments.mean_output_error(target))
+    factor = feedback._correction_factor(target)
     assert 0.1 < expected < 0.9
     assert factor == pytest.approx(expected, rel=1e-3)
 
@@ -178,9 +178,9 @@ def test_inputs_that_the_caller_keeps_are_not_copied(copy: bool) -> None:
     inputs, original = (torch.from_numpy(side) for side in noisy_inputs(256, 300, 1))
     moments = InputMoments(256)
     moments.add(inputs, original, copy=copy)
-    expected = moments.mean_second_moments().clone()
+    expected = moments.mean().take_second()
     inputs.zero_()
-    assert torch.equal(moments.mean_second_moments(), expected) == copy
+    assert torch.equal(moments.mean().take_second(), expected) == copy
 
 
 def test_a_factor_that_is_no_longer_needed_is_forgotten() -> None:
@@ -203,10 +203,13 @@ def test_the_error_of_the_stream_is_corrected_as_far_as_the_inputs_tell() -> Non
     stream = 0.5 * inputs @ of_inputs.T + noise
     quantized = []
     for added in (None, stream):
-        moments = InputMoments(256, weights, with_stream=added is not None)
+        moments = InputMoments(256, weights, with_outputs=added is not None)
         for part in np.array_split(np.arange(4096), 3):
             x, x_original = torch.from_numpy(inputs[part]), torch.from_numpy(original[part])
-            moments.add(x, x_original, None if added is None else torch.from_numpy(added[part]))
+            outputs = (
+                None if added is None else x_original @ torch.from_numpy(weights).T + torch.from_numpy(added[part])
+            )
+            moments.add(x, x_original, outputs=outputs)
         quantized.append(ErrorFeedback(moments).quantize(weights, 3, THREAD_POOL).decoded())
     wanted = original @ weights.T + stream - noise
     without, with_stream = (np.square(inputs @ decoded.T - wanted).sum() for decoded in quantized)
@@ -221,7 +224,7 @@ def test_output_error_of_a_single_matrix_is_the_same(rows: int) -> None:
     expected = (original - inputs).astype(np.float64) @ weights.T.astype(np.float64)
     expected = expected.T @ inputs / len(inputs)
     for moments in (shared, alone):
-        found = moments.mean_output_error(torch.from_numpy(weights))
+        found = moments.mean().output_error(torch.from_numpy(weights))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -146,7 +146,8 @@ def test_the_residual_streams_are_those_that_a_product_is_added_to(
     blocks = DecoderBlocks(open_source(str(write_random_family(tmp_path / "model", family))))
     with blocks.block(0) as block:
         found = block.residual_streams(blocks.embed((np.asarray(WINDOWS) % 200).tolist()))
-    expected = {"blk.0.attn_output.weight": None, "blk.0.ffn_down.weight": "blk.0.ffn_norm.weight"}
+    norm = "blk.0.ffn_norm.weight"
+    expected = {"blk.0.attn_output.weight": (None, norm), "blk.0.ffn_down.weight": (norm, None)}
     assert found == (expected if has_streams else {})
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,31 +25,12 @@ from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.reference.cached_products import OutputProjection, RowBuffer
 from tritgguf.reference.decoder_blocks import Block, CachedProducts, DecoderBlocks, Observer
 from tritgguf.reference.process_settings import bfloat16_matmul, return_freed_memory
+from tritgguf.reference.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tritgguf.sources.source import Source
-
-
-@dataclass
-class _Stream:
-    """The residual stream that a matrix's product is added to, batch by batch, float32 [windows, tokens, width].
-
-    Attributes:
-        norm: name of the norm whose input it is; None for the block's input.
-        original: in the original model, in bfloat16; emptied as the batches are used, to free memory.
-        quantized: in the quantized model, likewise.
-
-    """
-
-    norm: str | None
-    original: list[Tensor] = field(default_factory=list)
-    quantized: list[Tensor] = field(default_factory=list)
-
-    def next_error(self) -> Tensor:
-        """Return the difference of the next batch."""
-        return self.original.pop(0).float() - self.quantized.pop(0)
 
 
 class BlockQuantizer:
@@ -142,14 +122,14 @@ class BlockQuantizer:
         originals = {name: block.get(name) for name in block.matrices if name in self._depths and self._tuning}
         groups = [[name for name in group if name in self._depths] for group in block.input_groups(self._original)]
         groups = [group for group in groups if group]
-        streams, routed = self._streams(block), RoutedInputs()
+        streams = self._streams(block, groups)
+        routed = RoutedInputs()
         with nullcontext() if block.experts is None else block.experts.observing(routed.add):
-            original_inputs = self._forward_original(block, [group[0] for group in groups], streams)
+            recorded = self._forward_original(block, [group[0] for group in groups], streams)
         projections = block.output_projections(self._original)
         cached: dict[OutputProjection, Tensor] = {}
         for group in groups:
-            stream = streams.pop(group[0], None)
-            inputs = self._quantize_group(block, group, original_inputs.pop(group[0]), stream, cached)
+            inputs = self._quantize_group(block, group, recorded.pop(group[0]), streams.get(group[0]), cached)
             if group[0] in projections and inputs is not None:
                 projection = projections[group[0]]
                 return_freed_memory()
@@ -162,44 +142,40 @@ class BlockQuantizer:
             self._quantized |= tune_block(block, self._hidden, self._original, self._quantized, originals, self._tuning)
         return block.forward(self._hidden, cached=cached)
 
-    def _streams(self, block: Block) -> dict[str, _Stream]:
-        """Return matrix -> the residual stream that its product is added to."""
-        if not self._whole_stream:
-            return {}
-        streams = {name: _Stream(norm) for name, norm in block.residual_streams(self._original).items()}
-        for stream in streams.values():
-            if stream.norm is None:
-                stream.original.extend(self._blocks.batches(self._original))
-                stream.quantized.extend(self._blocks.batches(self._hidden))
-        return streams
+    def _streams(self, block: Block, groups: Sequence[Sequence[str]]) -> dict[str, ResidualStream]:
+        """Return matrix -> the residual stream around it, for those that share their input with no other."""
+        found = block.residual_streams(self._original) if self._whole_stream else {}
+        return {group[0]: found[group[0]] for group in groups if len(group) == 1 and group[0] in found}
 
     def _quantize_group(
         self,
         block: Block,
         names: Sequence[str],
-        original_inputs: list[Tensor],
-        stream: _Stream | None,
+        recorded: list[Tensor],
+        stream: ResidualStream | None,
         cached: CachedProducts,
     ) -> Tensor | None:
-        """Quantize matrices that share an input; `original_inputs` is emptied to free memory.
+        """Quantize matrices that share an input; `recorded` (see `_forward_original`) is emptied to free memory.
 
         Returns the input, float32 [windows, tokens, columns]; None if transformers has joined windows and tokens.
         """
-        only_matrix = block.get(names[0]) if len(names) == 1 else None
-        stream = stream if only_matrix is not None else None
+        first = block.get(names[0])
         return_freed_memory()
-        moments = InputMoments(original_inputs[0].shape[-1], only_matrix, with_stream=stream is not None)
+        moments = InputMoments(first.shape[1], first if len(names) == 1 else None, with_outputs=stream is not None)
         buffer = RowBuffer(len(self._hidden))
+        before = list(self._blocks.batches(self._hidden)) if stream is not None and stream.before is None else []
 
         def observe(inputs: Tensor) -> None:
-            stream_error = None if stream is None else stream.next_error()
             is_kept = inputs.dim() == self._hidden.dim()
-            rows = buffer.add(inputs) if is_kept else inputs
-            moments.add(rows, original_inputs.pop(0).float(), stream_error, copy=not is_kept)
+            rows, original = buffer.add(inputs) if is_kept else inputs, recorded.pop(0).float()
+            if stream is None:
+                moments.add(rows, original, copy=not is_kept)
+            else:
+                moments.add(rows, outputs=original - before.pop(0), copy=not is_kept)
 
         observers: dict[str, Observer] = {names[0]: observe}
-        if stream is not None and stream.norm is not None:
-            observers[stream.norm] = stream.quantized.append
+        if stream is not None and stream.before is not None:
+            observers[stream.before] = before.append
         block.observe_inputs(self._hidden, observers, last=names[0], cached=cached)
         feedback = self._feedback(moments)
         for name in names:
@@ -209,18 +185,32 @@ class BlockQuantizer:
         return buffer.rows if buffer.is_used else None
 
     def _forward_original(
-        self, block: Block, names: Sequence[str], streams: Mapping[str, _Stream]
+        self, block: Block, names: Sequence[str], streams: Mapping[str, ResidualStream]
     ) -> dict[str, list[Tensor]]:
-        """Run the original block on the original hidden states and return the inputs of some matrices.
+        """Run the original block on the original hidden states.
 
-        The inputs take most of the memory, so they are stored in bfloat16. The rounding error averages out over the
-        tokens (`docs/quality.md`).
+        Returns for each matrix the batches of the residual stream that its product should lead to, float32, or else
+        its inputs. These take most of the memory, so they are stored in bfloat16. The rounding error averages out over
+        the tokens (`docs/quality.md`).
         """
         recorded: dict[str, list[Tensor]] = {name: [] for name in names}
-        kept = recorded | {stream.norm: stream.original for stream in streams.values() if stream.norm is not None}
-        observers: dict[str, Observer] = {name: partial(_keep_in_half, inputs) for name, inputs in kept.items()}
+        observers: dict[str, Observer] = {}
+        for name, batches in recorded.items():
+            stream = streams.get(name)
+            if stream is None:
+                observers[name] = partial(_keep_in_half, batches)
+            elif stream.after is not None:
+                observers[stream.after] = partial(_keep, batches)
         self._original = block.forward(self._original, observers)
+        for name, stream in streams.items():
+            if stream.after is None:
+                recorded[name].extend(self._blocks.batches(self._original))
         return recorded
+
+
+def _keep(kept: list[Tensor], states: Tensor) -> None:
+    """Append a copy."""
+    kept.append(states.clone())
 
 
 def _keep_in_half(kept: list[Tensor], inputs: Tensor) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from cpu_kernels.encoding.error_feedback import quantize_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset
 from cpu_kernels.threads.thread_pool import ThreadPool
-from tritgguf.calibration.input_moments import InputMoments
+from tritgguf.calibration.input_moments import InputMoments, MeanMoments
 from tritgguf.calibration.refinement import refine
 from tritgguf.quantization.quantized_matrix import QuantizedMatrix
 from tritgguf.quantization.scale_search import searched_codebook
@@ -77,13 +77,10 @@ class ErrorFeedback:
         return_freed_memory()
         self._damping = damping + few_inputs_damping * moments.columns / max(1, moments.count)
         self._moments, self._correction, self._act_order, self._sweeps = moments, correction, act_order, sweeps
-        self._fitted_factor: Tensor | None = None
-
-    @cached_property
-    def _inputs(self) -> _OrderedInputs:
-        moments = self._moments
-        second = moments.take_second_moments() if moments.of_one_matrix else moments.mean_second_moments()
-        return _OrderedInputs(_damped(second, self._damping), act_order=self._act_order)
+        self._fitted: tuple[MeanMoments, Tensor] | None = None  # without what is held out, and the factor
+        self._mean: MeanMoments | None = None
+        self._only_error: Tensor | None = None  # of the only matrix
+        self._inputs: _OrderedInputs | None = None
 
     def quantize(self, weights: np.ndarray, depth: int, thread_pool: ThreadPool) -> QuantizedMatrix:
         """Quantize float32 [rows, columns]; the reported errors are those of the weights, not of the output.
@@ -94,8 +91,7 @@ class ErrorFeedback:
 
         if not np.isfinite(weights).all():
             raise ValueError("has a weight that is NaN or infinite")
-        target = self._corrected(torch.from_numpy(weights))
-        inputs = self._inputs
+        target, inputs = self._corrected(torch.from_numpy(weights))
         codebook = searched_codebook(target.numpy(), inputs.importance, depth, thread_pool)
         offset = np.float32(level_offset(depth))
         steps = codebook / offset
@@ -125,25 +121,32 @@ class ErrorFeedback:
             depth, levels, indices, codebook, error, float(np.square(weights, dtype=np.float64).sum())
         )
 
-    def _corrected(self, weights: Tensor) -> Tensor:
-        """Return weights whose output for the quantized model's inputs is closer to the original output."""
+    def _corrected(self, weights: Tensor) -> tuple[Tensor, _OrderedInputs]:
+        """Return weights whose output for the quantized model's inputs is closer to the original output, and these."""
         import torch
 
+        # Before the inputs that are held out are forgotten because no other matrix needs them.
+        correction_factor = self._correction_factor(weights) if self._correction else 0.0
+        inputs, output_error = self._prepared(weights)
         if not self._correction:
-            return weights
-        output_error = self._moments.mean_output_error(weights)
-        # Before `_inputs`, which forgets the inputs that are held out if no other matrix needs them.
-        correction_factor = self._correction_factor(weights, output_error)
-        order, factor = self._inputs.order, self._inputs.factor
+            return weights, inputs
         correction = torch.empty_like(weights)
-        correction[:, order] = output_error[:, order] @ factor.T @ factor
-        return weights + correction_factor * correction
+        correction[:, inputs.order] = output_error[:, inputs.order] @ inputs.factor.T @ inputs.factor
+        return weights + correction_factor * correction, inputs
 
-    def _correction_factor(self, weights: Tensor, output_error: Tensor) -> float:
+    def _prepared(self, weights: Tensor) -> tuple[_OrderedInputs, Tensor]:
+        """Return the ordered inputs, and the mean of d x^T over all of them, see `MeanMoments.output_error`."""
+        if self._mean is None or self._inputs is None:
+            only = self._moments.of_one_matrix
+            self._mean = self._moments.take_mean() if only else self._moments.mean()
+            self._only_error = self._mean.output_error(weights) if only else None
+            self._inputs = _OrderedInputs(_damped(self._mean.take_second(), self._damping), act_order=self._act_order)
+        return self._inputs, self._mean.output_error(weights) if self._only_error is None else self._only_error
+
+    def _correction_factor(self, weights: Tensor) -> float:
         """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.
 
-        `output_error` is the `mean_output_error` over all inputs. The correction of some rows is fitted without the
-        held-out inputs and evaluated on them.
+        The correction of some rows is fitted without the held-out inputs and evaluated on them.
         """
         import torch
 
@@ -151,23 +154,25 @@ class ErrorFeedback:
         if not moments.held_out_count:
             return 1.0
         rows = slice(None, None, max(1, len(weights) // _SAMPLED_ROWS))
-        factor = self._factor_without_held_out()  # before the inputs that are held out are copied
+        fitted, factor = self._fit(weights, rows)  # before the inputs that are held out are copied
         inputs, expected = moments.held_out(weights, rows)
-        fitted = (moments.count * output_error[rows] - expected.T @ inputs) / (moments.count - len(inputs))
         corrections = inputs @ torch.cholesky_solve(fitted.T, factor)
         size = float(corrections.square().sum())
         return min(max(float((corrections * expected).sum()) / size, 0.0), 1.0) if size > 0 else 1.0
 
-    def _factor_without_held_out(self) -> Tensor:
-        """Return the Cholesky factor of the second moments of the inputs that are not held out."""
+    def _fit(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the mean of d x^T for some rows without what is held out, and the Cholesky factor of these inputs."""
         import torch
 
-        if self._fitted_factor is not None:
-            return self._fitted_factor
-        factor = torch.linalg.cholesky(_damped(self._moments.mean_second_moments(held_out=False), self._damping))
+        if self._fitted is not None:
+            mean, factor = self._fitted
+            return mean.output_error(weights, rows), factor
+        mean = self._moments.mean(held_out=False)
+        error = mean.output_error(weights, rows)
+        factor = torch.linalg.cholesky(_damped(mean.take_second(), self._damping))
         if not self._moments.of_one_matrix:
-            self._fitted_factor = factor
-        return factor
+            self._fitted = mean, factor
+        return error, factor
 
 
 class _OrderedInputs:

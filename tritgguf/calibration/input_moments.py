@@ -1,6 +1,6 @@
 """Second moments of a matrix's inputs on the calibration text, and how its output should differ.
 
-Inputs x of the quantized model determine how the error of one column can be compensated in another. The difference
+Inputs x of the quantized model determine how the error of one column can be compensated in another. The difference d
 between the wanted and the actual output, correlated with x, is what a correction of the matrix can remove: x is not the
 original model's input x', and the residual stream that the output is added to may have an error too.
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tritgguf.reference.process_settings import exact_matmul
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,13 +25,40 @@ _BLOCKS = 4
 _SMALLEST_BLOCK = 128
 
 
+class MeanMoments:
+    """Means over some inputs x of a matrix W.
+
+    Args:
+        second: of x x^T, float32 [columns, columns].
+        cross: of y x^T, where y [rows] is the wanted output of one matrix; or of (x' - x) x^T, for any matrix.
+        of_outputs: which of them.
+
+    """
+
+    def __init__(self, second: Tensor, cross: Tensor, *, of_outputs: bool) -> None:
+        self._second, self._cross, self._of_outputs = second, cross, of_outputs
+
+    def take_second(self) -> Tensor:
+        """Return the mean of x x^T and forget it: it takes much memory. Wanted outputs need it for `output_error`."""
+        second, self._second = self._second, self._second.new_empty(0)
+        return second
+
+    def output_error(self, weights: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return the mean of d x^T for some rows of W, float32 [rows, columns], d being its output's error."""
+        chosen = weights[rows]
+        if not self._of_outputs:
+            return chosen @ self._cross
+        with exact_matmul():  # y x^T - W x x^T is much smaller than either
+            return self._cross[rows] - chosen @ self._second
+
+
 class InputMoments:
     """Second moments of an input that several matrices share.
 
     Args:
         columns: number of columns of the inputs.
         matrix: float32 [rows, columns], if only one matrix has this input.
-        with_stream: whether `add` is given the error of the residual stream that the matrix's output is added to.
+        with_outputs: whether `add` is given what this matrix's output should be.
 
     Attributes:
         count: number of inputs that were added.
@@ -37,59 +66,62 @@ class InputMoments:
 
     """
 
-    def __init__(self, columns: int, matrix: np.ndarray | None = None, *, with_stream: bool = False) -> None:
+    def __init__(self, columns: int, matrix: np.ndarray | None = None, *, with_outputs: bool = False) -> None:
         import torch
 
-        # With d = x' - x, the result is W d x^T. For a matrix W with few rows, (W d) x^T is cheaper than W (d x^T).
+        # W x' is fewer numbers than x' if W has few rows.
         self.of_one_matrix, self._matrix = matrix is not None, None
-        if matrix is not None and (with_stream or 2 * len(matrix) < columns):
+        if matrix is not None and (with_outputs or 2 * len(matrix) < columns):
             self._matrix = torch.from_numpy(matrix)
-        # Sums of x x^T without the held-out inputs; only the blocks on and above the diagonal are computed.
-        self._second_moments = torch.zeros(columns, columns)
-        rows = columns if self._matrix is None else len(self._matrix)
-        self._difference_sums = torch.zeros(rows, columns)
+        # Sums without the inputs that are held out; of x x^T, only the blocks on and above the diagonal are computed.
+        self._second_sums = torch.zeros(columns, columns)
+        self._cross_sums = torch.zeros(columns if self._matrix is None else len(self._matrix), columns)
         self._held_out: list[tuple[Tensor, Tensor]] = []
         self.count = 0
 
-    def add(self, inputs: Tensor, original: Tensor, stream_error: Tensor | None = None, *, copy: bool = True) -> None:
-        """Add inputs, and the original model's inputs at the same positions, both float32 [..., columns].
+    def add(
+        self,
+        inputs: Tensor,
+        original: Tensor | None = None,
+        *,
+        outputs: Tensor | None = None,
+        copy: bool = True,
+    ) -> None:
+        """Add inputs, float32 [..., columns].
 
-        `stream_error` is float32 [..., rows], the original model's stream minus that of the quantized model. Without
-        `copy`, the inputs that are held out are not copied: the caller keeps and does not change them.
+        Args:
+            inputs: those of the quantized model.
+            original: those of the original model at the same positions; not used if there are outputs.
+            outputs: float32 [..., rows], what the matrix should give for the inputs; None means what it gives for the
+                original ones.
+            copy: without it, the inputs that are held out are not copied: the caller keeps and does not change them.
+
         """
-        x, x_original = inputs.reshape(-1, self.columns), original.reshape(-1, self.columns)
-        difference = x_original - x
-        if self._matrix is not None:
-            difference = difference @ self._matrix.T
-        if stream_error is not None:
-            difference = difference + stream_error.reshape(difference.shape)
-        self._difference_sums.addmm_(difference.T, x)
+        x = inputs.reshape(-1, self.columns)
+        if self._matrix is None or outputs is None:
+            assert original is not None
+            outputs = original.reshape(-1, self.columns)
+            outputs = outputs - x if self._matrix is None else outputs @ self._matrix.T
+        outputs = outputs.reshape(len(x), -1)
         self.count += len(x)
         fitted = len(x) - len(x) // _HELD_OUT_FRACTION
-        _add_products(self._second_moments, x[:fitted])
-        self._held_out.append((x[fitted:].clone() if copy else x[fitted:], difference[fitted:].clone()))
+        self._cross_sums.addmm_(outputs[:fitted].T, x[:fitted])
+        _add_products(self._second_sums, x[:fitted])
+        self._held_out.append((x[fitted:].clone() if copy else x[fitted:], outputs[fitted:].clone()))
 
     @property
     def columns(self) -> int:
         """Number of columns of the inputs."""
-        return self._difference_sums.shape[1]
+        return self._cross_sums.shape[1]
 
-    def mean_output_error(self, weights: Tensor) -> Tensor:
-        """Return the mean of d x^T, float32 [rows, columns], d being the difference of W's output.
+    def mean(self, *, held_out: bool = True) -> MeanMoments:
+        """Return the means over all inputs or over those not held out."""
+        return self._mean(self._second_sums.clone(), self._cross_sums.clone(), held_out=held_out)
 
-        W is float32 [rows, columns]; d is W (x' - x), plus the stream's error if it was added.
-        """
-        sums = self._difference_sums if self._matrix is not None else weights @ self._difference_sums
-        return sums / max(1, self.count)
-
-    def mean_second_moments(self, *, held_out: bool = True) -> Tensor:
-        """Return the mean of x x^T, float32 [columns, columns], over all inputs or over those not held out."""
-        return self._mean(self._second_moments.clone(), held_out=held_out)
-
-    def take_second_moments(self) -> Tensor:
-        """Return the mean of x x^T over all inputs; `mean_output_error` is all that can be asked for afterwards."""
-        mean = self._mean(self._second_moments, held_out=True)
-        self._second_moments = mean.new_empty(0)
+    def take_mean(self) -> MeanMoments:
+        """Return the means over all inputs, without a copy of the sums; nothing can be asked for afterwards."""
+        mean = self._mean(self._second_sums, self._cross_sums, held_out=True)
+        self._second_sums = self._second_sums.new_empty(0)
         self._held_out.clear()
         return mean
 
@@ -99,27 +131,29 @@ class InputMoments:
         import torch
 
         # No second moment of two columns is larger than both of their own.
-        squares = self._second_moments.diagonal() + sum(x.square().sum(0) for x, _ in self._held_out)
+        squares = self._second_sums.diagonal() + sum(x.square().sum(0) for x, _ in self._held_out)
         return bool(torch.isfinite(squares).all())
 
-    def _mean(self, mean: Tensor, *, held_out: bool) -> Tensor:
-        """Turn sums without the held-out inputs into a mean, in place."""
-        for x, _ in self._held_out if held_out else []:
-            _add_products(mean, x)
-        mean /= max(1, self.count if held_out else self.count - self.held_out_count)
-        for block in _column_blocks(len(mean)):
-            mean[block, : block.start] = mean[: block.start, block].T
-        return mean
+    def _mean(self, second: Tensor, cross: Tensor, *, held_out: bool) -> MeanMoments:
+        """Turn sums without the held-out inputs into means, in place."""
+        for x, outputs in self._held_out if held_out else []:
+            _add_products(second, x)
+            cross.addmm_(outputs.T, x)
+        count = max(1, self.count if held_out else self.count - self.held_out_count)
+        for block in _column_blocks(len(second)):
+            second[block, : block.start] = second[: block.start, block].T
+        return MeanMoments(second.div_(count), cross.div_(count), of_outputs=self._matrix is not None)
 
     def held_out(self, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the held-out inputs, float32 [n, columns], and the differences of some outputs, float32 [n, rows].
+        """Return the held-out inputs, float32 [n, columns], and the errors of some outputs, float32 [n, rows].
 
         W is float32 [rows, columns].
         """
         import torch
 
-        x, difference = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        return x, difference[:, rows] if self._matrix is not None else difference @ weights[rows].T
+        x, outputs = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
+        chosen = weights[rows].T
+        return x, outputs @ chosen if self._matrix is None else outputs[:, rows] - x @ chosen
 
     @property
     def held_out_count(self) -> int:

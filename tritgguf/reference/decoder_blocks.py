@@ -33,6 +33,7 @@ from tritgguf.reference.model import (
     require_torch,
 )
 from tritgguf.reference.process_settings import silent_transformers, torch_threads
+from tritgguf.reference.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -324,11 +325,10 @@ class Block:
         parents = {name: self.layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
 
-    def residual_streams(self, hidden: Tensor) -> dict[str, str | None]:
-        """Return GGUF name -> the residual stream that the matrix's product is added to as it is.
+    def residual_streams(self, hidden: Tensor) -> dict[str, ResidualStream]:
+        """Return GGUF name -> the residual stream around a matrix whose product is added to it as it is.
 
-        That is the name of the norm whose input is this stream, or None for the block's input. Families that normalize
-        or scale the product before they add it have no such matrices.
+        Families that normalize or scale the product before they add it have no such matrices.
         """
         import torch
 
@@ -346,11 +346,11 @@ class Block:
         if len(seen) != 4:
             return {}
         after_attention, stream, after_feed_forward, output = seen
-        found: dict[str, str | None] = {}
+        found: dict[str, ResidualStream] = {}
         if torch.equal(hidden[:1] + after_attention, stream):
-            found[names[0]] = None
+            found[names[0]] = ResidualStream(before=None, after=norm)
         if torch.equal(stream + after_feed_forward, output):
-            found[names[1]] = norm
+            found[names[1]] = ResidualStream(before=norm, after=None)
         return found
 
     def products(self, projection: OutputProjection, inputs: Tensor) -> Tensor:

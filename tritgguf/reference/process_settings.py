@@ -72,6 +72,13 @@ def bfloat16_matmul() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Let torch multiply float32 matrices in float32, also within `bfloat16_matmul`."""
+    with _MATMUL_PRECISION.set_to("highest"):
+        yield
+
+
+@contextlib.contextmanager
 def silent_transformers() -> Iterator[None]:
     """Suppress transformers' progress bars, warnings and log lines, but not its exceptions."""
     with _VERBOSITY.set_to(None):
