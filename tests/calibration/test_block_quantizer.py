@@ -10,6 +10,7 @@ from calibration_inputs import WINDOWS, logit_error, packed_names
 from tiny_models import write_tiny_model
 
 from cpu_kernels.threads.thread_pool import ThreadPool
+from tools.models.families import write_random_family
 from tritgguf.calibration.block_quantizer import BlockQuantizer
 from tritgguf.conversion.convert import convert
 from tritgguf.errors import TritGgufError
@@ -31,6 +32,18 @@ def test_logits_are_closer_than_with_plain_rounding(tmp_path: Path, variant: str
     assert report.encoder == "calibrated"
     errors = [logit_error(source, tmp_path / f"{name}.gguf") for name in ("v2", "calibrated")]
     assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("matrix", ["attn_output", "ffn_down"])
+def test_biases_are_no_error_of_the_stream(tmp_path: Path, matrix: str) -> None:
+    """Both copies of the model are the same up to the only matrix that is quantized, so nothing is to be corrected."""
+    source, name = open_source(str(write_random_family(tmp_path / "model", "llama, biases"))), f"blk.0.{matrix}.weight"
+    windows = [[token % 100 for token in window] for window in WINDOWS]
+    with_stream, without = (
+        BlockQuantizer(source, {name: 4}, windows, ThreadPool(2), whole_stream=whole_stream).quantize(name).decoded()
+        for whole_stream in (True, False)
+    )
+    assert np.linalg.norm(with_stream - without) < 0.02 * np.linalg.norm(without)
 
 
 def test_two_runs_give_the_same_file(tmp_path: Path) -> None:

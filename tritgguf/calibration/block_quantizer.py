@@ -4,7 +4,7 @@ A text passes through two copies of the model, one decoder block at a time: the 
 matrices are quantized. A matrix's error is measured on its inputs in the second copy, and the matrix also corrects the
 error that these inputs already carry (`error_feedback`). A matrix whose product is added to the residual stream also
 corrects, as far as its inputs tell, the error that the stream carries past it. Memory holds one block, and the hidden
-states and the block's inputs in both copies, so it does not grow with the number of blocks.
+states and the inputs of its matrices, so it does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class BlockQuantizer:
         moments = InputMoments(first.shape[1], first if len(names) == 1 else None, with_outputs=stream is not None)
         buffer = RowBuffer(len(self._hidden))
         before = list(self._blocks.batches(self._hidden)) if stream is not None and stream.before is None else []
+        bias = block.linear(names[0]).bias
 
         def observe(inputs: Tensor) -> None:
             is_kept = inputs.dim() == self._hidden.dim()
@@ -171,7 +172,8 @@ class BlockQuantizer:
             if stream is None:
                 moments.add(rows, original, copy=not is_kept)
             else:
-                moments.add(rows, outputs=original - before.pop(0), copy=not is_kept)
+                outputs = original - before.pop(0)
+                moments.add(rows, outputs=outputs if bias is None else outputs - bias, copy=not is_kept)
 
         observers: dict[str, Observer] = {names[0]: observe}
         if stream is not None and stream.before is not None:
@@ -189,9 +191,9 @@ class BlockQuantizer:
     ) -> dict[str, list[Tensor]]:
         """Run the original block on the original hidden states.
 
-        Returns for each matrix the batches of the residual stream that its product should lead to, float32, or else
-        its inputs. These take most of the memory, so they are stored in bfloat16. The rounding error averages out over
-        the tokens (`docs/quality.md`).
+        Returns for each matrix batches: of the residual stream that its product should lead to, float32; without such a
+        stream, of its inputs. Inputs take most of the memory, so they are stored in bfloat16. The rounding error
+        averages out over the tokens (`docs/quality.md`).
         """
         recorded: dict[str, list[Tensor]] = {name: [] for name in names}
         observers: dict[str, Observer] = {}

@@ -128,20 +128,25 @@ class ErrorFeedback:
         # Before the inputs that are held out are forgotten because no other matrix needs them.
         correction_factor = self._correction_factor(weights) if self._correction else 0.0
         inputs, output_error = self._prepared(weights)
-        if not self._correction:
+        if output_error is None:
             return weights, inputs
         correction = torch.empty_like(weights)
         correction[:, inputs.order] = output_error[:, inputs.order] @ inputs.factor.T @ inputs.factor
         return weights + correction_factor * correction, inputs
 
-    def _prepared(self, weights: Tensor) -> tuple[_OrderedInputs, Tensor]:
-        """Return the ordered inputs, and the mean of d x^T over all of them, see `MeanMoments.output_error`."""
+    def _prepared(self, weights: Tensor) -> tuple[_OrderedInputs, Tensor | None]:
+        """Return the ordered inputs, and the mean of d x^T over all of them, see `MeanMoments.output_error`.
+
+        Without correction, None instead of this mean.
+        """
         if self._mean is None or self._inputs is None:
             only = self._moments.of_one_matrix
             self._mean = self._moments.take_mean() if only else self._moments.mean()
-            self._only_error = self._mean.output_error(weights) if only else None
+            self._only_error = self._mean.output_error(weights) if only and self._correction else None
             self._inputs = _OrderedInputs(_damped(self._mean.take_second(), self._damping), act_order=self._act_order)
-        return self._inputs, self._mean.output_error(weights) if self._only_error is None else self._only_error
+        if self._only_error is not None or not self._correction:
+            return self._inputs, self._only_error
+        return self._inputs, self._mean.output_error(weights)
 
     def _correction_factor(self, weights: Tensor) -> float:
         """Return the factor of the correction, from 0 to 1, with the smallest error on held-out inputs.

@@ -39,7 +39,10 @@ class MeanMoments:
         self._second, self._cross, self._of_outputs = second, cross, of_outputs
 
     def take_second(self) -> Tensor:
-        """Return the mean of x x^T and forget it: it takes much memory. Wanted outputs need it for `output_error`."""
+        """Return the mean of x x^T and forget it, because it takes much memory.
+
+        If the cross moments are those of wanted outputs, `output_error` must come before.
+        """
         second, self._second = self._second, self._second.new_empty(0)
         return second
 
@@ -58,7 +61,7 @@ class InputMoments:
     Args:
         columns: number of columns of the inputs.
         matrix: float32 [rows, columns], if only one matrix has this input.
-        with_outputs: whether `add` is given what this matrix's output should be.
+        with_outputs: whether `add` is given what the product with this matrix should be.
 
     Attributes:
         count: number of inputs that were added.
@@ -91,9 +94,9 @@ class InputMoments:
 
         Args:
             inputs: those of the quantized model.
-            original: those of the original model at the same positions; not used if there are outputs.
-            outputs: float32 [..., rows], what the matrix should give for the inputs; None means what it gives for the
-                original ones.
+            original: those of the original model at the same positions; only needed without outputs.
+            outputs: float32 [..., rows], what the product with the matrix should be, without bias; only with
+                `with_outputs`. None means the product with the original inputs.
             copy: without it, the inputs that are held out are not copied: the caller keeps and does not change them.
 
         """
