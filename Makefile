@@ -15,8 +15,7 @@ demo: fetch
 
 # The kernels are compiled while mypy, which has one thread, checks the types.
 test: .venv/stamp
-	$(MAKE) --no-print-directory -j 2 check kernels
-	$(MAKE) --no-print-directory fetch
+	$(MAKE) --no-print-directory -j 3 check kernels fetch
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/stamp
@@ -35,17 +34,21 @@ fetch: .venv/stamp
 referee: .venv/stamp
 	$(BIN)/python -m tools.llama_cpp.referee
 
-# Fuzzes for a minute with a fixed seed (docs/safety.md).
+# Fuzzes for half a minute with each of two fixed seeds (docs/safety.md).
 fuzz: .venv/stamp
-	$(BIN)/python -m tools.fuzz.fuzzer --seconds 60 --seed 1
+	$(MAKE) --no-print-directory -j 2 fuzz-seed-1 fuzz-seed-2
+
+fuzz-seed-%:
+	$(BIN)/python -m tools.fuzz.fuzzer --seconds 30 --seed $*
 
 # Removes everything that can be made again, except the models in models/.
 clean:
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find tritgguf cpu_kernels tests tools -name __pycache__ -prune -exec rm -rf {} +
 
+# Python compiles what is imported; compiling all of torch and transformers takes longer.
 .venv/stamp: pyproject.toml constraints.txt
 	@echo 'setting up .venv (torch and transformers included, for verify and the tests)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,judges]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[all,dev,judges]'
 	@touch $@
