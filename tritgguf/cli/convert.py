@@ -159,6 +159,15 @@ def _say_what_has_no_use(options: DepthOptions, text: TextOptions | None) -> Non
         )
 
 
+def _convert(step: str, source: str, output: Path, **settings: Any) -> ConvertReport:
+    """Convert a source and show the progress, with what `step` says before it."""
+    from tritgguf.conversion.convert import convert
+
+    with terminal.progress(in_bytes=True) as report:
+        settings["progress"] = lambda state: report(step + state.tensor, state.bytes_done, state.bytes_total)
+        return convert(source, output, **settings)
+
+
 def convert_command(
     source: SourceModel,
     output: OutputFile,
@@ -187,7 +196,6 @@ def convert_command(
 
     Example: tritgguf convert models/SmolLM2-135M-Instruct d3.gguf --depth 3
     """
-    from tritgguf.conversion.convert import convert
     from tritgguf.conversion.depths import DepthChoice, DepthOptions, parse_rules
     from tritgguf.conversion.encoders import parse_encoder, quantizer_of, with_tuning
     from tritgguf.conversion.own_text import SavedText
@@ -214,9 +222,7 @@ def convert_command(
         if needs_text:
             announce = partial(_announce, None if is_default else quantizer, threads, choice)
             settings["windows"], _ = read_windows(source, text_options, threads, saved, announce, steps[0])
-        with terminal.progress(in_bytes=True) as report:
-            settings["progress"] = lambda state: report(steps[1] + state.tensor, state.bytes_done, state.bytes_total)
-            result = convert(source, output, **depths, encoder=chosen, importance=importance, **settings)
+        result = _convert(steps[1], source, output, **depths, encoder=chosen, importance=importance, **settings)
     result.warnings += warnings
     result.seconds = time.perf_counter() - started  # with the time that the text took
     terminal.print_json(result.as_dict()) if as_json else print_conversion(result)
