@@ -28,6 +28,7 @@ from tritgguf.reference.process_settings import bfloat16_matmul, return_freed_me
 from tritgguf.reference.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from tritgguf.sources.source import Source
@@ -164,7 +165,6 @@ class BlockQuantizer:
         moments = InputMoments(first.shape[1], first if len(names) == 1 else None, with_outputs=stream is not None)
         buffer = RowBuffer(len(self._hidden))
         before = list(self._blocks.batches(self._hidden)) if stream is not None and stream.before is None else []
-        bias = block.linear(names[0]).bias
 
         def observe(inputs: Tensor) -> None:
             is_kept = inputs.dim() == self._hidden.dim()
@@ -172,7 +172,7 @@ class BlockQuantizer:
             if stream is None:
                 moments.add(rows, original, copy=not is_kept)
             else:
-                outputs = original - before.pop(0)
+                outputs, bias = original - before.pop(0), block.linear(names[0]).bias
                 moments.add(rows, outputs=outputs if bias is None else outputs - bias, copy=not is_kept)
 
         observers: dict[str, Observer] = {names[0]: observe}
@@ -195,14 +195,16 @@ class BlockQuantizer:
         stream, of its inputs. Inputs take most of the memory, so they are stored in bfloat16. The rounding error
         averages out over the tokens (`docs/quality.md`).
         """
+        import torch
+
         recorded: dict[str, list[Tensor]] = {name: [] for name in names}
         observers: dict[str, Observer] = {}
         for name, batches in recorded.items():
             stream = streams.get(name)
             if stream is None:
-                observers[name] = partial(_keep_in_half, batches)
+                observers[name] = partial(_keep, batches, torch.bfloat16)
             elif stream.after is not None:
-                observers[stream.after] = partial(_keep, batches)
+                observers[stream.after] = partial(_keep, batches, torch.float32)
         self._original = block.forward(self._original, observers)
         for name, stream in streams.items():
             if stream.after is None:
@@ -210,11 +212,6 @@ class BlockQuantizer:
         return recorded
 
 
-def _keep(kept: list[Tensor], states: Tensor) -> None:
+def _keep(kept: list[Tensor], dtype: torch.dtype, states: Tensor) -> None:
     """Append a copy."""
-    kept.append(states.clone())
-
-
-def _keep_in_half(kept: list[Tensor], inputs: Tensor) -> None:
-    """Append inputs in bfloat16."""
-    kept.append(inputs.bfloat16())
+    kept.append(states.to(dtype, copy=True))

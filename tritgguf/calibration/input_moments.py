@@ -101,7 +101,7 @@ class InputMoments:
 
         """
         x = inputs.reshape(-1, self.columns)
-        if self._matrix is None or outputs is None:
+        if outputs is None:
             assert original is not None
             outputs = original.reshape(-1, self.columns)
             outputs = outputs - x if self._matrix is None else outputs @ self._matrix.T
