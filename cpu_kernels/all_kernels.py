@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.compilation.signature import WRITABLE, Type, array_type
-from cpu_kernels.encoding import error_feedback, quantize, recover, search
+from cpu_kernels.encoding import error_feedback, quantize, recover, refinement, search
 from cpu_kernels.packed_rows import check_words, pack, unpack
 from cpu_kernels.simd import self_test
 from cpu_kernels.threads import bandwidth, barrier
@@ -150,6 +150,9 @@ def _encoding() -> Signatures:
         search.round_to_best: [(*searched, *levels, *_SHARE)],
         error_feedback.quantize_columns: [
             (_floats(2), _floats(2), _floats(1), _FLOAT, *levels, _floats(2), *_SHARE),
+        ],
+        refinement.refine_columns: [
+            (*[_floats(2)] * 3, *[_floats(3)] * 2, _INTEGER, _floats(1), *[_FLOAT] * 2, *levels, _floats(2), *_SHARE),
         ],
         recover.allowed_scales: [
             (array_type(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),

@@ -43,6 +43,7 @@ _WORK = {
     "multiply_half_rows": 3,
     "multiply_rows": 2,
     "quantize_columns": 2,
+    "refine_columns": 2,
 }
 
 

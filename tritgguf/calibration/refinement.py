@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpu_kernels.encoding.error_feedback import quantize_columns
+from cpu_kernels.encoding.refinement import refine_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.thread_pool import ThreadPool
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_COLUMNS = 128
-_SMALLEST_GAIN = 1e-5  # a part of a group's cost, above float32's rounding errors
+_SMALLEST_GAIN = np.float32(1e-5)  # a part of a group's cost, above float32's rounding errors
 
 
 def refine(
@@ -49,37 +49,29 @@ def refine(
     import torch
 
     columns = len(moments)
-    decoded = torch.from_numpy((levels - offset) * np.repeat(steps[indices], GROUP_SIZE, axis=1))
-    # gradient = (target - decoded) moments
-    gradient = (target - decoded) @ moments
+    decoded = (levels - offset) * np.repeat(steps[indices], GROUP_SIZE, axis=1)
+    gradient = (target - torch.from_numpy(decoded)) @ moments
     groups = torch.stack([moments[at : at + GROUP_SIZE, at : at + GROUP_SIZE] for at in range(0, columns, GROUP_SIZE)])
     inverses = torch.linalg.inv(groups)
     factors = torch.linalg.cholesky(inverses).mT.contiguous()
+    of_groups = moments.numpy(), inverses.numpy(), factors.numpy()
     for _ in range(sweeps):
         for first in range(0, columns, _BLOCK_COLUMNS):
-            block = slice(first, min(first + _BLOCK_COLUMNS, columns))
-            changes = torch.zeros_like(decoded[:, block])
-            local = gradient[:, block].clone()
-            for at in range(first, block.stop, GROUP_SIZE):
-                here, group = slice(at, at + GROUP_SIZE), at // GROUP_SIZE
-                inside = slice(at - first, at - first + GROUP_SIZE)
-                old = decoded[:, here]
-                # With the other groups fixed, this is the group's best continuous value.
-                best = torch.addmm(old, local[:, inside], inverses[group])
-                found, found_indices = np.empty(best.shape, np.uint8), np.empty((len(best), 1), np.uint8)
-                errors = np.empty(best.shape, np.float32)
-                thread_pool.run(
-                    quantize_columns,
-                    *(best.numpy(), factors[group].numpy(), steps, offset, found, found_indices, errors),
-                )
-                new = torch.from_numpy((found - offset) * steps[found_indices])
-                left = best - old
-                gain = (left @ groups[group] * left).sum(1) * (1 - _SMALLEST_GAIN)
-                better = torch.from_numpy(np.square(errors).sum(1)) < gain
-                change = torch.where(better[:, None], old - new, 0.0)
-                changes[:, inside] = change
-                decoded[:, here] = torch.where(better[:, None], new, old)
-                local.addmm_(change, moments[here, block])
-                mask = better.numpy()
-                levels[mask, here], indices[mask, group] = found[mask], found_indices[mask, 0]
-            gradient.addmm_(changes, moments[block])
+            last = min(first + _BLOCK_COLUMNS, columns)
+            changes = np.empty((len(decoded), last - first), np.float32)
+            thread_pool.run(
+                refine_columns,
+                *(
+                    gradient.numpy(),
+                    decoded,
+                    *of_groups,
+                    first,
+                    steps,
+                    offset,
+                    _SMALLEST_GAIN,
+                    levels,
+                    indices,
+                    changes,
+                ),
+            )
+            gradient.addmm_(torch.from_numpy(changes), moments[first:last])
