@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _EMBEDDINGS = "token_embd.weight"
 _BATCH_TOKENS = 4096
+_PROBE = slice(1), slice(16)
+"""The windows and tokens that show how a block's modules are connected."""
 
 Observer = Callable[["Tensor"], None]
 """Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
@@ -271,7 +273,7 @@ class Block:
             hooks.append(self.linear(name).register_forward_pre_hook(record))
         try:
             with torch.inference_mode():
-                self._blocks.run(hidden[:1], self.index, None)
+                self._blocks.run(hidden[_PROBE], self.index, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -320,7 +322,7 @@ class Block:
 
         def run() -> None:
             with torch.inference_mode():
-                self._blocks.run(hidden[:1], self.index, None)
+                self._blocks.run(hidden[_PROBE], self.index, None)
 
         parents = {name: self.layer.get_submodule(self._path(name).rpartition(".")[0]) for name in self.matrices}
         return find_output_projections({name: (self.linear(name), parents[name]) for name in self.matrices}, run)
@@ -342,12 +344,12 @@ class Block:
             for name in names:
                 hook = self.linear(name).register_forward_hook(lambda module, inputs, product: seen.append(product))
                 hooks.callback(hook.remove)
-            self._blocks.run(hidden[:1], self.index, seen.append)
+            self._blocks.run(hidden[_PROBE], self.index, seen.append)
         if len(seen) != 4:
             return {}
         after_attention, stream, after_feed_forward, output = seen
         found: dict[str, ResidualStream] = {}
-        if torch.equal(hidden[:1] + after_attention, stream):
+        if torch.equal(hidden[_PROBE] + after_attention, stream):
             found[names[0]] = ResidualStream(before=None, after=norm)
         if torch.equal(stream + after_feed_forward, output):
             found[names[1]] = ResidualStream(before=norm, after=None)
