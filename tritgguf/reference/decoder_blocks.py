@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 _EMBEDDINGS = "token_embd.weight"
 _BATCH_TOKENS = 4096
-_PROBE = slice(1), slice(16)
-"""The windows and tokens that show how a block's modules are connected."""
+_PROBE = slice(1), slice(16)  # windows and tokens that show how a block's modules are connected
 
 Observer = Callable[["Tensor"], None]
 """Called with a matrix's inputs for a batch of windows, float32 [windows, tokens, columns]."""
