@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: demo test check kernels fetch referee fuzz clean
+.PHONY: demo test quick check kernels fetch referee fuzz clean
 
 # Calibrating on 4,096 tokens takes most of the time; the default of 16,384 is better.
 demo: fetch
@@ -17,6 +17,11 @@ demo: fetch
 test: .venv/stamp
 	$(MAKE) --no-print-directory -j 3 check kernels fetch
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# The checks and the tests that are not marked slow; no replacement for `make test`.
+quick: .venv/stamp
+	$(MAKE) --no-print-directory -j 3 check kernels fetch
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: .venv/stamp
 	$(BIN)/ruff check

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -154,10 +154,15 @@ def _fetched(name: str) -> Path:
     return path
 
 
-VARIANTS = [name for name, isa in variants.NAMES.items() if isa in instruction_set.supported()]
+def _variants() -> Iterator[Any]:
+    """Return this processor's instruction-set variants; kernels of all but the one in use are compiled by the tests."""
+    in_use = instruction_set.choose()
+    for name, isa in variants.NAMES.items():
+        if isa in instruction_set.supported():
+            yield pytest.param(name, marks=() if isa == in_use else pytest.mark.slow)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=_variants())
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run the test once with each instruction-set variant that this processor has, also in pools of earlier tests."""
     monkeypatch.setenv(instruction_set.ENVIRONMENT_VARIABLE, request.param)

@@ -122,6 +122,7 @@ def test_batched_sequences(converted: Callable[[str], Converted], name: str, dec
 
 
 @all_families
+@pytest.mark.slow
 def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: str) -> None:
     """Both exports are complete models with the logits of the trit file."""
     model = converted(name)
@@ -132,6 +133,7 @@ def test_exports(converted: Callable[[str], Converted], tmp_path: Path, name: st
     assert verify(tmp_path / "stock.gguf", model.file, tokens=200).kl_mean < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -27,6 +27,8 @@ from tritgguf.sources.open import open_source
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = EndToEnd(epochs=4, level_rate=2e-2, factor_rate=5e-3)
 
 

@@ -22,6 +22,8 @@ from tritgguf.sources.open import open_source
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])

@@ -376,6 +376,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @needs_torch
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2(smollm2_folder: Path, smollm2_d2: Path, smollm2_d3: Path) -> None:
     reports = verify_files(smollm2_folder, [smollm2_d2, smollm2_d3], tokens=96)
@@ -388,6 +389,7 @@ def test_smollm2(smollm2_folder: Path, smollm2_d2: Path, smollm2_d3: Path) -> No
 
 
 @needs_torch
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2_says_the_same_as_transformers(smollm2_folder: Path, smollm2_d3: Path) -> None:
     from tools.quality import greedy_match

@@ -25,7 +25,7 @@ from tritgguf.publishing.jobs import jobs_of
 from tritgguf.publishing.plan_file import read_plan
 from tritgguf.publishing.tasks import Task
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL"), pytest.mark.slow]
 PLAN = """
 sources = ["Tiny", { source = "Tiny", name = "Again" }]
 configurations = ["uniform-d2", "uniform-d3"]

@@ -34,6 +34,8 @@ from tritgguf.tokenization.chat_template import Message
 from tritgguf.tokenization.gguf_to_hf import tokenizer_json_from_gguf
 from tritgguf.tokenization.tokenizer import KEY_HUGGINGFACE, Tokenizer
 
+pytestmark = pytest.mark.slow
+
 THREADS = 1  # both wait for one another by spinning, which two threads on a busy machine pay dearly for
 SMOLLM2, QWEN = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"
 TINY_TOKENIZERS = ("llama-sentencepiece", "llama3-rope", "qwen2", "llama")
@@ -294,7 +296,6 @@ def smollm2_tokens(smollm2_d3: Path) -> list[int]:
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_logits_of_smollm2(referee_library: Path, smollm2_d3: Path, smollm2_tokens: list[int], tmp_path: Path) -> None:
     file = GgufFile(smollm2_d3)
     stock = write_float32(file, tmp_path / "f32.gguf")
@@ -305,7 +306,6 @@ def test_logits_of_smollm2(referee_library: Path, smollm2_d3: Path, smollm2_toke
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_logits_of_smollm2_exported_to_f16(
     referee_library: Path, smollm2_d3: Path, smollm2_stock: Path, smollm2_tokens: list[int]
 ) -> None:
@@ -315,7 +315,6 @@ def test_logits_of_smollm2_exported_to_f16(
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_greedy_answers_of_smollm2(referee_library: Path, smollm2_d3: Path, smollm2_stock: Path) -> None:
     """At least five of six answers are equal with 16-bit activations; where one differs, llama.cpp is undecided."""
     model = load(smollm2_d3, threads=THREADS, prefill_bits=16)

@@ -28,6 +28,7 @@ def largest_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cache_type", "bound"), [("f32", 1e-4), ("f16", 1e-3), ("q8_0", 2e-2)])
 def test_types(tiny_trit_file: Files, cache_type: str, bound: float) -> None:
     """The F16 cache stays within what is promised of the logits; those that are smaller are really other ones."""

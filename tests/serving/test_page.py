@@ -19,6 +19,8 @@ from tritgguf.generation.engine import Engine
 from tritgguf.runtime.kv_pool import KVPool
 from tritgguf.runtime.token_batch import TokenBatch
 
+pytestmark = pytest.mark.slow
+
 ATTACKS = """Look: <img src=x onerror="window.pwned = 1"> <script>window.pwned = 2</script> <b onclick=pwned()>b</b>
 
 <iframe src="https://evil.example/frame"></iframe>

@@ -44,6 +44,7 @@ RESULT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_texts_are_disjoint() -> None:
     calibration, evaluation = package_texts.texts()
     assert min(len(calibration), len(evaluation)) > 200_000
@@ -118,6 +119,7 @@ def test_a_row_is_kept_as_soon_as_it_is_measured() -> None:
     assert result["rows"][1]["kl_mean"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_trit_row_is_measured_on_the_file(
     tmp_path: Path,
     smollm2_folder: Path,
