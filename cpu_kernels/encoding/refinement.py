@@ -63,6 +63,9 @@ def _refine_group(
     for j in range(GROUP_SIZE):
         for row in range(LANES):
             gains[row] -= errors[j, row] * errors[j, row]
+    for row in range(LANES):
+        if best_steps[row] == 0:  # every error was infinite
+            gains[row] = 0
     for j in range(GROUP_SIZE):
         for row in range(LANES):
             new = found[j, row] * best_steps[row]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from cpu_kernels.all_kernels import all_kernels  # noqa: E402
+from cpu_kernels.compilation import signature  # noqa: E402
 from cpu_kernels.packed_rows.layout import GROUP_SIZE, level_offset  # noqa: E402
 from cpu_kernels.threads.thread_pool import ThreadPool  # noqa: E402
 from tritgguf.calibration.refinement import refine  # noqa: E402
@@ -65,6 +69,35 @@ def test_at_the_end_no_group_has_a_better_level() -> None:
             problem.levels[:, column] = moved
             # Rounding one column after the other is not exact within a group, so a level may be a little better.
             assert (problem.errors() >= least * 0.9).all()
+
+
+def test_weights_whose_errors_overflow_stay() -> None:
+    problem = Problem(70, 64, 2)
+    problem.target *= np.float32(1e20)
+    problem.steps *= np.float32(1e20)
+    levels, indices = problem.levels.copy(), problem.indices.copy()
+    problem.refine(1)
+    np.testing.assert_array_equal(problem.levels, levels)
+    np.testing.assert_array_equal(problem.indices, indices)
+
+
+def test_the_kernel_is_the_one_that_is_made_ready() -> None:
+    """Another order of an array's numbers would be another version, which the first conversion would wait for."""
+    called = []
+
+    class Pool(ThreadPool):
+        def run(self, kernel: Any, *arguments: Any) -> list[Any]:
+            types = tuple(signature.describe(argument, []) for argument in (*arguments, 0, 1))
+            called.append(types in all_kernels(self.isa)[kernel])
+            return super().run(kernel, *arguments)
+
+    for columns in (16, 144):
+        problem = Problem(5, columns, 2)
+        refine(
+            *(torch.from_numpy(problem.target), torch.from_numpy(problem.moments), problem.levels, problem.indices),
+            *(problem.steps, problem.offset, 1, Pool(1)),
+        )
+    assert called == [True] * 3
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

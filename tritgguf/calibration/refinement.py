@@ -52,7 +52,7 @@ def refine(
     decoded = (levels - offset) * np.repeat(steps[indices], GROUP_SIZE, axis=1)
     gradient = (target - torch.from_numpy(decoded)) @ moments
     groups = torch.stack([moments[at : at + GROUP_SIZE, at : at + GROUP_SIZE] for at in range(0, columns, GROUP_SIZE)])
-    inverses = torch.linalg.inv(groups)
+    inverses = torch.linalg.inv(groups).contiguous()  # torch returns columns
     factors = torch.linalg.cholesky(inverses).mT.contiguous()
     of_groups = moments.numpy(), inverses.numpy(), factors.numpy()
     for _ in range(sweeps):
