@@ -17,6 +17,7 @@ from command_line import Capture, fails
 from tiny_models import write_tiny_model
 
 from tritgguf.cli import app, terminal
+from tritgguf.cli.convert import print_conversion
 from tritgguf.conversion.convert import ConvertProgress, convert
 from tritgguf.conversion.depths import DepthChoice, KeepRule
 from tritgguf.conversion.encoders import V2
@@ -99,6 +100,16 @@ def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert re.search(r"^ 50 %  blk\.0\.x  [\d.]+ [kMG]?B/s  \d+ s left$", captured.err, re.MULTILINE)
     assert "blk.0.attn_q.weight" in captured.err
     assert "warning: an unknown pre-tokenizer" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("types", "title"),
+    [(("TRIT2", "F16"), "depth 2, encoder v2"), (("TRIT1", "TRIT2"), "depths up to 2, encoder v2")],
+)
+def test_depths_that_differ_are_no_single_depth(types: tuple[str, ...], title: str, capsys: Capture) -> None:
+    parts = [FilePart("layers", types, 1000, 61_300_500), FilePart("embeddings", ("TRIT4",), 100, 100)]
+    print_conversion(dataclasses.replace(conversion(), parts=parts))
+    assert title in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.usefixtures("any_source")

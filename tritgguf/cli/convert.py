@@ -72,6 +72,7 @@ class ConvertCommand(TyperCommand):
 def print_conversion(report: ConvertReport) -> None:
     """Print the report of a conversion, and what to do next."""
     from tritgguf.conversion.next_steps import next_steps
+    from tritgguf.formats.file_parts import LAYERS
 
     print_parts(f"{report.source} -> {report.output}", report.parts)
     rows = [
@@ -82,7 +83,9 @@ def print_conversion(report: ConvertReport) -> None:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
     ]
-    print_table(f"depth {report.depth}, encoder {report.encoder}", ("", ">"), rows)
+    of_layers = next((part.types for part in report.parts if part.name == LAYERS), ())
+    depth = "depths up to" if sum(kind.startswith("TRIT") for kind in of_layers) > 1 else "depth"
+    print_table(f"{depth} {report.depth}, encoder {report.encoder}", ("", ">"), rows)
     for line in report.notes:
         note(f"note: {line}")
     for warning in report.warnings:

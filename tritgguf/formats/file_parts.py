@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LARGE_TENSORS = {"token_embd.weight": "embeddings", "output.weight": "output head"}
-_LAYERS, _OTHERS = "layers", "metadata, norms and biases"
+LAYERS, _OTHERS = "layers", "metadata, norms and biases"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def file_parts(tensors: Sequence[tuple[str, str, int, int]], file_bytes: int) ->
     for name, kind, count, size in tensors:
         if kind == "F32" and name not in _LARGE_TENSORS:
             continue  # norms and biases
-        part = _LARGE_TENSORS.get(name, _LAYERS)
+        part = _LARGE_TENSORS.get(name, LAYERS)
         if part == "embeddings" and tied:
             part = "embeddings, which are the output head"
         sizes.setdefault(part, {})[kind] = sizes.get(part, {}).get(kind, 0) + size
