@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
+SELECTED :=
 
 .PHONY: demo test quick check kernels fetch referee fuzz clean
 
@@ -13,15 +14,13 @@ demo: fetch
 	$(BIN)/tritgguf convert $(MODEL) build/smollm2-135m-d2-calibrated.gguf --depth 2 --encoder calibrated --tokens 4096 --overwrite
 	$(BIN)/python -m tools.quality.demo $(MODEL) build/smollm2-135m-d3-calibrated.gguf build/smollm2-135m-d2-calibrated.gguf
 
-# The kernels are compiled while mypy, which has one thread, checks the types.
-test: .venv/stamp
-	$(MAKE) --no-print-directory -j 3 check kernels fetch
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# `quick` leaves out the tests that are marked slow; it is no replacement for `test`.
+quick: SELECTED := -m "not slow"
 
-# The checks and the tests that are not marked slow; no replacement for `make test`.
-quick: .venv/stamp
+# The kernels are compiled while mypy, which has one thread, checks the types.
+test quick: .venv/stamp
 	$(MAKE) --no-print-directory -j 3 check kernels fetch
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SELECTED)
 
 check: .venv/stamp
 	$(BIN)/ruff check

@@ -138,6 +138,7 @@ def _encoding() -> Signatures:
     """Return the kernels of conversions, checks and exports."""
     stored = [_floats(2, readonly=True), array_type(np.uint16, 2, readonly=True)]
     levels = (_bytes(2), _bytes(2))
+    moments = _named(refinement.SecondMoments, _floats(2), _floats(3), _floats(3))
     halves, entries = array_type(np.uint16, 3, readonly=True), array_type(np.uint32, 1)
     searched = (_floats(2), _floats(1), _BOOLEAN, _floats(1), _FLOAT)
     packers = (pack._pack_1, pack._pack_2, pack._pack_3, pack._pack_4)
@@ -152,7 +153,7 @@ def _encoding() -> Signatures:
             (_floats(2), _floats(2), _floats(1), _FLOAT, *levels, _floats(2), *_SHARE),
         ],
         refinement.refine_columns: [
-            (*[_floats(2)] * 3, *[_floats(3)] * 2, _INTEGER, _floats(1), *[_FLOAT] * 2, *levels, _floats(2), *_SHARE),
+            (_floats(2), moments, _INTEGER, _floats(1), _FLOAT, *levels, _floats(2), *_SHARE),
         ],
         recover.allowed_scales: [
             (array_type(np.int32, 2), _integers(2), _integers(2), _integers(1), _integers(2)),

@@ -9,6 +9,8 @@ the group's 16 columns with feedback among them, and the entry of least cost is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from cpu_kernels.compilation import lazy_numba as numba
@@ -16,6 +18,55 @@ from cpu_kernels.packed_rows.layout import GROUP_SIZE
 
 LANES = 64
 """Rows quantized at once: before each loop over them, the compiled code checks whether arrays overlap."""
+
+
+class QuantizedGroup(NamedTuple):
+    """What `quantize_group` finds for one group of 64 rows, and the memory that it needs.
+
+    Attributes:
+        entries: uint8 [64 rows], indices into the steps.
+        steps: float32 [64 rows], the steps at these indices; 0 where every step has an infinite error.
+        levels: float32 [16 columns, 64 rows], from -h to h.
+        errors: float32 [16 columns, 64 rows], each divided by U's diagonal.
+        scratch: float32 [19, 64 rows].
+
+    """
+
+    entries: np.ndarray
+    steps: np.ndarray
+    levels: np.ndarray
+    errors: np.ndarray
+    scratch: np.ndarray
+
+
+@numba.njit(cache=True)
+def new_quantized_group():
+    """Return an uninitialized `QuantizedGroup`."""
+    return QuantizedGroup(
+        np.empty(LANES, np.uint8),
+        np.empty(LANES, np.float32),
+        np.empty((GROUP_SIZE, LANES), np.float32),
+        np.empty((GROUP_SIZE, LANES), np.float32),
+        np.empty((GROUP_SIZE + 3, LANES), np.float32),
+    )
+
+
+@numba.njit(cache=True, fastmath={"contract", "nsz"})
+def add_products(rows, coefficients, first_row, first, sums):
+    """Add the products of 64 vectors with a part of a matrix.
+
+    Args:
+        rows: float32 [16, 64 vectors].
+        coefficients: float32 [at least first_row + 16, at least first + len(sums)].
+        first_row, first: the first row and column of the part.
+        sums: float32 [columns, 64 vectors], changed.
+
+    """
+    for column in range(len(sums)):
+        for k in range(GROUP_SIZE):
+            coefficient = coefficients[first_row + k, first + column]
+            for lane in range(LANES):
+                sums[column, lane] += rows[k, lane] * coefficient
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
@@ -47,41 +98,35 @@ def _try_step(columns, factor, first, step, offset, errors, costs):
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
-def _quantize_with_steps(columns, factor, first, steps, offset, levels, errors):
-    """Quantize one group of 64 rows with a step for each row; the arguments are those of `quantize_group`.
-
-    `columns` is modified. A step of 0 gives level 0.
-    """
+def _quantize_with_steps(columns, factor, first, offset, group):
+    """Quantize one group of 64 rows with `group.steps`, of which 0 gives level 0; `columns` is modified."""
     for j in range(GROUP_SIZE):
         per_diagonal = np.float32(1.0) / factor[first + j, first + j]
         for row in range(LANES):
-            step = steps[row]
+            step = group.steps[row]
             per_step = np.float32(1.0) / step if step > 0 else np.float32(0)
             level = min(max(np.rint(columns[j, row] * per_step), -offset), offset)
-            levels[j, row], errors[j, row] = level, (columns[j, row] - level * step) * per_diagonal
+            group.levels[j, row], group.errors[j, row] = level, (columns[j, row] - level * step) * per_diagonal
         for later in range(j + 1, GROUP_SIZE):
             coefficient = factor[first + j, first + later]
             for row in range(LANES):
-                columns[later, row] -= errors[j, row] * coefficient
+                columns[later, row] -= group.errors[j, row] * coefficient
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
-def quantize_group(columns, factor, first, steps, offset, scratch, entries, best_steps, levels, errors):
+def quantize_group(columns, factor, first, steps, offset, group):
     """Quantize one group of 64 rows, each with the step of least cost.
 
     Args:
         columns: float32 [16 columns, 64 rows], the group's weights.
         factor, first, offset: as in `_try_step`.
         steps: float32 [27], see `quantize_columns`.
-        scratch: float32 [19, 64 rows].
-        entries: uint8 [64 rows], out: indices into `steps`.
-        best_steps: float32 [64 rows], out: the steps at these indices.
-        levels, errors: float32 [16 columns, 64 rows], out: levels from -h to h, and errors divided by U's diagonal.
+        group: a `QuantizedGroup`, out.
 
     """
-    trial, tried_errors = scratch[:GROUP_SIZE], scratch[GROUP_SIZE]
-    costs, least = scratch[GROUP_SIZE + 1], scratch[GROUP_SIZE + 2]
-    least[:], entries[:], best_steps[:] = np.inf, 0, 0
+    trial, tried_errors = group.scratch[:GROUP_SIZE], group.scratch[GROUP_SIZE]
+    costs, least = group.scratch[GROUP_SIZE + 1], group.scratch[GROUP_SIZE + 2]
+    least[:], group.entries[:], group.steps[:] = np.inf, 0, 0
     for entry in range(len(steps)):
         step = steps[entry]
         if step <= 0:
@@ -91,10 +136,10 @@ def quantize_group(columns, factor, first, steps, offset, scratch, entries, best
         for row in range(LANES):
             better = costs[row] < least[row]
             least[row] = costs[row] if better else least[row]
-            entries[row] = entry if better else entries[row]
-            best_steps[row] = step if better else best_steps[row]
+            group.entries[row] = entry if better else group.entries[row]
+            group.steps[row] = step if better else group.steps[row]
     trial[:] = columns
-    _quantize_with_steps(trial, factor, first, best_steps, offset, levels, errors)
+    _quantize_with_steps(trial, factor, first, offset, group)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
@@ -113,28 +158,23 @@ def quantize_columns(weights, factor, steps, offset, levels, indices, errors, th
 
     """
     rows, columns = weights.shape
-    compensated, scratch = np.empty((columns, LANES), np.float32), np.empty((GROUP_SIZE + 3, LANES), np.float32)
-    group_levels, group_errors = np.empty((GROUP_SIZE, LANES), np.float32), np.empty((GROUP_SIZE, LANES), np.float32)
-    entries, best_steps = np.empty(LANES, np.uint8), np.empty(LANES, np.float32)
+    compensated, found = np.empty((columns, LANES), np.float32), new_quantized_group()
     tiles = (rows + LANES - 1) // LANES
     for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         first_row = tile * LANES
         count = min(LANES, rows - first_row)
         compensated[:] = 0
         for row in range(count):
-            for column in range(columns):
-                compensated[column, row] = weights[first_row + row, column]
+            compensated[:, row] = weights[first_row + row]
         for group in range(columns // GROUP_SIZE):
-            first = group * GROUP_SIZE
-            here = compensated[first : first + GROUP_SIZE]
-            quantize_group(here, factor, first, steps, offset, scratch, entries, best_steps, group_levels, group_errors)
+            first, last = group * GROUP_SIZE, (group + 1) * GROUP_SIZE
+            quantize_group(compensated[first:last], factor, first, steps, offset, found)
             for row in range(count):
-                indices[first_row + row, group] = entries[row]
+                indices[first_row + row, group] = found.entries[row]
                 for j in range(GROUP_SIZE):
-                    levels[first_row + row, first + j] = np.uint8(group_levels[j, row] + offset)
-                    errors[first_row + row, first + j] = group_errors[j, row]
+                    levels[first_row + row, first + j] = np.uint8(found.levels[j, row] + offset)
+                    errors[first_row + row, first + j] = found.errors[j, row]
             for j in range(GROUP_SIZE):
-                for later in range(first + GROUP_SIZE, columns):
-                    coefficient = factor[first + j, later]
-                    for row in range(LANES):
-                        compensated[later, row] -= group_errors[j, row] * coefficient
+                for row in range(LANES):
+                    found.errors[j, row] = -found.errors[j, row]
+            add_products(found.errors, factor, first, last, compensated[last:])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpu_kernels.encoding.refinement import refine_columns
+from cpu_kernels.encoding.refinement import SecondMoments, refine_columns
 from cpu_kernels.packed_rows.layout import GROUP_SIZE
 from cpu_kernels.threads.thread_pool import ThreadPool
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_COLUMNS = 128
-_SMALLEST_GAIN = np.float32(1e-5)  # a part of a group's cost, above float32's rounding errors
 
 
 def refine(
@@ -49,29 +48,15 @@ def refine(
     import torch
 
     columns = len(moments)
-    decoded = (levels - offset) * np.repeat(steps[indices], GROUP_SIZE, axis=1)
-    gradient = (target - torch.from_numpy(decoded)) @ moments
+    decoded = torch.from_numpy((levels - offset) * np.repeat(steps[indices], GROUP_SIZE, axis=1))
+    gradient = (target - decoded) @ moments
     groups = torch.stack([moments[at : at + GROUP_SIZE, at : at + GROUP_SIZE] for at in range(0, columns, GROUP_SIZE)])
     inverses = torch.linalg.inv(groups).contiguous()  # torch returns columns
     factors = torch.linalg.cholesky(inverses).mT.contiguous()
-    of_groups = moments.numpy(), inverses.numpy(), factors.numpy()
+    second = SecondMoments(moments.numpy(), inverses.numpy(), factors.numpy())
     for _ in range(sweeps):
         for first in range(0, columns, _BLOCK_COLUMNS):
             last = min(first + _BLOCK_COLUMNS, columns)
-            changes = np.empty((len(decoded), last - first), np.float32)
-            thread_pool.run(
-                refine_columns,
-                *(
-                    gradient.numpy(),
-                    decoded,
-                    *of_groups,
-                    first,
-                    steps,
-                    offset,
-                    _SMALLEST_GAIN,
-                    levels,
-                    indices,
-                    changes,
-                ),
-            )
+            changes = np.empty((len(target), last - first), np.float32)
+            thread_pool.run(refine_columns, gradient.numpy(), second, first, steps, offset, levels, indices, changes)
             gradient.addmm_(torch.from_numpy(changes), moments[first:last])
